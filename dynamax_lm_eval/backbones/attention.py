@@ -1,0 +1,163 @@
+"""Attention of a ragged batch: each row's tokens over that row's own K and V, by position.
+
+Registered with transformers as an attention function, so that blocks run exactly as their family wrote
+them; the layout travels with the call as the keyword argument ``plan``.
+n tokens in flight, H heads, H_kv K/V heads, P head dim, C places of the arena.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.config import UserError
+
+NAME = "dynamax_ragged"
+
+#: Arguments of some families' attention that change its result and are not computed here.
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "position_bias")
+
+#: Queries that share one explicit mask; bounds the size of masks for windows and gaps.
+_QUERY_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some queries of one row and the places they look at."""
+
+    queries: slice
+    places: slice
+    mask: Tensor | None  # (queries, places) bool, True where attended; None: see causal
+    causal: bool  # queries and places start at position 0 together
+
+
+class AttentionPlan:
+    """Who attends to what, for one set of tokens in flight; made once and used by many blocks."""
+
+    def __init__(
+        self,
+        starts: IntArray,
+        positions: IntArray,
+        hidden_places: IntArray | None,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            starts: (n,) first place of each token's row in the arena.
+            positions: (n,) position of each token in its row.
+            hidden_places: places that no query may see, rising, or None.
+            device: where masks are needed.
+        """
+        self._starts = starts
+        self._positions = positions
+        self._hidden = hidden_places
+        self._device = device
+        self._pieces: dict[int | None, list[Piece]] = {}
+
+    def pieces(self, window: int | None) -> list[Piece]:
+        """The pieces for a sliding window of ``window`` tokens (None: no window)."""
+        if window not in self._pieces:
+            self._pieces[window] = self._cut(window)
+        return self._pieces[window]
+
+    def _cut(self, window: int | None) -> list[Piece]:
+        pieces: list[Piece] = []
+        bounds = np.flatnonzero(np.diff(self._starts, prepend=-1, append=-1))
+        for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            start = int(self._starts[first])
+            positions = self._positions[first:last]
+            end = int(positions[-1]) + 1
+            whole = window is None or end <= window
+            hidden = self._hidden_between(start, start + end)
+            if whole and len(hidden) == 0 and len(positions) == end and end > 1:
+                pieces.append(Piece(slice(first, last), slice(start, start + end), None, causal=True))
+            else:
+                pieces += self._cut_row(first, start, positions, window)
+        return pieces
+
+    def _cut_row(self, first: int, start: int, positions: IntArray, window: int | None) -> list[Piece]:
+        pieces: list[Piece] = []
+        for i in range(0, len(positions), _QUERY_CHUNK):
+            queries = positions[i : i + _QUERY_CHUNK]
+            low = 0 if window is None else max(0, int(queries[0]) - window + 1)
+            end = int(queries[-1]) + 1
+            hidden = self._hidden_between(start + low, start + end) - (start + low)
+            mask = None
+            if len(queries) > 1 or len(hidden):
+                keys = np.arange(low, end)
+                seen = keys <= queries[:, None]
+                if window is not None:
+                    seen &= queries[:, None] - keys < window
+                seen[:, hidden] = False
+                mask = torch.from_numpy(seen).to(self._device, non_blocking=True)
+            places = slice(start + low, start + end)
+            pieces.append(Piece(slice(first + i, first + i + len(queries)), places, mask, causal=False))
+        return pieces
+
+    def _hidden_between(self, low: int, high: int) -> IntArray:
+        if self._hidden is None:
+            return np.empty(0, dtype=np.int64)
+        return self._hidden[np.searchsorted(self._hidden, low) : np.searchsorted(self._hidden, high)]
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over arenas.
+
+    Args:
+        query: (1, H, n, P)
+        key: (C, H_kv, P), the arena that the cache object returned.
+        value: (C, H_kv, P)
+        attention_mask: must be None; the plan says who attends to what.
+        scaling: factor of the scores; None: P ** -0.5.
+        sliding_window: the block's window in tokens.
+        plan: the layout of the batch.
+
+    Returns:
+        (1, n, H, P), and no attention weights.
+
+    Raises:
+        UserError: the family uses an attention that is not computed here.
+    """
+    assert plan is not None and attention_mask is None, "called outside a pass of the engine"
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} uses attention with {name}, which dynamax does not support")
+    _, heads, n, head_dim = query.shape
+    groups = heads // key.shape[1]
+    output = query.new_empty(1, n, heads, value.shape[-1])
+    for piece in plan.pieces(sliding_window):
+        k = key[piece.places].transpose(0, 1).unsqueeze(0)  # (1, H_kv, places, P)
+        v = value[piece.places].transpose(0, 1).unsqueeze(0)
+        q = query[:, :, piece.queries]  # (1, H, queries, P)
+        if q.shape[2] == 1:
+            # The heads that share K and V become the queries of one head: no copies of K and V.
+            q = q.reshape(1, key.shape[1], groups, head_dim)
+            mask = None if piece.mask is None else piece.mask.expand(groups, -1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+            output[:, piece.queries] = out.reshape(1, 1, heads, -1)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, piece.mask, is_causal=piece.causal, scale=scaling, enable_gqa=groups > 1
+            )
+            output[:, piece.queries] = out.transpose(1, 2)
+    return output, None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, ragged_attention)

@@ -1,0 +1,128 @@
+"""What the engine asks of a backbone: embed, run one block on some tokens, leave, read out.
+
+The interface is the same for every architecture; what a block keeps of the past (K and V, or conv and SSM
+states) is the business of the backbone's :class:`States`. Nothing here knows exit policies, requests or
+tokenizers.
+
+Shapes: N tokens of a flat batch (rows one after the other, without padding), n of them in flight,
+R rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.compute.cost import BackboneCost
+from dynamax_lm_eval.config import StateMode
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the N tokens of a flat batch belong.
+
+    Tokens of one row stand side by side, in rising order of position. ``runs_block[r, b]`` is False where
+    row r has block b pruned; column 0 is unused because blocks are counted from 1.
+    """
+
+    slots: tuple[int, ...]  # R; the row's place in the States
+    row_of: IntArray  # (N,) index into slots
+    positions: IntArray  # (N,)
+    state_modes: tuple[StateMode, ...]  # R
+    runs_block: BoolArray  # (R, L + 1)
+    exit_layers: tuple[int, ...]  # every layer at which some row may exit
+
+
+class States(ABC):
+    """What blocks keep of the tokens seen so far, for several rows."""
+
+    @abstractmethod
+    def open_row(self, capacity: int) -> int | None:
+        """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
+
+    @abstractmethod
+    def close_row(self, slot: int) -> None:
+        """Gives the room of a row back."""
+
+
+class ForwardPass(ABC):
+    """One pass of a flat batch through the blocks, in order."""
+
+    @abstractmethod
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        """Runs one block on the tokens in flight, after giving it the states of those that have left.
+
+        Args:
+            block: 1-based.
+            tokens: (n,) indices into the flat batch, rising; may be empty.
+            hidden: (1, n, D) their hidden states.
+
+        Returns:
+            (1, n, D)
+        """
+
+    @abstractmethod
+    def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        """Tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
+
+        Args:
+            tokens: (m,) indices into the flat batch.
+            hidden: (1, m, D) their hidden states at the exit.
+            layer: number of blocks that have run.
+        """
+
+    @property
+    @abstractmethod
+    def has_pending_states(self) -> bool:
+        """Whether later blocks still have to be given states of tokens that left."""
+
+
+class Backbone(ABC):
+    """A frozen causal language model of ``num_layers`` blocks."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    cost: BackboneCost
+    device: torch.device
+
+    @abstractmethod
+    def new_states(self, capacity: int) -> States:
+        """Room for rows of ``capacity`` tokens in all."""
+
+    @abstractmethod
+    def start_pass(self, states: States, layout: RowLayout) -> ForwardPass:
+        """Prepares a pass; the rows' earlier tokens must be in ``states``."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Open while blocks run; outside it the model behaves as its authors wrote it."""
+        return nullcontext()
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (N,) to hidden states (1, N, D)."""
+
+    @abstractmethod
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: (T, D) to logits (T, V)."""
+
+    @abstractmethod
+    def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
+        """Raises UserError where the mode cannot be had with these exits, with the reason."""
+
+    @abstractmethod
+    def verify(self, ids: Tensor) -> None:
+        """Compares what the backbone adds to the model's own code with that code, on the tokens ``ids`` (T,).
+
+        Raises:
+            UserError: something differs; the message says what.
+        """

@@ -1,0 +1,100 @@
+"""K and V of all rows in one arena per block, and the room in it.
+
+A row owns one run of places in the arenas, so its K and V are a view, and nothing is ever padded.
+Tokens of an arena: C; K/V heads: H_kv; head dim: P.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import IntArray, States
+
+
+class Room:
+    """First-fit reservation of runs of places in 0..capacity-1."""
+
+    def __init__(self, capacity: int) -> None:
+        self._free = [(0, capacity)]  # sorted (start, length), never adjacent
+
+    def take(self, length: int) -> int | None:
+        """Start of a free run of ``length`` places, now reserved; None where there is none."""
+        for i, (start, free) in enumerate(self._free):
+            if free >= length:
+                self._free[i : i + 1] = [(start + length, free - length)] if free > length else []
+                return start
+        return None
+
+    def give_back(self, start: int, length: int) -> None:
+        """Frees a run and joins it with its free neighbours."""
+        i = bisect.bisect_left(self._free, (start, length))
+        if i < len(self._free) and start + length == self._free[i][0]:
+            length += self._free.pop(i)[1]
+        if i > 0 and sum(self._free[i - 1]) == start:
+            i -= 1
+            start, previous = self._free.pop(i)
+            length += previous
+        self._free.insert(i, (start, length))
+
+
+class AttentionStates(States):
+    """K and V of every block: tensors of shape (C, H_kv, P), made when a block first writes.
+
+    ``layer_of`` says for each place how many blocks its token ran through (``num_layers`` unless it left
+    early and left no state behind): a block attends to a place only if its token reached the block.
+    """
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        self.num_layers = num_layers
+        self.capacity = capacity
+        self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
+        self.values: list[Tensor | None] = [None] * (num_layers + 1)
+        self.layer_of: IntArray = np.full(capacity, num_layers, dtype=np.int64)
+        self._room = Room(capacity)
+        self._lengths: dict[int, int] = {}
+
+    def open_row(self, capacity: int) -> int | None:
+        start = self._room.take(capacity)
+        if start is not None:
+            self._lengths[start] = capacity
+            self.layer_of[start : start + capacity] = self.num_layers
+        return start
+
+    def close_row(self, slot: int) -> None:
+        self._room.give_back(slot, self._lengths.pop(slot))
+
+    def write(self, block: int, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores K and V (1, H_kv, T, P) of one block at ``places`` (T,)."""
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (T, H_kv, P)
+        self._make_arenas(block, like=(key, value))
+        self.key_arena(block).index_copy_(0, places, key)
+        self.value_arena(block).index_copy_(0, places, value)
+
+    def copy(self, source: int, block: int, places: Tensor) -> None:
+        """Gives ``block`` the K and V that block ``source`` wrote at ``places`` (T,)."""
+        self._make_arenas(block, like=(self.key_arena(source), self.value_arena(source)))
+        self.key_arena(block)[places] = self.key_arena(source)[places]
+        self.value_arena(block)[places] = self.value_arena(source)[places]
+
+    def _make_arenas(self, block: int, like: tuple[Tensor, Tensor]) -> None:
+        """Makes the arenas of a block where they do not exist yet."""
+        if self.keys[block] is None:
+            # Zeros, not empty memory: a masked place has weight 0, but 0 times a stray NaN is NaN.
+            self.keys[block] = like[0].new_zeros(self.capacity, *like[0].shape[1:])
+            self.values[block] = like[1].new_zeros(self.capacity, *like[1].shape[1:])
+
+    def key_arena(self, block: int) -> Tensor:
+        """(C, H_kv, P)"""
+        arena = self.keys[block]
+        assert arena is not None, f"block {block} has not written yet"
+        return arena
+
+    def value_arena(self, block: int) -> Tensor:
+        """(C, H_kv, P)"""
+        arena = self.values[block]
+        assert arena is not None, f"block {block} has not written yet"
+        return arena
+

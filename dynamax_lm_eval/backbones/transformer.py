@@ -1,0 +1,466 @@
+"""Transformer decoders of transformers, run block by block over flat ragged batches.
+
+The blocks are the model's own, unmodified: an attention function registered with transformers reads the
+arenas (``attention``), and a cache object scatters what blocks write. Of the families only the names of
+modules and the layout of the fused K/V projections are known here; whatever else a family does is caught
+by the comparison with ``model.forward`` at load.
+
+N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynamax_lm_eval.backbones import attention
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States
+from dynamax_lm_eval.backbones.state import AttentionStates
+from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
+from dynamax_lm_eval.config import StateMode, UserError
+
+_FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
+_ATTENTIONS = ("self_attn", "attention", "attn")
+#: Rotary types whose angles depend on the longest row of a batch, which would make rows depend on another.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block and what is known of it."""
+
+    module: nn.Module
+    attention: nn.Module
+    norm: nn.Module
+    rotary_key: str | None  # layer type where the family has one rotary embedding per type
+    kv_heads: int
+    head_dim: int
+    project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class TransformerBackbone(Backbone):
+    """A causal Transformer decoder whose blocks attend through transformers' attention interface."""
+
+    def __init__(self, model: nn.Module, max_length: int | None = None) -> None:
+        """
+        Args:
+            model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
+            max_length: longest row that will be run; decides whether length-dependent rotary
+                embeddings can be used.
+
+        Raises:
+            UserError: the architecture is not one that can be run block by block.
+        """
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: Any = self.model.config.get_text_config()
+        self.name = type(self.model).__name__
+        path, layers = _find_layers(self.model, self.config.num_hidden_layers, self.name)
+        decoder = self.model.get_submodule(path)
+        self.num_layers = len(layers)
+        self.hidden_size = int(self.config.hidden_size)
+        self._embeddings: nn.Module = self.model.get_input_embeddings()
+        self._lm_head: nn.Module = self.model.get_output_embeddings()
+        self._final_norm = _child(decoder, _FINAL_NORMS, f"a final norm in {self.name}")
+        self._rotary = _child(decoder, ("rotary_emb",), f"rotary position embeddings in {self.name}")
+        self._rotary_per_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
+        self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        self.vocab_size = int(self.config.vocab_size)
+        self.device = next(layers[0].parameters()).device
+        _check_rope(self.config, max_length)
+
+        # The configuration object that the blocks look their attention function up in.
+        self._block_config: Any = _child(layers[0], _ATTENTIONS, "attention").config
+        parameters = inspect.signature(layers[0].forward).parameters
+        self._cache_argument = "layer_past" if "layer_past" in parameters else "past_key_values"
+        self.blocks = [self._describe(i, module) for i, module in enumerate(layers)]
+        self.cost = BackboneCost(
+            tuple(self._block_cost(block) for block in self.blocks),
+            lm_head=self.hidden_size * self.vocab_size,
+        )
+
+    def new_states(self, capacity: int) -> AttentionStates:
+        return AttentionStates(self.num_layers, capacity)
+
+    def start_pass(self, states: States, layout: RowLayout) -> TransformerPass:
+        assert isinstance(states, AttentionStates)
+        return TransformerPass(self, states, layout)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self._embeddings(ids.unsqueeze(0))
+        return hidden
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._lm_head(self._final_norm(hidden))
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
+        if mode != "copy" or not exit_layers:
+            return
+        later = self.blocks[min(exit_layers) - 1 :]
+        if len({(block.rotary_key, block.kv_heads, block.head_dim) for block in later}) > 1:
+            kinds = sorted({str(block.rotary_key) for block in later})
+            raise UserError(
+                f"state_mode=copy is not possible on {self.name}: its blocks {min(exit_layers)}..{self.num_layers} "
+                f"differ in rotary embedding or K/V shape ({', '.join(kinds)}), so the K and V of one mean nothing "
+                "to another; use recompute or skip"
+            )
+
+    @torch.no_grad()
+    def verify(self, ids: Tensor) -> None:
+        layout = single_row_layout(len(ids), self.num_layers)
+        states = self.new_states(len(ids))
+        states.open_row(len(ids))
+        run = self.start_pass(states, layout)
+        places = torch.arange(len(ids), device=self.device)
+        tokens = np.arange(len(ids))
+        hidden = self.embed(ids)
+        for block in range(1, self.num_layers + 1):
+            with self.running():
+                key, value = run.project(block, tokens, hidden)
+                hidden = run.run_block(block, tokens, hidden)
+            for name, arena, ours in (
+                ("K", states.key_arena(block), key),
+                ("V", states.value_arena(block), value),
+            ):
+                difference = relative_difference(ours[0].transpose(0, 1), arena[places])
+                if not difference <= tolerance(hidden.dtype):
+                    raise UserError(
+                        f"{self.name}: the {name} that state recompute projects in block {block} differs from "
+                        f"what the block writes (relative difference {difference:.1e}); this architecture is not "
+                        "supported with state_mode=recompute"
+                    )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        config = self._block_config
+        before = config._attn_implementation
+        config._attn_implementation = attention.NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+
+    def position_embeddings(self, positions: Tensor, like: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """(cos, sin) of shape (1, N, P) for positions (1, N), by rotary key."""
+        if not self._rotary_per_type:
+            return {None: self._rotary(like, positions)}
+        keys = {block.rotary_key for block in self.blocks}
+        return {key: self._rotary(like, positions, key) for key in keys}
+
+    def call_block(
+        self, block: int, hidden: Tensor, cache: Any, rotary: tuple[Tensor, Tensor], positions: Tensor, plan: Any
+    ) -> Tensor:
+        """Block ``block`` (1-based) as the family wrote it, on (1, n, D)."""
+        output = self.blocks[block - 1].module(
+            hidden,
+            attention_mask=None,
+            position_ids=positions,
+            position_embeddings=rotary,
+            use_cache=True,
+            plan=plan,
+            **{self._cache_argument: cache},
+        )
+        return output[0] if isinstance(output, tuple) else output
+
+    def _describe(self, index: int, module: nn.Module) -> _Block:
+        attn = _child(module, _ATTENTIONS, f"attention in block {index + 1} of {self.name}")
+        norm = _child(module, ("input_layernorm",), f"the norm before attention in block {index + 1} of {self.name}")
+        types = getattr(self.config, "layer_types", None)
+        head_dim = int(getattr(attn, "head_dim", 0) or getattr(attn, "head_size", 0))
+        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        project = _kv_projector(attn, self.config.num_attention_heads, kv_heads, head_dim, self.name)
+        rotary_key = types[index] if self._rotary_per_type else None
+        return _Block(module, attn, norm, rotary_key, kv_heads, head_dim, project)
+
+    def _block_cost(self, block: _Block) -> BlockCost:
+        linears = [module for module in block.module.modules() if _is_linear(module)]
+        counted = sum(module.in_features * module.out_features for module in linears)
+        unknown = [
+            name
+            for name, parameter in block.module.named_parameters()
+            if parameter.ndim > 1 and not _is_linear(block.module.get_submodule(name.rpartition(".")[0]))
+        ]
+        if unknown:
+            raise UserError(
+                f"{self.name} has weights in its blocks that the cost model cannot count: {', '.join(unknown[:3])}; "
+                "this architecture is not supported"
+            )
+        kv_names = [n for n in ("k_proj", "v_proj") if hasattr(block.attention, n)] or [
+            n for n in ("qkv_proj", "query_key_value") if hasattr(block.attention, n)
+        ]
+        kv = [m for n in kv_names for m in getattr(block.attention, n).modules() if _is_linear(m)]
+        attn = block.attention
+        window = attn.sliding_window if hasattr(attn, "sliding_window") else _config_window(self.config)
+        return BlockCost(
+            weights=counted,
+            attention_width=self.config.num_attention_heads * block.head_dim,
+            window=window,
+            state_recompute=sum(module.in_features * module.out_features for module in kv),
+        )
+
+
+class TransformerPass(ForwardPass):
+    """One pass of a flat batch: positions, rotary angles and places are computed once for all blocks."""
+
+    def __init__(self, backbone: TransformerBackbone, states: AttentionStates, layout: RowLayout) -> None:
+        self._backbone = backbone
+        self._states = states
+        self._layout = layout
+        self._starts = np.asarray(layout.slots, dtype=np.int64)[layout.row_of]  # (N,)
+        self._places = self._starts + layout.positions  # (N,)
+        self._positions = torch.from_numpy(layout.positions).to(backbone.device)
+        self._rotary: dict[str | None, tuple[Tensor, Tensor]] | None = None
+        self._flight: _Flight | None = None
+        self._left = _Left.none()
+        # Exits of rows in skip mode: behind each of them the blocks see fewer tokens.
+        self._skip_layers = layout.exit_layers if "skip" in layout.state_modes else ()
+
+    @property
+    def has_pending_states(self) -> bool:
+        return self._left.hidden is not None
+
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        self._fill(block)
+        if len(tokens) == 0:
+            return hidden
+        flight = self._in_flight(block, tokens, hidden)
+        key = self._backbone.blocks[block - 1].rotary_key
+        cache = _Scatter(self._states, block, flight.places)
+        return self._backbone.call_block(
+            block, hidden, cache, flight.rotary[key], flight.positions, flight.plan
+        )
+
+    def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
+        recomputed = np.flatnonzero(modes == "recompute")
+        if len(recomputed):
+            chosen = torch.from_numpy(recomputed).to(hidden.device)
+            self._left = self._left.joined(tokens[recomputed], hidden.index_select(1, chosen))
+        skipped = tokens[modes == "skip"]
+        if len(skipped):
+            self._states.layer_of[self._places[skipped]] = layer
+        copied = tokens[modes == "copy"]
+        if len(copied):
+            self._copy(copied, layer)
+
+    def project(self, block: int, tokens: IntArray, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (1, H_kv, m, P) that ``block`` would write for hidden states (1, m, D)."""
+        description = self._backbone.blocks[block - 1]
+        chosen = torch.from_numpy(tokens).to(hidden.device)
+        cos, sin = self._angles(hidden)[description.rotary_key]
+        normed = description.norm(hidden)
+        return description.project(normed, cos.index_select(1, chosen), sin.index_select(1, chosen))
+
+    def _fill(self, block: int) -> None:
+        """Gives the block the recomputed states of the tokens that left before it."""
+        left = self._left
+        if left.hidden is None:
+            return
+        runs = self._layout.runs_block[self._layout.row_of[left.tokens], block]
+        tokens, hidden = left.tokens, left.hidden
+        if not runs.all():
+            tokens = tokens[runs]
+            hidden = hidden[:, torch.from_numpy(np.flatnonzero(runs)).to(hidden.device)]
+        if len(tokens):
+            key, value = self.project(block, tokens, hidden)
+            self._states.write(block, self._device_places(tokens), key, value)
+
+    def _copy(self, tokens: IntArray, layer: int) -> None:
+        rows = self._layout.row_of[tokens]
+        for row in np.unique(rows):
+            runs = self._layout.runs_block[row]
+            places = self._device_places(tokens[rows == row])
+            source = int(np.flatnonzero(runs[: layer + 1])[-1])  # the last block that ran
+            for block in (np.flatnonzero(runs[layer + 1 :]) + layer + 1).tolist():
+                self._states.copy(source, block, places)
+
+    def _in_flight(self, block: int, tokens: IntArray, hidden: Tensor) -> _Flight:
+        epoch = sum(layer < block for layer in self._skip_layers)
+        flight = self._flight
+        if flight is not None and flight.tokens is tokens and flight.epoch == epoch:
+            return flight
+        if flight is None or flight.tokens is not tokens:
+            chosen = torch.from_numpy(tokens).to(self._backbone.device)
+            rotary = {
+                key: (cos.index_select(1, chosen), sin.index_select(1, chosen))
+                for key, (cos, sin) in self._angles(hidden).items()
+            }
+            positions = self._positions.index_select(0, chosen).unsqueeze(0)
+            places = self._device_places(tokens)
+        else:
+            rotary, positions, places = flight.rotary, flight.positions, flight.places
+        hidden_places = np.flatnonzero(self._states.layer_of < block) if self._skip_layers else None
+        plan = attention.AttentionPlan(
+            self._starts[tokens], self._layout.positions[tokens], hidden_places, self._backbone.device
+        )
+        self._flight = _Flight(tokens, epoch, places, positions, rotary, plan)
+        return self._flight
+
+    def _angles(self, like: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+        if self._rotary is None:
+            self._rotary = self._backbone.position_embeddings(self._positions.unsqueeze(0), like)
+        return self._rotary
+
+    def _device_places(self, tokens: IntArray) -> Tensor:
+        return torch.from_numpy(self._places[tokens]).to(self._backbone.device)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """What the blocks need to know of the tokens in flight; valid while these are the same tokens."""
+
+    tokens: IntArray
+    epoch: int  # exits passed by rows in skip mode
+    places: Tensor  # (n,)
+    positions: Tensor  # (1, n)
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    plan: attention.AttentionPlan
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Tokens that left and whose states later blocks recompute."""
+
+    tokens: IntArray  # (m,)
+    hidden: Tensor | None  # (1, m, D)
+
+    @classmethod
+    def none(cls) -> _Left:
+        return cls(np.empty(0, dtype=np.int64), None)
+
+    def joined(self, tokens: IntArray, hidden: Tensor) -> _Left:
+        if self.hidden is None:
+            return _Left(tokens, hidden)
+        return _Left(np.concatenate([self.tokens, tokens]), torch.cat([self.hidden, hidden], dim=1))
+
+
+class _Scatter:
+    """Stands in for transformers' cache: writes K and V to the places of the tokens, returns the arenas."""
+
+    def __init__(self, states: AttentionStates, block: int, places: Tensor) -> None:
+        self._states = states
+        self._block = block
+        self._places = places
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._states.write(self._block, self._places, key, value)
+        return self._states.key_arena(self._block), self._states.value_arena(self._block)
+
+
+def single_row_layout(length: int, num_layers: int) -> RowLayout:
+    """The layout of one row of ``length`` tokens at place 0 that runs every block and never exits."""
+    return RowLayout(
+        slots=(0,),
+        row_of=np.zeros(length, dtype=np.int64),
+        positions=np.arange(length, dtype=np.int64),
+        state_modes=("recompute",),
+        runs_block=np.ones((1, num_layers + 1), dtype=np.bool_),
+        exit_layers=(),
+    )
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of ``theirs``."""
+    scale = theirs.float().abs().max().clamp_min(1e-6)
+    return float((ours.float() - theirs.float()).abs().max() / scale)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference that rounding explains when two equal computations differ in order."""
+    return {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2}.get(dtype, 1e-1)
+
+
+def _find_layers(model: Any, depth: int, name: str) -> tuple[str, nn.ModuleList]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and hasattr(module[0], "forward"):
+            return path.rpartition(".")[0], module
+    raise UserError(f"{name} has no list of {depth} blocks; its architecture is not supported")
+
+
+def _child(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            return child
+    raise UserError(f"found no {what} (looked for {', '.join(names)}); this architecture is not supported")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Quantised and LoRA layers have their own classes; wrappers hold the counted layers inside.
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
+
+
+def _config_window(config: Any) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    return window if getattr(config, "use_sliding_window", True) else None
+
+
+def _check_rope(config: Any, max_length: int | None) -> None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    for rope in nested:
+        kind = rope.get("rope_type", "default")
+        if kind not in _LENGTH_DEPENDENT_ROPE:
+            continue
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", config.max_position_embeddings
+        )
+        if max_length is None or max_length > original:
+            raise UserError(
+                f"rope_type {kind!r} makes a row's result depend on the longest row of its batch above {original} "
+                f"tokens; add max_length={original} to model_args"
+            )
+
+
+def _kv_projector(
+    attn: Any, heads: int, kv_heads: int, head_dim: int, name: str
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """How this attention makes K and V of normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
+
+    Modules are called, their weights are not read: quantised layers, adapters and hooks keep working.
+    """
+    rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None or head_dim == 0:
+        raise UserError(f"{name}: no rotary embedding or head dimension found; this architecture is not supported")
+
+    def separate(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        key = attn.k_proj(hidden).unflatten(-1, (kv_heads, head_dim))
+        if hasattr(attn, "k_norm"):
+            key = attn.k_norm(key)
+        return key, attn.v_proj(hidden).unflatten(-1, (kv_heads, head_dim))
+
+    def joined(hidden: Tensor) -> tuple[Tensor, Tensor]:  # all q, then all k, then all v
+        parts = attn.qkv_proj(hidden).split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
+        return parts[1].unflatten(-1, (kv_heads, head_dim)), parts[2].unflatten(-1, (kv_heads, head_dim))
+
+    def interleaved(hidden: Tensor) -> tuple[Tensor, Tensor]:  # q, k, v of each head side by side
+        _, key, value = attn.query_key_value(hidden).unflatten(-1, (heads, 3 * head_dim)).chunk(3, dim=-1)
+        return key, value
+
+    if hasattr(attn, "k_proj") and hasattr(attn, "v_proj"):
+        split = separate
+    elif hasattr(attn, "qkv_proj"):
+        split = joined
+    elif hasattr(attn, "query_key_value"):
+        split = interleaved
+    else:
+        raise UserError(f"{name}: its K/V projection has an unknown layout; this architecture is not supported")
+
+    def project(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = split(hidden)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)  # (1, H_kv, m, P)
+        # The families' function turns queries and keys together; there are no queries here.
+        _, key = rotate(key[:, :0], key, cos, sin)
+        return key, value
+
+    return project

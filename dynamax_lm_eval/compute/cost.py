@@ -1,0 +1,126 @@
+"""What blocks, exits and read-outs cost, in multiply-accumulates (MACs) of logical tokens.
+
+Pure: everything follows from sizes and from what ran. Norms, rotary embeddings and activations are left
+out, as in the usual FLOP counts of language models; masked keys are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+#: State recompute in the paper's cost table, in units of a block: K and V (2 D^2) of multi-head attention
+#: with an ungated 4D MLP (4 D^2 + 8 D^2).
+PAPER_ATTENTION_RECOMPUTE = 1 / 6
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """MACs of one block.
+
+    Attributes:
+        weights: MACs per token of all projections and MLP weights; equal to the number of those weights.
+        attention_width: heads * head_dim; scores and values cost 2 * attention_width * context.
+        window: sliding window in tokens; context = min(position + 1, window). None: all positions.
+        state_recompute: MACs per token of projecting K and V from the exit hidden state.
+        paper_recompute: state recompute in the paper's unit of one block.
+    """
+
+    weights: int
+    attention_width: int
+    window: int | None
+    state_recompute: int
+    paper_recompute: float = PAPER_ATTENTION_RECOMPUTE
+
+    def at(self, position: int) -> int:
+        """MACs of the block for one token at ``position`` (0-based)."""
+        context = position + 1 if self.window is None else min(position + 1, self.window)
+        return self.weights + 2 * self.attention_width * context
+
+
+@dataclass(frozen=True)
+class BackboneCost:
+    """MACs of all blocks, in order, and of one read of the LM head (D * V)."""
+
+    blocks: tuple[BlockCost, ...]
+    lm_head: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @cached_property
+    def mean_block_weights(self) -> float:
+        """Mean weights of a block: the paper's unit for everything that is not a block."""
+        return sum(block.weights for block in self.blocks) / len(self.blocks)
+
+    def block_macs(
+        self,
+        positions: npt.NDArray[np.int64],
+        layers: npt.NDArray[np.int64],
+        pruned: frozenset[int],
+    ) -> npt.NDArray[np.int64]:
+        """MACs of blocks 1..layer without the pruned ones, for tokens at ``positions``.
+
+        Args:
+            positions: (T,) 0-based.
+            layers: (T,) the number of blocks that each token ran through.
+
+        Returns:
+            (T,)
+        """
+        kept = [0 if block in pruned else 1 for block in range(1, self.num_layers + 1)]
+        weights = _running_sum(keep * cost.weights for keep, cost in zip(kept, self.blocks, strict=True))
+        macs = weights[layers]
+        for window in {cost.window for cost in self.blocks}:
+            widths = _running_sum(
+                keep * cost.attention_width * (cost.window == window)
+                for keep, cost in zip(kept, self.blocks, strict=True)
+            )
+            context = positions + 1 if window is None else np.minimum(positions + 1, window)
+            macs = macs + 2 * widths[layers] * context
+        return macs
+
+    def skipped_sum(
+        self, per_block: Sequence[float], layers: npt.NDArray[np.int64], pruned: frozenset[int]
+    ) -> npt.NDArray[Any]:
+        """Sum of ``per_block`` over the blocks after each token's layer, without the pruned ones. (T,)"""
+        running = _running_sum(
+            0 if block in pruned else value for block, value in enumerate(per_block, start=1)
+        )
+        return running[-1] - running[layers]
+
+
+@dataclass(frozen=True)
+class ExitTerms:
+    """What of an exit policy matters for cost.
+
+    Attributes:
+        evaluated_layers: exit layers at which something is evaluated, in rising order.
+        classifier_macs: MACs of one evaluation, for each of these layers.
+        reads_lm_head: an evaluation reads the LM head.
+        recomputes_state: skipped blocks get their state from the exit hidden state.
+        pruned_blocks: blocks (1-based) that run for no token.
+        first_eligible: position of the first token of the row that may exit.
+    """
+
+    evaluated_layers: tuple[int, ...]
+    classifier_macs: tuple[int, ...]
+    reads_lm_head: bool
+    recomputes_state: bool
+    pruned_blocks: frozenset[int]
+    first_eligible: int
+
+    def evaluations(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many exits were evaluated for eligible tokens that left at ``layers``. (T,)"""
+        return np.searchsorted(np.asarray(self.evaluated_layers, dtype=np.int64), layers, side="right")
+
+
+def _running_sum(values: Iterable[float]) -> npt.NDArray[Any]:
+    """[0, v1, v1+v2, ...]: entry l is the sum over blocks 1..l."""
+    return np.cumsum(np.asarray([0, *values]))

@@ -1,0 +1,219 @@
+"""The ledger: what each request ran, what that costs, and sums over documents.
+
+A :class:`Trace` says which tokens ran how deep; :func:`account` turns it into a :class:`ComputeRecord`,
+which adds up and travels as JSON. The ratios are made from sums, at the very end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from dynamax_lm_eval.compute.cost import BackboneCost, ExitTerms
+
+#: Version of the accounting rules; raise it when a number changes its meaning.
+ACCOUNTING = "dynamax-macs-1"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one row ran.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt (or of the scored context).
+        fed_tokens: tokens that went through the model, the prompt included; positions 0..fed_tokens-1.
+        tokens_given: tokens that logits gave: generated, or scored. Logits of position prompt_tokens-1 gave
+            the first.
+        exit_layers: for each eligible token in order of position, the number of blocks that ran.
+        generated: whether the tokens were generated (False: scored).
+        hit_limit: generation ended because of the token limit.
+    """
+
+    prompt_tokens: int
+    fed_tokens: int
+    tokens_given: int
+    exit_layers: tuple[int, ...]
+    generated: bool
+    hit_limit: bool = False
+
+
+@dataclass
+class ComputeRecord:
+    """Tokens and MACs of one request, or the sum over several. All counts are of logical tokens."""
+
+    responses: int = 0
+    prompt_tokens: int = 0
+    fed_tokens: int = 0
+    eligible_tokens: int = 0
+    scored_tokens: int = 0
+    generations: int = 0
+    generated_tokens: int = 0
+    hit_limit: int = 0
+    #: Block MACs of the whole backbone for the eligible tokens: the numerator of compute_reduction.
+    full_macs: int = 0
+    #: Block MACs spent on the eligible tokens.
+    block_macs: int = 0
+    #: MACs that exits caused, by part.
+    classifier_macs: int = 0
+    recompute_macs: int = 0
+    lm_head_macs: int = 0
+    #: With the prompt and one LM-head read per token given, both sides.
+    full_total_macs: int = 0
+    total_macs: int = 0
+    #: The eligible tokens in the paper's unit of one block.
+    paper_full: float = 0.0
+    paper_spent: float = 0.0
+    #: Exit layer of every eligible token, one list per response.
+    exit_layers: list[list[int]] = field(default_factory=list)
+
+    @property
+    def exit_macs(self) -> int:
+        """Everything that exits caused."""
+        return self.classifier_macs + self.recompute_macs + self.lm_head_macs
+
+    @property
+    def spent_macs(self) -> int:
+        """The denominator of compute_reduction."""
+        return self.block_macs + self.exit_macs
+
+    @property
+    def compute_reduction(self) -> float:
+        """Block MACs of the full backbone / MACs spent, for eligible tokens; 1 without any."""
+        return _ratio(self.full_macs, self.spent_macs)
+
+    @property
+    def compute_reduction_total(self) -> float:
+        """The same with prompt tokens and LM head on both sides: what a user saves."""
+        return _ratio(self.full_total_macs, self.total_macs)
+
+    @property
+    def compute_reduction_paper(self) -> float:
+        """The same tokens by the paper's cost table."""
+        return _ratio(self.paper_full, self.paper_spent)
+
+    @property
+    def mean_exit_layer(self) -> float | None:
+        """Mean number of blocks that eligible tokens ran through; None without any."""
+        layers = [layer for response in self.exit_layers for layer in response]
+        return sum(layers) / len(layers) if layers else None
+
+    def __add__(self, other: ComputeRecord) -> ComputeRecord:
+        total = ComputeRecord()
+        for item in fields(ComputeRecord):
+            setattr(total, item.name, getattr(self, item.name) + getattr(other, item.name))
+        return total
+
+    @classmethod
+    def sum(cls, records: Iterable[ComputeRecord]) -> ComputeRecord:
+        """Sum of records; the lists of exit layers are joined in order."""
+        records = list(records)
+        total = cls()
+        for item in fields(cls):
+            if item.name == "exit_layers":
+                total.exit_layers = [layers for record in records for layers in record.exit_layers]
+            else:
+                setattr(total, item.name, sum(getattr(record, item.name) for record in records))
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ComputeRecord:
+        return cls(**data)
+
+
+def account(rows: Sequence[tuple[Trace, ExitTerms]], cost: BackboneCost) -> ComputeRecord:
+    """What one response cost. Several rows where a text was scored in windows."""
+    record = ComputeRecord.sum(_account_row(trace, terms, cost) for trace, terms in rows)
+    record.responses = 1
+    record.generations = int(any(trace.generated for trace, _ in rows))
+    record.exit_layers = [[layer for trace, _ in rows for layer in trace.exit_layers]]
+    return record
+
+
+def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord:
+    depth, pruned = cost.num_layers, terms.pruned_blocks
+    layers = np.asarray(trace.exit_layers, dtype=np.int64)
+    full_depth = np.full_like(layers, depth)
+    positions = np.arange(terms.first_eligible, terms.first_eligible + len(layers), dtype=np.int64)
+    # All other tokens run at full depth, less the pruned blocks.
+    others = np.setdiff1d(np.arange(trace.fed_tokens, dtype=np.int64), positions)
+    others_depth = np.full_like(others, depth)
+
+    # Every LM-head read counts but the one whose logits give the token.
+    evaluations = terms.evaluations(layers)
+    gives_token = positions >= trace.prompt_tokens - 1
+    reads = int((evaluations - (gives_token & (layers < depth))).sum()) if terms.reads_lm_head else 0
+    classifier = np.cumsum([0, *terms.classifier_macs])[evaluations]
+
+    recompute, recompute_units = 0, 0.0
+    if terms.recomputes_state:
+        recompute = int(cost.skipped_sum([b.state_recompute for b in cost.blocks], layers, pruned).sum())
+        recompute_units = float(cost.skipped_sum([b.paper_recompute for b in cost.blocks], layers, pruned).sum())
+
+    record = ComputeRecord(
+        prompt_tokens=trace.prompt_tokens,
+        fed_tokens=trace.fed_tokens,
+        eligible_tokens=len(layers),
+        scored_tokens=0 if trace.generated else trace.tokens_given,
+        generated_tokens=trace.tokens_given if trace.generated else 0,
+        hit_limit=int(trace.hit_limit),
+        full_macs=int(cost.block_macs(positions, full_depth, frozenset()).sum()),
+        block_macs=int(cost.block_macs(positions, layers, pruned).sum()),
+        classifier_macs=int(classifier.sum()),
+        recompute_macs=recompute,
+        lm_head_macs=reads * cost.lm_head,
+    )
+    given = trace.tokens_given * cost.lm_head
+    others_full = int(cost.block_macs(others, others_depth, frozenset()).sum())
+    others_spent = int(cost.block_macs(others, others_depth, pruned).sum())
+    record.full_total_macs = record.full_macs + others_full + given
+    record.total_macs = record.spent_macs + others_spent + given
+
+    ran = sum(int((layers >= block).sum()) for block in range(1, depth + 1) if block not in pruned)
+    overhead = record.classifier_macs + record.lm_head_macs
+    record.paper_full = float(depth * len(layers))
+    record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
+    return record
+
+
+def reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
+    """Standard error of compute_reduction over documents, by the delta method for a ratio of sums.
+
+    With a_i and b_i the numerator and denominator of document i and R = sum a / sum b it is
+    sqrt(n / (n - 1) * sum (a_i - R b_i)^2) / sum b (Cochran, Sampling Techniques, section 6.3, without
+    finite-population correction). None for fewer than two documents or without eligible tokens.
+    """
+    return _ratio_stderr([(record.full_macs, record.spent_macs) for record in records])
+
+
+def total_reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
+    """The same for compute_reduction_total."""
+    return _ratio_stderr([(record.full_total_macs, record.total_macs) for record in records])
+
+
+def exit_histogram(record: ComputeRecord) -> dict[str, int]:
+    """Number of eligible tokens by the layer at which they left, in order of layer."""
+    counts = Counter(layer for response in record.exit_layers for layer in response)
+    return {str(layer): counts[layer] for layer in sorted(counts)}
+
+
+def _ratio_stderr(pairs: Sequence[tuple[int, int]]) -> float | None:
+    n = len(pairs)
+    denominator = sum(b for _, b in pairs)
+    if n < 2 or denominator == 0:
+        return None
+    ratio = sum(a for a, _ in pairs) / denominator
+    residual = math.fsum((a - ratio * b) ** 2 for a, b in pairs)
+    return math.sqrt(n / (n - 1) * residual) / denominator
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 1.0

@@ -1,0 +1,281 @@
+"""The arguments of ``--model dynamax``: every one is parsed and checked here, before weights load.
+
+Knows names, types and ranges, and what a number of blocks makes of them. Knows nothing of torch,
+transformers or the harness.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+Confidence = Literal["softmax", "entropy", "state"]
+StateMode = Literal["recompute", "copy", "skip"]
+ExitScope = Literal["generated", "all"]
+
+
+class UserError(ValueError):
+    """Bad input of the user: the message is one line that names the rule, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class DynamaxArgs:
+    """What the user asked for, checked as far as that goes without knowing the backbone."""
+
+    #: Alias, Hub id or local folder.
+    backbone: str
+    #: Confidence at or above which a token exits; one number, or one per exit layer. 1 never exits.
+    threshold: tuple[float, ...] = (0.8,)
+    #: What is compared with the threshold; None lets the run choose (``softmax`` without trained exits).
+    confidence: Confidence | None = None
+    #: Numbers of blocks that have run at an exit (1-based); None: floor(L/2 + i*L/8) for i = 0..3.
+    exit_layers: tuple[int, ...] | None = None
+    #: What a token leaves behind in the blocks it skipped.
+    state_mode: StateMode = "recompute"
+    #: N: the N blocks before the last one are disabled; a tuple names blocks (1-based).
+    prune_layers: int | tuple[int, ...] = 0
+    #: Which tokens may exit.
+    exit_scope: ExitScope = "generated"
+    #: transformers' repetition penalty for every generation that does not set its own.
+    repetition_penalty: float | None = None
+    #: tau of CALM's decaying threshold, clip(0.9*threshold + 0.1*exp(-tau*t/N), 0, 1); None: no decay.
+    threshold_decay: float | None = None
+
+
+#: Our argument names; ``backbone`` may also be spelled ``pretrained``.
+OWN_ARGUMENTS = tuple(field.name for field in dataclasses.fields(DynamaxArgs))
+
+#: Arguments of ``from_pretrained`` that reach it through the harness's ``**kwargs``.
+FROM_PRETRAINED_ARGUMENTS = frozenset(
+    {
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "cache_dir",
+        "force_download",
+        "load_in_4bit",
+        "load_in_8bit",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "token",
+        "use_safetensors",
+        "variant",
+    }
+)
+
+#: Arguments that ``--model hf`` takes and this model cannot honour, with the reason.
+REFUSED_ARGUMENTS = {
+    "attn_implementation": "dynamax runs its own attention over ragged batches; remove attn_implementation",
+    "device_map": "the blocks of a dynamax backbone must be on one device; remove device_map",
+    "parallelize": "the blocks of a dynamax backbone must be on one device; remove parallelize",
+    "tp_plan": "tensor parallelism is not supported by dynamax; remove tp_plan",
+    "torch_dtype": "it was renamed in transformers 5; write dtype= instead",
+}
+
+
+def parse_model_args(
+    args: Mapping[str, Any], harness_arguments: Collection[str]
+) -> tuple[DynamaxArgs, dict[str, Any]]:
+    """Splits model_args into ours, checked, and those that are passed on to the harness's ``HFLM``.
+
+    Args:
+        args: all model_args; strings from the command line are understood (``"0.8"``, ``"15+20"``).
+        harness_arguments: names that ``HFLM.__init__`` takes.
+
+    Raises:
+        UserError: a name is unknown, a value is out of range, or an argument cannot be honoured.
+    """
+    own = {name: args[name] for name in OWN_ARGUMENTS if name in args}
+    passed_on = {name: value for name, value in args.items() if name not in OWN_ARGUMENTS}
+    known = {*OWN_ARGUMENTS, *harness_arguments, *FROM_PRETRAINED_ARGUMENTS}
+    for name, value in passed_on.items():
+        if name in REFUSED_ARGUMENTS and _is_set(value):
+            raise UserError(f"{name}={value!r} cannot be honoured: {REFUSED_ARGUMENTS[name]}")
+        if name not in known and name not in REFUSED_ARGUMENTS:
+            raise UserError(_unknown_name("model argument", name, known))
+    passed_on = {name: value for name, value in passed_on.items() if name not in REFUSED_ARGUMENTS}
+    if passed_on.get("backend", "default") == "seq2seq":
+        raise UserError("backend=seq2seq cannot be honoured: early exit needs a decoder-only (causal) backbone")
+
+    pretrained = passed_on.pop("pretrained", None)
+    backbone = own.pop("backbone", None)
+    if backbone is not None and pretrained is not None and backbone != pretrained:
+        raise UserError(f"backbone={backbone!r} and pretrained={pretrained!r} name different models; give one")
+    backbone = backbone if backbone is not None else pretrained
+    if not isinstance(backbone, str) or not backbone.strip():
+        raise UserError(f"backbone must be an alias, a Hub id or a folder, got {backbone!r}; e.g. backbone=mistral")
+
+    parsed: dict[str, Any] = {"backbone": backbone}
+    for name, value in own.items():
+        if value is not None:
+            parsed[name] = _PARSERS[name](name, value)
+    return DynamaxArgs(**parsed), passed_on
+
+
+def default_exit_layers(num_layers: int) -> tuple[int, ...]:
+    """floor(L/2 + i*L/8) for i = 0..3 (16, 20, 24, 28 of 32), without duplicates and below L."""
+    layers = {num_layers * (4 + i) // 8 for i in range(4)}
+    return tuple(sorted(layer for layer in layers if 1 <= layer < num_layers))
+
+
+def resolve_exit_layers(requested: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
+    """The exit layers for a backbone of ``num_layers`` blocks.
+
+    Raises:
+        UserError: a layer is outside 1..L-1 (an exit at L is no exit).
+    """
+    if requested is None:
+        return default_exit_layers(num_layers)
+    for layer in requested:
+        if not 1 <= layer < num_layers:
+            raise UserError(
+                f"exit_layers must lie in 1..{num_layers - 1} for this backbone of {num_layers} blocks, got {layer}"
+            )
+    return requested
+
+
+def resolve_pruned_blocks(requested: int | tuple[int, ...], num_layers: int) -> frozenset[int]:
+    """The disabled blocks (1-based): N means the N blocks just before the last one.
+
+    Raises:
+        UserError: a block does not exist, or none would be left to run besides the last.
+    """
+    if isinstance(requested, int):
+        if requested > num_layers - 2 and requested > 0:
+            raise UserError(
+                f"prune_layers={requested} must be at most {max(num_layers - 2, 0)} "
+                f"for this backbone of {num_layers} blocks"
+            )
+        return frozenset(range(num_layers - requested, num_layers))
+    for block in requested:
+        if not 1 <= block <= num_layers:
+            raise UserError(f"prune_layers names block {block}; this backbone has blocks 1..{num_layers}")
+    if len(requested) >= num_layers:
+        raise UserError(f"prune_layers disables all {num_layers} blocks; leave at least one")
+    return frozenset(requested)
+
+
+def resolve_thresholds(threshold: tuple[float, ...], exit_layers: tuple[int, ...]) -> tuple[float, ...]:
+    """One threshold per exit layer.
+
+    Raises:
+        UserError: a list was given whose length is not the number of exit layers.
+    """
+    if len(threshold) == 1:
+        return threshold * len(exit_layers)
+    if len(threshold) != len(exit_layers):
+        raise UserError(
+            f"threshold has {len(threshold)} values but there are {len(exit_layers)} exit layers "
+            f"{list(exit_layers)}; give one number, or one per exit layer"
+        )
+    return threshold
+
+
+def _unknown_name(what: str, name: str, known: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"dynamax's own are: {', '.join(OWN_ARGUMENTS)}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and str(value).lower() not in ("false", "none")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise UserError(f"{name} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise UserError(f"{name} must be a number, got {value!r}") from None
+    if math.isnan(number):
+        raise UserError(f"{name} must be a number, got nan")
+    return number
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    """The items of a list, of the text form ``15+20+25``, or of a single value."""
+    items = value.split("+") if isinstance(value, str) else value
+    items = list(items) if isinstance(items, (list, tuple)) else [items]
+    if not items:
+        raise UserError(f"{name} must not be an empty list; leave it out for the default")
+    return items
+
+
+def _threshold(name: str, value: Any) -> tuple[float, ...]:
+    numbers = [_number(name, item) for item in _items(name, value)]
+    for number in numbers:
+        if not 0 <= number <= 1:
+            raise UserError(f"{name} must be in [0, 1], got {number:g}; 1 never exits, 0 always does")
+    return tuple(numbers)
+
+
+def _integer(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if not float(number).is_integer():
+        raise UserError(f"{name} must be made of whole numbers, got {value!r}")
+    return int(number)
+
+
+def _block_list(name: str, value: Any) -> tuple[int, ...]:
+    blocks = [_integer(name, item) for item in _items(name, value)]
+    if len(set(blocks)) != len(blocks):
+        raise UserError(f"{name} names a layer twice: {blocks}")
+    return tuple(sorted(blocks))
+
+
+def _exit_layers(name: str, value: Any) -> tuple[int, ...]:
+    items = _items(name, value)
+    if [_integer(name, item) for item in items] != list(_block_list(name, value)):
+        raise UserError(f"{name} must be in rising order (thresholds are matched to them), got {items}")
+    return _block_list(name, value)
+
+
+def _prune_layers(name: str, value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, (list, tuple)) or (isinstance(value, str) and "+" in value):
+        return _block_list(name, value)
+    count = _integer(name, value)
+    if count < 0:
+        raise UserError(f"{name} must be a number of blocks (0 or more) or a list of blocks, got {count}")
+    return count
+
+
+def _positive(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} must be a finite number above 0, got {number:g}; 1 means no penalty")
+    return number
+
+
+def _not_negative(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0 <= number < math.inf:
+        raise UserError(f"{name} must be a finite number of at least 0, got {number:g}; leave it out for no decay")
+    return number
+
+
+def _choice(kind: Any) -> Any:
+    choices = cast("tuple[str, ...]", get_args(kind))
+
+    def parse(name: str, value: Any) -> str:
+        if value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return str(value)
+
+    return parse
+
+
+_PARSERS: dict[str, Any] = {
+    "threshold": _threshold,
+    "confidence": _choice(Confidence),
+    "exit_layers": _exit_layers,
+    "state_mode": _choice(StateMode),
+    "prune_layers": _prune_layers,
+    "exit_scope": _choice(ExitScope),
+    "repetition_penalty": _positive,
+    "threshold_decay": _not_negative,
+}

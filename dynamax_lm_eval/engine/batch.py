@@ -1,0 +1,98 @@
+"""A flat ragged batch: the tokens of several rows, one row after the other, with what each may do.
+
+Everything here lives on the host as numpy arrays, so that building a batch asks the device nothing.
+N tokens, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout
+from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
+
+
+@dataclass(frozen=True)
+class RowInput:
+    """The tokens of one row that are fed now.
+
+    Attributes:
+        ids: their token ids.
+        first_position: position of the first of them; the row's earlier tokens are in the states.
+        slot: the row's place in the states.
+        prompt_length: tokens of the row's prompt; logits are wanted from position prompt_length - 1 on.
+        max_steps: most tokens that the row may give (N of the decaying threshold).
+        policy: the row's exit policy.
+    """
+
+    ids: Sequence[int]
+    first_position: int
+    slot: int
+    prompt_length: int
+    max_steps: int
+    policy: ExitPolicy
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """N tokens with their rows, thresholds and wishes."""
+
+    ids: IntArray  # (N,)
+    layout: RowLayout
+    policies: tuple[ExitPolicy, ...]  # R
+    thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
+    wanted: BoolArray  # (N,) tokens whose logits are needed
+    eligible: BoolArray  # (N,)
+
+    @classmethod
+    def build(cls, rows: Sequence[RowInput]) -> FlatBatch:
+        lengths = [len(row.ids) for row in rows]
+        row_of = np.repeat(np.arange(len(rows), dtype=np.int64), lengths)
+        positions = np.concatenate(
+            [np.arange(row.first_position, row.first_position + len(row.ids), dtype=np.int64) for row in rows]
+        )
+        prompt_lengths = np.asarray([row.prompt_length for row in rows])
+        first_eligible = np.asarray([row.policy.first_eligible_position(row.prompt_length) for row in rows])
+        steps = positions - first_eligible[row_of]
+        num_layers = rows[0].policy.num_layers
+        runs_block = np.ones((len(rows), num_layers + 1), dtype=np.bool_)
+        for i, row in enumerate(rows):
+            runs_block[i, list(row.policy.pruned_blocks)] = False
+        layout = RowLayout(
+            slots=tuple(row.slot for row in rows),
+            row_of=row_of,
+            positions=positions,
+            state_modes=tuple(row.policy.state_mode for row in rows),
+            runs_block=runs_block,
+            exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.active_exits})),
+        )
+        return cls(
+            ids=np.fromiter((token for row in rows for token in row.ids), dtype=np.int64, count=len(row_of)),
+            layout=layout,
+            policies=tuple(row.policy for row in rows),
+            thresholds=_thresholds(rows, layout, steps, lengths),
+            wanted=positions >= prompt_lengths[row_of] - 1,
+            eligible=steps >= 0,
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def _thresholds(
+    rows: Sequence[RowInput], layout: RowLayout, steps: IntArray, lengths: Sequence[int]
+) -> dict[int, npt.NDArray[np.float32]]:
+    table = {layer: np.full(len(steps), NEVER, dtype=np.float32) for layer in layout.exit_layers}
+    start = 0
+    for row, length in zip(rows, lengths, strict=True):
+        if row.policy.active_exits and steps[start + length - 1] >= 0:
+            values = row.policy.effective_thresholds(steps[start : start + length], row.max_steps)
+            for i, layer in enumerate(row.policy.exit_layers):
+                if layer in table:
+                    table[layer][start : start + length] = values[:, i]
+        start += length
+    return table

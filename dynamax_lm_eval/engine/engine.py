@@ -1,0 +1,167 @@
+"""The layer loop: one function for prefill, decoding and scoring, over a flat ragged batch.
+
+A block runs on the tokens in flight; at an exit layer the confidence of those that may exit is compared
+with their thresholds, and those that leave are compacted out of the batch. A token's way depends on its
+own row alone, never on who shares the batch.
+
+N tokens of the batch, n in flight, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import Backbone, BoolArray, ForwardPass, IntArray, States
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.batch import FlatBatch
+from dynamax_lm_eval.exits import confidence
+from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
+
+#: Logits held at once, in elements (tokens * V): 128 MiB in float32.
+_LOGITS_AT_ONCE = 2**25
+
+
+class LogitsSink(Protocol):
+    """Takes the logits of wanted tokens, reduced to what its owner needs of them."""
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        """What is kept of logits (T, V) of these tokens: (T, anything). Called before it is known who exits."""
+        ...
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        """The reduced logits at which these tokens were really read out. Called once for every wanted token."""
+        ...
+
+
+class Engine:
+    """Runs flat batches through a backbone under exit policies."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def check_policy(self, policy: ExitPolicy) -> None:
+        """Raises UserError where this backbone cannot follow the policy."""
+        self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
+        pruned = sorted(policy.pruned_blocks.intersection(policy.active_exits))
+        if pruned:
+            raise UserError(
+                f"exit_layers {pruned} end with a pruned block, so there is nothing new to decide on; "
+                "choose other exit_layers or prune_layers"
+            )
+
+    @torch.inference_mode()
+    def forward(self, batch: FlatBatch, states: States, sink: LogitsSink) -> IntArray:
+        """Feeds a batch and hands the logits of its wanted tokens to ``sink``.
+
+        Returns:
+            (N,) the number of blocks that each token ran through; the backbone's depth without an exit.
+        """
+        backbone = self.backbone
+        with backbone.running():
+            run = backbone.start_pass(states, batch.layout)
+            hidden = backbone.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
+            tokens = np.arange(len(batch))
+            layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
+            for block in range(1, backbone.num_layers + 1):
+                if len(tokens) == 0 and not run.has_pending_states:
+                    break
+                before = hidden
+                hidden = _run_block(run, batch, block, tokens, hidden)
+                leaves = self._decide(batch, block, tokens, before, hidden, sink)
+                if leaves is not None and leaves.any():
+                    gone, stay = np.flatnonzero(leaves), np.flatnonzero(~leaves)
+                    layer_of[tokens[gone]] = block
+                    run.leave(tokens[gone], _select(hidden, gone), block)
+                    tokens, hidden = tokens[stay], _select(hidden, stay)
+            self._read_out(batch, tokens, hidden, sink)
+        return layer_of
+
+    def _decide(
+        self, batch: FlatBatch, block: int, tokens: IntArray, before: Tensor, hidden: Tensor, sink: LogitsSink
+    ) -> BoolArray | None:
+        """Which of the tokens in flight exit after ``block``: (n,), or None where none may.
+
+        Tokens that exit and whose logits are wanted are read out on the way.
+        """
+        thresholds = batch.thresholds.get(block)
+        if thresholds is None or len(tokens) == 0:
+            return None
+        candidates = np.flatnonzero(thresholds[tokens] < NEVER)
+        if len(candidates) == 0:
+            return None
+        leaves = np.zeros(len(tokens), dtype=np.bool_)
+        kinds = np.asarray([policy.confidence for policy in batch.policies])[batch.layout.row_of[tokens[candidates]]]
+        for kind in np.unique(kinds):
+            chosen = candidates[kinds == kind]
+            limit = torch.from_numpy(thresholds[tokens[chosen]])
+            if kind == "state":
+                scores = confidence.state_similarity(_select(before, chosen)[0], _select(hidden, chosen)[0])
+                exits = (scores >= limit.to(scores.device)).cpu().numpy()
+                self._read_out(batch, tokens[chosen[exits]], _select(hidden, chosen[exits]), sink)
+            else:
+                exits = self._decide_by_logits(str(kind), batch, tokens[chosen], _select(hidden, chosen), limit, sink)
+            leaves[chosen[exits]] = True
+        return leaves
+
+    def _decide_by_logits(
+        self, kind: str, batch: FlatBatch, tokens: IntArray, hidden: Tensor, limit: Tensor, sink: LogitsSink
+    ) -> BoolArray:
+        """As _decide for tokens whose confidence comes from logits; the read serves the exit as well."""
+        scores, reduced = [], []
+        for part, logits in self._logits(hidden[0]):
+            scores.append(confidence.from_logits(kind, logits))
+            wanted = np.flatnonzero(batch.wanted[tokens[part]])
+            if len(wanted):
+                chosen = logits if len(wanted) == len(logits) else logits[torch.from_numpy(wanted).to(logits.device)]
+                reduced.append(sink.reduce(tokens[part][wanted], chosen))
+        exits: BoolArray = (torch.cat(scores) >= limit.to(hidden.device)).cpu().numpy()
+        wanted = np.flatnonzero(batch.wanted[tokens])
+        committed = np.flatnonzero(exits[wanted])
+        if len(committed):
+            rows = torch.from_numpy(committed).to(hidden.device)
+            sink.commit(tokens[wanted[committed]], torch.cat(reduced)[rows])
+        return exits
+
+    def _read_out(self, batch: FlatBatch, tokens: IntArray, hidden: Tensor, sink: LogitsSink) -> None:
+        wanted = np.flatnonzero(batch.wanted[tokens])
+        if len(wanted) == 0:
+            return
+        for part, logits in self._logits(_select(hidden, wanted)[0]):
+            chosen = tokens[wanted[part]]
+            sink.commit(chosen, sink.reduce(chosen, logits))
+
+    def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Logits (t, V) of hidden states (T, D), in parts of bounded size."""
+        at_once = max(1, _LOGITS_AT_ONCE // self.backbone.vocab_size)
+        for start in range(0, len(hidden), at_once):
+            part = slice(start, start + at_once)
+            yield part, self.backbone.readout(hidden[part])
+
+
+def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+    """Runs a block on the tokens whose rows do not prune it; the others pass by unchanged."""
+    runs = batch.layout.runs_block[:, block]
+    if runs.all():
+        return run.run_block(block, tokens, hidden)
+    inside = np.flatnonzero(runs[batch.layout.row_of[tokens]])
+    if len(inside) == 0:
+        if runs.any():
+            run.run_block(block, tokens[:0], hidden[:, :0])
+        return hidden
+    output = hidden.clone()
+    output[:, torch.from_numpy(inside).to(hidden.device)] = run.run_block(
+        block, tokens[inside], _select(hidden, inside)
+    )
+    return output
+
+
+def _select(hidden: Tensor, chosen: IntArray) -> Tensor:
+    """Tokens ``chosen`` (t,) of hidden states (1, n, D); no copy where that is all of them."""
+    if len(chosen) == hidden.shape[1]:
+        return hidden
+    return hidden.index_select(1, torch.from_numpy(chosen).to(hidden.device))

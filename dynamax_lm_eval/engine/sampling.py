@@ -1,0 +1,57 @@
+"""From logits to the next token, with transformers' logits processors and one random stream per request."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+
+@dataclass
+class Sampler:
+    """Chooses the tokens of one request.
+
+    Attributes:
+        processors: transformers' processors and warpers for the request, in their order.
+        do_sample: draw from the distribution; otherwise take its arg-max.
+        seed: seed of the request's own random stream, so that what else is in the batch cannot matter.
+    """
+
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    do_sample: bool = False
+    seed: int = 0
+    _generator: torch.Generator | None = None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the token is simply the arg-max of the raw logits."""
+        return not self.do_sample and not self.processors
+
+    def next_token(self, ids: list[int], logits: Tensor) -> int:
+        """The next token after ``ids`` (prompt and generated), given logits (V,) in float32."""
+        scores = logits.unsqueeze(0)
+        if self.processors:
+            scores = self.processors(torch.tensor([ids], device=logits.device), scores)
+        if not self.do_sample:
+            return int(scores.argmax(dim=-1))
+        # Inverse transform with a uniform number drawn on the CPU: the same stream on every device.
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        cumulative = torch.softmax(scores[0].double(), dim=-1).cumsum(-1)
+        token = torch.searchsorted(cumulative, draw * cumulative[-1:], right=True)
+        # `right` steps over tokens of probability 0; the last one that has any is the upper end.
+        last = int((cumulative < cumulative[-1]).sum())
+        return min(int(token), last)
+
+
+def request_seed(base: int, key: str, repeat: int) -> int:
+    """A seed from the run's seed, the request's content and the number of its repetition.
+
+    It does not depend on batch, order or rank, so a document gets the same sample in every split of work.
+    """
+    digest = hashlib.sha256(f"{base}|{repeat}|{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,324 @@
+"""Drives the engine: continuous batching for generation, and parallel scoring.
+
+A row that finishes gives its place to the next request at once: its prompt is fed in the same pass in which
+the other rows decode. Rows in flight never depend on one another.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import IntArray, States
+from dynamax_lm_eval.compute.ledger import Trace
+from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+#: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
+MAX_TOKENS_PER_PASS = 4096
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt and what to do with it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at least 1.
+        policy: when its tokens exit.
+        sampler: chooses its tokens.
+        is_finished: called with the generated ids after each token; True ends the generation.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    policy: ExitPolicy
+    sampler: Sampler
+    is_finished: Callable[[list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated ids (the token that ended it included) and what was run for them."""
+
+    tokens: list[int]
+    trace: Trace
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """A text to score.
+
+    Attributes:
+        ids: the tokens that are fed: context and continuation without its last token.
+        context_length: how many of them are context, at least one.
+        targets: for each position from context_length - 1 on, the tokens whose probability is asked: one,
+            and at the last position one per continuation that differs only there.
+        policy: when its tokens exit.
+    """
+
+    ids: Sequence[int]
+    context_length: int
+    targets: Sequence[Sequence[int]]
+    policy: ExitPolicy
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Log-probabilities and arg-maxes at the positions asked for, and what was run for them."""
+
+    log_probs: list[list[float]]  # as targets
+    greedy_tokens: list[int]
+    trace: Trace
+
+
+@dataclass
+class _Row:
+    """A generation in flight."""
+
+    index: int
+    request: GenerationRequest
+    slot: int
+    generated: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+
+    def next_input(self) -> RowInput:
+        request = self.request
+        first = len(request.prompt) + len(self.generated) - 1 if self.generated else 0
+        return RowInput(
+            ids=self.generated[-1:] or request.prompt,
+            first_position=first,
+            slot=self.slot,
+            prompt_length=len(request.prompt),
+            max_steps=request.max_new_tokens,
+            policy=request.policy,
+        )
+
+    def result(self) -> Generation:
+        request = self.request
+        trace = Trace(
+            prompt_tokens=len(request.prompt),
+            fed_tokens=len(request.prompt) + len(self.generated) - 1,
+            tokens_given=len(self.generated),
+            exit_layers=tuple(self.layers),
+            generated=True,
+            hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
+        )
+        return Generation(self.generated, trace)
+
+
+def generate(
+    engine: Engine,
+    requests: Sequence[GenerationRequest],
+    max_rows: int,
+    on_finished: Callable[[int, Generation], None],
+) -> None:
+    """Generates for all requests with up to ``max_rows`` of them in flight.
+
+    ``on_finished`` is called with a request's index as soon as it is done, so that nothing is lost when a
+    run is interrupted.
+    """
+    # Longest first: the first passes need the most memory, so what fits then fits to the end.
+    needs = [len(request.prompt) + request.max_new_tokens for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (-needs[i], i))
+    pending = deque(order)
+    states = engine.backbone.new_states(sum(needs[i] for i in order[:max_rows]))
+    rows: list[_Row] = []
+    while pending or rows:
+        rows += _admit(requests, needs, pending, states, rows, max_rows)
+        inputs = [row.next_input() for row in rows]
+        batch = FlatBatch.build(inputs)
+        sink = _LastLogits(len(rows), batch.layout.row_of)
+        layers = engine.forward(batch, states, sink)
+        for i, row in enumerate(rows):
+            row.layers += layers[(batch.layout.row_of == i) & batch.eligible].tolist()
+        for row, token in zip(rows, _choose(rows, sink.logits()), strict=True):
+            row.generated.append(token)
+        running = []
+        for row in rows:
+            request = row.request
+            if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
+                states.close_row(row.slot)
+                on_finished(row.index, row.result())
+            else:
+                running.append(row)
+        rows = running
+
+
+def score(
+    engine: Engine,
+    requests: Sequence[ScoringRequest],
+    max_rows: int,
+    on_finished: Callable[[int, Scoring], None],
+    softmax_dtype: torch.dtype | None = None,
+) -> None:
+    """Scores all requests through the exits, each in one parallel pass.
+
+    A token's exit depends only on earlier layers of earlier tokens, so the pass gives what feeding the
+    tokens one by one would. ``softmax_dtype`` is that of the log-softmax (None: that of the logits).
+    """
+    passes = _passes([len(request.ids) for request in requests], max_rows)
+    states = engine.backbone.new_states(
+        max((sum(len(requests[i].ids) for i in members) for members in passes), default=1)
+    )
+    for members in passes:
+        slots = [_open(states, len(requests[i].ids)) for i in members]
+        inputs = [
+            RowInput(
+                ids=requests[i].ids,
+                first_position=0,
+                slot=slot,
+                prompt_length=requests[i].context_length,
+                max_steps=len(requests[i].targets),
+                policy=requests[i].policy,
+            )
+            for i, slot in zip(members, slots, strict=True)
+        ]
+        batch = FlatBatch.build(inputs)
+        sink = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
+        layers = engine.forward(batch, states, sink)
+        for row, (i, scores) in enumerate(zip(members, sink.by_row(), strict=True)):
+            states.close_row(slots[row])
+            chosen = layers[(batch.layout.row_of == row) & batch.eligible]
+            trace = Trace(
+                prompt_tokens=requests[i].context_length,
+                fed_tokens=len(requests[i].ids),
+                tokens_given=len(requests[i].targets),
+                exit_layers=tuple(chosen.tolist()),
+                generated=False,
+            )
+            on_finished(i, Scoring(*scores, trace))
+
+
+def _admit(
+    requests: Sequence[GenerationRequest],
+    needs: Sequence[int],
+    pending: deque[int],
+    states: States,
+    rows: Sequence[_Row],
+    max_rows: int,
+) -> list[_Row]:
+    """Starts waiting requests while there are rows, room and tokens in the pass for them."""
+    admitted: list[_Row] = []
+    budget = MAX_TOKENS_PER_PASS - len(rows)
+    while pending and len(rows) + len(admitted) < max_rows:
+        index = pending[0]
+        length = len(requests[index].prompt)
+        if length > budget and (rows or admitted):
+            break
+        slot = states.open_row(needs[index])
+        if slot is None:
+            break
+        pending.popleft()
+        budget -= length
+        admitted.append(_Row(index, requests[index], slot))
+    return admitted
+
+
+def _passes(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Requests for each scoring pass: longest first, bounded in rows and tokens."""
+    passes: list[list[int]] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not passes or len(passes[-1]) >= max_rows or tokens + lengths[i] > MAX_TOKENS_PER_PASS:
+            passes.append([])
+            tokens = 0
+        passes[-1].append(i)
+        tokens += lengths[i]
+    return passes
+
+
+def _open(states: States, length: int) -> int:
+    slot = states.open_row(length)
+    assert slot is not None, "the states were made for the largest pass"
+    return slot
+
+
+def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    """The next token of every row, from logits (R, V)."""
+    greedy = logits.argmax(dim=-1).tolist()
+    tokens: list[int] = []
+    for i, row in enumerate(rows):
+        sampler = row.request.sampler
+        if sampler.is_plain_greedy:
+            tokens.append(greedy[i])
+        else:
+            tokens.append(sampler.next_token([*row.request.prompt, *row.generated], logits[i]))
+    return tokens
+
+
+class _LastLogits:
+    """Keeps the logits of each row's only wanted token."""
+
+    def __init__(self, num_rows: int, row_of: IntArray) -> None:
+        self._row_of = row_of
+        self._parts: list[Tensor] = []
+        self._rows: list[IntArray] = []
+        self._num_rows = num_rows
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        return logits
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        self._rows.append(self._row_of[tokens])
+        self._parts.append(reduced)
+
+    def logits(self) -> Tensor:
+        """(R, V) float32, in order of the rows."""
+        rows = np.concatenate(self._rows)
+        assert sorted(rows.tolist()) == list(range(self._num_rows)), "every row is read out once"
+        order = torch.from_numpy(np.argsort(rows))
+        joined = torch.cat(self._parts).float()
+        return joined[order.to(joined.device)]
+
+
+class _TargetScores:
+    """Keeps, for each wanted token, the log-probabilities of its targets and the arg-max."""
+
+    def __init__(
+        self,
+        batch: FlatBatch,
+        targets: Sequence[Sequence[Sequence[int]]],
+        device: torch.device,
+        softmax_dtype: torch.dtype | None,
+    ) -> None:
+        self._targets = targets
+        self._dtype = softmax_dtype
+        self._row_of = batch.layout.row_of
+        self._wanted = np.flatnonzero(batch.wanted)
+        flat = [asked for row in targets for asked in row]
+        assert len(flat) == len(self._wanted)
+        width = max(len(asked) for asked in flat)
+        table = np.zeros((len(batch), width), dtype=np.int64)
+        for token, asked in zip(self._wanted, flat, strict=True):
+            table[token, : len(asked)] = asked
+        self._table = torch.from_numpy(table).to(device)
+        # float64 holds log-probabilities and token ids alike.
+        self._scores = torch.empty(len(batch), width + 1, dtype=torch.float64, device=device)
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        asked = self._table[torch.from_numpy(tokens).to(logits.device)]  # (T, width)
+        log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, asked)
+        return torch.cat([log_probs.double(), logits.argmax(dim=-1, keepdim=True).double()], dim=1)
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        self._scores[torch.from_numpy(tokens).to(reduced.device)] = reduced
+
+    def by_row(self) -> list[tuple[list[list[float]], list[int]]]:
+        """For each row: log-probabilities as its targets, and the arg-max at each position."""
+        table = self._scores[torch.from_numpy(self._wanted).to(self._scores.device)].tolist()
+        results, start = [], 0
+        for row in self._targets:
+            lines = table[start : start + len(row)]
+            log_probs = [line[: len(asked)] for line, asked in zip(lines, row, strict=True)]
+            results.append((log_probs, [int(line[-1]) for line in lines]))
+            start += len(row)
+        return results
