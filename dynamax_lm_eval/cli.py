@@ -1,0 +1,87 @@
+"""The command ``dynamax-lm-eval``: ``run`` (the harness with our model and tasks), ``tasks``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import dynamax_lm_eval
+from dynamax_lm_eval import _autoload
+
+_DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
+_EPILOG = """\
+examples:
+  dynamax-lm-eval run --model_args backbone=mistral,threshold=0.8 --tasks triviaqa --output_path out
+  dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.97 --tasks trivia_demo
+  dynamax-lm-eval tasks
+
+`run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
+package's own tasks are found without --include_path. The stock command works too:
+  lm_eval --model dynamax --include_path "$(dynamax-lm-eval tasks --path)" ...
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns the exit status; errors of the user end in one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"]:
+        return _run(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="dynamax-lm-eval",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {dynamax_lm_eval.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("run", help="evaluate: lm_eval with --model dynamax and our tasks (all its options)")
+    tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
+    tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
+    options = parser.parse_args(arguments)
+    return _tasks(options.path)
+
+
+def _tasks(path_only: bool) -> int:
+    folder = dynamax_lm_eval.tasks_dir()
+    lines = [str(folder)]
+    if not path_only:
+        lines += [f"  {yaml.stem}" for yaml in sorted(folder.rglob("*.yaml")) if not yaml.stem.startswith("_")]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _run(arguments: list[str]) -> int:
+    # The bridge does this where torch's autoload is on; here it must work without.
+    _autoload.register()
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    if "--model" not in arguments and "-M" not in arguments and not _names_config(arguments):
+        arguments = ["--model", _autoload.MODEL_NAME, *arguments]
+    setup_logging()
+    before = sys.argv
+    sys.argv = ["dynamax-lm-eval", "run", *arguments]
+    try:
+        harness = HarnessCLI()
+        options = harness.parse_args()
+        own = str(dynamax_lm_eval.tasks_dir())
+        options.include_path = [own, options.include_path] if getattr(options, "include_path", None) else own
+        harness.execute(options)
+    except (ValueError, OSError) as error:
+        if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
+            raise
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"dynamax-lm-eval: error: {message}\n")
+        return 2
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _names_config(arguments: Sequence[str]) -> bool:
+    """Whether a run file is given, which may name the model itself."""
+    flags = ("--config", "-C")
+    return any(item in flags or item.startswith("--config=") for item in arguments) and Path.cwd().exists()

@@ -1,0 +1,95 @@
+"""Compares the layer loop with ``model.forward`` when a model is loaded.
+
+Instead of a list of supported families: whatever a family does that the loop does not (soft-capping,
+scaled embeddings, another mask) shows as a difference, and the model is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.transformer import relative_difference, tolerance
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+_LENGTHS = (11, 4)
+#: Tokens of the first row that are fed at once; the others follow one by one.
+_PREFILL = 7
+
+
+@torch.no_grad()
+def check_against_model(engine: Engine, model: nn.Module) -> None:
+    """Runs a few tokens both ways: two rows together, and one row partly token by token.
+
+    Raises:
+        UserError: the logits differ by more than rounding, or are not finite.
+    """
+    backbone = engine.backbone
+    name = type(model).__name__
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(0, backbone.vocab_size, (n,), generator=generator) for n in _LENGTHS]
+    reference: list[Tensor] = []
+    for text in texts:
+        output: Any = model(text.unsqueeze(0).to(backbone.device))
+        reference.append(output.logits[0].float())
+    if not all(torch.isfinite(logits).all() for logits in reference):
+        raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
+
+    states = backbone.new_states(2 * sum(_LENGTHS))
+    together = _logits(engine, states, [(text.tolist(), 0, None) for text in texts])
+    _compare(name, "two rows in one batch", together, torch.cat(reference))
+
+    first = texts[0].tolist()
+    slot = states.open_row(len(first))
+    assert slot is not None
+    stepped = [_logits(engine, states, [(first[:_PREFILL], 0, slot)])]
+    stepped += [_logits(engine, states, [([first[i]], i, slot)]) for i in range(_PREFILL, len(first))]
+    _compare(name, "token by token", torch.cat(stepped), reference[0])
+
+
+def check_state_recompute(engine: Engine) -> None:
+    """Checks the K/V projection that ``state_mode=recompute`` uses; raises UserError where it differs."""
+    ids = torch.arange(_LENGTHS[0]) % engine.backbone.vocab_size
+    engine.backbone.verify(ids.to(engine.backbone.device))
+
+
+def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | None]]) -> Tensor:
+    policy = ExitPolicy(engine.backbone.num_layers)
+    inputs = []
+    for ids, first, slot in rows:
+        place = states.open_row(len(ids)) if slot is None else slot
+        inputs.append(RowInput(ids, first, place, prompt_length=1, max_steps=1, policy=policy))
+    batch = FlatBatch.build(inputs)
+    sink = _AllLogits(len(batch))
+    engine.forward(batch, states, sink)
+    return torch.stack([row for row in sink.rows if row is not None])
+
+
+def _compare(name: str, what: str, ours: Tensor, theirs: Tensor) -> None:
+    difference = relative_difference(ours, theirs.to(ours.device))
+    allowed = tolerance(ours.dtype)
+    if not difference <= allowed:
+        raise UserError(
+            f"{name} is not supported: run block by block ({what}), its logits differ from model.forward by "
+            f"{difference:.1e} of their largest value, more than rounding explains ({allowed:.0e})"
+        )
+
+
+class _AllLogits:
+    """Keeps the logits of every token."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.rows: list[Tensor | None] = [None] * num_tokens
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        return logits
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        for token, row in zip(tokens.tolist(), reduced, strict=True):
+            self.rows[token] = row

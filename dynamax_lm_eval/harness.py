@@ -1,0 +1,308 @@
+"""Compute beside the metrics: what happens around lm-evaluation-harness's ``evaluate``.
+
+Responses cannot carry compute (filters and scorers expect plain values), so the model keeps a
+:class:`ResponseLedger` on the side. The public ``lm_eval.evaluator.evaluate`` is wrapped once; afterwards the
+records are matched to the tasks' instances, gathered over ranks, summed, and written into the results.
+
+Knows the harness's instances, caches and result layout; knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+import lm_eval.evaluator
+from lm_eval.api.model import hash_args
+
+from dynamax_lm_eval.compute.ledger import (
+    ACCOUNTING,
+    SCHEMA_VERSION,
+    ComputeRecord,
+    exit_histogram,
+    reduction_stderr,
+    total_reduction_stderr,
+)
+from dynamax_lm_eval.config import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Keys of ours in the harness's response cache; its own are sha256 digests.
+_IDENTITY_KEY = "dynamax:identity"
+_RECORD_PREFIX = "dynamax:compute:"
+
+_HIGHER_IS_BETTER = ("compute_reduction", "compute_reduction_total", "compute_reduction_paper")
+
+
+class ResponseLedger:
+    """Compute records of responses, found again by what was asked.
+
+    A request is known by the harness's own hash of its kind and arguments. The same request may come
+    several times (repeats, equal documents); its records are kept in order. With ``--use_cache`` they are
+    also stored beside the responses, so that a run answered from the cache reports the same numbers.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[str, list[ComputeRecord]] = defaultdict(list)
+        self._database: MutableMapping[str, Any] | None = None
+        #: Wall-clock seconds spent answering, by kind of request.
+        self.seconds: Counter[str] = Counter()
+
+    def start_run(self) -> None:
+        """Forgets the records of an earlier evaluation."""
+        self._records.clear()
+        self.seconds.clear()
+
+    def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Stores records in the harness's cache from now on.
+
+        Raises:
+            UserError: the cache holds responses of a run with another identity, or of unknown origin.
+        """
+        identity = json.loads(json.dumps(identity, sort_keys=True))
+        if len(database) == 0:
+            database[_IDENTITY_KEY] = json.dumps(identity)
+        elif _IDENTITY_KEY not in database:
+            raise UserError(
+                "the file of --use_cache holds responses of another model (it has no identity record of dynamax); "
+                "choose another file"
+            )
+        stored = json.loads(database[_IDENTITY_KEY])
+        differing = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
+        if differing:
+            raise UserError(
+                "the file of --use_cache holds responses of a run that differs in "
+                + ", ".join(f"{key} ({stored.get(key)!r}, now {identity.get(key)!r})" for key in differing)
+                + "; choose another file"
+            )
+        self._database = database
+
+    def add(self, kind: str, args: Iterable[Any], record: ComputeRecord) -> None:
+        """Keeps the record of one response. Call it before the response is cached."""
+        key = hash_args(kind, args)
+        self._records[key].append(record)
+        if self._database is not None:
+            self._database[_RECORD_PREFIX + key] = json.dumps(record.to_json())
+
+    def find(self, kind: str, args: Iterable[Any], occurrence: int) -> ComputeRecord:
+        """The record of the ``occurrence``-th response (from 0) to this request."""
+        key = hash_args(kind, args)
+        records = self._records.get(key, [])
+        if occurrence < len(records):
+            return records[occurrence]
+        if self._database is not None and _RECORD_PREFIX + key in self._database:
+            return ComputeRecord.from_json(json.loads(self._database[_RECORD_PREFIX + key]))
+        raise RuntimeError(f"no compute record for a {kind} request; was it answered by another model?")
+
+
+def install() -> None:
+    """Wraps ``lm_eval.evaluator.evaluate`` so that results of our model carry compute. Idempotent."""
+    _share_log()
+    original = lm_eval.evaluator.evaluate
+    if getattr(original, "_dynamax_wrapped", False):
+        return
+    wrapped = _wrap(original)
+    wrapped._dynamax_wrapped = True  # type: ignore[attr-defined]
+    lm_eval.evaluator.evaluate = wrapped
+
+
+def _share_log() -> None:
+    """Sends this package's messages where the harness's command sends its own."""
+    theirs, ours = logging.getLogger("lm_eval"), logging.getLogger("dynamax_lm_eval")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = theirs.propagate
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        lm = kwargs["lm"] if "lm" in kwargs else args[0]
+        ledger = getattr(lm, "response_ledger", None)
+        if not isinstance(ledger, ResponseLedger):
+            return original(*args, **kwargs)
+        task_dict = kwargs["task_dict"] if "task_dict" in kwargs else args[1]
+        ledger.start_run()
+        results = original(*args, **kwargs)
+        gathered = lm.gather_object(
+            (_records_by_document(task_dict, ledger, kwargs.get("samples")), dict(ledger.seconds)), dst=0
+        )
+        if results is not None:
+            _write(results, gathered)
+        return results
+
+    return evaluate
+
+
+#: Task name -> document id -> records of its responses, in the harness's order.
+_ByDocument = dict[str, dict[int, list[ComputeRecord]]]
+
+
+def _records_by_document(
+    task_dict: Mapping[Any, Any], ledger: ResponseLedger, samples: Mapping[str, list[int]] | None
+) -> _ByDocument:
+    """The records of this rank's documents; clones that only pad ranks to equal length are left out."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found: _ByDocument = {}
+    for name, task in _tasks(task_dict):
+        documents: dict[int, list[ComputeRecord]] = defaultdict(list)
+        indices = (samples or {}).get(name)
+        for instance in task.instances:
+            for _ in range(instance.repeats or 1):
+                key = (instance.request_type, hash_args(instance.request_type, instance.args))
+                record = ledger.find(instance.request_type, instance.args, seen[key])
+                seen[key] += 1
+                documents[indices[instance.doc_id] if indices else instance.doc_id].append(record)
+        found[name] = dict(documents)
+    return found
+
+
+def _tasks(task_dict: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
+    """All (name, task), from the harness's present layout or the nested one of earlier releases."""
+    if "tasks" in task_dict:
+        yield from task_dict["tasks"].items()
+        return
+    for key, value in task_dict.items():
+        if isinstance(value, Mapping):
+            yield from _tasks(value)
+        else:
+            yield key, value
+
+
+def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float]]]) -> None:
+    """Puts compute into the results of an evaluation, after the tasks' own metrics."""
+    by_task: _ByDocument = defaultdict(dict)
+    seconds: dict[str, float] = {}
+    for found, rank_seconds in gathered:
+        for name, documents in found.items():
+            by_task[name].update(documents)
+        # Ranks work at the same time: the slowest one is what was waited for.
+        seconds = {kind: max(seconds.get(kind, 0.0), rank_seconds.get(kind, 0.0)) for kind in {*seconds, *rank_seconds}}
+
+    per_document = {
+        name: [ComputeRecord.sum(records) for _, records in sorted(documents.items())]
+        for name, documents in by_task.items()
+    }
+    subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
+    for name, metrics in results["results"].items():
+        leaves = [name] if name in per_document else sorted(_leaves(name, subtasks, per_document))
+        documents = [record for leaf in leaves for record in per_document[leaf]]
+        if not documents:
+            continue
+        filters = _filters(metrics) or _filters_of(leaves, results["results"]) or ["none"]
+        added = _metrics(documents, filters)
+        metrics.update(added)
+        if name in results.get("groups", {}):
+            results["groups"][name].update(added)
+        results.setdefault("higher_is_better", {}).setdefault(name, {}).update(dict.fromkeys(_HIGHER_IS_BETTER, True))
+    for name, samples in results.get("samples", {}).items():
+        for sample in samples:
+            records = by_task[name][sample["doc_id"]]
+            sample["compute_reduction"] = ComputeRecord.sum(records).compute_reduction
+            sample["exit_layers"] = [layers for record in records for layers in record.exit_layers]
+
+    everything = [record for documents in per_document.values() for record in documents]
+    results["compute"] = {
+        "schema_version": SCHEMA_VERSION,
+        "accounting": ACCOUNTING,
+        "by_task": {name: _breakdown(documents) for name, documents in per_document.items()},
+        "overall": _breakdown(everything) | _timing(everything, seconds),
+    }
+    if everything and not any(record.eligible_tokens for record in everything):
+        logger.warning(
+            "No token was eligible for an exit (single-token continuations, or nothing generated after the first "
+            "token), so compute_reduction is 1; exit_scope=all lets prompt tokens exit too"
+        )
+
+
+def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, Any]:
+    """The rows that stand beside a task's metrics, for each of its filters."""
+    total = ComputeRecord.sum(documents)
+    values: dict[str, Any] = {
+        "compute_reduction": total.compute_reduction,
+        "compute_reduction_stderr": _or_na(reduction_stderr(documents)),
+        "compute_reduction_total": total.compute_reduction_total,
+        "compute_reduction_total_stderr": _or_na(total_reduction_stderr(documents)),
+        "compute_reduction_paper": total.compute_reduction_paper,
+    }
+    if total.mean_exit_layer is not None:
+        values["mean_exit_layer"] = total.mean_exit_layer
+    if total.generations:
+        values["generated_tokens"] = total.generated_tokens / total.generations
+        values["token_limit_share"] = total.hit_limit / total.generations
+    return {f"{metric},{name}": value for name in filters for metric, value in values.items()}
+
+
+def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
+    """Everything known about the compute of some documents, as JSON data."""
+    total = ComputeRecord.sum(documents)
+    return {
+        "documents": len(documents),
+        "responses": total.responses,
+        "compute_reduction": total.compute_reduction,
+        "compute_reduction_stderr": reduction_stderr(documents),
+        "compute_reduction_total": total.compute_reduction_total,
+        "compute_reduction_total_stderr": total_reduction_stderr(documents),
+        "compute_reduction_paper": total.compute_reduction_paper,
+        "mean_exit_layer": total.mean_exit_layer,
+        "exit_histogram": exit_histogram(total),
+        "tokens": {
+            "prompt": total.prompt_tokens,
+            "fed": total.fed_tokens,
+            "eligible_tokens": total.eligible_tokens,
+            "generated": total.generated_tokens,
+            "scored": total.scored_tokens,
+        },
+        "generations": total.generations,
+        "mean_generated_tokens": total.generated_tokens / total.generations if total.generations else None,
+        "token_limit_share": total.hit_limit / total.generations if total.generations else None,
+        "macs": {
+            "eligible_full": total.full_macs,
+            "eligible_blocks": total.block_macs,
+            "exits": {
+                "classifiers": total.classifier_macs,
+                "state_recompute": total.recompute_macs,
+                "lm_head_reads": total.lm_head_macs,
+            },
+            "total_full": total.full_total_macs,
+            "total": total.total_macs,
+        },
+        "paper_units": {"full": total.paper_full, "spent": total.paper_spent},
+    }
+
+
+def _timing(documents: list[ComputeRecord], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Wall-clock time, kept apart from counted compute. Cached responses took none of it."""
+    spent = sum(seconds.values())
+    tokens = sum(record.fed_tokens for record in documents)
+    return {
+        "seconds": dict(seconds),
+        "seconds_total": spent,
+        "fed_tokens_per_second": tokens / spent if spent > 0 else None,
+    }
+
+
+def _filters(metrics: Mapping[str, Any]) -> list[str]:
+    """Filters that a result entry has metrics for, in order."""
+    return list(dict.fromkeys(key.partition(",")[2] for key in metrics if "," in key))
+
+
+def _filters_of(tasks: Iterable[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for task in tasks for name in _filters(results.get(task, {}))))
+
+
+def _leaves(group: str, subtasks: Mapping[str, list[str]], tasks: Mapping[str, Any]) -> set[str]:
+    """The tasks below a group, each once even where it belongs to several of its subgroups."""
+    found: set[str] = set()
+    for child in subtasks.get(group, []):
+        found |= {child} if child in tasks else _leaves(child, subtasks, tasks)
+    return found
+
+
+def _or_na(value: float | None) -> float | str:
+    return "N/A" if value is None else value

@@ -1,0 +1,474 @@
+"""``--model dynamax``: the harness's ``HFLM`` with generation and scoring done by the early-exit engine.
+
+Loading (dtype, device, revision, PEFT, chat templates and so on) is HFLM's own. Requests come in as texts
+and leave as texts or scores; token ids and policies go to the engine, compute records to the ledger.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from lm_eval import utils
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import dynamax_lm_eval
+from dynamax_lm_eval import config as arguments
+from dynamax_lm_eval import harness
+from dynamax_lm_eval.backbones import TransformerBackbone, aliases
+from dynamax_lm_eval.backbones.fingerprint import weights_fingerprint
+from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
+from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.sampling import Sampler, request_seed
+from dynamax_lm_eval.engine.scheduler import (
+    Generation,
+    GenerationRequest,
+    Scoring,
+    ScoringRequest,
+    generate,
+    score,
+)
+from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.generation import GenerationSettings, StopStrings
+
+logger = logging.getLogger(__name__)
+
+#: Share of free memory that ``batch_size=auto`` gives to K and V; the rest is for activations and logits.
+_AUTO_MEMORY_SHARE = 0.5
+
+harness.install()
+
+
+@register_model("dynamax")
+class DynamaxLM(HFLM):  # type: ignore[misc]
+    """Early-exit causal LM. Takes the arguments of ``--model hf`` and those of :class:`DynamaxArgs`.
+
+    ``backbone`` (or ``pretrained``) is an alias, a Hub id, a folder, or from Python a loaded model.
+    """
+
+    def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
+        """Checks every argument, then loads the backbone and compares the layer loop with its forward.
+
+        Raises:
+            UserError: an argument is wrong or cannot be honoured, or the architecture is not supported.
+        """
+        loaded = pretrained if isinstance(pretrained, transformers.PreTrainedModel) else None
+        name = loaded.name_or_path or type(loaded).__name__ if loaded is not None else pretrained
+        given = kwargs if name is None else {**kwargs, "pretrained": name}
+        self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
+        source = loaded if loaded is not None else aliases.resolve(self.args.backbone)
+        config = loaded.config if loaded is not None else _load_config(source, self.args.backbone, passed_on)
+        _check_architecture(config)
+        self.policy, self._policy_note = _build_policy(self.args, int(config.get_text_config().num_hidden_layers))
+        if self._policy_note:
+            logger.warning("%s", self._policy_note)
+
+        super().__init__(pretrained=source, **passed_on)
+        if hasattr(self, "accelerator"):
+            # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+        self.response_ledger = harness.ResponseLedger()
+        self.engine = Engine(TransformerBackbone(self.model, self.max_length))
+        self.engine.check_policy(self.policy)
+        with self._autocast():
+            check_against_model(self.engine, self.model)
+            if self.policy.active_exits and self.policy.state_mode == "recompute":
+                check_state_recompute(self.engine)
+        self._warn_of_read_cost()
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DynamaxLM:
+        # The harness names the result folder after `pretrained` in this very dict.
+        if "backbone" in arg_dict and "pretrained" not in arg_dict:
+            backbone = arg_dict.pop("backbone")
+            arg_dict["pretrained"] = aliases.HUB_ALIASES.get(backbone, backbone)
+        lm: DynamaxLM = super().create_from_arg_obj(arg_dict, additional_config)
+        return lm
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        if cache_hook.dbdict is not None:
+            self.response_ledger.use_database(cache_hook.dbdict, self.identity())
+        super().set_cache_hook(cache_hook)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""
+        return {
+            "weights": weights_fingerprint(self.model),
+            "dtype": str(self.model.dtype),
+            "mixed_precision_dtype": str(self.mixed_precision_dtype),
+            "softmax_dtype": str(self.softmax_dtype),
+            "tokenizer": f"{type(self.tokenizer).__name__}/{len(self.tokenizer)}/{self.tokenizer.name_or_path}",
+            "add_bos_token": self.add_bos_token,
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+            "prefix_token_id": self.prefix_token_id,
+            "think_end_token": self.think_end_token,
+            "generation_config": self.model.generation_config.to_diff_dict(),
+            "repetition_penalty": self.args.repetition_penalty,
+            "policy": self.policy.describe(),
+        }
+
+    def get_model_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super().get_model_info()
+        backbone = self.engine.backbone
+        return info | {
+            "model_name": self.args.backbone,
+            "dynamax": {
+                "version": dynamax_lm_eval.__version__,
+                "backbone": self.args.backbone,
+                "resolved_backbone": getattr(self.model, "name_or_path", None),
+                "revision": self.revision,
+                "exits": None,
+                "exits_fingerprint": None,
+                "policy": self.policy.describe(),
+                "policy_note": self._policy_note,
+                "repetition_penalty": self.args.repetition_penalty,
+                "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
+            },
+        }
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts of ``generate_until`` requests; each is cached as soon as it is finished."""
+        if not requests:
+            return []
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        prepared = [_GenerationJob(self, request, eos) for request in requests]
+        self._seed_samplers(prepared)
+        texts: list[str] = [""] * len(requests)
+        longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
+        with self._timed("generate_until"), self._progress(len(requests), "generate_until", disable_tqdm) as progress:
+
+            def finished(index: int, generation: Generation) -> None:
+                job = prepared[index]
+                texts[index] = job.text(generation.tokens)
+                record = self._record([generation.trace])
+                self.response_ledger.add("generate_until", job.args, record)
+                self.cache_hook.add_partial("generate_until", job.args, texts[index])
+                progress.advance(record)
+
+            generate(self.engine, [job.request for job in prepared], self._rows_in_flight(longest), finished)
+        return texts
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Scores of (context, continuation) token pairs through the exits."""
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+
+        def finished(index: int, answer: tuple[float, bool], trace: Trace) -> None:
+            answers[index] = answer
+            record = self._record([trace])
+            texts = requests[index][0]
+            self.response_ledger.add("loglikelihood", texts, record)
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+            progress.advance(record)
+
+        with self._timed("loglikelihood"), self._progress(len(requests), "loglikelihood", disable_tqdm) as progress:
+            self._score([(context, continuation) for _, context, continuation in requests], finished)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of the model's length."""
+        windows: list[tuple[list[int], list[int]]] = []
+        owner: list[int] = []
+        for index, request in enumerate(requests):
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(utils.make_disjoint_window, rolling):
+                windows.append(window)
+                owner.append(index)
+
+        sums = [0.0] * len(requests)
+        traces: list[list[Trace]] = [[] for _ in requests]
+        open_windows = Counter(owner)
+
+        def answer(index: int) -> None:
+            record = self._record(traces[index])
+            args = (requests[index].args[0],)
+            self.response_ledger.add("loglikelihood_rolling", args, record)
+            self.cache_hook.add_partial("loglikelihood_rolling", args, sums[index])
+            progress.advance(record)
+
+        def finished(window: int, result: tuple[float, bool], trace: Trace) -> None:
+            index = owner[window]
+            sums[index] += result[0]
+            traces[index].append(trace)
+            open_windows[index] -= 1
+            if not open_windows[index]:
+                answer(index)
+
+        kind = "loglikelihood_rolling"
+        with self._timed(kind), self._progress(len(requests), kind, disable_tqdm) as progress:
+            for index in range(len(requests)):
+                if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
+                    answer(index)
+            self._score(windows, finished)
+        return sums
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], finished: Any) -> None:
+        """Scores token pairs; calls ``finished(index, (log-likelihood, is_greedy), trace)`` for each.
+
+        Pairs with the same context that differ only in the last token share one row (unless
+        ``logits_cache=False``): the split between context and continuation decides who may exit, so it is
+        part of what must be equal.
+        """
+        groups: dict[Any, list[int]] = {}
+        fed: list[tuple[list[int], int]] = []
+        for index, (context, continuation) in enumerate(pairs):
+            ids, context_length = self._fit(context, continuation)
+            key = (tuple(ids), context_length) if self.logits_cache else index
+            if key not in groups:
+                groups[key] = []
+                fed.append((ids, context_length))
+            groups[key].append(index)
+        members = list(groups.values())
+        requests = [
+            ScoringRequest(
+                ids=ids,
+                context_length=context_length,
+                targets=[
+                    *([token] for token in ids[context_length:]),
+                    [pairs[index][1][-1] for index in group],
+                ],
+                policy=self.policy,
+            )
+            for (ids, context_length), group in zip(fed, members, strict=True)
+        ]
+
+        def share(row: int, scoring: Scoring) -> None:
+            common = [line[0] for line in scoring.log_probs[:-1]]
+            common_greedy = all(
+                token == target[0]
+                for token, target in zip(scoring.greedy_tokens[:-1], requests[row].targets[:-1], strict=True)
+            )
+            for index, last in zip(members[row], scoring.log_probs[-1], strict=True):
+                greedy = common_greedy and scoring.greedy_tokens[-1] == pairs[index][1][-1]
+                finished(index, (sum(common) + last, greedy), scoring.trace)
+
+        longest = max((len(request.ids) for request in requests), default=1)
+        with self._autocast():
+            score(self.engine, requests, self._rows_in_flight(longest), share, self.softmax_dtype)
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+        """Tokens to feed and how many of them are context, cut from the left to the model's length."""
+        if not continuation:
+            raise UserError("cannot score an empty continuation; check the task's doc_to_choice or doc_to_target")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}"
+            )
+        whole = (context + continuation)[-(self.max_length + 1) :]
+        if len(whole) < len(context) + len(continuation):
+            logger.warning(
+                "Context (%d tokens) and continuation (%d) exceed max_length=%d; cutting the context from the left",
+                len(context),
+                len(continuation),
+                self.max_length,
+            )
+        return whole[:-1], len(whole) - len(continuation)
+
+    def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
+        cost = self.engine.backbone.cost
+        return account([(trace, self.policy.terms(trace.prompt_tokens)) for trace in traces], cost)
+
+    def _seed_samplers(self, jobs: Sequence[_GenerationJob]) -> None:
+        repeats: Counter[str] = Counter()
+        for job in jobs:
+            if job.request.sampler.do_sample:
+                key = json.dumps(job.args, sort_keys=True, default=str)
+                job.request.sampler.seed = request_seed(torch.initial_seed(), key, repeats[key])
+                repeats[key] += 1
+
+    def _rows_in_flight(self, longest: int) -> int:
+        """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds K and V for."""
+        if self.batch_size != "auto":
+            return int(self.batch_size)
+        element = torch.finfo(self.model.dtype).bits // 8
+        backbone = self.engine.backbone
+        assert isinstance(backbone, TransformerBackbone)
+        per_token = sum(2 * block.kv_heads * block.head_dim for block in backbone.blocks) * element
+        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / (per_token * longest))
+        rows = max(1, min(rows, self.max_batch_size or rows))
+        logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
+        self.batch_sizes[0] = rows
+        return rows
+
+    def _warn_of_read_cost(self) -> None:
+        if self.args.confidence is None and self.policy.active_exits:
+            cost = self.engine.backbone.cost
+            logger.warning(
+                "No trained exits are known for this backbone and no confidence was named, so this run uses "
+                "confidence=softmax. Each of its LM-head reads costs as much as %.1f blocks here, so compute_reduction "
+                "can fall below 1; confidence=state costs nothing",
+                cost.lm_head / cost.mean_block_weights,
+            )
+
+    def _autocast(self) -> Any:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            with self._autocast():
+                yield
+        finally:
+            self.response_ledger.seconds[kind] += time.perf_counter() - start
+
+    @contextmanager
+    def _progress(self, total: int, kind: str, disable: bool) -> Iterator[_Progress]:
+        with tqdm(total=total, disable=disable or self.rank != 0, desc=f"Running {kind} requests") as bar:
+            yield _Progress(bar)
+
+
+class _Progress:
+    """A progress bar that also shows the reduction so far."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._full = 0
+        self._spent = 0
+
+    def advance(self, record: ComputeRecord) -> None:
+        self._full += record.full_macs
+        self._spent += record.spent_macs
+        if self._spent:
+            self._bar.set_postfix_str(f"compute_reduction={self._full / self._spent:.3f}", refresh=False)
+        self._bar.update(1)
+
+
+class _GenerationJob:
+    """One ``generate_until`` request: its prompt and limits as HFLM would set them, and its text at the end."""
+
+    def __init__(self, lm: DynamaxLM, request: Any, eos: str) -> None:
+        self._lm = lm
+        self.args = request.args
+        context, gen_kwargs = request.args
+        # A deep copy: `until` must not be changed in place, it is part of the cache's key.
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
+        self._stops = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        max_gen_toks = kwargs.pop("max_gen_toks")
+        if not 1 <= max_gen_toks < lm.max_length:
+            raise UserError(
+                f"max_gen_toks={max_gen_toks} must be at least 1 and less than the model's max_length={lm.max_length}"
+            )
+        room = lm.max_length - max_gen_toks
+        ids, _ = lm.tok_batch_encode([context], left_truncate_len=room, truncation=lm.truncation)
+        prompt: list[int] = ids[0].tolist()
+        if not prompt:
+            raise UserError("cannot generate after an empty prompt; add a few-shot example or a system instruction")
+        max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
+        if lm.args.repetition_penalty is not None:
+            kwargs.setdefault("repetition_penalty", lm.args.repetition_penalty)
+        settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
+        self.request = GenerationRequest(
+            prompt=prompt,
+            max_new_tokens=settings.max_new_tokens(len(prompt), max_length),
+            policy=lm.policy,
+            sampler=Sampler(settings.processors(len(prompt), max_length), settings.do_sample),
+            is_finished=StopStrings(lm.tokenizer, self._stops, settings.eos_ids),
+        )
+
+    def text(self, tokens: list[int]) -> str:
+        """What the harness gets: decoded, without what follows a stop string or precedes the end of thinking."""
+        think_end = self._lm.think_end_token
+        if isinstance(think_end, int) and think_end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(think_end) :]
+        text = self._lm.tok_decode(tokens)
+        if isinstance(think_end, int):
+            text = text.lstrip()
+        finished: str = postprocess_generated_text(
+            generation=text,
+            stop=self._stops,
+            think_end_token=think_end if isinstance(think_end, str) else None,
+        )
+        return finished
+
+
+def _harness_arguments() -> frozenset[str]:
+    """Names that HFLM takes, without the two that only make sense inside it."""
+    return frozenset(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
+
+
+def _load_config(source: str, backbone: str, passed_on: dict[str, Any]) -> Any:
+    """The backbone's configuration, before any weights.
+
+    Raises:
+        UserError: there is none to be had.
+    """
+    names = ("subfolder", "trust_remote_code", "gguf_file", "cache_dir", "token", "local_files_only")
+    options = {name: passed_on[name] for name in names if passed_on.get(name)}
+    try:
+        return transformers.AutoConfig.from_pretrained(source, revision=str(passed_on.get("revision") or "main"), **options)
+    except (OSError, ValueError) as error:
+        known = ", ".join([*aliases.HUB_ALIASES, aliases.SMOLLM2_GGUF])
+        raise UserError(
+            f"backbone={backbone!r} is neither an alias ({known}), nor a folder with a model, nor a model that could "
+            f"be had from the Hub: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _check_architecture(config: Any) -> None:
+    model_type = getattr(config, "model_type", None)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{model_type!r} is an encoder-decoder (seq2seq) model; dynamax needs a decoder-only (causal) backbone"
+        )
+    if "mamba" in str(model_type):
+        raise UserError(f"{model_type!r}: Mamba backbones are not supported by this version of dynamax")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
+        raise UserError(f"{model_type!r} is not a causal language model of transformers")
+
+
+def _build_policy(args: DynamaxArgs, num_layers: int) -> tuple[ExitPolicy, str | None]:
+    """The policy for a backbone of ``num_layers`` blocks, and a note where something was decided for the user."""
+    pruned = arguments.resolve_pruned_blocks(args.prune_layers, num_layers)
+    exit_layers = arguments.resolve_exit_layers(args.exit_layers, num_layers)
+    note = None
+    if args.exit_layers is None and pruned.intersection(exit_layers):
+        dropped = sorted(pruned.intersection(exit_layers))
+        exit_layers = tuple(layer for layer in exit_layers if layer not in pruned)
+        note = f"default exit layers {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}"
+    policy = ExitPolicy(
+        num_layers=num_layers,
+        exit_layers=exit_layers,
+        thresholds=arguments.resolve_thresholds(args.threshold, exit_layers),
+        confidence=args.confidence or "softmax",
+        state_mode=args.state_mode,
+        pruned_blocks=pruned,
+        exit_scope=args.exit_scope,
+        threshold_decay=args.threshold_decay,
+    )
+    return policy, note
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
