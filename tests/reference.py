@@ -1,0 +1,172 @@
+"""Early exit written a second time, slowly: one row, one token at a time, dense attention.
+
+Independent of the engine: it calls the family's own blocks with transformers' eager attention and a plain
+cache of lists, so that agreement with the engine means something.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+
+@dataclass
+class Row:
+    """What a row of the reference has seen and decided."""
+
+    layers: list[int] = field(default_factory=list)  # of every token
+    logits: list[Tensor] = field(default_factory=list)  # of every token
+    confidences: list[float] = field(default_factory=list)  # all that were compared, less their threshold
+    block_calls: int = 0
+
+
+class _ListCache:
+    """K, V and positions of one block, in order of writing."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.positions: list[int] = []
+        self.pending: int = 0
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys.append(key)
+        self.values.append(value)
+        self.positions.append(self.pending)
+        return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
+
+
+class Reference:
+    """Feeds one row token by token under a policy."""
+
+    def __init__(self, model: Any, policy: ExitPolicy, prompt_length: int, max_steps: int) -> None:
+        self.model = model
+        self.config = model.config
+        self.policy = policy
+        self.prompt_length = prompt_length
+        self.max_steps = max_steps
+        self.inner = next(m for m in model.children() if hasattr(m, "layers"))
+        self.caches = [_ListCache() for _ in self.inner.layers]
+        self.row = Row()
+
+    @torch.no_grad()
+    def feed(self, token: int) -> Tensor:
+        """Runs one token, keeps its states, returns its logits (V,)."""
+        position = len(self.row.layers)
+        policy, depth = self.policy, len(self.inner.layers)
+        hidden = self.model.get_input_embeddings()(torch.tensor([[token]]))
+        first = 1 if policy.exit_scope == "all" else self.prompt_length
+        exit_layer, last_run = depth, 0
+        for block in range(1, depth + 1):
+            if block in policy.pruned_blocks:
+                continue
+            if exit_layer < depth:
+                self._leave_state(block, last_run, hidden, position)
+                continue
+            before = hidden
+            hidden = self._block(block, hidden, position)
+            last_run = block
+            if position >= first and self._exits(block, before, hidden, position - first):
+                exit_layer = block
+        self.row.layers.append(exit_layer)
+        logits = self._readout(hidden)
+        self.row.logits.append(logits)
+        return logits
+
+    def _exits(self, block: int, before: Tensor, after: Tensor, step: int) -> bool:
+        policy = self.policy
+        if block not in policy.exit_layers:
+            return False
+        threshold = policy.thresholds[policy.exit_layers.index(block)]
+        if threshold >= 1:
+            return False
+        if policy.threshold_decay is not None:
+            threshold = 0.9 * threshold + 0.1 * math.exp(-policy.threshold_decay * step / self.max_steps)
+            threshold = min(max(threshold, 0.0), 1.0)
+        if policy.confidence == "state":
+            a, b = before.flatten(), after.flatten()
+            confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
+        else:
+            p = self._readout(after).softmax(-1)
+            if policy.confidence == "softmax":
+                first, second = p.sort(descending=True).values[:2].tolist()
+                confidence = first - second
+            else:
+                confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
+        self.row.confidences.append(confidence - threshold)
+        return confidence >= threshold
+
+    def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:
+        if self.policy.state_mode == "recompute":
+            self._block(block, hidden, position)  # writes K and V; the output is thrown away
+            self.row.block_calls -= 1
+        elif self.policy.state_mode == "copy":
+            source, target = self.caches[last_run - 1], self.caches[block - 1]
+            target.pending = position
+            target.update(source.keys[-1], source.values[-1])
+
+    def _block(self, block: int, hidden: Tensor, position: int) -> Tensor:
+        self.row.block_calls += 1
+        layer = self.inner.layers[block - 1]
+        cache = self.caches[block - 1]
+        cache.pending = position
+        ids = torch.tensor([[position]])
+        types = getattr(self.config, "layer_types", None)
+        kind = [types[block - 1]] if self.config.model_type.startswith("gemma3") else []
+        rotary = self.inner.rotary_emb(hidden, ids, *kind)
+        name = "layer_past" if self.config.model_type == "gpt_neox" else "past_key_values"
+        before, self.config._attn_implementation = self.config._attn_implementation, "eager"
+        output = layer(
+            hidden,
+            attention_mask=self._mask(block, position),
+            position_ids=ids,
+            position_embeddings=rotary,
+            use_cache=True,
+            **{name: cache},
+        )
+        self.config._attn_implementation = before
+        return output[0] if isinstance(output, tuple) else output
+
+    def _mask(self, block: int, position: int) -> Tensor:
+        window = getattr(self.config, "sliding_window", None)
+        types = getattr(self.config, "layer_types", None)
+        if types is not None and types[block - 1] != "sliding_attention":
+            window = None
+        seen = [*self.caches[block - 1].positions, position]
+        far = [window is not None and position - other >= window for other in seen]
+        return torch.tensor(far).float().mul(-1e9).view(1, 1, 1, -1)
+
+    def _readout(self, hidden: Tensor) -> Tensor:
+        norm = getattr(self.inner, "norm", None) or self.inner.final_layer_norm
+        return self.model.get_output_embeddings()(norm(hidden))[0, 0].float()
+
+
+def reference_generate(model: Any, policy: ExitPolicy, prompt: list[int], max_new: int) -> tuple[list[int], Row]:
+    """Greedy tokens after a prompt."""
+    reference = Reference(model, policy, len(prompt), max_new)
+    for token in prompt:
+        logits = reference.feed(token)
+    generated = [int(logits.argmax())]
+    while len(generated) < max_new:
+        generated.append(int(reference.feed(generated[-1]).argmax()))
+    return generated, reference.row
+
+
+def reference_score(
+    model: Any, policy: ExitPolicy, context: list[int], continuation: list[int]
+) -> tuple[list[float], Row]:
+    """Log-probability of each continuation token, fed one by one."""
+    reference = Reference(model, policy, len(context), len(continuation))
+    for token in [*context, *continuation[:-1]]:
+        reference.feed(token)
+    wanted = reference.row.logits[len(context) - 1 :]
+    scores = [
+        float(logits.log_softmax(-1)[token]) for logits, token in zip(wanted, continuation, strict=True)
+    ]
+    return scores, reference.row

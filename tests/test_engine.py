@@ -1,0 +1,362 @@
+"""The engine against transformers, and against early exit written a second time (``reference``)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, LAYERS, random_ids, tiny_model
+from reference import reference_generate, reference_score
+
+from dynamax_lm_eval.backbones import TransformerBackbone, attention
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.engine.scheduler import (
+    Generation,
+    GenerationRequest,
+    Scoring,
+    ScoringRequest,
+    generate,
+    score,
+)
+from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+FULL = ExitPolicy(LAYERS)
+PROMPTS = [random_ids(length, seed) for seed, length in enumerate((13, 4, 9, 1, 7))]
+NEW_TOKENS = 8
+#: Every state mode is tested on all of these; copy does not exist on Gemma 3.
+MODES = ("recompute", "copy", "skip")
+
+
+def engine_for(family: str, *dtype: torch.dtype) -> Engine:
+    return Engine(TransformerBackbone(tiny_model(family, *dtype), max_length=256))
+
+
+def run_generate(
+    engine: Engine, policies: list[ExitPolicy], prompts: list[list[int]], max_rows: int
+) -> list[Generation]:
+    found: dict[int, Generation] = {}
+    requests = [
+        GenerationRequest(prompt, NEW_TOKENS, policy, Sampler(), lambda _: False)
+        for prompt, policy in zip(prompts, policies, strict=True)
+    ]
+    generate(engine, requests, max_rows, found.__setitem__)
+    return [found[i] for i in range(len(prompts))]
+
+
+def run_score(engine: Engine, policy: ExitPolicy, pairs: list[tuple[list[int], list[int]]], max_rows: int) -> list[Scoring]:
+    found: dict[int, Scoring] = {}
+    requests = [
+        ScoringRequest([*context, *continuation[:-1]], len(context), [[t] for t in continuation], policy)
+        for context, continuation in pairs
+    ]
+    score(engine, requests, max_rows, found.__setitem__)
+    return [found[i] for i in range(len(pairs))]
+
+
+def separated_policy(model: Any, policy: ExitPolicy, prompt: list[int], quantile: float = 0.5) -> ExitPolicy:
+    """The policy with thresholds at which some tokens exit and none is within rounding of deciding otherwise."""
+    _, never = reference_generate(model, replace(policy, thresholds=(0.9999,) * len(policy.exit_layers)), prompt, 12)
+    values = sorted(value + 0.9999 for value in never.confidences)
+    middle = values[int(quantile * len(values)) :]
+    gaps = [(b - a, (a + b) / 2) for a, b in zip(middle, middle[1:], strict=False)]
+    return replace(policy, thresholds=(max(gaps[: len(gaps) // 2 + 1])[1],) * len(policy.exit_layers))
+
+
+def is_separated(*rows: Any) -> bool:
+    return all(abs(value) > 1e-5 for row in rows for value in row.confidences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_off_generates_what_transformers_generates(family: str) -> None:
+    model = tiny_model(family)
+    results = run_generate(engine_for(family), [FULL] * len(PROMPTS), PROMPTS, max_rows=3)
+    for prompt, result in zip(PROMPTS, results, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert result.tokens == expected[0, len(prompt) :].tolist()
+        assert set(result.trace.exit_layers) == {LAYERS}
+        assert len(result.trace.exit_layers) == NEW_TOKENS - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exits_off_scores_what_transformers_scores(family: str) -> None:
+    model = tiny_model(family)
+    pairs = [(prompt, random_ids(6, 50 + i)) for i, prompt in enumerate(PROMPTS)]
+    for (context, continuation), result in zip(pairs, run_score(engine_for(family), FULL, pairs, 3), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*context, *continuation[:-1]]])).logits[0, len(context) - 1 :]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
+        assert [line[0] for line in result.log_probs] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert result.greedy_tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_equals_the_reference(family: str, mode: Any) -> None:
+    if (family, mode) == ("gemma3", "copy"):
+        pytest.skip("Gemma 3 alternates rotary settings; copy is refused, which has a test of its own")
+    model = tiny_model(family)
+    exited = 0
+    for confidence in ("softmax", "entropy", "state"):
+        policy = ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, confidence=confidence, state_mode=mode)  # type: ignore[arg-type]
+        policy = separated_policy(model, policy, PROMPTS[0])
+        expected = [reference_generate(model, policy, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
+        assert is_separated(*(row for _, row in expected))
+        results = run_generate(engine_for(family), [policy] * 3, PROMPTS[:3], max_rows=2)
+        for (tokens, row), result in zip(expected, results, strict=True):
+            assert result.tokens == tokens
+            assert list(result.trace.exit_layers) == row.layers[result.trace.prompt_tokens :]
+            exited += sum(layer < LAYERS for layer in row.layers)
+    assert exited > 0
+
+
+@pytest.mark.parametrize("scope", ["generated", "all"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox", "gemma3"])
+def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, scope: Any) -> None:
+    if (family, mode) == ("gemma3", "copy"):
+        pytest.skip("Gemma 3 alternates rotary settings; copy is refused, which has a test of its own")
+    model = tiny_model(family)
+    pairs = [(prompt, random_ids(9, 70 + i)) for i, prompt in enumerate(PROMPTS)]
+    exited = 0
+    for confidence in ("softmax", "entropy", "state"):
+        policy = ExitPolicy(
+            LAYERS, (2, 3, 5), (0.5,) * 3, confidence=confidence, state_mode=mode, exit_scope=scope  # type: ignore[arg-type]
+        )
+        policy = separated_policy(model, policy, PROMPTS[0])
+        expected = [reference_score(model, policy, *pair) for pair in pairs]
+        assert is_separated(*(row for _, row in expected))
+        for (scores, row), result in zip(expected, run_score(engine_for(family), policy, pairs, 3), strict=True):
+            first = policy.first_eligible_position(result.trace.prompt_tokens)
+            assert list(result.trace.exit_layers) == row.layers[first:]
+            assert [line[0] for line in result.log_probs] == pytest.approx(scores, abs=1e-4)
+            exited += sum(layer < LAYERS for layer in row.layers)
+    assert exited > 0
+
+
+@pytest.mark.parametrize("decay", [None, 4.0])
+def test_thresholds_per_exit_and_decay_follow_the_reference(decay: float | None) -> None:
+    model = tiny_model("llama")
+    policy = ExitPolicy(LAYERS, (1, 3, 4), (1.0, 0.3, 0.15), threshold_decay=decay)
+    tokens, row = reference_generate(model, policy, PROMPTS[0], NEW_TOKENS)
+    assert is_separated(row)
+    result = run_generate(engine_for("llama"), [policy], PROMPTS[:1], 1)[0]
+    assert result.tokens == tokens
+    assert list(result.trace.exit_layers) == row.layers[len(PROMPTS[0]) :]
+    assert 1 not in row.layers, "threshold 1 never exits"
+
+
+def test_rows_do_not_depend_on_who_shares_the_batch() -> None:
+    """Different policies in one batch give each row what it gets alone."""
+    model, engine = tiny_model("llama"), engine_for("llama")
+    base = ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3)
+    policies = [
+        separated_policy(model, replace(base, state_mode="skip"), PROMPTS[0]),
+        FULL,
+        separated_policy(model, replace(base, state_mode="copy", confidence="state"), PROMPTS[0]),
+        replace(FULL, pruned_blocks=frozenset({4, 5})),
+        separated_policy(model, replace(base, confidence="entropy", pruned_blocks=frozenset({4})), PROMPTS[0]),
+    ]
+    together = run_generate(engine, policies, PROMPTS, max_rows=5)
+    few = run_generate(engine, policies, PROMPTS, max_rows=2)
+    for i, policy in enumerate(policies):
+        alone = run_generate(engine, [policy], [PROMPTS[i]], max_rows=1)[0]
+        assert together[i] == alone
+        assert few[i] == alone
+        tokens, _ = reference_generate(model, policy, PROMPTS[i], NEW_TOKENS)
+        assert alone.tokens == tokens
+
+
+def test_threshold_one_is_the_backbone_and_evaluates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_for("qwen2")
+    policy = ExitPolicy(LAYERS, (2, 4), (1.0, 1.0))
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("an exit was evaluated")
+
+    expected = run_generate(engine, [FULL] * 2, PROMPTS[:2], 2)
+    monkeypatch.setattr("dynamax_lm_eval.exits.confidence.from_logits", forbidden)
+    assert run_generate(engine, [policy] * 2, PROMPTS[:2], 2) == expected
+
+
+def test_pruning_equals_a_model_without_the_blocks() -> None:
+    import copy
+
+    model = tiny_model("mistral")
+    smaller = copy.deepcopy(model)
+    smaller.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(model.model.layers) if i not in (3, 4))
+    for i, layer in enumerate(smaller.model.layers):
+        layer.self_attn.layer_idx = i
+    smaller.config.num_hidden_layers = LAYERS - 2
+    policy = replace(FULL, pruned_blocks=frozenset({4, 5}))
+    for prompt, result in zip(PROMPTS, run_generate(engine_for("mistral"), [policy] * 5, PROMPTS, 2), strict=True):
+        expected = smaller.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert result.tokens == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blocks_are_really_skipped(mode: Any) -> None:
+    """The number of tokens that each block sees is the number of tokens that ran it, pruning included."""
+    model = tiny_model("llama")
+    policy = ExitPolicy(LAYERS, (2, 3), (0.5,) * 2, state_mode=mode, pruned_blocks=frozenset({5}))
+    policy = separated_policy(model, policy, PROMPTS[0])
+    seen = [0] * (LAYERS + 1)
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, args, __, block=block: seen.__setitem__(block, seen[block] + args[0].shape[1])
+        )
+        for block, layer in enumerate(model.model.layers, start=1)
+    ]
+    try:
+        results = run_generate(engine_for("llama"), [policy] * 3, PROMPTS[:3], 2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    prompts = sum(len(prompt) for prompt in PROMPTS[:3])
+    layers = [layer for result in results for layer in result.trace.exit_layers]
+    assert min(layers) < LAYERS
+    for block in range(1, LAYERS + 1):
+        ran = 0 if block == 5 else prompts + sum(layer >= block for layer in layers)
+        assert seen[block] == ran
+
+
+def test_several_last_tokens_share_one_row() -> None:
+    engine = engine_for("llama")
+    context, last = PROMPTS[0], [5, 9, 11]
+    found: dict[int, Scoring] = {}
+    score(engine, [ScoringRequest([*context, 7], len(context), [[7], last], FULL)], 1, found.__setitem__)
+    alone = run_score(engine, FULL, [(context, [7, token]) for token in last], 3)
+    assert found[0].log_probs[1] == pytest.approx([result.log_probs[1][0] for result in alone], abs=1e-6)
+
+
+def test_long_rows_are_cut_into_query_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of windows and gaps are made for a few queries at a time; the size does not matter."""
+    pairs = [(random_ids(40, 1), random_ids(23, 2))]
+    policy = ExitPolicy(LAYERS, (2, 4), (0.1, 0.1), state_mode="skip")
+    for family in ("mistral", "gemma3"):
+        whole = run_score(engine_for(family), policy, pairs, 1)
+        monkeypatch.setattr(attention, "_QUERY_CHUNK", 7)
+        assert run_score(engine_for(family), policy, pairs, 1)[0].log_probs == [
+            pytest.approx(line, abs=1e-5) for line in whole[0].log_probs
+        ]
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_half_precision_stays_near_transformers(family: str, dtype: torch.dtype) -> None:
+    engine = engine_for(family, dtype)
+    check_against_model(engine, tiny_model(family, dtype))
+    policy = ExitPolicy(LAYERS, (2, 4), (0.2, 0.2), state_mode="recompute")
+    results = run_generate(engine, [policy] * 2, PROMPTS[:2], 2)
+    assert all(len(result.tokens) == NEW_TOKENS for result in results)
+
+
+def test_copy_is_refused_between_different_rotary_settings() -> None:
+    policy = ExitPolicy(LAYERS, (2,), (0.5,), state_mode="copy")
+    with pytest.raises(UserError, match="state_mode=copy is not possible on Gemma3"):
+        engine_for("gemma3").check_policy(policy)
+    engine_for("llama").check_policy(policy)
+
+
+def test_an_exit_at_a_pruned_block_is_refused() -> None:
+    policy = ExitPolicy(LAYERS, (2, 4), (0.5, 0.5), pruned_blocks=frozenset({4}))
+    with pytest.raises(UserError, match=r"exit_layers \[4\]"):
+        engine_for("llama").check_policy(policy)
+
+
+class TestSelfCheck:
+    """What the layer loop does not compute is refused by name at load."""
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_accepts(self, family: str) -> None:
+        engine = engine_for(family)
+        check_against_model(engine, tiny_model(family))
+        check_state_recompute(engine)
+
+    def test_refuses_scaled_embeddings(self) -> None:
+        import transformers as hf
+
+        torch.manual_seed(0)
+        config = hf.GraniteConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            embedding_multiplier=12.0,
+        )
+        model = hf.GraniteForCausalLM(config).eval()
+        with pytest.raises(UserError, match="GraniteForCausalLM is not supported"):
+            check_against_model(Engine(TransformerBackbone(model)), model)
+
+    def test_refuses_soft_capped_attention(self) -> None:
+        import transformers as hf
+
+        config = hf.Gemma2Config(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+        model = hf.Gemma2ForCausalLM(config).eval()
+        with pytest.raises(UserError, match="softcap"):
+            check_against_model(Engine(TransformerBackbone(model)), model)
+
+    def test_refuses_learned_positions(self) -> None:
+        import transformers as hf
+
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)).eval()
+        with pytest.raises(UserError, match="GPT2LMHeadModel"):
+            TransformerBackbone(model)
+
+    def test_refuses_a_wrong_projection(self) -> None:
+        engine = engine_for("llama")
+        block = engine.backbone.blocks[1]  # type: ignore[attr-defined]
+        wrong = replace(block, project=lambda h, c, s: tuple(2 * x for x in block.project(h, c, s)))
+        engine.backbone.blocks[1] = wrong  # type: ignore[attr-defined]
+        with pytest.raises(UserError, match="block 2"):
+            check_state_recompute(engine)
+
+    def test_refuses_weights_that_are_not_finite(self) -> None:
+        import copy
+
+        model = copy.deepcopy(tiny_model("llama"))
+        model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
+        with pytest.raises(UserError, match="not finite"):
+            check_against_model(Engine(TransformerBackbone(model)), model)
+
+    def test_refuses_rope_that_depends_on_the_longest_row(self) -> None:
+        import transformers as hf
+
+        config = hf.LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        )
+        model = hf.LlamaForCausalLM(config).eval()
+        with pytest.raises(UserError, match="max_length="):
+            TransformerBackbone(model, max_length=128)
+        TransformerBackbone(model, max_length=32)
+
+    def test_leaves_the_model_as_it_was(self) -> None:
+        model = tiny_model("llama")
+        model.config._attn_implementation = "sdpa"
+        check_against_model(engine_for("llama"), model)
+        assert model.config._attn_implementation == "sdpa"
