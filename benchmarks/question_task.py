@@ -47,6 +47,8 @@ def question_task(path: Path, limit: int, max_gen_toks: int, longest_answers: bo
         "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_target": "aliases",
         "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": max_gen_toks},
+        # The harness's default filter is called "none" and strips nothing; answers start with a space.
+        "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
         "metric_list": [
             {
                 "metric": "exact_match",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 VOCAB = 97
 LAYERS = 6

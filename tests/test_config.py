@@ -1,0 +1,127 @@
+"""Every model argument is accepted with its meaning or refused by one line that says what to do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from dynamax_lm_eval.config import (
+    UserError,
+    default_exit_layers,
+    parse_model_args,
+    resolve_exit_layers,
+    resolve_pruned_blocks,
+    resolve_thresholds,
+)
+
+HARNESS = {"pretrained", "dtype", "batch_size", "device", "backend", "max_length", "parallelize", "tp_plan"}
+
+
+def parse(**args: Any) -> Any:
+    return parse_model_args({"backbone": "x", **args}, HARNESS)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("threshold", 0.8, (0.8,)),
+        ("threshold", "0.8", (0.8,)),
+        ("threshold", 1, (1.0,)),
+        ("threshold", 0, (0.0,)),
+        ("threshold", [0.8, 1, 0.5], (0.8, 1.0, 0.5)),
+        ("threshold", "0.8+0.9", (0.8, 0.9)),
+        ("exit_layers", [3, 5], (3, 5)),
+        ("exit_layers", "3+5", (3, 5)),
+        ("exit_layers", 4, (4,)),
+        ("prune_layers", 2, 2),
+        ("prune_layers", "2", 2),
+        ("prune_layers", [20, 21], (20, 21)),
+        ("confidence", "entropy", "entropy"),
+        ("state_mode", "skip", "skip"),
+        ("exit_scope", "all", "all"),
+        ("repetition_penalty", 1.1, 1.1),
+        ("threshold_decay", 0, 0.0),
+        ("threshold_decay", None, None),
+    ],
+)
+def test_accepted(name: str, value: Any, expected: Any) -> None:
+    assert getattr(parse(**{name: value}), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
+        ({"threshold": -0.1}, r"threshold must be in \[0, 1\], got -0.1"),
+        ({"threshold": "abc"}, "threshold must be a number, got 'abc'"),
+        ({"threshold": math.nan}, "threshold must be a number, got nan"),
+        ({"threshold": "nan"}, "threshold must be a number, got nan"),
+        ({"threshold": True}, "threshold must be a number, got True"),
+        ({"threshold": []}, "threshold must not be an empty list"),
+        ({"state_mode": "foo"}, "state_mode must be one of recompute, copy, skip, got 'foo'"),
+        ({"confidence": "sofmax"}, "confidence must be one of softmax, entropy, state"),
+        ({"exit_scope": "prompt"}, "exit_scope must be one of generated, all"),
+        ({"exit_layers": [5, 3]}, "exit_layers must be in rising order"),
+        ({"exit_layers": [3, 3]}, "exit_layers names a layer twice"),
+        ({"exit_layers": [2.5]}, "exit_layers must be made of whole numbers"),
+        ({"prune_layers": -1}, "prune_layers must be a number of blocks"),
+        ({"prune_layers": 1.5}, "prune_layers must be made of whole numbers"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a finite number above 0"),
+        ({"threshold_decay": -1}, "threshold_decay must be a finite number of at least 0"),
+        ({"threshhold": 0.5}, "unknown model argument 'threshhold'; did you mean 'threshold'"),
+        ({"exitlayers": 4}, "did you mean 'exit_layers'"),
+        ({"zzzzqqqq": 4}, "dynamax's own are: backbone, threshold"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' cannot be honoured"),
+        ({"parallelize": True}, "parallelize=True cannot be honoured"),
+        ({"torch_dtype": "float16"}, "write dtype= instead"),
+        ({"backend": "seq2seq"}, "needs a decoder-only"),
+        ({"pretrained": "y"}, "name different models"),
+        ({"backbone": ""}, "backbone must be an alias"),
+        ({"backbone": 3}, "backbone must be an alias"),
+    ],
+)
+def test_refused(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse(**args)
+    assert "\n" not in str(caught.value)
+
+
+def test_pretrained_is_another_spelling_of_backbone() -> None:
+    own, passed_on = parse_model_args({"pretrained": "gpt2", "dtype": "float16", "parallelize": False}, HARNESS)
+    assert own.backbone == "gpt2"
+    assert passed_on == {"dtype": "float16"}
+    with pytest.raises(UserError, match="backbone must be"):
+        parse_model_args({"threshold": 0.5}, HARNESS)
+
+
+def test_default_exits_of_the_paper() -> None:
+    assert default_exit_layers(32) == (16, 20, 24, 28)
+    assert default_exit_layers(30) == (15, 18, 22, 26)
+    assert default_exit_layers(64) == (32, 40, 48, 56)
+    assert default_exit_layers(2) == (1,)
+    assert default_exit_layers(1) == ()
+    for depth in range(1, 70):
+        expected = {math.floor(depth / 2 + i * depth / 8) for i in range(4)} - {0, depth}
+        assert default_exit_layers(depth) == tuple(sorted(expected))
+
+
+def test_pruning_disables_blocks_before_the_last() -> None:
+    assert resolve_pruned_blocks(0, 30) == frozenset()
+    assert resolve_pruned_blocks(2, 30) == {28, 29}
+    assert resolve_pruned_blocks((20, 30), 30) == {20, 30}
+    with pytest.raises(UserError, match="prune_layers=99 must be at most 28"):
+        resolve_pruned_blocks(99, 30)
+    with pytest.raises(UserError, match="block 31"):
+        resolve_pruned_blocks((31,), 30)
+    with pytest.raises(UserError, match="all 2 blocks"):
+        resolve_pruned_blocks((1, 2), 2)
+
+
+def test_exits_and_thresholds_must_fit_the_depth() -> None:
+    with pytest.raises(UserError, match=r"1\.\.29 for this backbone of 30 blocks, got 30"):
+        resolve_exit_layers((10, 30), 30)
+    with pytest.raises(UserError, match="threshold has 2 values but there are 3 exit layers"):
+        resolve_thresholds((0.5, 0.6), (1, 2, 3))
+    assert resolve_thresholds((0.5,), (1, 2)) == (0.5, 0.5)

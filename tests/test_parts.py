@@ -1,0 +1,122 @@
+"""Small parts by themselves: room in the arenas, confidences, sampling, stop strings."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, train_tokenizer
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from dynamax_lm_eval.backbones.attention import AttentionPlan
+from dynamax_lm_eval.backbones.fingerprint import weights_fingerprint
+from dynamax_lm_eval.backbones.state import AttentionStates, Room
+from dynamax_lm_eval.engine.sampling import Sampler, request_seed
+from dynamax_lm_eval.exits.confidence import entropy_confidence, softmax_margin, state_similarity
+from dynamax_lm_eval.generation import StopStrings
+
+
+def test_room_never_overlaps_and_is_whole_again_at_the_end() -> None:
+    rng = random.Random(0)
+    room, held = Room(100), {}
+    for _ in range(2000):
+        if held and rng.random() < 0.5:
+            start = rng.choice(list(held))
+            room.give_back(start, held.pop(start))
+        else:
+            length = rng.randint(1, 30)
+            start = room.take(length)
+            if start is not None:
+                places = {place for s, n in held.items() for place in range(s, s + n)}
+                assert not places.intersection(range(start, start + length))
+                assert start + length <= 100
+                held[start] = length
+    for start, length in held.items():
+        room.give_back(start, length)
+    assert room.take(100) == 0
+
+
+def test_a_reused_place_forgets_that_its_token_had_left() -> None:
+    states = AttentionStates(num_layers=4, capacity=8)
+    slot = states.open_row(8)
+    assert slot == 0
+    states.layer_of[3] = 2
+    states.close_row(slot)
+    assert states.open_row(8) == 0
+    assert (states.layer_of == 4).all()
+    assert states.open_row(1) is None
+
+
+def test_plan_masks_by_position_window_and_gap() -> None:
+    """Two rows at places 0.. and 10..; the second has gaps, a window of 3 and a hidden place."""
+    starts, positions = np.asarray([0, 0, 10, 10]), np.asarray([0, 1, 2, 5])
+    plan = AttentionPlan(starts, positions, np.asarray([14]), torch.device("cpu"))
+    first, second = plan.pieces(3)
+    assert first.causal
+    assert (first.queries, first.places) == (slice(0, 2), slice(0, 2))
+    assert (second.queries, second.places) == (slice(2, 4), slice(10, 16))
+    assert second.mask is not None
+    seen = [np.flatnonzero(row).tolist() for row in second.mask.numpy()]
+    assert seen == [[0, 1, 2], [3, 5]]
+    (alone,) = AttentionPlan(np.asarray([10]), np.asarray([5]), None, torch.device("cpu")).pieces(3)
+    assert (alone.places, alone.mask) == (slice(13, 16), None)
+
+
+def test_confidences_by_definition() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(5, 11)
+    p = logits.softmax(-1)
+    top = p.sort(descending=True).values
+    torch.testing.assert_close(softmax_margin(logits), top[:, 0] - top[:, 1])
+    torch.testing.assert_close(entropy_confidence(logits), 1 + (p * p.log()).sum(-1) / math.log(11))
+    assert entropy_confidence(torch.zeros(1, 7)).item() == pytest.approx(0, abs=1e-6)
+    a, b = torch.randn(5, 8), torch.randn(5, 8)
+    cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    torch.testing.assert_close(state_similarity(a, b), cosine.clamp(min=0))
+
+
+def test_sampling_follows_the_distribution_and_reproduces() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    sampler = Sampler(do_sample=True, seed=3)
+    draws = [sampler.next_token([1], probabilities.log()) for _ in range(4000)]
+    counts = torch.bincount(torch.tensor(draws), minlength=6) / len(draws)
+    assert counts[probabilities == 0].sum() == 0
+    assert torch.allclose(counts, probabilities, atol=0.03)
+    again = Sampler(do_sample=True, seed=3)
+    assert [again.next_token([1], probabilities.log()) for _ in range(50)] == draws[:50]
+
+
+def test_request_seeds_differ_by_run_request_and_repeat() -> None:
+    seeds = {request_seed(*key) for key in ((0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))}
+    assert len(seeds) == 4
+    assert request_seed(0, "a", 0) == request_seed(0, "a", 0)
+
+
+def test_processors_see_prompt_and_generated_tokens() -> None:
+    sampler = Sampler(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(100.0)]))
+    logits = torch.tensor([1.0, 5.0, 4.0, 3.0])
+    assert not sampler.is_plain_greedy
+    assert sampler.next_token([1, 2], logits) == 3
+
+
+def test_stop_strings_end_a_generation() -> None:
+    tokenizer = train_tokenizer()
+    stop = StopStrings(tokenizer, ["\n", "river"], frozenset({2}))
+    ids = tokenizer.encode("on the river Seine", add_special_tokens=False)
+    ends = [n for n in range(1, len(ids) + 1) if stop(ids[:n])]
+    assert tokenizer.decode(ids[: ends[0]]).endswith("river")
+    assert stop([5, 2])
+    assert not stop(tokenizer.encode("time", add_special_tokens=False))
+
+
+def test_fingerprint_tells_weights_apart() -> None:
+    import copy
+
+    model = tiny_model("llama")
+    other = copy.deepcopy(model)
+    assert weights_fingerprint(model) == weights_fingerprint(other)
+    other.model.layers[3].mlp.down_proj.weight.data *= 1.01
+    assert weights_fingerprint(model) != weights_fingerprint(other)

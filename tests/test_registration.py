@@ -1,0 +1,110 @@
+"""The stock harness finds the model without any import by the user, and torch never notices us."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dynamax_lm_eval import tasks_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_entry_points_are_declared() -> None:
+    found = {
+        (point.group, point.name, point.value) for point in importlib.metadata.distribution("dynamax-lm-eval").entry_points
+    }
+    assert ("lm_eval.models", "dynamax", "dynamax_lm_eval.lm:DynamaxLM") in found
+    assert ("lm_eval.tasks", "dynamax", "dynamax_lm_eval:tasks_dir") in found
+    assert ("torch.backends", "dynamax_lm_eval", "dynamax_lm_eval._autoload:register") in found
+
+
+@pytest.mark.parametrize("order", ["import torch, lm_eval.models", "import lm_eval.models, torch"])
+def test_registered_whatever_is_imported_first(order: str) -> None:
+    output = python(
+        f"{order}\nfrom lm_eval.api.registry import model_registry as r\n"
+        "print('dynamax' in r, 'hf' in r, 'dummy' in r, len(r._objs) > 20)\n"
+        "import sys; print(any(type(f).__name__ == '_OneShotFinder' for f in sys.meta_path))\n"
+        "print(type(sys.modules['lm_eval.models'].__spec__.loader).__name__)"
+    )
+    assert output.split() == ["True", "True", "True", "True", "False", "SourceFileLoader"]
+
+
+def test_found_by_name_as_the_command_does() -> None:
+    """The harness seeds torch, then looks the model up."""
+    output = python(
+        "from lm_eval.utils import set_torch_seed\nset_torch_seed(1)\n"
+        "import lm_eval.evaluator\nfrom lm_eval.api.registry import get_model\nprint(get_model('dynamax').__name__)"
+    )
+    assert output.split()[-1] == "DynamaxLM"
+
+
+def test_import_torch_loads_nothing_of_the_harness() -> None:
+    output = python(
+        "import torch, sys\n"
+        "print([m for m in sys.modules if m.partition('.')[0] in ('lm_eval', 'transformers')])\n"
+        "print(sorted(m for m in sys.modules if m.startswith('dynamax_lm_eval')))"
+    )
+    assert output.splitlines() == ["[]", "['dynamax_lm_eval', 'dynamax_lm_eval._autoload']"]
+
+
+def test_the_bridge_uses_the_standard_library_only() -> None:
+    # -S: without site-packages. What it imports must be found all the same.
+    for name in ("__init__", "_autoload"):
+        code = f"import runpy; runpy.run_path({str(ROOT / 'dynamax_lm_eval' / (name + '.py'))!r})"
+        subprocess.run([sys.executable, "-S", "-c", code], check=True)
+
+
+def test_the_bridge_never_raises() -> None:
+    python(
+        "import sys, types\nfrom dynamax_lm_eval import _autoload\n"
+        "sys.modules['lm_eval.models'] = types.ModuleType('lm_eval.models')\n_autoload.register()\n"
+        "del sys.modules['lm_eval.models']\nsys.meta_path = None\n_autoload.register()\n"
+    )
+
+
+def test_looking_for_the_module_without_importing_it_keeps_the_hook() -> None:
+    output = python(
+        "import torch, importlib.util\nimportlib.util.find_spec('lm_eval.models')\n"
+        "import lm_eval.models\nfrom lm_eval.api.registry import model_registry as r\nprint('dynamax' in r)"
+    )
+    assert output.split() == ["True"]
+
+
+def test_run_works_where_torch_loads_no_extensions() -> None:
+    """`dynamax-lm-eval run` does not need the bridge."""
+    output = python(
+        "import sys\nfrom dynamax_lm_eval.cli import main\n"
+        "status = main(['run', '--model_args', 'backbone=/no/such/folder', '--tasks', 'trivia_demo'])\n"
+        "print(status)",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert output.split()[-1] == "2"
+
+
+def test_tasks_folder_holds_the_tasks() -> None:
+    assert (tasks_dir() / "trivia_demo" / "trivia_demo.yaml").is_file()
+
+
+def test_the_wheel_carries_tasks_and_types(tmp_path: Path) -> None:
+    hatchling = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling to build a wheel")
+    (wheel,) = hatchling.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "dynamax_lm_eval/py.typed" in names
+    for file in ("trivia_demo.yaml", "questions.jsonl", "fewshot.jsonl", "utils.py", "README.md"):
+        assert f"dynamax_lm_eval/tasks/trivia_demo/{file}" in names
+    assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
