@@ -24,7 +24,9 @@ def read_questions(path: Path, limit: int, longest_answers: bool) -> list[dict[s
         rows = [json.loads(line) for line in lines if line.strip()]
     if longest_answers:
         rows.sort(key=lambda row: (-min(len(alias.split()) for alias in row["aliases"]), row["question"]))
-    return [{"question": row["question"], "aliases": row["aliases"], "answer": row["aliases"][0]} for row in rows[:limit]]
+    return [
+        {"question": row["question"], "aliases": row["aliases"], "answer": row["aliases"][0]} for row in rows[:limit]
+    ]
 
 
 def question_task(path: Path, limit: int, max_gen_toks: int, longest_answers: bool = False) -> dict[str, Any]:

@@ -77,9 +77,7 @@ REFUSED_ARGUMENTS = {
 }
 
 
-def parse_model_args(
-    args: Mapping[str, Any], harness_arguments: Collection[str]
-) -> tuple[DynamaxArgs, dict[str, Any]]:
+def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]) -> tuple[DynamaxArgs, dict[str, Any]]:
     """Splits model_args into ours, checked, and those that are passed on to the harness's ``HFLM``.
 
     Args:

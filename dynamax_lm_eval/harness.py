@@ -50,7 +50,7 @@ class ResponseLedger:
         self._records: dict[str, list[ComputeRecord]] = defaultdict(list)
         self._database: MutableMapping[str, Any] | None = None
         #: Wall-clock seconds spent answering, by kind of request.
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def start_run(self) -> None:
         """Forgets the records of an earlier evaluation."""
@@ -191,20 +191,20 @@ def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, 
     subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
     for name, metrics in results["results"].items():
         leaves = [name] if name in per_document else sorted(_leaves(name, subtasks, per_document))
-        documents = [record for leaf in leaves for record in per_document[leaf]]
-        if not documents:
+        records = [record for leaf in leaves for record in per_document[leaf]]
+        if not records:
             continue
         filters = _filters(metrics) or _filters_of(leaves, results["results"]) or ["none"]
-        added = _metrics(documents, filters)
+        added = _metrics(records, filters)
         metrics.update(added)
         if name in results.get("groups", {}):
             results["groups"][name].update(added)
         results.setdefault("higher_is_better", {}).setdefault(name, {}).update(dict.fromkeys(_HIGHER_IS_BETTER, True))
     for name, samples in results.get("samples", {}).items():
         for sample in samples:
-            records = by_task[name][sample["doc_id"]]
-            sample["compute_reduction"] = ComputeRecord.sum(records).compute_reduction
-            sample["exit_layers"] = [layers for record in records for layers in record.exit_layers]
+            responses = by_task[name][sample["doc_id"]]
+            sample["compute_reduction"] = ComputeRecord.sum(responses).compute_reduction
+            sample["exit_layers"] = [layers for record in responses for layers in record.exit_layers]
 
     everything = [record for documents in per_document.values() for record in documents]
     results["compute"] = {

@@ -20,22 +20,19 @@ import transformers
 from lm_eval import utils
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval import harness
-from dynamax_lm_eval.backbones import TransformerBackbone, aliases
+from dynamax_lm_eval.backbones import TransformerBackbone, aliases, loading
 from dynamax_lm_eval.backbones.fingerprint import weights_fingerprint
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
-from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.sampling import Sampler, request_seed
+from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scheduler import (
     Generation,
-    GenerationRequest,
     Scoring,
     ScoringRequest,
     generate,
@@ -43,7 +40,7 @@ from dynamax_lm_eval.engine.scheduler import (
 )
 from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.generation import GenerationSettings, StopStrings
+from dynamax_lm_eval.requests import GenerationJob
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +51,8 @@ harness.install()
 
 
 @register_model("dynamax")
-class DynamaxLM(HFLM):  # type: ignore[misc]
-    """Early-exit causal LM. Takes the arguments of ``--model hf`` and those of :class:`DynamaxArgs`.
+class DynamaxLM(HFLM):
+    """Early-exit causal LM. Takes the arguments of ``--model hf`` and those of :class:`dynamax_lm_eval.config.DynamaxArgs`.
 
     ``backbone`` (or ``pretrained``) is an alias, a Hub id, a folder, or from Python a loaded model.
     """
@@ -71,9 +68,11 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
         given = kwargs if name is None else {**kwargs, "pretrained": name}
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
         source = loaded if loaded is not None else aliases.resolve(self.args.backbone)
-        config = loaded.config if loaded is not None else _load_config(source, self.args.backbone, passed_on)
-        _check_architecture(config)
-        self.policy, self._policy_note = _build_policy(self.args, int(config.get_text_config().num_hidden_layers))
+        config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
+        loading.check_architecture(config)
+        self.policy, self._policy_note = ExitPolicy.from_args(
+            self.args, int(config.get_text_config().num_hidden_layers)
+        )
         if self._policy_note:
             logger.warning("%s", self._policy_note)
 
@@ -92,7 +91,9 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
         self._warn_of_read_cost()
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> DynamaxLM:
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> DynamaxLM:
         # The harness names the result folder after `pretrained` in this very dict.
         if "backbone" in arg_dict and "pretrained" not in arg_dict:
             backbone = arg_dict.pop("backbone")
@@ -147,11 +148,16 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
         if not requests:
             return []
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        prepared = [_GenerationJob(self, request, eos) for request in requests]
+        prepared = [
+            GenerationJob(self, self.policy, self.args.repetition_penalty, request, eos) for request in requests
+        ]
         self._seed_samplers(prepared)
         texts: list[str] = [""] * len(requests)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
-        with self._timed("generate_until"), self._progress(len(requests), "generate_until", disable_tqdm) as progress:
+        with (
+            self._timed("generate_until"),
+            self._progress(len(requests), "generate_until", disable_tqdm) as progress,
+        ):
 
             def finished(index: int, generation: Generation) -> None:
                 job = prepared[index]
@@ -181,7 +187,10 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
             self.cache_hook.add_partial("loglikelihood", texts, answer)
             progress.advance(record)
 
-        with self._timed("loglikelihood"), self._progress(len(requests), "loglikelihood", disable_tqdm) as progress:
+        with (
+            self._timed("loglikelihood"),
+            self._progress(len(requests), "loglikelihood", disable_tqdm) as progress,
+        ):
             self._score([(context, continuation) for _, context, continuation in requests], finished)
         return answers
 
@@ -276,9 +285,7 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
         if not continuation:
             raise UserError("cannot score an empty continuation; check the task's doc_to_choice or doc_to_target")
         if len(continuation) > self.max_length:
-            raise UserError(
-                f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}"
-            )
+            raise UserError(f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}")
         whole = (context + continuation)[-(self.max_length + 1) :]
         if len(whole) < len(context) + len(continuation):
             logger.warning(
@@ -293,7 +300,7 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
         cost = self.engine.backbone.cost
         return account([(trace, self.policy.terms(trace.prompt_tokens)) for trace in traces], cost)
 
-    def _seed_samplers(self, jobs: Sequence[_GenerationJob]) -> None:
+    def _seed_samplers(self, jobs: Sequence[GenerationJob]) -> None:
         repeats: Counter[str] = Counter()
         for job in jobs:
             if job.request.sampler.do_sample:
@@ -339,12 +346,12 @@ class DynamaxLM(HFLM):  # type: ignore[misc]
             self.response_ledger.seconds[kind] += time.perf_counter() - start
 
     @contextmanager
-    def _progress(self, total: int, kind: str, disable: bool) -> Iterator[_Progress]:
+    def _progress(self, total: int, kind: str, disable: bool) -> Iterator[Progress]:
         with tqdm(total=total, disable=disable or self.rank != 0, desc=f"Running {kind} requests") as bar:
-            yield _Progress(bar)
+            yield Progress(bar)
 
 
-class _Progress:
+class Progress:
     """A progress bar that also shows the reduction so far."""
 
     def __init__(self, bar: Any) -> None:
@@ -360,109 +367,9 @@ class _Progress:
         self._bar.update(1)
 
 
-class _GenerationJob:
-    """One ``generate_until`` request: its prompt and limits as HFLM would set them, and its text at the end."""
-
-    def __init__(self, lm: DynamaxLM, request: Any, eos: str) -> None:
-        self._lm = lm
-        self.args = request.args
-        context, gen_kwargs = request.args
-        # A deep copy: `until` must not be changed in place, it is part of the cache's key.
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
-        self._stops = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-        max_gen_toks = kwargs.pop("max_gen_toks")
-        if not 1 <= max_gen_toks < lm.max_length:
-            raise UserError(
-                f"max_gen_toks={max_gen_toks} must be at least 1 and less than the model's max_length={lm.max_length}"
-            )
-        room = lm.max_length - max_gen_toks
-        ids, _ = lm.tok_batch_encode([context], left_truncate_len=room, truncation=lm.truncation)
-        prompt: list[int] = ids[0].tolist()
-        if not prompt:
-            raise UserError("cannot generate after an empty prompt; add a few-shot example or a system instruction")
-        max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
-        if lm.args.repetition_penalty is not None:
-            kwargs.setdefault("repetition_penalty", lm.args.repetition_penalty)
-        settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
-        self.request = GenerationRequest(
-            prompt=prompt,
-            max_new_tokens=settings.max_new_tokens(len(prompt), max_length),
-            policy=lm.policy,
-            sampler=Sampler(settings.processors(len(prompt), max_length), settings.do_sample),
-            is_finished=StopStrings(lm.tokenizer, self._stops, settings.eos_ids),
-        )
-
-    def text(self, tokens: list[int]) -> str:
-        """What the harness gets: decoded, without what follows a stop string or precedes the end of thinking."""
-        think_end = self._lm.think_end_token
-        if isinstance(think_end, int) and think_end in tokens:
-            tokens = tokens[len(tokens) - tokens[::-1].index(think_end) :]
-        text = self._lm.tok_decode(tokens)
-        if isinstance(think_end, int):
-            text = text.lstrip()
-        finished: str = postprocess_generated_text(
-            generation=text,
-            stop=self._stops,
-            think_end_token=think_end if isinstance(think_end, str) else None,
-        )
-        return finished
-
-
 def _harness_arguments() -> frozenset[str]:
     """Names that HFLM takes, without the two that only make sense inside it."""
     return frozenset(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
-
-
-def _load_config(source: str, backbone: str, passed_on: dict[str, Any]) -> Any:
-    """The backbone's configuration, before any weights.
-
-    Raises:
-        UserError: there is none to be had.
-    """
-    names = ("subfolder", "trust_remote_code", "gguf_file", "cache_dir", "token", "local_files_only")
-    options = {name: passed_on[name] for name in names if passed_on.get(name)}
-    try:
-        return transformers.AutoConfig.from_pretrained(source, revision=str(passed_on.get("revision") or "main"), **options)
-    except (OSError, ValueError) as error:
-        known = ", ".join([*aliases.HUB_ALIASES, aliases.SMOLLM2_GGUF])
-        raise UserError(
-            f"backbone={backbone!r} is neither an alias ({known}), nor a folder with a model, nor a model that could "
-            f"be had from the Hub: {' '.join(str(error).split())}"
-        ) from error
-
-
-def _check_architecture(config: Any) -> None:
-    model_type = getattr(config, "model_type", None)
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{model_type!r} is an encoder-decoder (seq2seq) model; dynamax needs a decoder-only (causal) backbone"
-        )
-    if "mamba" in str(model_type):
-        raise UserError(f"{model_type!r}: Mamba backbones are not supported by this version of dynamax")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
-        raise UserError(f"{model_type!r} is not a causal language model of transformers")
-
-
-def _build_policy(args: DynamaxArgs, num_layers: int) -> tuple[ExitPolicy, str | None]:
-    """The policy for a backbone of ``num_layers`` blocks, and a note where something was decided for the user."""
-    pruned = arguments.resolve_pruned_blocks(args.prune_layers, num_layers)
-    exit_layers = arguments.resolve_exit_layers(args.exit_layers, num_layers)
-    note = None
-    if args.exit_layers is None and pruned.intersection(exit_layers):
-        dropped = sorted(pruned.intersection(exit_layers))
-        exit_layers = tuple(layer for layer in exit_layers if layer not in pruned)
-        note = f"default exit layers {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}"
-    policy = ExitPolicy(
-        num_layers=num_layers,
-        exit_layers=exit_layers,
-        thresholds=arguments.resolve_thresholds(args.threshold, exit_layers),
-        confidence=args.confidence or "softmax",
-        state_mode=args.state_mode,
-        pruned_blocks=pruned,
-        exit_scope=args.exit_scope,
-        threshold_decay=args.threshold_decay,
-    )
-    return policy, note
 
 
 def _free_memory(device: torch.device) -> int:

@@ -166,7 +166,5 @@ def reference_score(
     for token in [*context, *continuation[:-1]]:
         reference.feed(token)
     wanted = reference.row.logits[len(context) - 1 :]
-    scores = [
-        float(logits.log_softmax(-1)[token]) for logits, token in zip(wanted, continuation, strict=True)
-    ]
+    scores = [float(logits.log_softmax(-1)[token]) for logits, token in zip(wanted, continuation, strict=True)]
     return scores, reference.row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +13,22 @@ import pytest
 import transformers as hf
 from conftest import train_tokenizer
 
+from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
 
 
 @pytest.fixture(autouse=True)
 def only_our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the harness's thousands of tasks out: indexing them takes most of a run's time."""
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(
+        lm_eval.tasks, "TaskManager", functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    )
 
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when weights are loaded: everything here must be refused before."""
-    monkeypatch.setattr(
-        hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded")
-    )
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -51,7 +51,15 @@ def test_bad_arguments_end_in_one_line(
     model_folder: Path, capsys: pytest.CaptureFixture[str], argument: str, message: str
 ) -> None:
     status = main(
-        ["run", "--model_args", f"backbone={model_folder},{argument}", "--tasks", "trivia_demo", "--device", "cpu"]
+        [
+            "run",
+            "--model_args",
+            f"backbone={model_folder},{argument}",
+            "--tasks",
+            "trivia_demo",
+            "--device",
+            "cpu",
+        ]
     )
     assert status == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -90,13 +98,9 @@ def test_bad_backbones(
 
 
 def test_the_stock_command_ends_in_the_same_line(model_folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "dynamax", "--model_args", f"backbone={model_folder},threshold=1.5"]
-        + ["--tasks", "trivia_demo", "--include_path", str(Path(__file__).parent.parent / "tasks"), "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    arguments = ["--model", "dynamax", "--model_args", f"backbone={model_folder},threshold=1.5", "--device", "cpu"]
+    arguments += ["--tasks", "trivia_demo", "--include_path", str(tasks_dir())]
+    result = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "threshold must be in [0, 1], got 1.5" in result.stderr.strip().splitlines()[-1]
 
@@ -165,7 +169,7 @@ class TestGgufAlias:
         monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", interrupted)
         with pytest.raises(KeyboardInterrupt):
             aliases.dequantised_smollm2()
-        assert os.listdir(tmp_path / "cache" / "backbones") == []
+        assert list((tmp_path / "cache" / "backbones").iterdir()) == []
         monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *_, **__: train_tokenizer())
         folder = aliases.dequantised_smollm2()
         assert (folder / "model.safetensors").is_file()

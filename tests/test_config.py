@@ -73,7 +73,10 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
         ({"threshhold": 0.5}, "unknown model argument 'threshhold'; did you mean 'threshold'"),
         ({"exitlayers": 4}, "did you mean 'exit_layers'"),
         ({"zzzzqqqq": 4}, "dynamax's own are: backbone, threshold"),
-        ({"attn_implementation": "flash_attention_2"}, "attn_implementation='flash_attention_2' cannot be honoured"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "attn_implementation='flash_attention_2' cannot be honoured",
+        ),
         ({"parallelize": True}, "parallelize=True cannot be honoured"),
         ({"torch_dtype": "float16"}, "write dtype= instead"),
         ({"backend": "seq2seq"}, "needs a decoder-only"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +49,9 @@ def run_generate(
     return [found[i] for i in range(len(prompts))]
 
 
-def run_score(engine: Engine, policy: ExitPolicy, pairs: list[tuple[list[int], list[int]]], max_rows: int) -> list[Scoring]:
+def run_score(
+    engine: Engine, policy: ExitPolicy, pairs: list[tuple[list[int], list[int]]], max_rows: int
+) -> list[Scoring]:
     found: dict[int, Scoring] = {}
     requests = [
         ScoringRequest([*context, *continuation[:-1]], len(context), [[t] for t in continuation], policy)
@@ -63,7 +66,7 @@ def separated_policy(model: Any, policy: ExitPolicy, prompt: list[int], quantile
     _, never = reference_generate(model, replace(policy, thresholds=(0.9999,) * len(policy.exit_layers)), prompt, 12)
     values = sorted(value + 0.9999 for value in never.confidences)
     middle = values[int(quantile * len(values)) :]
-    gaps = [(b - a, (a + b) / 2) for a, b in zip(middle, middle[1:], strict=False)]
+    gaps = [(b - a, (a + b) / 2) for a, b in itertools.pairwise(middle)]
     return replace(policy, thresholds=(max(gaps[: len(gaps) // 2 + 1])[1],) * len(policy.exit_layers))
 
 
@@ -77,7 +80,11 @@ def test_exits_off_generates_what_transformers_generates(family: str) -> None:
     results = run_generate(engine_for(family), [FULL] * len(PROMPTS), PROMPTS, max_rows=3)
     for prompt, result in zip(PROMPTS, results, strict=True):
         expected = model.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert result.tokens == expected[0, len(prompt) :].tolist()
         assert set(result.trace.exit_layers) == {LAYERS}
@@ -127,7 +134,12 @@ def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, s
     exited = 0
     for confidence in ("softmax", "entropy", "state"):
         policy = ExitPolicy(
-            LAYERS, (2, 3, 5), (0.5,) * 3, confidence=confidence, state_mode=mode, exit_scope=scope  # type: ignore[arg-type]
+            LAYERS,
+            (2, 3, 5),
+            (0.5,) * 3,
+            confidence=confidence,
+            state_mode=mode,
+            exit_scope=scope,  # type: ignore[arg-type]
         )
         policy = separated_policy(model, policy, PROMPTS[0])
         expected = [reference_score(model, policy, *pair) for pair in pairs]
@@ -197,7 +209,11 @@ def test_pruning_equals_a_model_without_the_blocks() -> None:
     policy = replace(FULL, pruned_blocks=frozenset({4, 5}))
     for prompt, result in zip(PROMPTS, run_generate(engine_for("mistral"), [policy] * 5, PROMPTS, 2), strict=True):
         expected = smaller.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert result.tokens == expected[0, len(prompt) :].tolist()
 

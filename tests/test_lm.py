@@ -43,9 +43,7 @@ def responses(results: Any, task: str) -> list[Any]:
 
 def generation_requests(contexts: list[str], **kwargs: Any) -> list[Instance]:
     options = {"until": ["\n"], "max_gen_toks": 8, **kwargs}
-    return [
-        Instance("generate_until", {}, (context, options), i, ("t", i, 1)) for i, context in enumerate(contexts)
-    ]
+    return [Instance("generate_until", {}, (context, options), i, ("t", i, 1)) for i, context in enumerate(contexts)]
 
 
 class TestParity:
@@ -59,7 +57,11 @@ class TestParity:
     @pytest.mark.parametrize("batch_size", [1, 8])
     def test_answers(self, model_folder: Path, manager: TaskManager, hf: Any, batch_size: int) -> None:
         ours = evaluate(
-            dynamax(model_folder, batch_size=batch_size), manager, "tiny_generate", "tiny_choice", "tiny_rolling"
+            dynamax(model_folder, batch_size=batch_size),
+            manager,
+            "tiny_generate",
+            "tiny_choice",
+            "tiny_rolling",
         )
         assert responses(ours, "tiny_generate") == responses(hf, "tiny_generate")
         for mine, theirs in zip(responses(ours, "tiny_choice"), responses(hf, "tiny_choice"), strict=True):
@@ -100,7 +102,7 @@ class TestParity:
         assert lm.generate_until(requests, disable_tqdm=True) == theirs
         assert theirs[0] != plain[0]
 
-    def test_left_truncation_and_windows(self, model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_left_truncation_and_windows(self, model_folder: Path) -> None:
         text = "A stitch in time saves nine, and nobody knows where the time goes. " * 3
         requests = generation_requests([text, "The quick"])
         rolling = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))]
@@ -108,16 +110,20 @@ class TestParity:
         theirs = HFLM(str(model_folder), device="cpu", batch_size=1, max_length=24)
         ours = dynamax(model_folder, max_length=24)
         assert ours.generate_until(requests, disable_tqdm=True) == theirs.generate_until(requests, disable_tqdm=True)
-        assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(theirs.loglikelihood_rolling(rolling)[0], abs=1e-3)
+        assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(
+            theirs.loglikelihood_rolling(rolling)[0], abs=1e-3
+        )
         assert ours.loglikelihood(pair)[0][0] == pytest.approx(theirs.loglikelihood(pair)[0][0], abs=1e-4)
 
     def test_think_end_token(self, model_folder: Path) -> None:
         for think_end in ("e", 40):
             requests = generation_requests(["The quick", "nobody knows"], until=[])
-            expected = HFLM(
-                str(model_folder), device="cpu", batch_size=1, think_end_token=think_end
-            ).generate_until(requests, disable_tqdm=True)
-            assert dynamax(model_folder, think_end_token=think_end).generate_until(requests, disable_tqdm=True) == expected
+            expected = HFLM(str(model_folder), device="cpu", batch_size=1, think_end_token=think_end).generate_until(
+                requests, disable_tqdm=True
+            )
+            assert (
+                dynamax(model_folder, think_end_token=think_end).generate_until(requests, disable_tqdm=True) == expected
+            )
 
 
 class TestCompute:
@@ -141,7 +147,11 @@ class TestCompute:
         assert results["results"]["tiny_group"]["compute_reduction,none"] == full / spent
         for name in ("eligible_full", "total_full", "total"):
             assert compute["overall"]["macs"][name] == sum(t["macs"][name] for t in compute["by_task"].values())
-        assert set(compute["overall"]["seconds"]) == {"generate_until", "loglikelihood", "loglikelihood_rolling"}
+        assert set(compute["overall"]["seconds"]) == {
+            "generate_until",
+            "loglikelihood",
+            "loglikelihood_rolling",
+        }
         json.dumps(results["compute"])
         from lm_eval.utils import make_table
 
@@ -163,7 +173,8 @@ class TestCompute:
 
     def test_batch_size_changes_nothing(self, model_folder: Path, manager: TaskManager) -> None:
         one, five = (
-            evaluate(dynamax(model_folder, batch_size=n, **EXITS), manager, "tiny_group", "tiny_rolling") for n in (1, 5)
+            evaluate(dynamax(model_folder, batch_size=n, **EXITS), manager, "tiny_group", "tiny_rolling")
+            for n in (1, 5)
         )
         assert one["compute"]["by_task"] == five["compute"]["by_task"]
         assert responses(one, "tiny_generate") == responses(five, "tiny_generate")
@@ -271,7 +282,10 @@ class TestArguments:
         ("kwargs", "message"),
         [
             ({"num_beams": 3}, "beam_search is not supported"),
-            ({"num_return_sequences": 2, "do_sample": True, "temperature": 1.0}, "num_return_sequences must be 1"),
+            (
+                {"num_return_sequences": 2, "do_sample": True, "temperature": 1.0},
+                "num_return_sequences must be 1",
+            ),
             ({"guidance_scale": 2.0}, "guidance_scale=2.0 is not supported"),
             ({"no_such_thing": 1}, "unknown generation argument"),
             ({"do_sample": True}, "needs a temperature"),
@@ -291,7 +305,7 @@ class TestArguments:
         assert isinstance(lm, DynamaxLM)
         assert args == {"pretrained": str(model_folder), "threshold": 1}
 
-    def test_a_loaded_model_can_be_given(self, model_folder: Path) -> None:
+    def test_a_loaded_model_can_be_given(self) -> None:
         lm = DynamaxLM(tiny_model("qwen3"), tokenizer=train_tokenizer(), threshold=1, batch_size=2)
         assert lm.generate_until(generation_requests(["The quick"]), disable_tqdm=True)
 
@@ -328,4 +342,6 @@ class TestArguments:
 
 
 def test_records_are_plain_data() -> None:
-    assert ComputeRecord.from_json(json.loads(json.dumps(ComputeRecord(exit_layers=[[1]]).to_json()))).exit_layers == [[1]]
+    assert ComputeRecord.from_json(json.loads(json.dumps(ComputeRecord(exit_layers=[[1]]).to_json()))).exit_layers == [
+        [1]
+    ]

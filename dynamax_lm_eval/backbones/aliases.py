@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from dynamax_lm_eval.config import UserError
 
@@ -92,7 +93,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # save_pretrained refuses to write what it believes to be still quantised.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):

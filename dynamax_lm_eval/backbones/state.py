@@ -97,4 +97,3 @@ class AttentionStates(States):
         arena = self.values[block]
         assert arena is not None, f"block {block} has not written yet"
         return arena
-

@@ -11,8 +11,7 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynamax_lm_eval.backbones import attention
+from dynamax_lm_eval.backbones import attention, families
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
-
-_FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
-_ATTENTIONS = ("self_attn", "attention", "attn")
-#: Rotary types whose angles depend on the longest row of a batch, which would make rows depend on another.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -38,18 +32,18 @@ class _Block:
     """One block and what is known of it."""
 
     module: nn.Module
-    attention: nn.Module
     norm: nn.Module
     rotary_key: str | None  # layer type where the family has one rotary embedding per type
     kv_heads: int
     head_dim: int
-    project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    project: families.Projector
+    cost: BlockCost
 
 
 class TransformerBackbone(Backbone):
     """A causal Transformer decoder whose blocks attend through transformers' attention interface."""
 
-    def __init__(self, model: nn.Module, max_length: int | None = None) -> None:
+    def __init__(self, model: Any, max_length: int | None = None) -> None:
         """
         Args:
             model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
@@ -62,27 +56,28 @@ class TransformerBackbone(Backbone):
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: Any = self.model.config.get_text_config()
         self.name = type(self.model).__name__
-        path, layers = _find_layers(self.model, self.config.num_hidden_layers, self.name)
+        path, layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
         decoder = self.model.get_submodule(path)
         self.num_layers = len(layers)
         self.hidden_size = int(self.config.hidden_size)
         self._embeddings: nn.Module = self.model.get_input_embeddings()
         self._lm_head: nn.Module = self.model.get_output_embeddings()
-        self._final_norm = _child(decoder, _FINAL_NORMS, f"a final norm in {self.name}")
-        self._rotary = _child(decoder, ("rotary_emb",), f"rotary position embeddings in {self.name}")
+        self._final_norm = families.child(decoder, families.FINAL_NORMS, f"a final norm in {self.name}")
+        self._rotary = families.child(decoder, ("rotary_emb",), f"rotary position embeddings in {self.name}")
         self._rotary_per_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        self.vocab_size = int(self.config.vocab_size)
+        # Not the configuration's: added tokens may have resized the head.
+        self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
         self.device = next(layers[0].parameters()).device
-        _check_rope(self.config, max_length)
+        families.check_rope(self.config, max_length)
 
         # The configuration object that the blocks look their attention function up in.
-        self._block_config: Any = _child(layers[0], _ATTENTIONS, "attention").config
+        self._block_config: Any = families.child(layers[0], families.ATTENTIONS, "attention").config
         parameters = inspect.signature(layers[0].forward).parameters
         self._cache_argument = "layer_past" if "layer_past" in parameters else "past_key_values"
         self.blocks = [self._describe(i, module) for i, module in enumerate(layers)]
         self.cost = BackboneCost(
-            tuple(self._block_cost(block) for block in self.blocks),
+            tuple(block.cost for block in self.blocks),
             lm_head=self.hidden_size * self.vocab_size,
         )
 
@@ -158,10 +153,16 @@ class TransformerBackbone(Backbone):
         return {key: self._rotary(like, positions, key) for key in keys}
 
     def call_block(
-        self, block: int, hidden: Tensor, cache: Any, rotary: tuple[Tensor, Tensor], positions: Tensor, plan: Any
+        self,
+        block: int,
+        hidden: Tensor,
+        cache: Any,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor,
+        plan: Any,
     ) -> Tensor:
         """Block ``block`` (1-based) as the family wrote it, on (1, n, D)."""
-        output = self.blocks[block - 1].module(
+        output: Any = self.blocks[block - 1].module(
             hidden,
             attention_mask=None,
             position_ids=positions,
@@ -170,42 +171,30 @@ class TransformerBackbone(Backbone):
             plan=plan,
             **{self._cache_argument: cache},
         )
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def _describe(self, index: int, module: nn.Module) -> _Block:
-        attn = _child(module, _ATTENTIONS, f"attention in block {index + 1} of {self.name}")
-        norm = _child(module, ("input_layernorm",), f"the norm before attention in block {index + 1} of {self.name}")
-        types = getattr(self.config, "layer_types", None)
+        where = f"block {index + 1} of {self.name}"
+        attn: Any = families.child(module, families.ATTENTIONS, f"attention in {where}")
+        norm = families.child(module, ("input_layernorm",), f"the norm before attention in {where}")
         head_dim = int(getattr(attn, "head_dim", 0) or getattr(attn, "head_size", 0))
-        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
-        project = _kv_projector(attn, self.config.num_attention_heads, kv_heads, head_dim, self.name)
-        rotary_key = types[index] if self._rotary_per_type else None
-        return _Block(module, attn, norm, rotary_key, kv_heads, head_dim, project)
-
-    def _block_cost(self, block: _Block) -> BlockCost:
-        linears = [module for module in block.module.modules() if _is_linear(module)]
-        counted = sum(module.in_features * module.out_features for module in linears)
-        unknown = [
-            name
-            for name, parameter in block.module.named_parameters()
-            if parameter.ndim > 1 and not _is_linear(block.module.get_submodule(name.rpartition(".")[0]))
-        ]
-        if unknown:
-            raise UserError(
-                f"{self.name} has weights in its blocks that the cost model cannot count: {', '.join(unknown[:3])}; "
-                "this architecture is not supported"
-            )
-        kv_names = [n for n in ("k_proj", "v_proj") if hasattr(block.attention, n)] or [
-            n for n in ("qkv_proj", "query_key_value") if hasattr(block.attention, n)
-        ]
-        kv = [m for n in kv_names for m in getattr(block.attention, n).modules() if _is_linear(m)]
-        attn = block.attention
-        window = attn.sliding_window if hasattr(attn, "sliding_window") else _config_window(self.config)
-        return BlockCost(
-            weights=counted,
-            attention_width=self.config.num_attention_heads * block.head_dim,
-            window=window,
-            state_recompute=sum(module.in_features * module.out_features for module in kv),
+        heads = int(self.config.num_attention_heads)
+        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)
+        cost = BlockCost(
+            weights=families.linear_macs(module, self.name),
+            attention_width=heads * head_dim,
+            window=attn.sliding_window if hasattr(attn, "sliding_window") else families.config_window(self.config),
+            state_recompute=sum(families.linear_macs(part, self.name) for part in families.kv_modules(attn)),
+        )
+        return _Block(
+            module=module,
+            norm=norm,
+            rotary_key=self.config.layer_types[index] if self._rotary_per_type else None,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            project=families.kv_projector(attn, heads, kv_heads, head_dim, self.name),
+            cost=cost,
         )
 
 
@@ -236,9 +225,7 @@ class TransformerPass(ForwardPass):
         flight = self._in_flight(block, tokens, hidden)
         key = self._backbone.blocks[block - 1].rotary_key
         cache = _Scatter(self._states, block, flight.places)
-        return self._backbone.call_block(
-            block, hidden, cache, flight.rotary[key], flight.positions, flight.plan
-        )
+        return self._backbone.call_block(block, hidden, cache, flight.rotary[key], flight.positions, flight.plan)
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
@@ -378,89 +365,3 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 def tolerance(dtype: torch.dtype) -> float:
     """Largest relative difference that rounding explains when two equal computations differ in order."""
     return {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 2e-2}.get(dtype, 1e-1)
-
-
-def _find_layers(model: Any, depth: int, name: str) -> tuple[str, nn.ModuleList]:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and hasattr(module[0], "forward"):
-            return path.rpartition(".")[0], module
-    raise UserError(f"{name} has no list of {depth} blocks; its architecture is not supported")
-
-
-def _child(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
-    for name in names:
-        child = getattr(module, name, None)
-        if isinstance(child, nn.Module):
-            return child
-    raise UserError(f"found no {what} (looked for {', '.join(names)}); this architecture is not supported")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Quantised and LoRA layers have their own classes; wrappers hold the counted layers inside.
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
-
-
-def _config_window(config: Any) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    return window if getattr(config, "use_sliding_window", True) else None
-
-
-def _check_rope(config: Any, max_length: int | None) -> None:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    for rope in nested:
-        kind = rope.get("rope_type", "default")
-        if kind not in _LENGTH_DEPENDENT_ROPE:
-            continue
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", config.max_position_embeddings
-        )
-        if max_length is None or max_length > original:
-            raise UserError(
-                f"rope_type {kind!r} makes a row's result depend on the longest row of its batch above {original} "
-                f"tokens; add max_length={original} to model_args"
-            )
-
-
-def _kv_projector(
-    attn: Any, heads: int, kv_heads: int, head_dim: int, name: str
-) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """How this attention makes K and V of normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
-
-    Modules are called, their weights are not read: quantised layers, adapters and hooks keep working.
-    """
-    rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None or head_dim == 0:
-        raise UserError(f"{name}: no rotary embedding or head dimension found; this architecture is not supported")
-
-    def separate(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        key = attn.k_proj(hidden).unflatten(-1, (kv_heads, head_dim))
-        if hasattr(attn, "k_norm"):
-            key = attn.k_norm(key)
-        return key, attn.v_proj(hidden).unflatten(-1, (kv_heads, head_dim))
-
-    def joined(hidden: Tensor) -> tuple[Tensor, Tensor]:  # all q, then all k, then all v
-        parts = attn.qkv_proj(hidden).split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
-        return parts[1].unflatten(-1, (kv_heads, head_dim)), parts[2].unflatten(-1, (kv_heads, head_dim))
-
-    def interleaved(hidden: Tensor) -> tuple[Tensor, Tensor]:  # q, k, v of each head side by side
-        _, key, value = attn.query_key_value(hidden).unflatten(-1, (heads, 3 * head_dim)).chunk(3, dim=-1)
-        return key, value
-
-    if hasattr(attn, "k_proj") and hasattr(attn, "v_proj"):
-        split = separate
-    elif hasattr(attn, "qkv_proj"):
-        split = joined
-    elif hasattr(attn, "query_key_value"):
-        split = interleaved
-    else:
-        raise UserError(f"{name}: its K/V projection has an unknown layout; this architecture is not supported")
-
-    def project(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = split(hidden)
-        key, value = key.transpose(1, 2), value.transpose(1, 2)  # (1, H_kv, m, P)
-        # The families' function turns queries and keys together; there are no queries here.
-        _, key = rotate(key[:, :0], key, cos, sin)
-        return key, value
-
-    return project

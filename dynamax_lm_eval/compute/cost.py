@@ -76,7 +76,7 @@ class BackboneCost:
         """
         kept = [0 if block in pruned else 1 for block in range(1, self.num_layers + 1)]
         weights = _running_sum(keep * cost.weights for keep, cost in zip(kept, self.blocks, strict=True))
-        macs = weights[layers]
+        macs: npt.NDArray[np.int64] = weights[layers]
         for window in {cost.window for cost in self.blocks}:
             widths = _running_sum(
                 keep * cost.attention_width * (cost.window == window)
@@ -90,10 +90,9 @@ class BackboneCost:
         self, per_block: Sequence[float], layers: npt.NDArray[np.int64], pruned: frozenset[int]
     ) -> npt.NDArray[Any]:
         """Sum of ``per_block`` over the blocks after each token's layer, without the pruned ones. (T,)"""
-        running = _running_sum(
-            0 if block in pruned else value for block, value in enumerate(per_block, start=1)
-        )
-        return running[-1] - running[layers]
+        running = _running_sum(0 if block in pruned else value for block, value in enumerate(per_block, start=1))
+        result: npt.NDArray[Any] = running[-1] - running[layers]
+        return result
 
 
 @dataclass(frozen=True)

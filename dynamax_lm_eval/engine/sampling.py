@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class Sampler:
         """The next token after ``ids`` (prompt and generated), given logits (V,) in float32."""
         scores = logits.unsqueeze(0)
         if self.processors:
-            scores = self.processors(torch.tensor([ids], device=logits.device), scores)
+            context: Any = torch.tensor([ids], device=logits.device)
+            scores = self.processors(context, scores)
         if not self.do_sample:
             return int(scores.argmax(dim=-1))
         # Inverse transform with a uniform number drawn on the CPU: the same stream on every device.

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dynamax_lm_eval import config
 from dynamax_lm_eval.compute.cost import ExitTerms
-from dynamax_lm_eval.config import Confidence, ExitScope, StateMode
+from dynamax_lm_eval.config import Confidence, DynamaxArgs, ExitScope, StateMode
 from dynamax_lm_eval.exits.confidence import READS_LM_HEAD
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
@@ -42,6 +43,32 @@ class ExitPolicy:
         assert len(self.exit_layers) == len(self.thresholds)
         assert all(0 < layer < self.num_layers for layer in self.exit_layers)
 
+    @classmethod
+    def from_args(cls, args: DynamaxArgs, num_layers: int) -> tuple[ExitPolicy, str | None]:
+        """The policy that arguments mean for ``num_layers`` blocks, and a note if something was left out.
+
+        Raises:
+            UserError: layers or blocks lie outside the backbone, or thresholds do not match the exits.
+        """
+        pruned = config.resolve_pruned_blocks(args.prune_layers, num_layers)
+        exit_layers = config.resolve_exit_layers(args.exit_layers, num_layers)
+        note = None
+        dropped = sorted(pruned.intersection(exit_layers))
+        if args.exit_layers is None and dropped:
+            exit_layers = tuple(layer for layer in exit_layers if layer not in pruned)
+            note = f"default exits {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}"
+        policy = cls(
+            num_layers=num_layers,
+            exit_layers=exit_layers,
+            thresholds=config.resolve_thresholds(args.threshold, exit_layers),
+            confidence=args.confidence or "softmax",
+            state_mode=args.state_mode,
+            pruned_blocks=pruned,
+            exit_scope=args.exit_scope,
+            threshold_decay=args.threshold_decay,
+        )
+        return policy, note
+
     @cached_property
     def active_exits(self) -> tuple[int, ...]:
         """Exit layers where something is evaluated: those whose threshold is below 1."""
@@ -52,9 +79,7 @@ class ExitPolicy:
         """Position of the first token that may exit, in a row whose prompt has ``prompt_length`` tokens."""
         return 1 if self.exit_scope == "all" else prompt_length
 
-    def effective_thresholds(
-        self, steps: npt.NDArray[np.int64], max_steps: int
-    ) -> npt.NDArray[np.float32]:
+    def effective_thresholds(self, steps: npt.NDArray[np.int64], max_steps: int) -> npt.NDArray[np.float32]:
         """What the confidence of each token is compared with.
 
         With decay tau the threshold is clip(0.9*threshold + 0.1*exp(-tau*t/N), 0, 1), equation 5 of CALM
@@ -75,7 +100,8 @@ class ExitPolicy:
             values = np.clip(0.9 * values + decayed[:, None], 0.0, 1.0)
         values[:, base >= 1] = NEVER
         values[steps < 0] = NEVER
-        return values.astype(np.float32)
+        rounded: npt.NDArray[np.float32] = values.astype(np.float32)
+        return rounded
 
     def terms(self, prompt_length: int) -> ExitTerms:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens."""

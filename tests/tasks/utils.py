@@ -20,7 +20,13 @@ CHOICES = [" Paris", " the river Seine", " nobody", " time"]
 
 def load(**kwargs: Any) -> dict[str, datasets.Dataset]:
     rows = [
-        {"question": question, "answer": answer, "choices": CHOICES, "gold": i % len(CHOICES), "text": f"{question} {answer}."}
+        {
+            "question": question,
+            "answer": answer,
+            "choices": CHOICES,
+            "gold": i % len(CHOICES),
+            "text": f"{question} {answer}.",
+        }
         for i, (question, answer) in enumerate(QUESTIONS)
     ]
     # Two documents ask the same thing: their records must not be mixed up or lost.

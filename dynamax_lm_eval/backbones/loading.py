@@ -1,0 +1,45 @@
+"""A backbone's configuration, read and judged before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dynamax_lm_eval.backbones import aliases
+from dynamax_lm_eval.config import UserError
+
+
+def load_config(source: str, backbone: str, options: Mapping[str, Any]) -> Any:
+    """The backbone's configuration, before any weights.
+
+    Raises:
+        UserError: there is none to be had.
+    """
+    names = ("subfolder", "trust_remote_code", "gguf_file", "cache_dir", "token", "local_files_only")
+    chosen = {name: options[name] for name in names if options.get(name)}
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            source, revision=str(options.get("revision") or "main"), **chosen
+        )
+    except (OSError, ValueError) as error:
+        known = ", ".join([*aliases.HUB_ALIASES, aliases.SMOLLM2_GGUF])
+        raise UserError(
+            f"backbone={backbone!r} is neither an alias ({known}), nor a folder with a model, nor a model that could "
+            f"be had from the Hub: {' '.join(str(error).split())}"
+        ) from error
+
+
+def check_architecture(config: Any) -> None:
+    """Raises UserError where a configuration is not that of a causal LM which can be run block by block."""
+    model_type = getattr(config, "model_type", None)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{model_type!r} is an encoder-decoder (seq2seq) model; dynamax needs a decoder-only (causal) backbone"
+        )
+    if "mamba" in str(model_type):
+        raise UserError(f"{model_type!r}: Mamba backbones are not supported by this version of dynamax")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
+        raise UserError(f"{model_type!r} is not a causal language model of transformers")

@@ -1,0 +1,76 @@
+"""A ``generate_until`` request of the harness, as the engine takes it and as the harness gets it back.
+
+Follows what ``HFLM`` does around ``generate``: normalised arguments, stop strings, left truncation,
+post-processing. Knows texts and one tokenizer; does not run anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.engine.scheduler import GenerationRequest
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.generation import GenerationSettings, StopStrings
+
+
+class GenerationJob:
+    """One request: its prompt and limits as HFLM would set them, and its text at the end."""
+
+    def __init__(self, lm: Any, policy: ExitPolicy, repetition_penalty: float | None, request: Any, eos: str) -> None:
+        """
+        Args:
+            lm: the model, for its tokenizer and limits.
+            policy: when the request's tokens exit.
+            repetition_penalty: used unless the request names its own.
+            request: the harness's instance with ``args`` (context, generation arguments).
+            eos: text of the end token, always a stop.
+
+        Raises:
+            UserError: the prompt or an argument cannot be honoured.
+        """
+        self._lm = lm
+        self.args = request.args
+        context, gen_kwargs = request.args
+        # A deep copy: `until` must not be changed in place, it is part of the cache's key.
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
+        self._stops = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        max_gen_toks = kwargs.pop("max_gen_toks")
+        if not 1 <= max_gen_toks < lm.max_length:
+            raise UserError(
+                f"max_gen_toks={max_gen_toks} must be at least 1 and less than the model's max_length={lm.max_length}"
+            )
+        room = lm.max_length - max_gen_toks
+        ids, _ = lm.tok_batch_encode([context], left_truncate_len=room, truncation=lm.truncation)
+        prompt: list[int] = ids[0].tolist()
+        if not prompt:
+            raise UserError("cannot generate after an empty prompt; add a few-shot example or a system instruction")
+        max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
+        if repetition_penalty is not None:
+            kwargs.setdefault("repetition_penalty", repetition_penalty)
+        settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
+        self.request = GenerationRequest(
+            prompt=prompt,
+            max_new_tokens=settings.max_new_tokens(len(prompt), max_length),
+            policy=policy,
+            sampler=Sampler(settings.processors(len(prompt), max_length), settings.do_sample),
+            is_finished=StopStrings(lm.tokenizer, self._stops, settings.eos_ids),
+        )
+
+    def text(self, tokens: list[int]) -> str:
+        """What the harness gets: decoded, without what follows a stop string or precedes the end of thinking."""
+        think_end = self._lm.think_end_token
+        if isinstance(think_end, int) and think_end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(think_end) :]
+        text = self._lm.tok_decode(tokens)
+        if isinstance(think_end, int):
+            text = text.lstrip()
+        finished: str = postprocess_generated_text(
+            generation=text,
+            stop=self._stops,
+            think_end_token=think_end if isinstance(think_end, str) else None,
+        )
+        return finished
