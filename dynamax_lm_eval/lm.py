@@ -52,7 +52,7 @@ harness.install()
 
 @register_model("dynamax")
 class DynamaxLM(HFLM):
-    """Early-exit causal LM. Takes the arguments of ``--model hf`` and those of :class:`dynamax_lm_eval.config.DynamaxArgs`.
+    """Early-exit causal LM; takes the arguments of ``--model hf`` and those of ``config.DynamaxArgs``.
 
     ``backbone`` (or ``pretrained``) is an alias, a Hub id, a folder, or from Python a loaded model.
     """

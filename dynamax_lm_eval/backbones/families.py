@@ -58,7 +58,7 @@ def linear_macs(module: nn.Module, name: str) -> int:
                 f"{name} has weights in its blocks that the cost model cannot count ({path}); "
                 "this architecture is not supported"
             )
-    return sum(int(leaf.in_features) * int(leaf.out_features) for leaf in linears.values())  # type: ignore[arg-type]
+    return sum(int(leaf.in_features) * int(leaf.out_features) for leaf in linears.values())
 
 
 def config_window(config: Any) -> int | None:
