@@ -6,7 +6,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
@@ -57,18 +56,21 @@ def _run(arguments: list[str]) -> int:
     # The bridge does this where torch's autoload is on; here it must work without.
     _autoload.register()
     from lm_eval._cli import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
 
-    if "--model" not in arguments and "-M" not in arguments and not _names_config(arguments):
-        arguments = ["--model", _autoload.MODEL_NAME, *arguments]
     setup_logging()
-    before = sys.argv
-    sys.argv = ["dynamax-lm-eval", "run", *arguments]
+    before, sys.argv = sys.argv, ["dynamax-lm-eval", "run", *arguments]
     try:
         harness = HarnessCLI()
         options = harness.parse_args()
-        own = str(dynamax_lm_eval.tasks_dir())
-        options.include_path = [own, options.include_path] if getattr(options, "include_path", None) else own
+        if not arguments:
+            return 0
+        file = EvaluatorConfig.load_yaml_config(options.config) if getattr(options, "config", None) else {}
+        if not getattr(options, "model", None) and not file.get("model"):
+            options.model = _autoload.MODEL_NAME
+        theirs = getattr(options, "include_path", None) or file.get("include_path") or []
+        options.include_path = [str(dynamax_lm_eval.tasks_dir()), *([theirs] if isinstance(theirs, str) else theirs)]
         harness.execute(options)
     except (ValueError, OSError) as error:
         if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
@@ -79,9 +81,3 @@ def _run(arguments: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
-
-
-def _names_config(arguments: Sequence[str]) -> bool:
-    """Whether a run file is given, which may name the model itself."""
-    flags = ("--config", "-C")
-    return any(item in flags or item.startswith("--config=") for item in arguments) and Path.cwd().exists()

@@ -67,7 +67,7 @@ class DynamaxLM(HFLM):
         name = loaded.name_or_path or type(loaded).__name__ if loaded is not None else pretrained
         given = kwargs if name is None else {**kwargs, "pretrained": name}
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
-        source = loaded if loaded is not None else aliases.resolve(self.args.backbone)
+        source = aliases.resolve(self.args.backbone) if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
         self.policy, self._policy_note = ExitPolicy.from_args(
@@ -76,7 +76,7 @@ class DynamaxLM(HFLM):
         if self._policy_note:
             logger.warning("%s", self._policy_note)
 
-        super().__init__(pretrained=source, **passed_on)
+        super().__init__(pretrained=loaded if loaded is not None else source, **passed_on)
         if hasattr(self, "accelerator"):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
             self._rank = self.accelerator.process_index

