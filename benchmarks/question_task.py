@@ -29,11 +29,16 @@ def read_questions(path: Path, limit: int, longest_answers: bool) -> list[dict[s
     ]
 
 
+def read_shots() -> list[dict[str, Any]]:
+    """The two shots of ``trivia_demo``."""
+    file = dynamax_lm_eval.tasks_dir() / "trivia_demo" / "fewshot.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:2]]
+
+
 def question_task(path: Path, limit: int, max_gen_toks: int, longest_answers: bool = False) -> dict[str, Any]:
     """A task configuration for ``simple_evaluate``; the two shots are those of ``trivia_demo``."""
     questions = read_questions(path, limit, longest_answers)
-    shots_file = dynamax_lm_eval.tasks_dir() / "trivia_demo" / "fewshot.jsonl"
-    shots = [json.loads(line) for line in shots_file.read_text(encoding="utf-8").splitlines()[:2]]
+    shots = read_shots()
 
     def load(**_: Any) -> dict[str, Dataset]:
         return {"test": Dataset.from_list(questions), "fewshot": Dataset.from_list(shots)}
