@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
+from dynamax_lm_eval.config import UserError
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
 _EPILOG = """\
 examples:
   dynamax-lm-eval run --model_args backbone=mistral,threshold=0.8 --tasks triviaqa --output_path out
-  dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.97 --tasks trivia_demo
+  dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.98 --tasks trivia_demo
   dynamax-lm-eval tasks
 
 `run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
@@ -64,17 +65,17 @@ def _run(arguments: list[str]) -> int:
     try:
         harness = HarnessCLI()
         options = harness.parse_args()
-        if not arguments:
-            return 0
         file = EvaluatorConfig.load_yaml_config(options.config) if getattr(options, "config", None) else {}
         if not getattr(options, "model", None) and not file.get("model"):
             options.model = _autoload.MODEL_NAME
         theirs = getattr(options, "include_path", None) or file.get("include_path") or []
-        options.include_path = [str(dynamax_lm_eval.tasks_dir()), *([theirs] if isinstance(theirs, str) else theirs)]
+        theirs = [theirs] if isinstance(theirs, str) else theirs
+        own = dynamax_lm_eval.tasks_dir()
+        options.include_path = [str(own), *(path for path in theirs if Path(path).resolve() != own)]
         harness.execute(options)
-    except (ValueError, OSError) as error:
-        if logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG):
-            raise
+    except (ValueError, TypeError, OSError) as error:
+        if not isinstance(error, UserError) and getattr(error, "raised_while_evaluating", False):
+            raise  # not the user's input: the traceback is needed
         message = " ".join(str(error).split())
         sys.stderr.write(f"dynamax-lm-eval: error: {message}\n")
         return 2

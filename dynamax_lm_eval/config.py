@@ -99,6 +99,8 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     if passed_on.get("backend", "default") == "seq2seq":
         raise UserError("backend=seq2seq cannot be honoured: early exit needs a decoder-only (causal) backbone")
 
+    _check_batch_size(passed_on.get("batch_size", 1))
+
     pretrained = passed_on.pop("pretrained", None)
     backbone = own.pop("backbone", None)
     if backbone is not None and pretrained is not None and backbone != pretrained:
@@ -181,6 +183,12 @@ def _unknown_name(what: str, name: str, known: Collection[str]) -> str:
 
 def _is_set(value: Any) -> bool:
     return value is not None and value is not False and str(value).lower() not in ("false", "none")
+
+
+def _check_batch_size(value: Any) -> None:
+    text = str(value)
+    if isinstance(value, bool) or not (text.partition(":")[0] == "auto" or (text.isdigit() and int(text) >= 1)):
+        raise UserError(f"batch_size must be a whole number of at least 1, or auto, got {value!r}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -49,13 +49,15 @@ class ResponseLedger:
     def __init__(self) -> None:
         self._records: dict[str, list[ComputeRecord]] = defaultdict(list)
         self._database: MutableMapping[str, Any] | None = None
-        #: Wall-clock seconds spent answering, by kind of request.
+        #: Wall-clock seconds spent answering, by kind of request, and the tokens that ran in them.
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.fed_tokens = 0
 
     def start_run(self) -> None:
         """Forgets the records of an earlier evaluation."""
         self._records.clear()
         self.seconds.clear()
+        self.fed_tokens = 0
 
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Stores records in the harness's cache from now on.
@@ -63,7 +65,8 @@ class ResponseLedger:
         Raises:
             UserError: the cache holds responses of a run with another identity, or of unknown origin.
         """
-        identity = json.loads(json.dumps(identity, sort_keys=True))
+        counting = {"accounting": ACCOUNTING, "schema_version": SCHEMA_VERSION}
+        identity = json.loads(json.dumps({**identity, **counting}, sort_keys=True))
         if len(database) == 0:
             database[_IDENTITY_KEY] = json.dumps(identity)
         elif _IDENTITY_KEY not in database:
@@ -79,14 +82,28 @@ class ResponseLedger:
                 + ", ".join(f"{key} ({stored.get(key)!r}, now {identity.get(key)!r})" for key in differing)
                 + "; choose another file"
             )
+        keys = set(database)
+        foreign = [key for key in keys if not key.startswith("dynamax:") and _RECORD_PREFIX + key not in keys]
+        if foreign:
+            raise UserError(
+                f"the file of --use_cache holds {len(foreign)} responses that another model wrote into it; "
+                "choose another file"
+            )
         self._database = database
 
-    def add(self, kind: str, args: Iterable[Any], record: ComputeRecord) -> None:
-        """Keeps the record of one response. Call it before the response is cached."""
-        key = hash_args(kind, args)
-        self._records[key].append(record)
+    def store(self, kind: str, args: Iterable[Any], record: ComputeRecord) -> None:
+        """Puts the record of one response beside the cached response. Call it before that is cached."""
+        self.fed_tokens += record.fed_tokens
         if self._database is not None:
-            self._database[_RECORD_PREFIX + key] = json.dumps(record.to_json())
+            self._database[_RECORD_PREFIX + hash_args(kind, args)] = json.dumps(record.to_json())
+
+    def keep(self, kind: str, answered: Iterable[tuple[Iterable[Any], ComputeRecord]]) -> None:
+        """Keeps (arguments, record) of all responses of a call, in the order of its requests.
+
+        Not in the order in which they were finished: samples of the same request differ in compute.
+        """
+        for args, record in answered:
+            self._records[hash_args(kind, args)].append(record)
 
     def find(self, kind: str, args: Iterable[Any], occurrence: int) -> ComputeRecord:
         """The record of the ``occurrence``-th response (from 0) to this request."""
@@ -128,9 +145,19 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         task_dict = kwargs["task_dict"] if "task_dict" in kwargs else args[1]
         ledger.start_run()
-        results = original(*args, **kwargs)
+        try:
+            results = original(*args, **kwargs)
+        except Exception as error:
+            # Tells errors of a running evaluation from errors in what the user asked for.
+            error.raised_while_evaluating = True  # type: ignore[attr-defined]
+            raise
         gathered = lm.gather_object(
-            (_records_by_document(task_dict, ledger, kwargs.get("samples")), dict(ledger.seconds)), dst=0
+            (
+                _records_by_document(task_dict, ledger, kwargs.get("samples")),
+                dict(ledger.seconds),
+                ledger.fed_tokens,
+            ),
+            dst=0,
         )
         if results is not None:
             _write(results, gathered)
@@ -174,11 +201,11 @@ def _tasks(task_dict: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
             yield key, value
 
 
-def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float]]]) -> None:
+def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float], int]]) -> None:
     """Puts compute into the results of an evaluation, after the tasks' own metrics."""
     by_task: _ByDocument = defaultdict(dict)
     seconds: dict[str, float] = {}
-    for found, rank_seconds in gathered:
+    for found, rank_seconds, _ in gathered:
         for name, documents in found.items():
             by_task[name].update(documents)
         # Ranks work at the same time: the slowest one is what was waited for.
@@ -211,7 +238,7 @@ def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, 
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
         "by_task": {name: _breakdown(documents) for name, documents in per_document.items()},
-        "overall": _breakdown(everything) | _timing(everything, seconds),
+        "overall": _breakdown(everything) | _timing(sum(fed for _, _, fed in gathered), seconds),
     }
     if everything and not any(record.eligible_tokens for record in everything):
         logger.warning(
@@ -276,14 +303,14 @@ def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
     }
 
 
-def _timing(documents: list[ComputeRecord], seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Wall-clock time, kept apart from counted compute. Cached responses took none of it."""
+def _timing(fed_tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Wall-clock time and the tokens that ran in it, apart from counted compute: without cached responses."""
     spent = sum(seconds.values())
-    tokens = sum(record.fed_tokens for record in documents)
     return {
         "seconds": dict(seconds),
         "seconds_total": spent,
-        "fed_tokens_per_second": tokens / spent if spent > 0 else None,
+        "fed_tokens_in_seconds": fed_tokens,
+        "fed_tokens_per_second": fed_tokens / spent if spent > 0 else None,
     }
 
 

@@ -7,7 +7,6 @@ and leave as texts or scores; token ids and policies go to the engine, compute r
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import time
 from collections import Counter
@@ -26,10 +25,10 @@ import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval import harness
 from dynamax_lm_eval.backbones import TransformerBackbone, aliases, loading
-from dynamax_lm_eval.backbones.fingerprint import weights_fingerprint
+from dynamax_lm_eval.backbones.fingerprint import config_fingerprint, weights_fingerprint
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
 from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.errors import NotFiniteError
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scheduler import (
     Generation,
@@ -38,7 +37,7 @@ from dynamax_lm_eval.engine.scheduler import (
     generate,
     score,
 )
-from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute
+from dynamax_lm_eval.engine.selfcheck import checked_engine
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.requests import GenerationJob
 
@@ -67,7 +66,7 @@ class DynamaxLM(HFLM):
         name = loaded.name_or_path or type(loaded).__name__ if loaded is not None else pretrained
         given = kwargs if name is None else {**kwargs, "pretrained": name}
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
-        source = aliases.resolve(self.args.backbone) if loaded is None else ""
+        source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
         self.policy, self._policy_note = ExitPolicy.from_args(
@@ -82,12 +81,8 @@ class DynamaxLM(HFLM):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
         self.response_ledger = harness.ResponseLedger()
-        self.engine = Engine(TransformerBackbone(self.model, self.max_length))
-        self.engine.check_policy(self.policy)
         with self._autocast():
-            check_against_model(self.engine, self.model)
-            if self.policy.active_exits and self.policy.state_mode == "recompute":
-                check_state_recompute(self.engine)
+            self.engine = checked_engine(self.model, self.policy, self.max_length)
         self._warn_of_read_cost()
 
     @classmethod
@@ -110,6 +105,7 @@ class DynamaxLM(HFLM):
         """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""
         return {
             "weights": weights_fingerprint(self.model),
+            "config": config_fingerprint(self.model.config),
             "dtype": str(self.model.dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
             "softmax_dtype": str(self.softmax_dtype),
@@ -153,6 +149,7 @@ class DynamaxLM(HFLM):
         ]
         self._seed_samplers(prepared)
         texts: list[str] = [""] * len(requests)
+        records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
         with (
             self._timed("generate_until"),
@@ -162,13 +159,21 @@ class DynamaxLM(HFLM):
             def finished(index: int, generation: Generation) -> None:
                 job = prepared[index]
                 texts[index] = job.text(generation.tokens)
-                record = self._record([generation.trace])
-                self.response_ledger.add("generate_until", job.args, record)
+                records[index] = self._record([generation.trace])
+                self.response_ledger.store("generate_until", job.args, records[index])
                 self.cache_hook.add_partial("generate_until", job.args, texts[index])
-                progress.advance(record)
+                progress.advance(records[index])
 
-            generate(self.engine, [job.request for job in prepared], self._rows_in_flight(longest), finished)
+            with _naming_document(requests):
+                generate(self.engine, [job.request for job in prepared], self._rows_in_flight(longest), finished)
+        self.response_ledger.keep("generate_until", zip((job.args for job in prepared), records, strict=True))
         return texts
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood, is_greedy) of continuations, through the exits."""
+        with _naming_document(requests):
+            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return answers
 
     def _loglikelihood_tokens(
         self,
@@ -178,20 +183,22 @@ class DynamaxLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """Scores of (context, continuation) token pairs through the exits."""
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
         def finished(index: int, answer: tuple[float, bool], trace: Trace) -> None:
             answers[index] = answer
-            record = self._record([trace])
+            records[index] = self._record([trace])
             texts = requests[index][0]
-            self.response_ledger.add("loglikelihood", texts, record)
+            self.response_ledger.store("loglikelihood", texts, records[index])
             self.cache_hook.add_partial("loglikelihood", texts, answer)
-            progress.advance(record)
+            progress.advance(records[index])
 
         with (
             self._timed("loglikelihood"),
             self._progress(len(requests), "loglikelihood", disable_tqdm) as progress,
         ):
             self._score([(context, continuation) for _, context, continuation in requests], finished)
+        self.response_ledger.keep("loglikelihood", zip((texts for texts, _, _ in requests), records, strict=True))
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -212,13 +219,14 @@ class DynamaxLM(HFLM):
         sums = [0.0] * len(requests)
         traces: list[list[Trace]] = [[] for _ in requests]
         open_windows = Counter(owner)
+        records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
         def answer(index: int) -> None:
-            record = self._record(traces[index])
+            records[index] = self._record(traces[index])
             args = (requests[index].args[0],)
-            self.response_ledger.add("loglikelihood_rolling", args, record)
+            self.response_ledger.store("loglikelihood_rolling", args, records[index])
             self.cache_hook.add_partial("loglikelihood_rolling", args, sums[index])
-            progress.advance(record)
+            progress.advance(records[index])
 
         def finished(window: int, result: tuple[float, bool], trace: Trace) -> None:
             index = owner[window]
@@ -233,7 +241,9 @@ class DynamaxLM(HFLM):
             for index in range(len(requests)):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     answer(index)
-            self._score(windows, finished)
+            with _naming_document(requests, owner):
+                self._score(windows, finished)
+        self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
         return sums
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]], finished: Any) -> None:
@@ -277,8 +287,10 @@ class DynamaxLM(HFLM):
                 finished(index, (sum(common) + last, greedy), scoring.trace)
 
         longest = max((len(request.ids) for request in requests), default=1)
-        with self._autocast():
+        try:
             score(self.engine, requests, self._rows_in_flight(longest), share, self.softmax_dtype)
+        except NotFiniteError as error:
+            raise NotFiniteError(members[error.index][0]) from error
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """Tokens to feed and how many of them are context, cut from the left to the model's length."""
@@ -304,9 +316,8 @@ class DynamaxLM(HFLM):
         repeats: Counter[str] = Counter()
         for job in jobs:
             if job.request.sampler.do_sample:
-                key = json.dumps(job.args, sort_keys=True, default=str)
-                job.request.sampler.seed = request_seed(torch.initial_seed(), key, repeats[key])
-                repeats[key] += 1
+                job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, repeats[job.key])
+                repeats[job.key] += 1
 
     def _rows_in_flight(self, longest: int) -> int:
         """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds K and V for."""
@@ -365,6 +376,19 @@ class Progress:
         if self._spent:
             self._bar.set_postfix_str(f"compute_reduction={self._full / self._spent:.3f}", refresh=False)
         self._bar.update(1)
+
+
+@contextmanager
+def _naming_document(requests: Sequence[Any], owner: Sequence[int] | None = None) -> Iterator[None]:
+    """Turns an error of one computation (of request ``owner[index]``) into one that names its document."""
+    try:
+        yield
+    except NotFiniteError as error:
+        request = requests[error.index if owner is None else owner[error.index]]
+        raise UserError(
+            f"the model computed logits that are not finite for document {request.doc_id} of task "
+            f"{request.task_name!r}; try dtype=float32, or check the weights"
+        ) from error
 
 
 def _harness_arguments() -> frozenset[str]:

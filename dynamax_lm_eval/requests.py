@@ -6,6 +6,7 @@ post-processing. Knows texts and one tokenizer; does not run anything.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -34,6 +35,8 @@ class GenerationJob:
         """
         self._lm = lm
         self.args = request.args
+        #: What the request is, for seeding: equal documents at different places are different requests.
+        self.key = json.dumps([request.task_name, request.doc_id, request.idx, request.args], default=str)
         context, gen_kwargs = request.args
         # A deep copy: `until` must not be changed in place, it is part of the cache's key.
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))

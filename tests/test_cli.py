@@ -44,6 +44,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ("threshold=[0.5,0.6],exit_layers=[2,3,4]", "threshold has 2 values but there are 3 exit layers"),
         ("thresold=0.5", "unknown model argument 'thresold'; did you mean 'threshold'?"),
         ("attn_implementation=flash_attention_2", "dynamax runs its own attention"),
+        ("prune_layers=2,exit_layers=[3,4],threshold=0.5", "exit_layers [4] end with a pruned block"),
         ("confidence=classifier", "confidence must be one of softmax, entropy, state"),
     ],
 )
@@ -103,6 +104,23 @@ def test_the_stock_command_ends_in_the_same_line(model_folder: Path) -> None:
     result = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "threshold must be in [0, 1], got 1.5" in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_run_file_that_is_no_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("- a\n- b\n")
+    assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "must be a mapping" in capsys.readouterr().err
+
+
+def test_errors_of_a_running_evaluation_keep_their_traceback(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a bug, not the user's input")
+
+    monkeypatch.setattr("dynamax_lm_eval.lm.generate", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["run", "--model_args", f"backbone={model_folder}", "--tasks", "trivia_demo", "--limit", "1"])
 
 
 def test_run_writes_what_the_stock_command_would(

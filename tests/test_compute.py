@@ -219,7 +219,6 @@ def test_records_add_up_and_travel_as_json() -> None:
     total = ComputeRecord.sum(records)
     assert total.full_macs == sum(record.full_macs for record in records)
     assert total.exit_layers == [[1, 4], [3, 3], [1, 1]]
-    assert records[0] + records[1] + records[2] == total
     assert ComputeRecord.from_json(total.to_json()) == total
 
 

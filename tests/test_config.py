@@ -82,6 +82,8 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
         ({"backend": "seq2seq"}, "needs a decoder-only"),
         ({"pretrained": "y"}, "name different models"),
         ({"backbone": ""}, "backbone must be an alias"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, or auto, got 0"),
+        ({"batch_size": "many"}, "batch_size must be a whole number"),
         ({"backbone": 3}, "backbone must be an alias"),
     ],
 )

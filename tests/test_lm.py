@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from dynamax_lm_eval.compute.ledger import ComputeRecord
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.lm import DynamaxLM
+from dynamax_lm_eval.requests import GenerationJob
 
 TASKS = Path(__file__).parent / "tasks"
 EXITS = {"threshold": 0.1, "exit_layers": [2, 4]}
@@ -258,6 +261,36 @@ class TestCache:
         with pytest.raises(UserError, match="no identity record"):
             self.run(model_folder, manager, tmp_path / "foreign", **EXITS)
 
+    def test_another_configuration_or_way_of_counting_is_refused(
+        self, model_folder: Path, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.run(model_folder, manager, tmp_path / "c", **EXITS)
+        edited = shutil.copytree(model_folder, tmp_path / model_folder.name)
+        config = json.loads((edited / "config.json").read_text())
+        config["rms_norm_eps"] = 1e-3
+        (edited / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="differs in config"):
+            self.run(edited, manager, tmp_path / "c", **EXITS)
+        monkeypatch.setattr("dynamax_lm_eval.harness.ACCOUNTING", "other")
+        with pytest.raises(UserError, match="differs in accounting"):
+            self.run(model_folder, manager, tmp_path / "c", **EXITS)
+
+    def test_responses_that_another_model_added_are_refused(
+        self, model_folder: Path, manager: TaskManager, tmp_path: Path
+    ) -> None:
+        cache = str(tmp_path / "c")
+        evaluate(dynamax(model_folder, **EXITS), manager, "tiny_generate", use_cache=cache)
+        hf = HFLM(str(model_folder), device="cpu", batch_size=1)
+        evaluate(hf, manager, "tiny_rolling", use_cache=cache)
+        with pytest.raises(UserError, match="7 responses that another model wrote"):
+            evaluate(dynamax(model_folder, **EXITS), manager, "tiny_generate", use_cache=cache)
+
+    def test_speed_counts_only_what_ran(self, model_folder: Path, manager: TaskManager, tmp_path: Path) -> None:
+        first = self.run(model_folder, manager, tmp_path / "c", **EXITS)
+        second = self.run(model_folder, manager, tmp_path / "c", **EXITS)
+        assert first["compute"]["overall"]["fed_tokens_in_seconds"] > 0
+        assert second["compute"]["overall"]["fed_tokens_in_seconds"] == 0
+
 
 class TestSampling:
     def test_samples_do_not_depend_on_the_batch(self, model_folder: Path) -> None:
@@ -269,6 +302,31 @@ class TestSampling:
         assert one == three[::-1]
         torch.manual_seed(8)
         assert dynamax(model_folder).generate_until(requests, disable_tqdm=True) != one
+
+    def test_records_belong_to_their_samples(self, model_folder: Path, manager: TaskManager) -> None:
+        """Repeats and equal documents differ in length; each record must be that of its own text."""
+        torch.manual_seed(3)
+        lm = dynamax(model_folder, batch_size=4, **EXITS)
+        lengths: dict[str, set[int]] = defaultdict(set)
+        text_of = GenerationJob.text
+
+        def remember(job: GenerationJob, tokens: list[int]) -> str:
+            text = text_of(job, tokens)
+            lengths[text].add(len(tokens))
+            return text
+
+        kwargs = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 20}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GenerationJob, "text", remember)
+            results = evaluate(lm, manager, "tiny_filters", gen_kwargs=kwargs)
+        checked = 0
+        for sample in results["samples"]["tiny_filters"]:
+            texts = sample["resps"][0]
+            for text, layers in zip(texts, sample["exit_layers"], strict=True):
+                assert len(layers) + 1 in lengths[text]
+                checked += 1
+        assert checked == 32
+        assert len(lengths) > 10
 
     def test_repeats_differ(self, model_folder: Path) -> None:
         request = generation_requests(["The quick"], do_sample=True, temperature=1.0)[0]
@@ -298,6 +356,21 @@ class TestArguments:
     ) -> None:
         with pytest.raises(UserError, match=message):
             dynamax(model_folder).generate_until(generation_requests(["The quick"], **kwargs), disable_tqdm=True)
+
+    def test_logits_that_are_not_finite_name_the_document(self, model_folder: Path) -> None:
+        lm = dynamax(model_folder, logits_cache=False)
+        texts = ["The quick", "on the river"]
+        poisoned = set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is"))
+        lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
+        pairs = [Instance("loglikelihood", {}, (text, " Paris is"), i, ("t", i, 1)) for i, text in enumerate(texts)]
+        rolling = [Instance("loglikelihood_rolling", {}, (text,), i, ("t", i, 1)) for i, text in enumerate(texts)]
+        for method, requests in (
+            ("generate_until", generation_requests(texts)),
+            ("loglikelihood", pairs),
+            ("loglikelihood_rolling", rolling),
+        ):
+            with pytest.raises(UserError, match="not finite for document 1 of task 't'"):
+                getattr(lm, method)(requests, disable_tqdm=True)
 
     def test_names_the_result_folder_after_the_backbone(self, model_folder: Path) -> None:
         args = {"backbone": str(model_folder), "threshold": 1}

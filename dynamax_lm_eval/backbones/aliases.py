@@ -37,8 +37,8 @@ def cache_dir() -> Path:
     return Path(HF_HOME) / "dynamax"
 
 
-def resolve(name: str) -> str:
-    """The Hub id or folder that a backbone name stands for.
+def resolve(name: str, subfolder: str = "") -> str:
+    """The Hub id or folder that a backbone name stands for; ``subfolder`` is where its files are in it.
 
     Raises:
         UserError: it looks like a folder that does not exist, or its package is not installed.
@@ -49,8 +49,9 @@ def resolve(name: str) -> str:
         return str(dequantised_smollm2())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
-            raise UserError(f"backbone={name!r} is a folder without config.json; give the folder of a saved model")
+        files = folder / subfolder
+        if not (files / "config.json").is_file() and not any(files.glob("*.gguf")):
+            raise UserError(f"backbone={name!r}: {files} has no config.json; give the folder of a saved model")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"backbone={name!r}: there is no such folder")

@@ -60,9 +60,11 @@ class AttentionPlan:
         self._hidden = hidden_places
         self._device = device
         self._pieces: dict[int | None, list[Piece]] = {}
+        self.last_window: int | None = None
 
     def pieces(self, window: int | None) -> list[Piece]:
         """The pieces for a sliding window of ``window`` tokens (None: no window)."""
+        self.last_window = window
         if window not in self._pieces:
             self._pieces[window] = self._cut(window)
         return self._pieces[window]

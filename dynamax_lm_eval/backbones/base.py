@@ -120,9 +120,13 @@ class Backbone(ABC):
         """Raises UserError where the mode cannot be had with these exits, with the reason."""
 
     @abstractmethod
-    def verify(self, ids: Tensor) -> None:
-        """Compares what the backbone adds to the model's own code with that code, on the tokens ``ids`` (T,).
+    def observe(self, ids: Tensor) -> None:
+        """Runs the tokens ``ids`` (T,) once and corrects ``cost`` by what the blocks were seen to do."""
+
+    @abstractmethod
+    def verify_recompute(self, ids: Tensor) -> None:
+        """Compares recomputed states with those that the blocks write, on the tokens ``ids`` (T,).
 
         Raises:
-            UserError: something differs; the message says what.
+            UserError: they differ; the message says where.
         """

@@ -1,8 +1,10 @@
-"""A short identity of weights in memory."""
+"""Short identities of a model: of its weights in memory, and of its configuration."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,3 +27,11 @@ def weights_fingerprint(model: nn.Module) -> str:
             chosen = flat[:: max(1, len(flat) // _SAMPLES)].cpu().contiguous()
             digest.update(chosen.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_fingerprint(config: Any) -> str:
+    """sha256 over a transformers configuration, without paths and versions: rope settings, windows and so on."""
+    settings = config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation_autoset"):
+        settings.pop(name, None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()

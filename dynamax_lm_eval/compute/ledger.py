@@ -103,12 +103,6 @@ class ComputeRecord:
         layers = [layer for response in self.exit_layers for layer in response]
         return sum(layers) / len(layers) if layers else None
 
-    def __add__(self, other: ComputeRecord) -> ComputeRecord:
-        total = ComputeRecord()
-        for item in fields(ComputeRecord):
-            setattr(total, item.name, getattr(self, item.name) + getattr(other, item.name))
-        return total
-
     @classmethod
     def sum(cls, records: Iterable[ComputeRecord]) -> ComputeRecord:
         """Sum of records; the lists of exit layers are joined in order."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import Backbone, BoolArray, ForwardPass, IntArray, States
-from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.exits import confidence
 from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
@@ -47,12 +46,6 @@ class Engine:
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
         self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
-        pruned = sorted(policy.pruned_blocks.intersection(policy.active_exits))
-        if pruned:
-            raise UserError(
-                f"exit_layers {pruned} end with a pruned block, so there is nothing new to decide on; "
-                "choose other exit_layers or prune_layers"
-            )
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, states: States, sink: LogitsSink) -> IntArray:

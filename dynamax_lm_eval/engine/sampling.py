@@ -39,11 +39,11 @@ class Sampler:
             scores = self.processors(context, scores)
         if not self.do_sample:
             return int(scores.argmax(dim=-1))
-        # Inverse transform with a uniform number drawn on the CPU: the same stream on every device.
+        # Inverse transform on the CPU, with a uniform number drawn there: the same stream on every device.
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(self.seed)
         draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        cumulative = torch.softmax(scores[0].double(), dim=-1).cumsum(-1)
+        cumulative = torch.softmax(scores[0].cpu().double(), dim=-1).cumsum(-1)
         token = torch.searchsorted(cumulative, draw * cumulative[-1:], right=True)
         # `right` steps over tokens of probability 0; the last one that has any is the upper end.
         last = int((cumulative < cumulative[-1]).sum())

@@ -6,6 +6,7 @@ the other rows decode. Rows in flight never depend on one another.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from dynamax_lm_eval.backbones.base import IntArray, States
 from dynamax_lm_eval.compute.ledger import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.errors import NotFiniteError
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
@@ -187,6 +189,8 @@ def score(
         layers = engine.forward(batch, states, sink)
         for row, (i, scores) in enumerate(zip(members, sink.by_row(), strict=True)):
             states.close_row(slots[row])
+            if any(math.isnan(value) for line in scores[0] for value in line):
+                raise NotFiniteError(i)
             chosen = layers[(batch.layout.row_of == row) & batch.eligible]
             trace = Trace(
                 prompt_tokens=requests[i].context_length,
@@ -243,10 +247,13 @@ def _open(states: States, length: int) -> int:
 
 
 def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
-    """The next token of every row, from logits (R, V)."""
-    greedy = logits.argmax(dim=-1).tolist()
+    """The next token of every row, from logits (R, V); NotFiniteError where they are not numbers."""
+    best = logits.max(dim=-1)
+    greedy = best.indices.tolist()
     tokens: list[int] = []
-    for i, row in enumerate(rows):
+    for i, (row, value) in enumerate(zip(rows, best.values.tolist(), strict=True)):
+        if not math.isfinite(value):  # the maximum of a row with a NaN is NaN
+            raise NotFiniteError(row.index)
         sampler = row.request.sampler
         if sampler.is_plain_greedy:
             tokens.append(greedy[i])
@@ -301,13 +308,15 @@ class _TargetScores:
         for token, asked in zip(self._wanted, flat, strict=True):
             table[token, : len(asked)] = asked
         self._table = torch.from_numpy(table).to(device)
-        # float64 holds log-probabilities and token ids alike.
-        self._scores = torch.empty(len(batch), width + 1, dtype=torch.float64, device=device)
+        # One table for log-probabilities and arg-maxes: float32 holds every token id below 2**24.
+        self._scores = torch.empty(len(batch), width + 1, device=device)
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         asked = self._table[torch.from_numpy(tokens).to(logits.device)]  # (T, width)
-        log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, asked)
-        return torch.cat([log_probs.double(), logits.argmax(dim=-1, keepdim=True).double()], dim=1)
+        # As the harness: in the dtype asked for, outside autocast.
+        with torch.autocast(logits.device.type, enabled=False):
+            log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, asked)
+        return torch.cat([log_probs.float(), logits.argmax(dim=-1, keepdim=True).float()], dim=1)
 
     def commit(self, tokens: IntArray, reduced: Tensor) -> None:
         self._scores[torch.from_numpy(tokens).to(reduced.device)] = reduced

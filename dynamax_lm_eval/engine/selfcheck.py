@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.backbones.base import IntArray
-from dynamax_lm_eval.backbones.transformer import relative_difference, tolerance
+from dynamax_lm_eval.backbones.transformer import differences, is_close
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
@@ -23,8 +24,39 @@ _LENGTHS = (11, 4)
 _PREFILL = 7
 
 
+def checked_engine(model: Any, policy: ExitPolicy, max_length: int) -> Engine:
+    """An engine for a loaded model that was seen to compute what the model computes.
+
+    Args:
+        model: a causal LM of transformers in eval mode.
+        policy: the policy that will be used; decides what has to work.
+        max_length: longest row that will be run.
+
+    Raises:
+        UserError: the model cannot be run block by block, or not under this policy; says why.
+    """
+    name = type(model).__name__
+    try:
+        engine = Engine(TransformerBackbone(model, max_length))
+        engine.check_policy(policy)
+        check_against_model(engine, model)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_cannot_run(name, "block by block", error)) from error
+    if policy.active_exits and policy.state_mode == "recompute":
+        try:
+            check_state_recompute(engine)
+        except UserError:
+            raise
+        except Exception as error:
+            what = "with state_mode=recompute (skip and copy may work)"
+            raise UserError(_cannot_run(name, what, error)) from error
+    return engine
+
+
 @torch.no_grad()
-def check_against_model(engine: Engine, model: nn.Module) -> None:
+def check_against_model(engine: Engine, model: Any) -> None:
     """Runs a few tokens both ways: two rows together, and one row partly token by token.
 
     Raises:
@@ -36,8 +68,7 @@ def check_against_model(engine: Engine, model: nn.Module) -> None:
     texts = [torch.randint(0, backbone.vocab_size, (n,), generator=generator) for n in _LENGTHS]
     reference: list[Tensor] = []
     for text in texts:
-        output: Any = model(text.unsqueeze(0).to(backbone.device), use_cache=False)
-        reference.append(output.logits[0].float())
+        reference.append(model(text.unsqueeze(0).to(backbone.device), use_cache=False).logits[0])
     if not all(torch.isfinite(logits).all() for logits in reference):
         raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
 
@@ -51,12 +82,18 @@ def check_against_model(engine: Engine, model: nn.Module) -> None:
     stepped = [_logits(engine, states, [(first[:_PREFILL], 0, slot)])]
     stepped += [_logits(engine, states, [([first[i]], i, slot)]) for i in range(_PREFILL, len(first))]
     _compare(name, "token by token", torch.cat(stepped), reference[0])
+    backbone.observe(texts[0].to(backbone.device))
 
 
 def check_state_recompute(engine: Engine) -> None:
     """Checks the K/V projection that ``state_mode=recompute`` uses; raises UserError where it differs."""
     ids = torch.arange(_LENGTHS[0]) % engine.backbone.vocab_size
-    engine.backbone.verify(ids.to(engine.backbone.device))
+    engine.backbone.verify_recompute(ids.to(engine.backbone.device))
+
+
+def _cannot_run(name: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"{name} is not supported: it cannot be used {what} ({type(error).__name__}: {reason})"
 
 
 def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | None]]) -> Tensor:
@@ -72,12 +109,11 @@ def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | 
 
 
 def _compare(name: str, what: str, ours: Tensor, theirs: Tensor) -> None:
-    difference = relative_difference(ours, theirs.to(ours.device))
-    allowed = tolerance(ours.dtype)
-    if not difference <= allowed:
+    if not is_close(ours, theirs):
+        largest, mean = differences(ours, theirs)
         raise UserError(
             f"{name} is not supported: run block by block ({what}), its logits differ from model.forward by "
-            f"{difference:.1e} of their largest value, more than rounding explains ({allowed:.0e})"
+            f"{largest:.1e} of their largest and {mean:.1e} of their mean value, more than rounding explains"
         )
 
 

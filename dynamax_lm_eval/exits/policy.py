@@ -48,7 +48,8 @@ class ExitPolicy:
         """The policy that arguments mean for ``num_layers`` blocks, and a note if something was left out.
 
         Raises:
-            UserError: layers or blocks lie outside the backbone, or thresholds do not match the exits.
+            UserError: layers or blocks lie outside the backbone or contradict each other, or thresholds do
+                not match the exits.
         """
         pruned = config.resolve_pruned_blocks(args.prune_layers, num_layers)
         exit_layers = config.resolve_exit_layers(args.exit_layers, num_layers)
@@ -67,6 +68,12 @@ class ExitPolicy:
             exit_scope=args.exit_scope,
             threshold_decay=args.threshold_decay,
         )
+        at_pruned = sorted(pruned.intersection(policy.active_exits))
+        if at_pruned:
+            raise config.UserError(
+                f"exit_layers {at_pruned} end with a pruned block, so there is nothing new to decide on; "
+                "choose other exit_layers or prune_layers"
+            )
         return policy, note
 
     @cached_property
