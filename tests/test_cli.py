@@ -74,7 +74,7 @@ def test_bad_arguments_end_in_one_line(
     [
         ("/no/such/folder", "there is no such folder"),
         ("./neither", "there is no such folder"),
-        ("{empty}", "is a folder without config.json"),
+        ("{empty}", "has no config.json"),
         ("{t5}", "is an encoder-decoder (seq2seq) model"),
         ("{bert}", "is not a causal language model"),
         ("{mamba}", "Mamba backbones are not supported"),
