@@ -1,0 +1,54 @@
+"""Two processes on CPU give the results of one, compute included."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+def run(folder: Path, output: Path, processes: int, *extra: str) -> dict[str, Any]:
+    """Runs the command as a user would; five documents do not divide by two."""
+    command = ["-m", "dynamax_lm_eval", "run", "--model_args", f"backbone={folder},threshold=0.1,exit_layers=[2,4]"]
+    command += ["--tasks", "tiny_group,tiny_rolling", "--include_path", str(TASKS), "--limit", "5", "--batch_size", "2"]
+    command += ["--output_path", str(output), "--log_samples", "--device", "cpu", *extra]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+        launcher += ["--master_addr=127.0.0.1"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    result = subprocess.run([*launcher, *command], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (file,) = output.rglob("results_*.json")
+    data: dict[str, Any] = json.loads(file.read_text())
+    data["logged"] = {
+        samples.name.split("_2")[0]: sorted(
+            (json.loads(line) for line in samples.read_text().splitlines()), key=lambda sample: sample["doc_id"]
+        )
+        for samples in output.rglob("samples_*.jsonl")
+    }
+    return data
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(model_folder: Path, tmp_path: Path) -> None:
+    one, two = run(model_folder, tmp_path / "one", 1), run(model_folder, tmp_path / "two", 2)
+    assert two["results"] == one["results"]
+    assert two["compute"]["by_task"] == one["compute"]["by_task"]
+    for task, samples in one["logged"].items():
+        for ours, theirs in zip(two["logged"][task], samples, strict=True):
+            assert ours["exit_layers"] == theirs["exit_layers"]
+            assert ours["resps"] == theirs["resps"]
+    assert one["compute"]["by_task"]["tiny_generate"]["documents"] == 5
