@@ -49,16 +49,21 @@ class DynamaxArgs:
 #: Our argument names; ``backbone`` may also be spelled ``pretrained``.
 OWN_ARGUMENTS = tuple(field.name for field in dataclasses.fields(DynamaxArgs))
 
-#: Arguments of ``from_pretrained`` that reach it through the harness's ``**kwargs``.
-FROM_PRETRAINED_ARGUMENTS = frozenset(
+#: Arguments that make a bitsandbytes configuration.
+QUANTIZATION_ARGUMENTS = frozenset(
     {
         "bnb_4bit_compute_dtype",
         "bnb_4bit_quant_type",
         "bnb_4bit_use_double_quant",
-        "cache_dir",
-        "force_download",
         "load_in_4bit",
         "load_in_8bit",
+    }
+)
+#: Arguments of ``from_pretrained`` that reach it through the harness's ``**kwargs``.
+FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
+    {
+        "cache_dir",
+        "force_download",
         "local_files_only",
         "low_cpu_mem_usage",
         "token",

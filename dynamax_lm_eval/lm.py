@@ -75,7 +75,10 @@ class DynamaxLM(HFLM):
         if self._policy_note:
             logger.warning("%s", self._policy_note)
 
-        super().__init__(pretrained=loaded if loaded is not None else source, **passed_on)
+        if passed_on.get("peft"):
+            loading.check_peft(passed_on["peft"])
+        with _naming_backbone(self.args.backbone):
+            super().__init__(pretrained=loaded if loaded is not None else source, **passed_on)
         if hasattr(self, "accelerator"):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
             self._rank = self.accelerator.process_index
@@ -95,6 +98,13 @@ class DynamaxLM(HFLM):
             arg_dict["pretrained"] = aliases.HUB_ALIASES.get(backbone, backbone)
         lm: DynamaxLM = super().create_from_arg_obj(arg_dict, additional_config)
         return lm
+
+    def _create_model(self, *args: Any, quantization_config: Any = None, **kwargs: Any) -> None:
+        # transformers 5 takes these as a configuration only; HFLM still passes them one by one.
+        given = {name: kwargs.pop(name) for name in arguments.QUANTIZATION_ARGUMENTS if name in kwargs}
+        if given.get("load_in_4bit") or given.get("load_in_8bit"):
+            quantization_config = transformers.BitsAndBytesConfig(**given)
+        super()._create_model(*args, quantization_config=quantization_config, **kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
@@ -298,6 +308,7 @@ class DynamaxLM(HFLM):
             raise UserError("cannot score an empty continuation; check the task's doc_to_choice or doc_to_target")
         if len(continuation) > self.max_length:
             raise UserError(f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}")
+        self.check_ids([*context, *continuation])
         whole = (context + continuation)[-(self.max_length + 1) :]
         if len(whole) < len(context) + len(continuation):
             logger.warning(
@@ -307,6 +318,15 @@ class DynamaxLM(HFLM):
                 self.max_length,
             )
         return whole[:-1], len(whole) - len(continuation)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises UserError where the tokenizer made ids that the backbone has no embedding for."""
+        rows = self.engine.backbone.num_embeddings
+        if max(ids, default=0) >= rows:
+            raise UserError(
+                f"the tokenizer makes token ids up to {max(ids)}, but the backbone has only {rows} embeddings; "
+                "give the tokenizer that belongs to it with tokenizer="
+            )
 
     def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
         cost = self.engine.backbone.cost
@@ -376,6 +396,18 @@ class Progress:
         if self._spent:
             self._bar.set_postfix_str(f"compute_reduction={self._full / self._spent:.3f}", refresh=False)
         self._bar.update(1)
+
+
+@contextmanager
+def _naming_backbone(backbone: str) -> Iterator[None]:
+    """Turns whatever goes wrong while files are read into one line; the cause stays attached."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"backbone={backbone!r} could not be loaded ({type(error).__name__}): {reason}") from error
 
 
 @contextmanager

@@ -92,6 +92,7 @@ class Backbone(ABC):
     num_layers: int
     hidden_size: int
     vocab_size: int
+    num_embeddings: int
     cost: BackboneCost
     device: torch.device
 

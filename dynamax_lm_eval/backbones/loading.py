@@ -43,3 +43,19 @@ def check_architecture(config: Any) -> None:
         raise UserError(f"{model_type!r}: Mamba backbones are not supported by this version of dynamax")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
         raise UserError(f"{model_type!r} is not a causal language model of transformers")
+
+
+def check_peft(adapter: str) -> None:
+    """Raises UserError for adapters that add virtual tokens: positions and compute would not be what is counted."""
+    try:
+        from peft import PeftConfig
+    except ImportError:
+        raise UserError(f"peft={adapter!r} needs the package peft; run: pip install peft") from None
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise UserError(f"peft={adapter!r} could not be read: {' '.join(str(error).split())}") from error
+    if config.is_prompt_learning:
+        raise UserError(
+            f"peft={adapter!r} is {config.peft_type}, which adds virtual tokens; only LoRA-like adapters work"
+        )

@@ -61,6 +61,7 @@ class TransformerBackbone(Backbone):
         self.num_layers = len(layers)
         self.hidden_size = int(self.config.hidden_size)
         self._embeddings: nn.Module = self.model.get_input_embeddings()
+        self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
         self._lm_head: nn.Module = self.model.get_output_embeddings()
         self._final_norm = families.child(decoder, families.FINAL_NORMS, f"a final norm in {self.name}")
         self._rotary = families.child(decoder, ("rotary_emb",), f"rotary position embeddings in {self.name}")

@@ -1,0 +1,201 @@
+"""Options of the harness: each does with our model what it does with ``--model hf``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+from conftest import tiny_model, train_tokenizer
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from test_lm import EXITS, TASKS, dynamax, evaluate, generation_requests, responses
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.lm import DynamaxLM
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "tiny-chat"
+    tiny_model("mistral").save_pretrained(folder)
+    tokenizer = train_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_fewshot": 2},
+        {"num_fewshot": 1, "apply_chat_template": True, "fewshot_as_multiturn": True},
+        {"apply_chat_template": True, "system_instruction": "The quick brown fox."},
+        {"num_fewshot": 1, "system_instruction": "Paris."},
+        {"gen_kwargs": {"max_gen_toks": 3, "until": ["e"]}},
+        {"limit": 3},
+    ],
+)
+def test_prompts_and_texts_are_those_of_hf(chat_folder: Path, manager: TaskManager, options: dict[str, Any]) -> None:
+    theirs = evaluate(HFLM(str(chat_folder), device="cpu", batch_size=1), manager, "tiny_shots", **options)
+    ours = evaluate(dynamax(chat_folder), manager, "tiny_shots", **options)
+    assert responses(ours, "tiny_shots") == responses(theirs, "tiny_shots")
+    prompts = [[sample["arguments"] for sample in results["samples"]["tiny_shots"]] for results in (ours, theirs)]
+    assert prompts[0] == prompts[1]
+    assert len(ours["samples"]["tiny_shots"]) == options.get("limit", 8)
+
+
+def test_tags_write_out_and_integrity_of_the_row(
+    model_folder: Path, manager: TaskManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        results = evaluate(dynamax(model_folder, **EXITS), manager, "tiny_tag", write_out=True)
+    assert set(results["compute"]["by_task"]) == {"tiny_shots", "tiny_tagged"}
+    assert any("context prompt" in message for message in caplog.messages)
+
+
+def test_from_python_with_a_string(model_folder: Path, manager: TaskManager) -> None:
+    by_string = lm_eval.simple_evaluate(
+        "dynamax",
+        model_args=f"pretrained={model_folder},threshold=0.1,exit_layers=2+4",
+        tasks=["tiny_generate"],
+        task_manager=manager,
+        batch_size=3,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    by_instance = evaluate(dynamax(model_folder, **EXITS), manager, "tiny_generate")
+    assert by_string["results"] == by_instance["results"]
+    assert by_string["compute"]["by_task"] == by_instance["compute"]["by_task"]
+
+
+def test_results_keep_the_rules_of_leaderboards(model_folder: Path, manager: TaskManager) -> None:
+    """docs/result_files.md: numbers under "metric,filter", compute after the metrics, plain keys."""
+    results = evaluate(dynamax(model_folder, **EXITS), manager, "tiny_group", "tiny_rolling")
+    for task, row in results["results"].items():
+        for key, value in row.items():
+            assert "/" not in key
+            if "," in key and "_stderr" not in key:
+                assert isinstance(value, (int, float)), (task, key)
+        metrics = [key for key in row if "," in key]
+        compute = [key.startswith(("compute_", "mean_exit", "generated_", "token_limit")) for key in metrics]
+        assert compute == sorted(compute), "compute stands last"
+        for name in ("compute_reduction", "compute_reduction_total", "compute_reduction_paper"):
+            assert results["higher_is_better"][task][name] is True
+    json.dumps(results["compute"], allow_nan=False)
+    json.dumps(results["config"]["dynamax"], allow_nan=False)
+
+
+class TestPeft:
+    @pytest.fixture
+    def adapted(self, model_folder: Path, tmp_path: Path) -> Any:
+        peft = pytest.importorskip("peft", reason="needs peft")
+        import copy
+
+        def save(config: Any, name: str) -> str:
+            torch.manual_seed(5)
+            model = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), config)
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    torch.nn.init.normal_(parameter, std=0.3)
+            model.save_pretrained(tmp_path / name)
+            return str(tmp_path / name)
+
+        return peft, save
+
+    def test_lora_runs_as_with_hf(self, model_folder: Path, adapted: Any) -> None:
+        peft, save = adapted
+        adapter = save(peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"]), "lora")
+        requests = generation_requests(["The quick", "nobody knows"])
+        plain = dynamax(model_folder).generate_until(requests, disable_tqdm=True)
+        theirs = HFLM(str(model_folder), peft=adapter, device="cpu", batch_size=1)
+        ours = dynamax(model_folder, peft=adapter)
+        expected = theirs.generate_until(requests, disable_tqdm=True)
+        assert ours.generate_until(requests, disable_tqdm=True) == expected
+        assert expected != plain
+        # The adapter's weights are counted, in the block and in the K and V that recompute projects.
+        base = dynamax(model_folder).engine.backbone.cost.blocks[0]
+        block = dynamax(model_folder, peft=adapter, **EXITS).engine.backbone.cost.blocks[0]
+        assert block.weights == base.weights + 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 48))
+        assert block.state_recompute == base.state_recompute + 4 * 2 * (32 + 16)
+
+    def test_prompt_tuning_is_refused(self, model_folder: Path, adapted: Any) -> None:
+        peft, save = adapted
+        adapter = save(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "prompt")
+        with pytest.raises(UserError, match="adds virtual tokens"):
+            dynamax(model_folder, peft=adapter)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_loading(tmp_path: Path, bits: int) -> None:
+    """Blocks are quantised, the layer loop agrees with the model's forward, and the counted MACs stay the same."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes with a CPU back end")
+    import transformers as hf
+
+    # bitsandbytes wants rows that are multiples of its block size.
+    sizes = {"vocab_size": 97, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+    model.save_pretrained(tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    plain = dynamax(tmp_path, threshold=0.1, dtype="float32")
+    quantised = dynamax(tmp_path, threshold=0.1, dtype="float32", **{f"load_in_{bits}bit": True})
+    kinds = {type(module).__name__ for module in quantised.model.modules()}
+    assert kinds & {"Linear4bit", "Linear8bitLt"}
+    assert quantised.engine.backbone.cost == plain.engine.backbone.cost
+    assert quantised.generate_until(generation_requests(["The quick", "Paris"]), disable_tqdm=True)
+
+
+class TestBrokenFiles:
+    @pytest.fixture
+    def copied(self, model_folder: Path, tmp_path: Path) -> Path:
+        return shutil.copytree(model_folder, tmp_path / "copy")
+
+    def test_truncated_weights(self, copied: Path) -> None:
+        weights = copied / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        with pytest.raises(UserError, match="could not be loaded"):
+            dynamax(copied)
+
+    def test_a_configuration_without_weights(self, copied: Path) -> None:
+        (copied / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=r"could not be loaded.*model\.safetensors"):
+            dynamax(copied)
+
+    def test_a_folder_without_a_tokenizer(self, copied: Path) -> None:
+        for file in copied.glob("token*"):
+            file.unlink()
+        with pytest.raises(UserError, match="could not be loaded"):
+            dynamax(copied)
+
+    def test_a_tokenizer_with_more_tokens_than_embeddings(self, model_folder: Path) -> None:
+        tokenizer = train_tokenizer()
+        tokenizer.add_tokens(["Zanzibar"])
+        lm = DynamaxLM(str(model_folder), tokenizer=tokenizer, threshold=1, device="cpu", batch_size=2)
+        assert lm.generate_until(generation_requests(["The quick"]), disable_tqdm=True)
+        for call in (
+            lambda: lm.generate_until(generation_requests(["The Zanzibar"]), disable_tqdm=True),
+            lambda: lm._loglikelihood_tokens([(("a", "b"), [3, 97], [4])], disable_tqdm=True),
+        ):
+            with pytest.raises(UserError, match="only 97 embeddings"):
+                call()
+
+    def test_empty_prompts_and_continuations(self, model_folder: Path) -> None:
+        lm = dynamax(model_folder)
+        with pytest.raises(UserError, match="empty prompt"):
+            lm.generate_until(generation_requests([""]), disable_tqdm=True)
+        with pytest.raises(UserError, match="empty continuation"):
+            lm._loglikelihood_tokens([(("a", ""), [3, 4], [])], disable_tqdm=True)
+        with pytest.raises(UserError, match="longer than max_length"):
+            dynamax(model_folder, max_length=8)._loglikelihood_tokens([(("a", "b"), [3], [4] * 9)], disable_tqdm=True)
