@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.tasks
 import pytest
 import torch
 from conftest import tiny_model, train_tokenizer
@@ -16,10 +18,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from test_lm import EXITS, TASKS, dynamax, evaluate, generation_requests, responses
 
+from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.lm import DynamaxLM
 
-CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,39 @@ def test_quantised_loading(tmp_path: Path, bits: int) -> None:
     assert kinds & {"Linear4bit", "Linear8bitLt"}
     assert quantised.engine.backbone.cost == plain.engine.backbone.cost
     assert quantised.generate_until(generation_requests(["The quick", "Paris"]), disable_tqdm=True)
+
+
+class TestTrackers:
+    """The harness's loggers take our results; it only logs their errors, so the log is looked at."""
+
+    @pytest.fixture
+    def run(
+        self, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> Any:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(
+            lm_eval.tasks, "TaskManager", functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        )
+
+        def run(*extra: str) -> str:
+            command = ["run", "--model_args", f"backbone={model_folder},threshold=0.1,exit_layers=2+4"]
+            command += ["--tasks", "tiny_generate", "--include_path", str(TASKS), "--device", "cpu"]
+            assert main([*command, "--output_path", str(tmp_path / "out"), "--log_samples", *extra]) == 0
+            captured = capfd.readouterr()
+            assert "failed" not in captured.err.lower(), captured.err
+            return captured.out
+
+        return run
+
+    def test_wandb_offline(self, run: Any, tmp_path: Path) -> None:
+        pytest.importorskip("wandb", reason="needs wandb")
+        assert "compute_reduction" in run("--wandb_args", f"project=tests,mode=offline,dir={tmp_path}")
+        (summary,) = tmp_path.rglob("*.wandb")
+        assert b"compute_reduction" in summary.read_bytes()
+
+    def test_trackio(self, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("trackio", reason="needs trackio")
+        assert "compute_reduction" in run("--trackio_args", "project=tests")
 
 
 class TestBrokenFiles:
