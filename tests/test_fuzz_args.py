@@ -53,7 +53,7 @@ def mutate(rng: random.Random) -> dict[str, Any]:
 def configured(model_folder: Path) -> Any:
     """Builds the model's policy without loading weights; returns it with the arguments as understood."""
 
-    class ReachedError(Exception):
+    class ReachedError(BaseException):
         pass
 
     def build(args: dict[str, Any]) -> Any:
