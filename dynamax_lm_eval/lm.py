@@ -103,7 +103,8 @@ class DynamaxLM(HFLM):
         # transformers 5 takes these as a configuration only; HFLM still passes them one by one.
         given = {name: kwargs.pop(name) for name in arguments.QUANTIZATION_ARGUMENTS if name in kwargs}
         if given.get("load_in_4bit") or given.get("load_in_8bit"):
-            quantization_config = transformers.BitsAndBytesConfig(**given)
+            configuration: Any = transformers.BitsAndBytesConfig
+            quantization_config = configuration(**given)
         super()._create_model(*args, quantization_config=quantization_config, **kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -144,6 +145,7 @@ class DynamaxLM(HFLM):
                 "exits_fingerprint": None,
                 "policy": self.policy.describe(),
                 "policy_note": self._policy_note,
+                "confidence_chosen_by": "user" if self.args.confidence is not None else "default",
                 "repetition_penalty": self.args.repetition_penalty,
                 "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
             },

@@ -307,6 +307,20 @@ def calm_model(family: str, dtype: torch.dtype) -> Any:
     return model.to(dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_cuda_gives_what_the_cpu_gives(family: str, mode: Any) -> None:
+    import copy
+
+    model = tiny_model(family)
+    policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, state_mode=mode), PROMPTS[0])
+    on_gpu = Engine(TransformerBackbone(copy.deepcopy(model).cuda(), max_length=256))
+    expected = run_generate(engine_for(family), [policy] * 3, PROMPTS[:3], 2)
+    assert run_generate(on_gpu, [policy] * 3, PROMPTS[:3], 2) == expected
+
+
 def test_copy_is_refused_between_different_rotary_settings() -> None:
     policy = ExitPolicy(LAYERS, (2,), (0.5,), state_mode="copy")
     with pytest.raises(UserError, match="state_mode=copy is not possible on Gemma3"):

@@ -160,7 +160,9 @@ class TestCompute:
 
         assert "compute_reduction" in make_table(results)
         assert results["config"]["model_name"] == str(model_folder)
-        assert results["config"]["dynamax"]["policy"]["thresholds"] == [0.1, 0.1]
+        section = results["config"]["dynamax"]
+        assert section["policy"]["thresholds"] == [0.1, 0.1]
+        assert (section["policy"]["confidence"], section["confidence_chosen_by"]) == ("softmax", "default")
 
     def test_totals_equal_the_sum_of_samples(self, model_folder: Path, manager: TaskManager) -> None:
         results = evaluate(dynamax(model_folder, **EXITS), manager, "tiny_generate")
