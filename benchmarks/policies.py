@@ -11,19 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-import torch
-import transformers
+from environment import environment
 from lm_eval.tasks import TaskManager
 from question_task import NAME, question_task
 
-import dynamax_lm_eval
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.lm import DynamaxLM
@@ -125,15 +122,8 @@ def main() -> None:
         "questions": args.limit,
         "batch_size": args.batch_size,
         "dtype": str(lm.model.dtype),
-        "device": args.device,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dynamax": dynamax_lm_eval.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lm_eval": lm_eval.__version__,
     }
-    print(json.dumps(setting | {"rows": rows}))
+    print(json.dumps(setting | environment(args.device) | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import lm_eval
-import torch
-import transformers
+from environment import environment
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from question_task import read_questions, read_shots
 
-import dynamax_lm_eval
 from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.lm import DynamaxLM
 
@@ -88,16 +84,9 @@ def main() -> None:
         "backbone": args.backbone,
         "max_gen_toks": args.max_gen_toks,
         "dtype": str(models["dynamax"].model.dtype),
-        "device": args.device,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "dynamax": dynamax_lm_eval.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lm_eval": lm_eval.__version__,
     }
-    print(json.dumps(setting | {"rows": rows}))
+    print(json.dumps(setting | environment(args.device) | {"rows": rows}))
 
 
 if __name__ == "__main__":
