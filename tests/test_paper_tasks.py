@@ -20,7 +20,6 @@ import pytest
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import apply_template
 from rouge_score.scoring import BootstrapAggregator
 
 from dynamax_lm_eval import tasks_dir
@@ -562,8 +561,6 @@ class TestTruthfulqa:
             "Q: How many legs does a spider lose when it rains?\nA:"
         )
         assert prompt(task, num_fewshot=0) == "Q: How many legs does a spider lose when it rains?\nA:"
-        theirs = load_yaml(HARNESS / "truthfulqa" / "truthfulqa_gen.yaml")
-        assert prompt(task, num_fewshot=6) == apply_template(theirs["doc_to_text"], task.eval_docs[0]) + "\nA:"
         assert task.config.generation_kwargs["until"] == ["\n\n", "\nQ:"]
 
     def test_answers_as_the_harness_prepares_them(self, data_dir: Path) -> None:
