@@ -105,6 +105,8 @@ class DynamaxLM(HFLM):
         if given.get("load_in_4bit") or given.get("load_in_8bit"):
             configuration: Any = transformers.BitsAndBytesConfig
             quantization_config = configuration(**given)
+        elif any(name.startswith("bnb_") for name in given):
+            raise UserError(f"{', '.join(sorted(given))}: needs load_in_4bit=True to have a meaning")
         super()._create_model(*args, quantization_config=quantization_config, **kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:

@@ -163,6 +163,11 @@ def test_quantised_loading(tmp_path: Path, bits: int) -> None:
     assert quantised.generate_until(generation_requests(["The quick", "Paris"]), disable_tqdm=True)
 
 
+def test_quantisation_settings_without_quantisation_are_refused(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="bnb_4bit_quant_type: needs load_in_4bit=True"):
+        dynamax(model_folder, bnb_4bit_quant_type="nf4")
+
+
 class TestTrackers:
     """The harness's loggers take our results; it only logs their errors, so the log is looked at."""
 
