@@ -39,6 +39,7 @@ from dynamax_lm_eval.engine.scheduler import (
 )
 from dynamax_lm_eval.engine.selfcheck import checked_engine
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.generation import GenerationSettings
 from dynamax_lm_eval.requests import GenerationJob
 
 logger = logging.getLogger(__name__)
@@ -158,8 +159,10 @@ class DynamaxLM(HFLM):
         if not requests:
             return []
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        settings: dict[str, GenerationSettings] = {}  # most requests of a call share theirs
         prepared = [
-            GenerationJob(self, self.policy, self.args.repetition_penalty, request, eos) for request in requests
+            GenerationJob(self, self.policy, self.args.repetition_penalty, request, eos, settings)
+            for request in requests
         ]
         self._seed_samplers(prepared)
         texts: list[str] = [""] * len(requests)

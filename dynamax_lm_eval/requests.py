@@ -21,7 +21,15 @@ from dynamax_lm_eval.generation import GenerationSettings, StopStrings
 class GenerationJob:
     """One request: its prompt and limits as HFLM would set them, and its text at the end."""
 
-    def __init__(self, lm: Any, policy: ExitPolicy, repetition_penalty: float | None, request: Any, eos: str) -> None:
+    def __init__(
+        self,
+        lm: Any,
+        policy: ExitPolicy,
+        repetition_penalty: float | None,
+        request: Any,
+        eos: str,
+        known: dict[str, GenerationSettings],
+    ) -> None:
         """
         Args:
             lm: the model, for its tokenizer and limits.
@@ -29,6 +37,7 @@ class GenerationJob:
             repetition_penalty: used unless the request names its own.
             request: the harness's instance with ``args`` (context, generation arguments).
             eos: text of the end token, always a stop.
+            known: settings of the call's earlier requests, by their arguments; added to.
 
         Raises:
             UserError: the prompt or an argument cannot be honoured.
@@ -55,7 +64,10 @@ class GenerationJob:
         max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
         if repetition_penalty is not None:
             kwargs.setdefault("repetition_penalty", repetition_penalty)
-        settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
+        arguments = json.dumps(kwargs, sort_keys=True, default=repr)
+        if arguments not in known:
+            known[arguments] = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
+        settings = known[arguments]
         self.request = GenerationRequest(
             prompt=prompt,
             max_new_tokens=settings.max_new_tokens(len(prompt), max_length),
