@@ -1,11 +1,13 @@
-"""The command ``dynamax-lm-eval``: ``run`` (the harness with our model and tasks), ``tasks``."""
+"""The command ``dynamax-lm-eval``: ``run`` (the harness with our model and tasks), ``train``, ``tasks``."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
@@ -16,6 +18,7 @@ _EPILOG = """\
 examples:
   dynamax-lm-eval run --model_args backbone=mistral,threshold=0.8 --tasks triviaqa --output_path out
   dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.98 --tasks trivia_demo
+  dynamax-lm-eval train --backbone smollm2-gguf --classifier mamba,calm --dataset texts.jsonl.gz
   dynamax-lm-eval tasks
 
 `run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
@@ -29,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["run"]:
         return _run(arguments[1:])
+    if arguments[:1] == ["train"]:
+        return _train(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="dynamax-lm-eval",
         description=_DESCRIPTION,
@@ -38,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {dynamax_lm_eval.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("run", help="evaluate: lm_eval with --model dynamax and our tasks (all its options)")
+    commands.add_parser("train", help="train exits for a backbone (all its options: dynamax-lm-eval train --help)")
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
     options = parser.parse_args(arguments)
@@ -50,6 +56,37 @@ def _tasks(path_only: bool) -> int:
     if not path_only:
         lines += [f"  {yaml.stem}" for yaml in sorted(folder.rglob("*.yaml")) if not yaml.stem.startswith("_")]
     sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+_TRAIN_DESCRIPTION = """\
+Train exit classifiers for a frozen backbone. A token's label at an exit is whether the exit's own best token is
+(among the k best) that of the full model. Evaluations of the same backbone then find the exits by themselves.
+On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or torchrun."""
+
+
+def _train(arguments: list[str]) -> int:
+    from transformers import HfArgumentParser
+
+    from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+
+    kinds: Any = (TrainingOptions, RunOptions)
+    parser = HfArgumentParser(
+        kinds,
+        prog="dynamax-lm-eval train",
+        description=_TRAIN_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    try:
+        options, run = parser.parse_args_into_dataclasses(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        from dynamax_lm_eval.training.command import train
+
+        train(options, run)
+    except UserError as error:
+        sys.stderr.write(f"dynamax-lm-eval: error: {' '.join(str(error).split())}\n")
+        return 2
     return 0
 
 

@@ -13,9 +13,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-Confidence = Literal["softmax", "entropy", "state"]
+Confidence = Literal["classifier", "softmax", "entropy", "state"]
+ClassifierKind = Literal["calm", "ffn", "mamba"]
 StateMode = Literal["recompute", "copy", "skip"]
 ExitScope = Literal["generated", "all"]
+Preset = Literal["paper"]
 
 
 class UserError(ValueError):
@@ -30,12 +32,22 @@ class DynamaxArgs:
     backbone: str
     #: Confidence at or above which a token exits; one number, or one per exit layer. 1 never exits.
     threshold: tuple[float, ...] = (0.8,)
-    #: What is compared with the threshold; None lets the run choose (``softmax`` without trained exits).
+    #: What is compared with the threshold; None: ``classifier`` where trained exits are known, else ``softmax``.
     confidence: Confidence | None = None
-    #: Numbers of blocks that have run at an exit (1-based); None: floor(L/2 + i*L/8) for i = 0..3.
+    #: Kind of exit classifier; None: the first of the checkpoint.
+    classifier: ClassifierKind | None = None
+    #: Checkpoint of exits, a folder or a Hub id (``user/name`` or ``user/name@revision``); None: looked up.
+    exits: str | None = None
+    #: False: use exits although they were trained for other weights of the same shape.
+    exits_check: bool = True
+    #: Last tokens of the prompt that a recurrent classifier sees; None: all of them.
+    classifier_warmup: int | None = None
+    #: Numbers of blocks that have run at an exit (1-based); None: the checkpoint's, or floor(L/2 + i*L/8), i = 0..3.
     exit_layers: tuple[int, ...] | None = None
-    #: What a token leaves behind in the blocks it skipped.
-    state_mode: StateMode = "recompute"
+    #: Block L runs after an exit, before norm and LM head; None: as the exits were trained.
+    final_block: bool | None = None
+    #: What a token leaves behind in the blocks it skipped; None: ``recompute`` (a preset may say otherwise).
+    state_mode: StateMode | None = None
     #: N: the N blocks before the last one are disabled; a tuple names blocks (1-based).
     prune_layers: int | tuple[int, ...] = 0
     #: Which tokens may exit.
@@ -44,7 +56,13 @@ class DynamaxArgs:
     repetition_penalty: float | None = None
     #: tau of CALM's decaying threshold, clip(0.9*threshold + 0.1*exp(-tau*t/N), 0, 1); None: no decay.
     threshold_decay: float | None = None
+    #: A set-up by name: ``paper`` runs block L after an exit, copies states and penalises repetition.
+    preset: Preset | None = None
 
+
+#: What ``preset=paper`` sets where the user does not (its state mode depends on the backbone). The paper names no
+#: value for its repetition penalty.
+PAPER_PRESET: dict[str, Any] = {"final_block": True, "repetition_penalty": 1.1}
 
 #: Our argument names; ``backbone`` may also be spelled ``pretrained``.
 OWN_ARGUMENTS = tuple(field.name for field in dataclasses.fields(DynamaxArgs))
@@ -118,6 +136,8 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     for name, value in own.items():
         if value is not None:
             parsed[name] = _PARSERS[name](name, value)
+    if parsed.get("preset") == "paper":
+        parsed = {**PAPER_PRESET, **parsed}
     return DynamaxArgs(**parsed), passed_on
 
 
@@ -127,18 +147,27 @@ def default_exit_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(layer for layer in layers if 1 <= layer < num_layers))
 
 
-def resolve_exit_layers(requested: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...]:
+def parse_exit_layers(value: Any) -> tuple[int, ...]:
+    """Exit layers as the user may write them: a number, a list, or ``15+20``; UserError where they are none."""
+    return _exit_layers("exit_layers", value)
+
+
+def resolve_exit_layers(
+    requested: tuple[int, ...] | None, num_layers: int, final_block: bool = False
+) -> tuple[int, ...]:
     """The exit layers for a backbone of ``num_layers`` blocks.
 
     Raises:
-        UserError: a layer is outside 1..L-1 (an exit at L is no exit).
+        UserError: a layer is outside 1..L-1 (an exit at L is no exit; with the final block, one at L-1 neither).
     """
+    last = num_layers - 2 if final_block else num_layers - 1
     if requested is None:
-        return default_exit_layers(num_layers)
+        return tuple(layer for layer in default_exit_layers(num_layers) if layer <= last)
     for layer in requested:
-        if not 1 <= layer < num_layers:
+        if not 1 <= layer <= last:
+            why = " with final_block" if final_block else ""
             raise UserError(
-                f"exit_layers must lie in 1..{num_layers - 1} for this backbone of {num_layers} blocks, got {layer}"
+                f"exit_layers must lie in 1..{last} for this backbone of {num_layers} blocks{why}, got {layer}"
             )
     return requested
 
@@ -255,6 +284,27 @@ def _prune_layers(name: str, value: Any) -> int | tuple[int, ...]:
     return count
 
 
+def _count(name: str, value: Any) -> int:
+    number = _integer(name, value)
+    if number < 0:
+        raise UserError(f"{name} must be a whole number of at least 0, got {number}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise UserError(f"{name} must be true or false, got {value!r}")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{name} must be a folder or a Hub id, got {value!r}")
+    return value
+
+
 def _positive(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0 < number < math.inf:
@@ -283,6 +333,12 @@ def _choice(kind: Any) -> Any:
 _PARSERS: dict[str, Any] = {
     "threshold": _threshold,
     "confidence": _choice(Confidence),
+    "classifier": _choice(ClassifierKind),
+    "exits": _text,
+    "exits_check": _flag,
+    "classifier_warmup": _count,
+    "final_block": _flag,
+    "preset": _choice(Preset),
     "exit_layers": _exit_layers,
     "state_mode": _choice(StateMode),
     "prune_layers": _prune_layers,

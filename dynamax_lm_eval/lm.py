@@ -25,7 +25,12 @@ import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval import harness
 from dynamax_lm_eval.backbones import TransformerBackbone, aliases, loading
-from dynamax_lm_eval.backbones.fingerprint import config_fingerprint, weights_fingerprint
+from dynamax_lm_eval.backbones.fingerprint import (
+    config_fingerprint,
+    files_fingerprint,
+    model_fingerprint,
+    weights_fingerprint,
+)
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.errors import NotFiniteError
@@ -38,6 +43,8 @@ from dynamax_lm_eval.engine.scheduler import (
     score,
 )
 from dynamax_lm_eval.engine.selfcheck import checked_engine
+from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.generation import GenerationSettings
 from dynamax_lm_eval.requests import GenerationJob
@@ -70,8 +77,13 @@ class DynamaxLM(HFLM):
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
+        files = None if loaded is not None else files_fingerprint(source, passed_on)
+        self.exits: ExitCheckpoint | None = None
+        self.exits = self._find_exits(config, files, loaded)
         self.policy, self._policy_note = ExitPolicy.from_args(
-            self.args, int(config.get_text_config().num_hidden_layers)
+            self.args,
+            int(config.get_text_config().num_hidden_layers),
+            self.exits.config if self.exits is not None else None,
         )
         if self._policy_note:
             logger.warning("%s", self._policy_note)
@@ -85,8 +97,19 @@ class DynamaxLM(HFLM):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
         self.response_ledger = harness.ResponseLedger()
+        classifiers, self._exits_fingerprint = None, None
+        if self.exits is not None:
+            if files is None:  # the weights were not on this machine before
+                self._check_exits(files_fingerprint(source, passed_on) if loaded is None else None)
+            classifiers, self._exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         with self._autocast():
-            self.engine = checked_engine(self.model, self.policy, self.max_length)
+            self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers)
+        kind = self.policy.classifier
+        self._classifier_macs = (
+            {layer: classifiers.at(kind, layer).macs for layer in self.policy.exit_layers}
+            if classifiers is not None and kind is not None
+            else {}
+        )
         self._warn_of_read_cost()
 
     @classmethod
@@ -131,6 +154,7 @@ class DynamaxLM(HFLM):
             "think_end_token": self.think_end_token,
             "generation_config": self.model.generation_config.to_diff_dict(),
             "repetition_penalty": self.args.repetition_penalty,
+            "exits": self._exits_fingerprint,
             "policy": self.policy.describe(),
         }
 
@@ -144,8 +168,11 @@ class DynamaxLM(HFLM):
                 "backbone": self.args.backbone,
                 "resolved_backbone": getattr(self.model, "name_or_path", None),
                 "revision": self.revision,
-                "exits": None,
-                "exits_fingerprint": None,
+                "exits": str(self.exits.path) if self.exits is not None else None,
+                "exits_fingerprint": self._exits_fingerprint,
+                "exits_config": self.exits.config.to_json() if self.exits is not None else None,
+                "preset": self.args.preset,
+                "preset_sets": self._preset_sets(),
                 "policy": self.policy.describe(),
                 "policy_note": self._policy_note,
                 "confidence_chosen_by": "user" if self.args.confidence is not None else "default",
@@ -337,7 +364,54 @@ class DynamaxLM(HFLM):
 
     def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
         cost = self.engine.backbone.cost
-        return account([(trace, self.policy.terms(trace.prompt_tokens)) for trace in traces], cost)
+        return account(
+            [(trace, self.policy.terms(trace.prompt_tokens, self._classifier_macs)) for trace in traces], cost
+        )
+
+    def _find_exits(self, config: Any, fingerprint: str | None, loaded: Any) -> ExitCheckpoint | None:
+        """The trained exits that this run uses: named, or found for this backbone; None where none are needed.
+
+        Raises:
+            UserError: they cannot be read, or do not fit the backbone.
+        """
+        args = self.args
+        if args.exits is None:
+            if args.confidence not in (None, "classifier") or all(threshold >= 1 for threshold in args.threshold):
+                return None
+            if loaded is not None:
+                fingerprint = model_fingerprint(loaded)
+            self.exits = checkpoint.find(args.backbone, fingerprint)
+            if self.exits is None:
+                return None
+            logger.info("Using the exits in %s", self.exits.path)
+        else:
+            self.exits = checkpoint.resolve(args.exits)
+        text = config.get_text_config()
+        self.exits.check_fits(config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
+        if fingerprint is not None:
+            self._check_exits(fingerprint)
+        return self.exits
+
+    def _check_exits(self, fingerprint: str | None) -> None:
+        """Compares the exits with the backbone's weights, unless the user does not want that."""
+        assert self.exits is not None
+        if fingerprint is None:
+            fingerprint = model_fingerprint(self.model)
+        if self.args.exits_check:
+            self.exits.check_fingerprint(fingerprint)
+        elif fingerprint != self.exits.config.backbone.fingerprint:
+            logger.warning("exits_check=false: the exits in %s were trained for other weights", self.exits.path)
+
+    def _preset_sets(self) -> dict[str, Any] | None:
+        """What the preset decided, so that the result file tells it from what the user gave."""
+        if self.args.preset is None:
+            return None
+        policy = self.policy
+        return {
+            "final_block": policy.final_block,
+            "state_mode": policy.state_mode,
+            "repetition_penalty": self.args.repetition_penalty,
+        }
 
     def _seed_samplers(self, jobs: Sequence[GenerationJob]) -> None:
         repeats: Counter[str] = Counter()
@@ -361,7 +435,7 @@ class DynamaxLM(HFLM):
         return rows
 
     def _warn_of_read_cost(self) -> None:
-        if self.args.confidence is None and self.policy.active_exits:
+        if self.args.confidence is None and self.exits is None and self.policy.active_exits:
             cost = self.engine.backbone.cost
             logger.warning(
                 "No trained exits are known for this backbone and no confidence was named, so this run uses "

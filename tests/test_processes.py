@@ -13,12 +13,23 @@ from typing import Any
 import pytest
 
 TASKS = Path(__file__).parent / "tasks"
+#: Chosen documents, so that their numbers differ from their places; five do not divide by two.
+SAMPLES = json.dumps({"tiny_generate": [1, 2, 4, 6, 7], "tiny_choice": [0, 3, 5], "tiny_rolling": [0, 1, 2, 3, 6]})
 
 
 def run(folder: Path, output: Path, processes: int, *extra: str) -> dict[str, Any]:
-    """Runs the command as a user would; five documents do not divide by two."""
+    """Runs the command as a user would."""
     command = ["-m", "dynamax_lm_eval", "run", "--model_args", f"backbone={folder},threshold=0.1,exit_layers=[2,4]"]
-    command += ["--tasks", "tiny_group,tiny_rolling", "--include_path", str(TASKS), "--limit", "5", "--batch_size", "2"]
+    command += [
+        "--tasks",
+        "tiny_group,tiny_rolling",
+        "--include_path",
+        str(TASKS),
+        "--samples",
+        SAMPLES,
+        "--batch_size",
+        "2",
+    ]
     command += ["--output_path", str(output), "--log_samples", "--device", "cpu", *extra]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     launcher = [sys.executable]

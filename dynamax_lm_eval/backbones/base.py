@@ -11,6 +11,7 @@ R rows, D hidden, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from dynamax_lm_eval.config import StateMode
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+#: Logits held at once, in elements (tokens * V): 128 MiB in float32.
+LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,22 @@ class RowLayout:
     state_modes: tuple[StateMode, ...]  # R
     runs_block: BoolArray  # (R, L + 1)
     exit_layers: tuple[int, ...]  # every layer at which some row may exit
+    final_block: BoolArray  # (R,) rows whose tokens run block L after an exit
+
+
+def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_layers: int) -> RowLayout:
+    """The layout of new rows with ``lengths`` tokens that run every block and never exit."""
+    opened = tuple(slot for slot in slots if slot is not None)
+    assert len(opened) == len(lengths), "the states were made for these rows"
+    return RowLayout(
+        slots=opened,
+        row_of=np.repeat(np.arange(len(lengths), dtype=np.int64), lengths),
+        positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        state_modes=tuple("recompute" for _ in lengths),
+        runs_block=np.ones((len(lengths), num_layers + 1), dtype=np.bool_),
+        exit_layers=(),
+        final_block=np.zeros(len(lengths), dtype=np.bool_),
+    )
 
 
 class States(ABC):
@@ -73,6 +93,8 @@ class ForwardPass(ABC):
     @abstractmethod
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         """Tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
+
+        Rows with a final block run block L on them afterwards, so that block gets nothing.
 
         Args:
             tokens: (m,) indices into the flat batch.

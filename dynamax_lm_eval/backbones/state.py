@@ -11,7 +11,7 @@ import bisect
 import numpy as np
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray, States
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, States
 
 
 class Room:
@@ -53,6 +53,8 @@ class AttentionStates(States):
         self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
         self.values: list[Tensor | None] = [None] * (num_layers + 1)
         self.layer_of: IntArray = np.full(capacity, num_layers, dtype=np.int64)
+        #: Places of such tokens that block L ran on all the same.
+        self.runs_last: BoolArray = np.zeros(capacity, dtype=np.bool_)
         self._room = Room(capacity)
         self._lengths: dict[int, int] = {}
 
@@ -61,7 +63,15 @@ class AttentionStates(States):
         if start is not None:
             self._lengths[start] = capacity
             self.layer_of[start : start + capacity] = self.num_layers
+            self.runs_last[start : start + capacity] = False
         return start
+
+    def hidden_from(self, block: int) -> IntArray:
+        """Places whose tokens left nothing for ``block``, in rising order."""
+        hidden = self.layer_of < block
+        if block == self.num_layers:
+            hidden &= ~self.runs_last
+        return np.flatnonzero(hidden)
 
     def close_row(self, slot: int) -> None:
         self._room.give_back(slot, self._lengths.pop(slot))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import attention, families
-from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
@@ -138,8 +138,8 @@ class TransformerBackbone(Backbone):
     def _steps(self, ids: Tensor) -> Iterator[_Step]:
         """Runs one row block by block, with a stop after each."""
         states = self.new_states(len(ids))
-        states.open_row(len(ids))
-        run = self.start_pass(states, single_row_layout(len(ids), self.num_layers))
+        slot = states.open_row(len(ids))
+        run = self.start_pass(states, full_depth_layout([slot], [len(ids)], self.num_layers))
         hidden = self.embed(ids)
         for block in range(1, self.num_layers + 1):
             before = hidden
@@ -271,6 +271,8 @@ class TransformerPass(ForwardPass):
         skipped = tokens[modes == "skip"]
         if len(skipped):
             self._states.layer_of[self._places[skipped]] = layer
+            final = self._layout.final_block[self._layout.row_of[skipped]]
+            self._states.runs_last[self._places[skipped]] = final
         copied = tokens[modes == "copy"]
         if len(copied):
             self._copy(copied, layer)
@@ -288,7 +290,10 @@ class TransformerPass(ForwardPass):
         left = self._left
         if left.hidden is None:
             return
-        runs = self._layout.runs_block[self._layout.row_of[left.tokens], block]
+        rows = self._layout.row_of[left.tokens]
+        runs = self._layout.runs_block[rows, block]
+        if block == self._backbone.num_layers:
+            runs = runs & ~self._layout.final_block[rows]
         tokens, hidden = left.tokens, left.hidden
         if not runs.all():
             tokens = tokens[runs]
@@ -303,11 +308,13 @@ class TransformerPass(ForwardPass):
             runs = self._layout.runs_block[row]
             places = self._device_places(tokens[rows == row])
             source = int(np.flatnonzero(runs[: layer + 1])[-1])  # the last block that ran
-            for block in (np.flatnonzero(runs[layer + 1 :]) + layer + 1).tolist():
+            end = len(runs) - 1 if self._layout.final_block[row] else len(runs)
+            for block in (np.flatnonzero(runs[layer + 1 : end]) + layer + 1).tolist():
                 self._states.copy(source, block, places)
 
     def _in_flight(self, block: int, tokens: IntArray, hidden: Tensor) -> _Flight:
-        epoch = sum(layer < block for layer in self._skip_layers)
+        last = block == self._backbone.num_layers and bool(self._layout.final_block.any())
+        epoch = sum(layer < block for layer in self._skip_layers) + last
         flight = self._flight
         if flight is not None and flight.tokens is tokens and flight.epoch == epoch:
             return flight
@@ -321,7 +328,7 @@ class TransformerPass(ForwardPass):
             places = self._device_places(tokens)
         else:
             rotary, positions, places = flight.rotary, flight.positions, flight.places
-        hidden_places = np.flatnonzero(self._states.layer_of < block) if self._skip_layers else None
+        hidden_places = self._states.hidden_from(block) if self._skip_layers else None
         plan = attention.AttentionPlan(
             self._starts[tokens], self._layout.positions[tokens], hidden_places, self._backbone.device
         )
@@ -342,7 +349,7 @@ class _Flight:
     """What the blocks need to know of the tokens in flight; valid while these are the same tokens."""
 
     tokens: IntArray
-    epoch: int  # exits passed by rows in skip mode
+    epoch: int  # exits passed by rows in skip mode, and whether this is a final block
     places: Tensor  # (n,)
     positions: Tensor  # (1, n)
     rotary: dict[str | None, tuple[Tensor, Tensor]]
@@ -377,18 +384,6 @@ class _Scatter:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._states.write(self._block, self._places, key, value)
         return self._states.key_arena(self._block), self._states.value_arena(self._block)
-
-
-def single_row_layout(length: int, num_layers: int) -> RowLayout:
-    """The layout of one row of ``length`` tokens at place 0 that runs every block and never exits."""
-    return RowLayout(
-        slots=(0,),
-        row_of=np.zeros(length, dtype=np.int64),
-        positions=np.arange(length, dtype=np.int64),
-        state_modes=("recompute",),
-        runs_block=np.ones((1, num_layers + 1), dtype=np.bool_),
-        exit_layers=(),
-    )
 
 
 def is_close(ours: Tensor, theirs: Tensor) -> bool:

@@ -86,6 +86,10 @@ class BackboneCost:
             macs = macs + 2 * widths[layers] * context
         return macs
 
+    def last_block_macs(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """MACs of block L alone for tokens at ``positions``. (T,)"""
+        return np.asarray([self.blocks[-1].at(int(position)) for position in positions], dtype=np.int64)
+
     def skipped_sum(
         self, per_block: Sequence[float], layers: npt.NDArray[np.int64], pruned: frozenset[int]
     ) -> npt.NDArray[Any]:
@@ -114,6 +118,10 @@ class ExitTerms:
     recomputes_state: bool
     pruned_blocks: frozenset[int]
     first_eligible: int
+    #: Tokens that may not exit and that a recurrent classifier sees at every one of these layers.
+    warmed_tokens: int = 0
+    #: Block L runs for tokens that left, too.
+    final_block: bool = False
 
     def evaluations(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many exits were evaluated for eligible tokens that left at ``layers``. (T,)"""

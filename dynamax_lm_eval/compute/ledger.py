@@ -141,16 +141,23 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
     others = np.setdiff1d(np.arange(trace.fed_tokens, dtype=np.int64), positions)
     others_depth = np.full_like(others, depth)
 
-    # Every LM-head read counts but the one whose logits give the token.
+    # Every LM-head read counts but the one whose logits give the token; after a final block it is another read.
     evaluations = terms.evaluations(layers)
-    gives_token = positions >= trace.prompt_tokens - 1
+    gives_token = (positions >= trace.prompt_tokens - 1) & (not terms.final_block)
     reads = int((evaluations - (gives_token & (layers < depth))).sum()) if terms.reads_lm_head else 0
-    classifier = np.cumsum([0, *terms.classifier_macs])[evaluations]
+    classifier = int(np.cumsum([0, *terms.classifier_macs])[evaluations].sum())
+    classifier += terms.warmed_tokens * sum(terms.classifier_macs)
 
+    runs_last = terms.final_block and depth not in pruned
     recompute, recompute_units = 0, 0.0
     if terms.recomputes_state:
-        recompute = int(cost.skipped_sum([b.state_recompute for b in cost.blocks], layers, pruned).sum())
-        recompute_units = float(cost.skipped_sum([b.paper_recompute for b in cost.blocks], layers, pruned).sum())
+        # Block L writes its own state where it runs after the exit.
+        without = pruned | {depth} if terms.final_block else pruned
+        recompute = int(cost.skipped_sum([b.state_recompute for b in cost.blocks], layers, without).sum())
+        recompute_units = float(cost.skipped_sum([b.paper_recompute for b in cost.blocks], layers, without).sum())
+    block_macs = int(cost.block_macs(positions, layers, pruned).sum())
+    if runs_last:
+        block_macs += int(cost.last_block_macs(positions[layers < depth]).sum())
 
     record = ComputeRecord(
         prompt_tokens=trace.prompt_tokens,
@@ -160,8 +167,8 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
         generated_tokens=trace.tokens_given if trace.generated else 0,
         hit_limit=int(trace.hit_limit),
         full_macs=int(cost.block_macs(positions, full_depth, frozenset()).sum()),
-        block_macs=int(cost.block_macs(positions, layers, pruned).sum()),
-        classifier_macs=int(classifier.sum()),
+        block_macs=block_macs,
+        classifier_macs=classifier,
         recompute_macs=recompute,
         lm_head_macs=reads * cost.lm_head,
     )
@@ -172,6 +179,7 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
     record.total_macs = record.spent_macs + others_spent + given
 
     ran = sum(int((layers >= block).sum()) for block in range(1, depth + 1) if block not in pruned)
+    ran += int((layers < depth).sum()) if runs_last else 0
     overhead = record.classifier_macs + record.lm_head_macs
     record.paper_full = float(depth * len(layers))
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights

@@ -47,6 +47,8 @@ class FlatBatch:
     thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
     wanted: BoolArray  # (N,) tokens whose logits are needed
     eligible: BoolArray  # (N,)
+    # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
+    warms: dict[int, BoolArray]
 
     @classmethod
     def build(cls, rows: Sequence[RowInput]) -> FlatBatch:
@@ -69,6 +71,7 @@ class FlatBatch:
             state_modes=tuple(row.policy.state_mode for row in rows),
             runs_block=runs_block,
             exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.active_exits})),
+            final_block=np.asarray([row.policy.final_block for row in rows]),
         )
         return cls(
             ids=np.fromiter((token for row in rows for token in row.ids), dtype=np.int64, count=len(row_of)),
@@ -77,6 +80,7 @@ class FlatBatch:
             thresholds=_thresholds(rows, layout, steps, lengths),
             wanted=positions >= prompt_lengths[row_of] - 1,
             eligible=steps >= 0,
+            warms=_warms(rows, layout, steps),
         )
 
     def __len__(self) -> int:
@@ -95,4 +99,16 @@ def _thresholds(
                 if layer in table:
                     table[layer][start : start + length] = values[:, i]
         start += length
+    return table
+
+
+def _warms(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, BoolArray]:
+    if not any(row.policy.is_recurrent for row in rows):
+        return {}
+    first = np.asarray([row.policy.first_warmed_position(row.prompt_length) for row in rows])
+    warmed = (steps < 0) & (layout.positions >= first[layout.row_of])
+    table = {}
+    for layer in layout.exit_layers:
+        uses = np.asarray([row.policy.is_recurrent and layer in row.policy.active_exits for row in rows])
+        table[layer] = warmed & uses[layout.row_of]
     return table

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import Backbone, BoolArray, ForwardPass, IntArray, States
+from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, ForwardPass, IntArray, States
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.exits import confidence
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
 from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
-
-#: Logits held at once, in elements (tokens * V): 128 MiB in float32.
-_LOGITS_AT_ONCE = 2**25
+from dynamax_lm_eval.exits.states import ClassifierStates
 
 
 class LogitsSink(Protocol):
@@ -37,18 +36,44 @@ class LogitsSink(Protocol):
         ...
 
 
+class RowStates:
+    """What the backbone's blocks and the recurrent classifiers keep of the rows in flight."""
+
+    def __init__(self, backbone: States, classifiers: ClassifierStates) -> None:
+        self.backbone = backbone
+        self.classifiers = classifiers
+
+    def open_row(self, capacity: int) -> int | None:
+        """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
+        slot = self.backbone.open_row(capacity)
+        if slot is not None:
+            self.classifiers.open_row(slot)
+        return slot
+
+    def close_row(self, slot: int) -> None:
+        """Gives the room of a row back."""
+        self.backbone.close_row(slot)
+        self.classifiers.close_row(slot)
+
+
 class Engine:
     """Runs flat batches through a backbone under exit policies."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, classifiers: ExitClassifiers | None = None) -> None:
+        """``classifiers``: the trained exits that policies with ``confidence=classifier`` use."""
         self.backbone = backbone
+        self.classifiers = classifiers
+
+    def new_states(self, capacity: int) -> RowStates:
+        """Room for rows of ``capacity`` tokens in all."""
+        return RowStates(self.backbone.new_states(capacity), ClassifierStates(self.classifiers, self.backbone.device))
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
         self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
 
     @torch.inference_mode()
-    def forward(self, batch: FlatBatch, states: States, sink: LogitsSink) -> IntArray:
+    def forward(self, batch: FlatBatch, states: RowStates, sink: LogitsSink) -> IntArray:
         """Feeds a batch and hands the logits of its wanted tokens to ``sink``.
 
         Returns:
@@ -56,48 +81,68 @@ class Engine:
         """
         backbone = self.backbone
         with backbone.running():
-            run = backbone.start_pass(states, batch.layout)
+            run = backbone.start_pass(states.backbone, batch.layout)
             hidden = backbone.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
+            returning = _Returning()
             for block in range(1, backbone.num_layers + 1):
-                if len(tokens) == 0 and not run.has_pending_states:
+                if len(tokens) == 0 and not run.has_pending_states and not returning:
                     break
+                if block == backbone.num_layers and returning:
+                    tokens, hidden = returning.merged_with(tokens, hidden)
                 before = hidden
                 hidden = _run_block(run, batch, block, tokens, hidden)
-                leaves = self._decide(batch, block, tokens, before, hidden, sink)
+                leaves = self._decide(batch, block, tokens, before, hidden, states.classifiers, sink)
                 if leaves is not None and leaves.any():
                     gone, stay = np.flatnonzero(leaves), np.flatnonzero(~leaves)
                     layer_of[tokens[gone]] = block
                     run.leave(tokens[gone], _select(hidden, gone), block)
+                    for_last = gone[_has_final_block(batch, tokens[gone])]
+                    returning.add(tokens[for_last], _select(hidden, for_last))
                     tokens, hidden = tokens[stay], _select(hidden, stay)
             self._read_out(batch, tokens, hidden, sink)
         return layer_of
 
     def _decide(
-        self, batch: FlatBatch, block: int, tokens: IntArray, before: Tensor, hidden: Tensor, sink: LogitsSink
+        self,
+        batch: FlatBatch,
+        block: int,
+        tokens: IntArray,
+        before: Tensor,
+        hidden: Tensor,
+        classifiers: ClassifierStates,
+        sink: LogitsSink,
     ) -> BoolArray | None:
         """Which of the tokens in flight exit after ``block``: (n,), or None where none may.
 
-        Tokens that exit and whose logits are wanted are read out on the way.
+        Tokens that exit and whose logits are wanted are read out on the way, unless block L runs on them first.
         """
         thresholds = batch.thresholds.get(block)
         if thresholds is None or len(tokens) == 0:
             return None
-        candidates = np.flatnonzero(thresholds[tokens] < NEVER)
+        evaluated = thresholds[tokens] < NEVER
+        if block in batch.warms:
+            evaluated |= batch.warms[block][tokens]
+        candidates = np.flatnonzero(evaluated)
         if len(candidates) == 0:
             return None
         leaves = np.zeros(len(tokens), dtype=np.bool_)
-        kinds = np.asarray([policy.confidence for policy in batch.policies])[batch.layout.row_of[tokens[candidates]]]
+        kinds = np.asarray([policy.scorer for policy in batch.policies])[batch.layout.row_of[tokens[candidates]]]
         for kind in np.unique(kinds):
             chosen = candidates[kinds == kind]
             limit = torch.from_numpy(thresholds[tokens[chosen]])
-            if kind == "state":
-                scores = confidence.state_similarity(_select(before, chosen)[0], _select(hidden, chosen)[0])
-                exits = (scores >= limit.to(scores.device)).cpu().numpy()
-                self._read_out(batch, tokens[chosen[exits]], _select(hidden, chosen[exits]), sink)
-            else:
+            if kind in confidence.READS_LM_HEAD:
                 exits = self._decide_by_logits(str(kind), batch, tokens[chosen], _select(hidden, chosen), limit, sink)
+            else:
+                if kind == "state":
+                    scores = confidence.state_similarity(_select(before, chosen)[0], _select(hidden, chosen)[0])
+                else:
+                    scores = _classify(str(kind), block, batch, tokens[chosen], _select(hidden, chosen)[0], classifiers)
+                exits = (scores >= limit.to(scores.device)).cpu().numpy()
+                gone = chosen[exits]
+                gone = gone[~_has_final_block(batch, tokens[gone])]
+                self._read_out(batch, tokens[gone], _select(hidden, gone), sink)
             leaves[chosen[exits]] = True
         return leaves
 
@@ -106,14 +151,15 @@ class Engine:
     ) -> BoolArray:
         """As _decide for tokens whose confidence comes from logits; the read serves the exit as well."""
         scores, reduced = [], []
+        reads = batch.wanted[tokens] & ~_has_final_block(batch, tokens)
         for part, logits in self._logits(hidden[0]):
             scores.append(confidence.from_logits(kind, logits))
-            wanted = np.flatnonzero(batch.wanted[tokens[part]])
+            wanted = np.flatnonzero(reads[part])
             if len(wanted):
                 chosen = logits if len(wanted) == len(logits) else logits[torch.from_numpy(wanted).to(logits.device)]
                 reduced.append(sink.reduce(tokens[part][wanted], chosen))
         exits: BoolArray = (torch.cat(scores) >= limit.to(hidden.device)).cpu().numpy()
-        wanted = np.flatnonzero(batch.wanted[tokens])
+        wanted = np.flatnonzero(reads)
         committed = np.flatnonzero(exits[wanted])
         if len(committed):
             rows = torch.from_numpy(committed).to(hidden.device)
@@ -130,10 +176,46 @@ class Engine:
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits (t, V) of hidden states (T, D), in parts of bounded size."""
-        at_once = max(1, _LOGITS_AT_ONCE // self.backbone.vocab_size)
+        at_once = max(1, LOGITS_AT_ONCE // self.backbone.vocab_size)
         for start in range(0, len(hidden), at_once):
             part = slice(start, start + at_once)
             yield part, self.backbone.readout(hidden[part])
+
+
+class _Returning:
+    """Tokens that left and come back for block L."""
+
+    def __init__(self) -> None:
+        self._tokens: list[IntArray] = []
+        self._hidden: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def add(self, tokens: IntArray, hidden: Tensor) -> None:
+        if len(tokens):
+            self._tokens.append(tokens)
+            self._hidden.append(hidden)
+
+    def merged_with(self, tokens: IntArray, hidden: Tensor) -> tuple[IntArray, Tensor]:
+        """All tokens that block L runs on, in the order of the batch, with their hidden states (1, n, D)."""
+        every = np.concatenate([tokens, *self._tokens])
+        order = np.argsort(every)
+        joined = torch.cat([hidden, *self._hidden], dim=1)
+        return every[order], joined.index_select(1, torch.from_numpy(order).to(joined.device))
+
+
+def _has_final_block(batch: FlatBatch, tokens: IntArray) -> BoolArray:
+    return batch.layout.final_block[batch.layout.row_of[tokens]]
+
+
+def _classify(
+    kind: str, layer: int, batch: FlatBatch, tokens: IntArray, hidden: Tensor, classifiers: ClassifierStates
+) -> Tensor:
+    """Confidences (t,) that a classifier gives hidden states (t, D)."""
+    rows, lengths = np.unique(batch.layout.row_of[tokens], return_counts=True)
+    slots = [batch.layout.slots[row] for row in rows]
+    return confidence_of(classifiers.run(kind, layer, hidden, slots, lengths.tolist()))
 
 
 def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:

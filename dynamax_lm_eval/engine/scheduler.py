@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray, States
+from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.compute.ledger import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
-from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.errors import NotFiniteError
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -132,7 +132,7 @@ def generate(
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (-needs[i], i))
     pending = deque(order)
-    states = engine.backbone.new_states(sum(needs[i] for i in order[:max_rows]))
+    states = engine.new_states(sum(needs[i] for i in order[:max_rows]))
     rows: list[_Row] = []
     while pending or rows:
         rows += _admit(requests, needs, pending, states, rows, max_rows)
@@ -168,9 +168,7 @@ def score(
     tokens one by one would. ``softmax_dtype`` is that of the log-softmax (None: that of the logits).
     """
     passes = _passes([len(request.ids) for request in requests], max_rows)
-    states = engine.backbone.new_states(
-        max((sum(len(requests[i].ids) for i in members) for members in passes), default=1)
-    )
+    states = engine.new_states(max((sum(len(requests[i].ids) for i in members) for members in passes), default=1))
     for members in passes:
         slots = [_open(states, len(requests[i].ids)) for i in members]
         inputs = [
@@ -206,7 +204,7 @@ def _admit(
     requests: Sequence[GenerationRequest],
     needs: Sequence[int],
     pending: deque[int],
-    states: States,
+    states: RowStates,
     rows: Sequence[_Row],
     max_rows: int,
 ) -> list[_Row]:
@@ -240,7 +238,7 @@ def _passes(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
     return passes
 
 
-def _open(states: States, length: int) -> int:
+def _open(states: RowStates, length: int) -> int:
     slot = states.open_row(length)
     assert slot is not None, "the states were made for the largest pass"
     return slot

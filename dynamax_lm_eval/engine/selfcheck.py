@@ -17,6 +17,7 @@ from dynamax_lm_eval.backbones.transformer import differences, is_close
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 _LENGTHS = (11, 4)
@@ -24,20 +25,23 @@ _LENGTHS = (11, 4)
 _PREFILL = 7
 
 
-def checked_engine(model: Any, policy: ExitPolicy, max_length: int) -> Engine:
+def checked_engine(
+    model: Any, policy: ExitPolicy, max_length: int, classifiers: ExitClassifiers | None = None
+) -> Engine:
     """An engine for a loaded model that was seen to compute what the model computes.
 
     Args:
         model: a causal LM of transformers in eval mode.
         policy: the policy that will be used; decides what has to work.
         max_length: longest row that will be run.
+        classifiers: the trained exits that the policy uses, if it does.
 
     Raises:
         UserError: the model cannot be run block by block, or not under this policy; says why.
     """
     name = type(model).__name__
     try:
-        engine = Engine(TransformerBackbone(model, max_length))
+        engine = Engine(TransformerBackbone(model, max_length), classifiers)
         engine.check_policy(policy)
         check_against_model(engine, model)
     except UserError:
@@ -72,7 +76,7 @@ def check_against_model(engine: Engine, model: Any) -> None:
     if not all(torch.isfinite(logits).all() for logits in reference):
         raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
 
-    states = backbone.new_states(2 * sum(_LENGTHS))
+    states = engine.new_states(2 * sum(_LENGTHS))
     together = _logits(engine, states, [(text.tolist(), 0, None) for text in texts])
     _compare(name, "two rows in one batch", together, torch.cat(reference))
 

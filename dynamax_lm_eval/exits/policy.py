@@ -6,16 +6,18 @@ A policy belongs to a request, not to an engine: rows of one batch may follow di
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval import config
 from dynamax_lm_eval.compute.cost import ExitTerms
-from dynamax_lm_eval.config import Confidence, DynamaxArgs, ExitScope, StateMode
+from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, ExitScope, StateMode, UserError
+from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.confidence import READS_LM_HEAD
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
@@ -38,21 +40,54 @@ class ExitPolicy:
     pruned_blocks: frozenset[int] = frozenset()
     exit_scope: ExitScope = "generated"
     threshold_decay: float | None = None
+    #: Which classifier gives the confidence, where that is ``classifier``.
+    classifier: ClassifierKind | None = None
+    #: Last prompt tokens that a recurrent classifier sees (None: all); only ``mamba`` is recurrent.
+    classifier_warmup: int | None = None
+    #: Block L runs after an exit.
+    final_block: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.exit_layers) == len(self.thresholds)
         assert all(0 < layer < self.num_layers for layer in self.exit_layers)
+        assert (self.classifier is None) or self.confidence == "classifier"
 
     @classmethod
-    def from_args(cls, args: DynamaxArgs, num_layers: int) -> tuple[ExitPolicy, str | None]:
-        """The policy that arguments mean for ``num_layers`` blocks, and a note if something was left out.
+    def from_args(
+        cls, args: DynamaxArgs, num_layers: int, exits: ExitConfig | None = None, recurrent_backbone: bool = False
+    ) -> tuple[ExitPolicy, str | None]:
+        """The policy that arguments mean for a backbone, and a note if something was left out.
+
+        Args:
+            args: what the user asked for.
+            num_layers: blocks of the backbone.
+            exits: the trained exits at hand.
+            recurrent_backbone: Mamba; decides what ``preset=paper`` leaves behind.
 
         Raises:
-            UserError: layers or blocks lie outside the backbone or contradict each other, or thresholds do
-                not match the exits.
+            UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
+                not match the exits, or the exits are not what was asked for.
         """
         pruned = config.resolve_pruned_blocks(args.prune_layers, num_layers)
-        exit_layers = config.resolve_exit_layers(args.exit_layers, num_layers)
+        confidence = args.confidence or ("classifier" if exits is not None else "softmax")
+        classifier, final_block = None, bool(args.final_block)
+        if confidence == "classifier" and exits is not None:
+            classifier = _choose_classifier(args, exits)
+            final_block = _check_final_block(args, exits)
+            _check_trained_layers(args, exits)
+        elif args.classifier is not None or args.classifier_warmup is not None:
+            name = "classifier" if args.classifier is not None else "classifier_warmup"
+            raise UserError(f"{name} needs confidence=classifier and trained exits; this run uses {confidence}")
+        elif args.exits is not None and confidence != "classifier":
+            raise UserError(f"exits={args.exits!r} has no effect with confidence={confidence}; remove one of them")
+        requested = args.exit_layers
+        if requested is None and classifier is not None and exits is not None:
+            exit_layers = exits.exit_layers
+        else:
+            exit_layers = config.resolve_exit_layers(requested, num_layers, final_block)
+        state_mode: StateMode = args.state_mode or "recompute"
+        if args.state_mode is None and args.preset == "paper":
+            state_mode = "skip" if recurrent_backbone else "copy"
         note = None
         dropped = sorted(pruned.intersection(exit_layers))
         if args.exit_layers is None and dropped:
@@ -62,12 +97,20 @@ class ExitPolicy:
             num_layers=num_layers,
             exit_layers=exit_layers,
             thresholds=config.resolve_thresholds(args.threshold, exit_layers),
-            confidence=args.confidence or "softmax",
-            state_mode=args.state_mode,
+            confidence=confidence,
+            state_mode=state_mode,
             pruned_blocks=pruned,
             exit_scope=args.exit_scope,
             threshold_decay=args.threshold_decay,
+            classifier=classifier,
+            classifier_warmup=args.classifier_warmup,
+            final_block=final_block,
         )
+        if policy.active_exits and confidence == "classifier" and exits is None:
+            raise UserError(
+                "confidence=classifier needs exits that were trained for this backbone, and none are known; name them "
+                "with exits=, or train them: dynamax-lm-eval train --backbone ..."
+            )
         at_pruned = sorted(pruned.intersection(policy.active_exits))
         if at_pruned:
             raise config.UserError(
@@ -81,6 +124,20 @@ class ExitPolicy:
         """Exit layers where something is evaluated: those whose threshold is below 1."""
         pairs = zip(self.exit_layers, self.thresholds, strict=True)
         return tuple(layer for layer, threshold in pairs if threshold < 1)
+
+    @property
+    def scorer(self) -> str:
+        """What gives the confidence: a kind of classifier or of training-free confidence."""
+        return self.classifier or self.confidence
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Its classifier carries a state from token to token."""
+        return self.classifier == "mamba"
+
+    def first_warmed_position(self, prompt_length: int) -> int:
+        """Position from which on a recurrent classifier sees the tokens."""
+        return 0 if self.classifier_warmup is None else max(0, prompt_length - self.classifier_warmup)
 
     def first_eligible_position(self, prompt_length: int) -> int:
         """Position of the first token that may exit, in a row whose prompt has ``prompt_length`` tokens."""
@@ -110,15 +167,21 @@ class ExitPolicy:
         rounded: npt.NDArray[np.float32] = values.astype(np.float32)
         return rounded
 
-    def terms(self, prompt_length: int) -> ExitTerms:
-        """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens."""
+    def terms(self, prompt_length: int, classifier_macs: Mapping[int, int] | None = None) -> ExitTerms:
+        """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
+
+        ``classifier_macs``: MACs of one evaluation at each exit layer, where a classifier gives the confidence.
+        """
+        first = self.first_eligible_position(prompt_length)
         return ExitTerms(
             evaluated_layers=self.active_exits,
-            classifier_macs=(0,) * len(self.active_exits),
+            classifier_macs=tuple((classifier_macs or {}).get(layer, 0) for layer in self.active_exits),
+            warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
+            final_block=self.final_block,
             reads_lm_head=self.confidence in READS_LM_HEAD,
             recomputes_state=self.state_mode == "recompute",
             pruned_blocks=self.pruned_blocks,
-            first_eligible=self.first_eligible_position(prompt_length),
+            first_eligible=first,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -128,3 +191,31 @@ class ExitPolicy:
         description["thresholds"] = list(self.thresholds)
         description["pruned_blocks"] = sorted(self.pruned_blocks)
         return description
+
+
+def _choose_classifier(args: DynamaxArgs, exits: ExitConfig) -> ClassifierKind:
+    kind = args.classifier or exits.classifiers[0]
+    if kind not in exits.classifiers:
+        raise UserError(f"classifier={kind} is not among the trained exits, which have {', '.join(exits.classifiers)}")
+    if args.classifier_warmup is not None and kind != "mamba":
+        raise UserError(f"classifier_warmup has no effect with classifier={kind}, which carries no state; remove it")
+    return cast(ClassifierKind, kind)
+
+
+def _check_final_block(args: DynamaxArgs, exits: ExitConfig) -> bool:
+    """Exits only work as they were trained."""
+    if args.final_block is not None and args.final_block != exits.final_block:
+        source = "preset=paper sets final_block=true" if args.preset else f"final_block={str(args.final_block).lower()}"
+        raise UserError(
+            f"{source}, but these exits were trained with final_block={str(exits.final_block).lower()}; "
+            "leave it out, or train others (dynamax-lm-eval train --final_block)"
+        )
+    return exits.final_block
+
+
+def _check_trained_layers(args: DynamaxArgs, exits: ExitConfig) -> None:
+    missing = sorted(set(args.exit_layers or ()) - set(exits.exit_layers))
+    if missing:
+        raise UserError(
+            f"exit_layers {missing} have no trained classifier; there are some at {list(exits.exit_layers)}"
+        )

@@ -1,0 +1,251 @@
+"""The arithmetic of a Mamba-2 mixer over flat ragged rows: causal convolution and the selective scan.
+
+Rows stand side by side without padding and never touch one another's windows or states. Two forms of the
+same recurrence: chunked for many tokens (Dao and Gu 2024, arXiv 2405.21060, section 6), and one step for one
+token per row. Knows tensors; knows no modules, engines or policies.
+
+T tokens of all rows, R rows, C channels, H heads, P head dim, G groups, N SSM state, K conv kernel,
+Q chunk length, c chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Tokens of a chunk. Scores within it cost Q * H values per token, so longer chunks need more memory.
+CHUNK = 64
+
+
+class MixerShape(NamedTuple):
+    """Sizes of a mixer."""
+
+    heads: int  # H
+    head_dim: int  # P
+    groups: int  # G; heads of a group share B and C
+    state: int  # N
+    kernel: int  # K
+
+    @property
+    def inner(self) -> int:
+        """H * P."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """C: x, B and C side by side, which is what the convolution runs over."""
+        return self.inner + 2 * self.groups * self.state
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., H, P), B and C (..., G, N) of (..., C)."""
+        x, b, c = values.split([self.inner, self.groups * self.state, self.groups * self.state], dim=-1)
+        per_group = (self.groups, self.state)
+        return x.unflatten(-1, (self.heads, self.head_dim)), b.unflatten(-1, per_group), c.unflatten(-1, per_group)
+
+
+class MixerState(NamedTuple):
+    """What the rows carry from token to token."""
+
+    conv: Tensor  # (R, K - 1, C), the last inputs of the convolution, oldest first
+    ssm: Tensor  # (R, H, P, N), float32
+
+
+class RaggedRows:
+    """Where the rows of a flat batch begin and end, and how their tokens fall into chunks."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", chunk: int = CHUNK) -> None:
+        """``lengths``: tokens of each row, at least one each; ``chunk``: Q."""
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        assert len(self.lengths) and self.lengths.min() > 0
+        self.num_tokens = int(self.lengths.sum())
+        self.device = torch.device(device)
+        self.chunk = min(chunk, int(self.lengths.max()))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def single_tokens(self) -> bool:
+        """Every row has one token: the recurrence is one step."""
+        return self.num_tokens == self.num_rows
+
+    def places_after_windows(self, width: int) -> tuple[Tensor, Tensor]:
+        """Where things stand when each row is preceded by its ``width`` earlier inputs.
+
+        Returns:
+            (T,) places of the tokens, (R * width,) places of the earlier inputs.
+        """
+        row_of = np.repeat(np.arange(self.num_rows), self.lengths)
+        tokens = np.arange(self.num_tokens) + (row_of + 1) * width
+        starts = np.cumsum(self.lengths) - self.lengths + np.arange(self.num_rows) * width
+        windows = (starts[:, None] + np.arange(width)).reshape(-1)
+        return self._to_device(tokens), self._to_device(windows)
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        counts = -(-self.lengths // self.chunk)
+        row_of = np.repeat(np.arange(self.num_rows), counts)
+        rank = np.arange(len(row_of)) - np.repeat(np.cumsum(counts) - counts, counts)  # chunk within its row
+        starts = (np.cumsum(self.lengths) - self.lengths)[row_of] + rank * self.chunk
+        ends = np.cumsum(self.lengths)[row_of]
+        tokens = starts[:, None] + np.arange(self.chunk)
+        inside = tokens < ends[:, None]
+        whole = bool(inside.all())
+        rounds = []
+        for i in range(int(counts.max())):
+            chosen = np.flatnonzero(rank == i)
+            rounds.append((self._to_device(row_of[chosen]), self._to_device(chosen)))
+        order = np.argsort(np.concatenate([np.flatnonzero(rank == i) for i in range(int(counts.max()))]))
+        return Chunks(
+            # Absent tokens point behind the last one, where zeros are.
+            tokens=None if whole else self._to_device(np.where(inside, tokens, self.num_tokens).reshape(-1)),
+            present=None if whole else self._to_device(np.flatnonzero(inside.reshape(-1))),
+            rounds=tuple(rounds),
+            order=self._to_device(order),
+        )
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Tokens of ragged rows in chunks of equal length; the last chunk of a row may be part empty.
+
+    ``tokens`` and ``present`` are None where every chunk is full.
+    """
+
+    tokens: Tensor | None  # (c * Q,) index of each token, T where there is none
+    present: Tensor | None  # (T,) places of the tokens in (c * Q,)
+    rounds: tuple[tuple[Tensor, Tensor], ...]  # i-th chunks: their rows, and their numbers
+    order: Tensor  # (c,) from the order of rounds to that of chunks
+
+    def split(self, values: Tensor, chunk: int) -> Tensor:
+        """(T, X) to (c, Q, X), zeros where there is no token."""
+        if self.tokens is not None:
+            values = F.pad(values, (0, 0, 0, 1)).index_select(0, self.tokens)
+        chunks: Tensor = values.unflatten(0, (-1, chunk))
+        return chunks
+
+    def join(self, values: Tensor) -> Tensor:
+        """(c, Q, X) to (T, X)."""
+        values = values.flatten(0, 1)
+        return values if self.present is None else values.index_select(0, self.present)
+
+
+def causal_conv(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: RaggedRows, window: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution of each row.
+
+    Args:
+        inputs: (T, C)
+        weight: (C, K)
+        bias: (C,)
+        rows: the T tokens' rows.
+        window: (R, K - 1, C) the rows' earlier inputs; None: zeros.
+
+    Returns:
+        (T, C), and the new window (R, K - 1, C).
+    """
+    width = weight.shape[1] - 1
+    if window is None:
+        window = inputs.new_zeros(rows.num_rows, width, inputs.shape[1])
+    if rows.single_tokens:
+        seen = torch.cat([window, inputs.unsqueeze(1)], dim=1)  # (R, K, C)
+        output = torch.einsum("rkc,ck->rc", seen, weight)
+        return (output if bias is None else output + bias), seen[:, 1:]
+    token_places, window_places = rows.places_after_windows(width)
+    # Each row's window stands before it, so that one pass of shifted sums serves all rows.
+    joined = torch.cat([inputs, window.flatten(0, 1).to(inputs.dtype)])
+    order = torch.empty(len(joined), dtype=torch.int64, device=joined.device)
+    order[torch.cat([token_places, window_places])] = torch.arange(len(joined), device=joined.device)
+    joined = joined.index_select(0, order)
+    length = len(joined) - width
+    total = joined[:length] * weight[:, 0]
+    for k in range(1, width + 1):
+        total = total + joined[k : k + length] * weight[:, k]
+    output = total.index_select(0, token_places - width)
+    ends = torch.from_numpy(np.cumsum(rows.lengths + width)).to(joined.device)
+    last = ends.unsqueeze(1) - width + torch.arange(width, device=joined.device)  # (R, K - 1)
+    return (output if bias is None else output + bias), joined[last]
+
+
+def selective_scan(
+    inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, rows: RaggedRows, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t and y_t = C_t h_t, for each head of each row; in float32.
+
+    Args:
+        inputs: (T, C): x, B and C side by side.
+        dt: (T, H) step sizes, after softplus and clamp; 0 leaves the state as it is.
+        decay: (H,) A, negative.
+        shape: the sizes.
+        rows: the T tokens' rows.
+        state: (R, H, P, N) the rows' states; None: zeros.
+
+    Returns:
+        (T, H, P) without the skip term D x, and the new states (R, H, P, N).
+    """
+    inputs, dt, decay = inputs.float(), dt.float(), decay.float()
+    if rows.single_tokens:
+        return _step(inputs, dt, decay, shape, state)
+    heads, groups, q, layout = shape.heads, shape.groups, rows.chunk, rows.chunks
+    x, b, c = shape.split(layout.split(inputs, q))  # (c, Q, H, P), (c, Q, G, N)
+    steps = layout.split(dt, q)  # (c, Q, H)
+    b, c = b.transpose(1, 2), c.transpose(1, 2)  # (c, G, Q, N)
+    total = (steps * decay).cumsum(1)  # (c, Q, H), log of the decay since the chunk began
+    weighted = x * steps.unsqueeze(-1)  # (c, Q, H, P)
+
+    log = total.transpose(1, 2)  # (c, H, Q)
+    later = torch.ones(q, q, dtype=torch.bool, device=inputs.device).triu(1)
+    # The exponent is masked, not its exp: above the diagonal it would overflow.
+    passed = (log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()  # (c, H, Q, Q)
+    scores = (c @ b.transpose(-1, -2)).unsqueeze(2)  # (c, G, 1, Q, Q)
+    mixed = (passed.unflatten(1, (groups, -1)) * scores).flatten(1, 2)  # (c, H, Q, Q)
+    output = (mixed @ weighted.transpose(1, 2)).transpose(1, 2)  # (c, Q, H, P)
+
+    def by_group(values: Tensor) -> Tensor:  # (c, Q, H, P) to (c, G, Q, H / G * P)
+        grouped: Tensor = values.unflatten(2, (groups, -1))
+        return grouped.flatten(3).transpose(1, 2)
+
+    to_end = (total[:, -1:] - total).exp()  # (c, Q, H)
+    added = by_group(weighted * to_end.unsqueeze(-1)).transpose(-1, -2) @ b  # (c, G, H / G * P, N)
+    added = added.flatten(1, 2).unflatten(1, (heads, -1))  # (c, H, P, N)
+    kept = total[:, -1].exp()[..., None, None]  # (c, H, 1, 1)
+    before, last = _carry(layout, added, kept, rows.num_rows, state)
+    carried = before.unflatten(1, (groups, -1)).flatten(2, 3)  # (c, G, H / G * P, N)
+    from_before = (c @ carried.transpose(-1, -2)).transpose(1, 2).flatten(2).unflatten(2, (heads, -1))  # (c, Q, H, P)
+    output = output + from_before * total.exp().unsqueeze(-1)
+    return layout.join(output.flatten(2)).unflatten(-1, (heads, -1)), last
+
+
+def _carry(layout: Chunks, added: Tensor, kept: Tensor, num_rows: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The states before each chunk (c, H, P, N) and after each row (R, H, P, N)."""
+    current = added.new_zeros(num_rows, *added.shape[1:]) if state is None else state.float()
+    before = []
+    for row, number in layout.rounds:
+        given = current.index_select(0, row)
+        before.append(given)
+        after = kept.index_select(0, number) * given + added.index_select(0, number)
+        current = current.index_copy(0, row, after)
+    return torch.cat(before).index_select(0, layout.order), current
+
+
+def _step(inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token per row: (R, H, P) and the new states (R, H, P, N)."""
+    x, b, c = shape.split(inputs)  # (R, H, P), (R, G, N)
+    per_group = shape.heads // shape.groups
+    b, c = b.repeat_interleave(per_group, dim=1), c.repeat_interleave(per_group, dim=1)  # (R, H, N)
+    current = (dt.unsqueeze(-1) * x).unsqueeze(-1) * b.unsqueeze(-2)  # (R, H, P, N)
+    if state is not None:
+        current = current + (dt * decay).exp()[..., None, None] * state.float()
+    return (current @ c.unsqueeze(-1)).squeeze(-1), current

@@ -1,0 +1,245 @@
+"""Exit checkpoints: a folder with ``config.json`` and ``exits.safetensors``, how it is written, found and checked.
+
+One checkpoint holds one or more kinds of classifiers for one backbone. Its configuration says what it was
+trained for, so that what does not fit is refused before weights load. Knows files; knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import dynamax_lm_eval
+from dynamax_lm_eval.backbones.aliases import cache_dir
+from dynamax_lm_eval.backbones.fingerprint import tensors_fingerprint
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.files import write_text
+
+logger = logging.getLogger(__name__)
+
+FORMAT, FORMAT_VERSION = "dynamax-exits", 1
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "exits.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class BackboneIdentity:
+    """The backbone that exits belong to."""
+
+    #: As the user named it; an alias, a Hub id or a folder's name.
+    id: str
+    revision: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    #: Of its weight files, the same in every dtype (``backbones.fingerprint``).
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """What a checkpoint says of itself."""
+
+    backbone: BackboneIdentity
+    exit_layers: tuple[int, ...]
+    #: Kinds in the order of preference: the first is used unless the user names another.
+    classifiers: tuple[str, ...]
+    activation: str
+    options: ClassifierOptions = field(default_factory=ClassifierOptions)
+    #: Block L runs after an exit, before norm and LM head.
+    final_block: bool = False
+    #: Label 1: the exit's arg-max is among the k most probable tokens of the full model.
+    top_k: int = 1
+    #: How it was trained; not needed to use it.
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ExitConfig:
+        """
+        Raises:
+            UserError: it is no such configuration, or one of a later format.
+        """
+        if data.get("format") != FORMAT:
+            raise UserError(f"it is not an exit checkpoint (no format {FORMAT!r})")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"its format_version is {data.get('format_version')!r} and this version of dynamax reads "
+                f"{FORMAT_VERSION}; update dynamax-lm-eval"
+            )
+        known = {name: value for name, value in data.items() if name not in ("format", "format_version")}
+        try:
+            known["backbone"] = BackboneIdentity(**known["backbone"])
+            known["options"] = ClassifierOptions(**known["options"])
+            for name in ("exit_layers", "classifiers"):
+                known[name] = tuple(known[name])
+            return cls(**known)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"its configuration is damaged ({error})") from error
+
+    def build(self, seed: int = 0) -> ExitClassifiers:
+        """The modules, freshly initialised."""
+        return ExitClassifiers(
+            self.classifiers, self.exit_layers, self.backbone.hidden_size, self.activation, self.options, seed
+        )
+
+
+@dataclass(frozen=True)
+class ExitCheckpoint:
+    """A checkpoint on disk whose configuration was read; its weights are read by :meth:`load`."""
+
+    path: Path
+    config: ExitConfig
+
+    @classmethod
+    def open(cls, path: Path) -> ExitCheckpoint:
+        """
+        Raises:
+            UserError: the folder holds no checkpoint, or one that cannot be read.
+        """
+        file = path / CONFIG_NAME
+        if not file.is_file():
+            raise UserError(f"exits={str(path)!r}: there is no {CONFIG_NAME} in that folder")
+        try:
+            return cls(path, ExitConfig.from_json(json.loads(file.read_text(encoding="utf-8"))))
+        except (UserError, ValueError, AttributeError) as error:
+            raise UserError(f"exits={str(path)!r} cannot be used: {' '.join(str(error).split())}") from error
+
+    def load(self, device: torch.device | str = "cpu") -> ExitClassifiers:
+        """The classifiers in float32, ready for inference.
+
+        Raises:
+            UserError: the weights are missing, damaged, or not those of the configuration.
+        """
+        file = self.path / WEIGHTS_NAME
+        modules = self.config.build()
+        try:
+            modules.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"exits={str(self.path)!r}: {WEIGHTS_NAME} cannot be used: {reason}") from error
+        return modules.requires_grad_(False).eval().to(device)
+
+    def fingerprint(self) -> str:
+        """Identity of the classifiers' weights."""
+        return tensors_fingerprint(load_file(self.path / WEIGHTS_NAME).items())
+
+    def check_fits(self, model_type: str, hidden_size: int, num_layers: int) -> None:
+        """Raises UserError where the checkpoint was trained for a backbone of another shape."""
+        trained = self.config.backbone
+        for what, theirs, ours in (
+            ("hidden size", trained.hidden_size, hidden_size),
+            ("number of blocks", trained.num_layers, num_layers),
+            ("architecture", trained.model_type, model_type),
+        ):
+            if theirs != ours:
+                raise UserError(
+                    f"exits={str(self.path)!r} do not fit this backbone: {what} is {theirs!r} there and {ours!r} here; "
+                    f"they were trained for {trained.id!r}"
+                )
+
+    def check_fingerprint(self, fingerprint: str | None) -> None:
+        """Raises UserError where the checkpoint was trained for other weights."""
+        trained = self.config.backbone
+        if fingerprint != trained.fingerprint:
+            raise UserError(
+                f"exits={str(self.path)!r} were trained for other weights ({trained.id!r}, fingerprint "
+                f"{trained.fingerprint[:12]}, here {str(fingerprint)[:12]}); train exits for this backbone, or add "
+                "exits_check=false to use them all the same"
+            )
+
+
+def save(
+    folder: Path, config: ExitConfig, modules: ExitClassifiers, files: Mapping[str, str] | None = None
+) -> ExitCheckpoint:
+    """Writes a checkpoint as a whole: its weights first, its configuration (which readers look for) last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in modules.state_dict().items()}
+    partial = folder / f".{WEIGHTS_NAME}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / WEIGHTS_NAME)
+    for name, text in (files or {}).items():
+        write_text(folder / name, text)
+    write_text(folder / CONFIG_NAME, json.dumps(config.to_json(), indent=2) + "\n")
+    return ExitCheckpoint(folder, config)
+
+
+def exits_home() -> Path:
+    """The user's folder of exits, where ``train`` writes by default."""
+    return cache_dir() / "exits"
+
+
+def shipped_home() -> Path:
+    """The folder of exits that come with the package."""
+    return Path(dynamax_lm_eval.__file__).parent / "shipped" / "exits"
+
+
+def default_folder(backbone: str, fingerprint: str) -> Path:
+    """Where ``train`` writes the exits of a backbone by default."""
+    name = Path(backbone).name if Path(backbone).expanduser().is_dir() else backbone.replace("/", "--")
+    return exits_home() / f"{name}-{fingerprint[:12]}"
+
+
+def find(backbone: str, fingerprint: str | None) -> ExitCheckpoint | None:
+    """Exits of a backbone: the user's most recent ones, else those that come with the package.
+
+    Matched by the fingerprint of the weight files; where they are not on this machine yet (None), by name.
+    """
+    for home in (exits_home(), shipped_home()):
+        found = [
+            checkpoint
+            for checkpoint in _readable(home)
+            if (
+                checkpoint.config.backbone.fingerprint == fingerprint
+                if fingerprint is not None
+                else checkpoint.config.backbone.id == backbone
+            )
+        ]
+        if found:
+            found.sort(key=lambda checkpoint: (checkpoint.path / CONFIG_NAME).stat().st_mtime, reverse=True)
+            if len(found) > 1:
+                others = ", ".join(str(checkpoint.path) for checkpoint in found[1:])
+                logger.info("Using the newest exits, %s; there are also %s", found[0].path, others)
+            return found[0]
+    return None
+
+
+def resolve(name: str) -> ExitCheckpoint:
+    """The checkpoint of a folder, or of a Hub id (``user/name`` or ``user/name@revision``), which is downloaded.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return ExitCheckpoint.open(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"exits={name!r}: there is no such folder, and it is not a Hub id (user/name)")
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        path = snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"exits={name!r} is no folder, and could not be had from the Hub: {' '.join(str(error).split())}"
+        ) from error
+    return ExitCheckpoint.open(Path(path))
+
+
+def _readable(home: Path) -> Iterator[ExitCheckpoint]:
+    for file in sorted(home.glob(f"*/{CONFIG_NAME}")):
+        try:
+            yield ExitCheckpoint.open(file.parent)
+        except UserError as error:
+            logger.warning("Not looking at these exits: %s", error)

@@ -1,0 +1,81 @@
+"""What recurrent classifiers carry for the rows in flight: their conv windows and SSM states, per exit layer.
+
+Only tokens that reach a classifier touch its state. Knows rows by the slot that the backbone's states gave
+them; knows no policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+
+
+class ClassifierStates:
+    """A table of states for each classifier that has run, one line per open row."""
+
+    def __init__(self, classifiers: ExitClassifiers | None, device: torch.device) -> None:
+        self._classifiers = classifiers
+        self._device = device
+        self._line_of: dict[int, int] = {}  # slot -> line
+        self._free: list[int] = []
+        self._tables: dict[tuple[str, int], MixerState] = {}
+
+    def open_row(self, slot: int) -> None:
+        """A row starts; its states are those of a row that has seen nothing."""
+        line = self._free.pop() if self._free else len(self._line_of)
+        self._line_of[slot] = line
+        for table in self._tables.values():
+            if line < len(table.conv):
+                table.conv[line] = 0
+                table.ssm[line] = 0
+
+    def close_row(self, slot: int) -> None:
+        self._free.append(self._line_of.pop(slot))
+
+    def run(self, kind: str, layer: int, hidden: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Logits (T, 2) of a classifier for hidden states (T, D); recurrent ones go on from their rows' states.
+
+        Args:
+            kind: of the classifier.
+            layer: the exit layer.
+            hidden: (T, D) tokens of the rows, side by side.
+            slots: R, the rows.
+            lengths: R, tokens of each row, at least one each.
+        """
+        assert self._classifiers is not None
+        classifier = self._classifiers.at(kind, layer)
+        # The classifiers are in float32 as trained; autocast of the backbone does not reach them.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.float()
+            logits: Tensor
+            if not classifier.recurrent:
+                logits, _ = classifier(hidden)
+                return logits
+            lines = torch.tensor([self._line_of[slot] for slot in slots], device=self._device)
+            table = self._table(kind, layer)
+            rows = RaggedRows(lengths, self._device)
+            given = MixerState(table.conv.index_select(0, lines), table.ssm.index_select(0, lines))
+            logits, after = classifier(hidden, rows, given)
+            assert after is not None
+            table.conv.index_copy_(0, lines, after.conv.to(table.conv.dtype))
+            table.ssm.index_copy_(0, lines, after.ssm)
+            return logits
+
+    def _table(self, kind: str, layer: int) -> MixerState:
+        """The table of a classifier with a line for every open row."""
+        assert self._classifiers is not None
+        needed = 1 + max(self._line_of.values())
+        table = self._tables.get((kind, layer))
+        have = 0 if table is None else len(table.conv)
+        if have < needed:
+            more = self._classifiers.at(kind, layer).new_state(max(needed, 2 * have) - have, self._device)
+            assert more is not None
+            table = more if table is None else MixerState(*(torch.cat(pair) for pair in zip(table, more, strict=True)))
+            self._tables[kind, layer] = table
+        assert table is not None
+        return table

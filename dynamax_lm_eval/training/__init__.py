@@ -1,0 +1,1 @@
+"""Training exits for a frozen backbone: data, targets, the loop, and what it measures at the end."""

@@ -1,0 +1,76 @@
+"""The model card of an exit checkpoint: what it is for, how it was trained, how good it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamax_lm_eval.exits.checkpoint import ExitConfig
+
+
+def model_card(config: ExitConfig, evaluation: dict[str, Any]) -> str:
+    """Markdown with the metadata block of the Hugging Face Hub."""
+    backbone, training = config.backbone, config.training
+    kinds = ", ".join(f"`{kind}`" for kind in config.classifiers)
+    lines = [
+        "---",
+        "library_name: dynamax-lm-eval",
+        *([f"base_model: {backbone.id}"] if _is_hub_id(backbone.id) else []),
+        "tags: [early-exit, dynamax]",
+        "---",
+        "",
+        f"# Exits for {backbone.id}",
+        "",
+        f"Early-exit classifiers ({kinds}) after blocks {list(config.exit_layers)} of {backbone.num_layers}, for use "
+        "with [dynamax-lm-eval](https://arxiv.org/abs/2504.20922):",
+        "",
+        f"    lm_eval --model dynamax --model_args backbone={backbone.id},exits=THIS_FOLDER,threshold=0.8 --tasks ...",
+        "",
+        f"They fit the weights with fingerprint `{backbone.fingerprint[:12]}` (revision {backbone.revision}) only. "
+        f"Label: the exit's best token is {_label(config.top_k)} of the full model. Final block: "
+        f"{'on' if config.final_block else 'off'}.",
+        "",
+        "## Training",
+        "",
+        f"{training['tokens']:,} tokens of `{training['options']['dataset']}`, {training['steps']} steps, "
+        f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s on {training['hardware']}; "
+        f"backbone in {training['dtype']}.",
+        "",
+        "## Held-out quality",
+        "",
+        f'On {evaluation["tokens"]:,} tokens that were not trained on. AUROC of "exit" against the label:',
+        "",
+        "| kind | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " | MACs per evaluation |",
+        "| --- |" + " --- |" * (len(config.exit_layers) + 1),
+    ]
+    for kind, found in evaluation["classifiers"].items():
+        cells = " | ".join(_number(quality["auroc"]) for quality in found["exits"].values())
+        macs = ", ".join(f"{value:,}" for value in sorted(set(found["macs_per_evaluation"].values())))
+        lines.append(f"| {kind} | {cells} | {macs} |")
+    lines += [
+        "",
+        "What a threshold does to that text, predicted (agreement: share of tokens whose best token is that of the "
+        "full model):",
+        "",
+        "| kind | threshold | tokens that exit | agreement | compute_reduction |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for kind, found in evaluation["classifiers"].items():
+        for point in found["curve"]:
+            if point["threshold"] in (0.5, 0.7, 0.8, 0.9, 0.95):
+                lines.append(
+                    f"| {kind} | {point['threshold']} | {point['share_exiting']:.3f} | {point['agreement']:.3f} | "
+                    f"{point['compute_reduction']:.3f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _label(top_k: int) -> str:
+    return "the most probable token" if top_k == 1 else f"among the {top_k} most probable tokens"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,308 @@
+"""``dynamax-lm-eval train``: from options to a checkpoint, through loading, the loop, and the evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import dynamax_lm_eval
+from dynamax_lm_eval.backbones import aliases, loading
+from dynamax_lm_eval.backbones.fingerprint import files_fingerprint, model_fingerprint
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.selfcheck import checked_engine
+from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.training import data, evaluation, state
+from dynamax_lm_eval.training.card import model_card
+from dynamax_lm_eval.training.generated import generated_documents
+from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
+from dynamax_lm_eval.training.targets import FrozenPass
+from dynamax_lm_eval.training.trainer import Processes, StepReport, Throughput, Trainer
+
+logger = logging.getLogger(__name__)
+
+_LOG_NAME = "training.jsonl"
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    """The frozen model, its tokenizer, and what a checkpoint says of it."""
+
+    engine: Any
+    tokenizer: Any
+    identity: BackboneIdentity
+    activation: str
+    dtype: str
+
+
+def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
+    """Trains exits and writes their checkpoint; returns it on the main process, None on the others.
+
+    Raises:
+        UserError: an option cannot be honoured, or the output folder is in use.
+    """
+    source = aliases.resolve(options.backbone)
+    load_options = {"revision": run.revision, "trust_remote_code": run.trust_remote_code}
+    config = loading.load_config(source, options.backbone, load_options)
+    loading.check_architecture(config)
+    depth = int(config.get_text_config().num_hidden_layers)
+    exit_layers = options.resolve_exit_layers(depth)
+    if run.output is not None:
+        _check_output(Path(run.output), run)
+
+    accelerator = _accelerator(run)
+    backbone = _load(options, run, source, config, accelerator.device)
+    folder = (
+        Path(run.output) if run.output else checkpoint.default_folder(options.backbone, backbone.identity.fingerprint)
+    )
+    if run.output is None:
+        _check_output(folder, run)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes there
+    documents, held_out = _data(options, backbone)
+    exits = ExitConfig(
+        backbone=backbone.identity,
+        exit_layers=exit_layers,
+        classifiers=options.kinds,
+        activation=backbone.activation,
+        options=options.classifier_options,
+        final_block=options.final_block,
+        top_k=options.top_k,
+    )
+    classifiers = exits.build(options.seed).to(accelerator.device)
+    frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
+    trainer = Trainer(
+        frozen,
+        classifiers,
+        options,
+        Processes(
+            accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, reduction="sum")
+        ),
+    )
+    seconds = _loop(trainer, options, run, documents, folder, accelerator, backbone.identity.fingerprint)
+    if not accelerator.is_main_process:
+        return None
+
+    measured = evaluation.observe(frozen, classifiers.eval(), held_out, options.micro_batch_tokens)
+    results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost)
+    done = options.steps * options.batch_tokens
+    summary = {
+        "options": options.to_json(),
+        "tokens": done,
+        "steps": options.steps,
+        "seconds": seconds,
+        "tokens_per_second": done / max(seconds, 1e-9),
+        "processes": accelerator.num_processes,
+        "dtype": backbone.dtype,
+        "hardware": _hardware(accelerator.device),
+        "versions": {
+            "dynamax-lm-eval": dynamax_lm_eval.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    exits = ExitConfig(**{**exits.__dict__, "training": summary})
+    evaluation.plot_curves(results, folder / "curve.png")
+    files = {"evaluation.json": json.dumps(results, indent=1) + "\n", checkpoint.CARD_NAME: model_card(exits, results)}
+    saved = checkpoint.save(folder, exits, classifiers, files)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    logger.info("Wrote exits to %s", folder)
+    if run.push_to_hub:
+        _push(folder, run.push_to_hub)
+    return saved
+
+
+def _loop(
+    trainer: Trainer,
+    options: TrainingOptions,
+    run: RunOptions,
+    documents: data.Documents,
+    folder: Path,
+    accelerator: Any,
+    fingerprint: str,
+) -> float:
+    """All optimiser steps that are left; returns the seconds of training, those before a resume included."""
+    first, earlier, position = 0, 0.0, data.Position()
+    identity = {**options.to_json(), "backbone_fingerprint": fingerprint}
+    found = state.latest(folder / "state") if run.resume else None
+    if found is not None:
+        path, progress = found
+        state.check_same(progress.options, identity)
+        state.load(path, trainer.classifiers, trainer.optimizer)
+        first, earlier, position = progress.step, progress.seconds, data.Position(**progress.data)
+        logger.info("Going on after step %d of %d", first, options.steps)
+    batches = data.MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
+    main = accelerator.is_main_process
+    log = folder / _LOG_NAME
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _cut_log(log, first)
+    clock = Throughput()
+    with tqdm(
+        total=options.steps * options.batch_tokens,
+        initial=first * options.batch_tokens,
+        unit="tok",
+        unit_scale=True,
+        desc="training exits",
+        disable=None if main else True,
+    ) as bar:
+        for number in range(first, options.steps):
+            report = trainer.step(number, batches)
+            speed = clock.add(options.batch_tokens)
+            bar.update(options.batch_tokens)
+            last = number + 1 == options.steps
+            if main and (report.step % run.log_steps == 0 or last):
+                bar.set_postfix_str(_accuracy_line(report), refresh=False)
+                _log(log, report, speed, accelerator)
+            if main and report.step % run.save_steps == 0:
+                progress = state.Progress(report.step, batches.position.to_json(), identity, earlier + clock.seconds)
+                state.save(folder / "state", progress, trainer.classifiers, trainer.optimizer)
+    accelerator.end_training()
+    return earlier + clock.seconds
+
+
+def _data(options: TrainingOptions, backbone: _Backbone) -> tuple[data.Documents, list[list[int]]]:
+    """Training documents, and the rows of held-out text."""
+
+    def source(dataset: str) -> data.Documents:
+        if dataset == SELF_DATASET:
+            return generated_documents(backbone.engine, backbone.tokenizer, options)
+        return data.text_documents(options, dataset, backbone.tokenizer)
+
+    documents = source(options.dataset)
+    if options.eval_dataset is not None:
+        rows, _ = data.held_out(source(options.eval_dataset), options.eval_tokens, options.seq_len)
+        return documents, rows
+    rows, count = data.held_out(documents, options.eval_tokens, options.seq_len)
+    return data.without_first(documents, count), rows
+
+
+def _load(options: TrainingOptions, run: RunOptions, source: str, config: Any, device: torch.device) -> _Backbone:
+    dtype = _dtype(options.dtype, device)
+    shared: dict[str, Any] = {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **shared)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--backbone {options.backbone!r} could not be loaded: {' '.join(str(error).split())}"
+        ) from error
+    model = model.to(device).eval().requires_grad_(False)
+    # Rows are cut by --seq_len; the tokenizer's own limit is none of this run's.
+    tokenizer.model_max_length = int(1e30)
+    engine = checked_engine(model, ExitPolicy(int(config.get_text_config().num_hidden_layers)), options.seq_len)
+    text = config.get_text_config()
+    return _Backbone(
+        engine=engine,
+        tokenizer=tokenizer,
+        identity=BackboneIdentity(
+            id=options.backbone,
+            revision=run.revision or "main",
+            model_type=config.model_type,
+            hidden_size=int(text.hidden_size),
+            num_layers=int(text.num_hidden_layers),
+            fingerprint=files_fingerprint(source, shared) or model_fingerprint(model),
+        ),
+        activation=str(getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the hardware computes with it, else float32."""
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if supported else torch.float32
+
+
+def _accelerator(run: RunOptions) -> Any:
+    from accelerate import Accelerator
+
+    if run.device == "cpu" or not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    trackers = None if run.report_to == "none" else [name.strip() for name in run.report_to.split(",")]
+    try:
+        accelerator = Accelerator(log_with=trackers, project_dir=run.output or ".")
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--report_to {run.report_to}: {' '.join(str(error).split())}") from error
+    if trackers:
+        accelerator.init_trackers("dynamax-exits")
+    return accelerator
+
+
+def _check_output(folder: Path, run: RunOptions) -> None:
+    """Refuses to write over what somebody trained."""
+    finished = (folder / checkpoint.CONFIG_NAME).exists()
+    begun = state.latest(folder / "state") is not None
+    if run.overwrite:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        (folder / checkpoint.CONFIG_NAME).unlink(missing_ok=True)
+    elif finished:
+        raise UserError(f"{folder} already holds trained exits; choose another --output, or add --overwrite")
+    elif begun and not run.resume:
+        raise UserError(f"{folder} holds a training that was not finished; add --resume to go on, or --overwrite")
+
+
+def _cut_log(log: Path, step: int) -> None:
+    """Drops what was logged after the step from which training goes on."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and step else []
+    kept = [line for line in lines if _logged_step(line) <= step]
+    write_text(log, "".join(f"{line}\n" for line in kept))
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # a line that a kill cut short
+        return float("inf")
+
+
+def _log(log: Path, report: StepReport, speed: float, accelerator: Any) -> None:
+    line = {**report.__dict__, "tokens_per_second": round(speed, 1), "time": time.time()}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    flat = {"learning_rate": report.learning_rate, "tokens_per_second": speed}
+    for kind, losses in report.losses.items():
+        flat[f"{kind}/gradient_norm"] = report.gradient_norms[kind]
+        for i, loss in enumerate(losses):
+            flat[f"{kind}/loss_{i}"] = loss
+            flat[f"{kind}/accuracy_{i}"] = report.accuracies[kind][i]
+    accelerator.log(flat, step=report.step)
+
+
+def _accuracy_line(report: StepReport) -> str:
+    """Accuracy of every exit, kind by kind."""
+    return ", ".join(
+        f"{kind} {'/'.join(f'{value:.2f}' for value in values)}" for kind, values in report.accuracies.items()
+    )
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def _push(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    url = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["state/*", ".*"])
+    logger.info("Pushed to %s", url)

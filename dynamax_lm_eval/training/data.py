@@ -1,0 +1,200 @@
+"""Text for training, as micro-batches of token rows that can be continued from any point.
+
+Documents come from the Hub, from files, or from the backbone itself; they are cut into rows and laid side by
+side without padding, so no row holds text of two documents. The order follows from the seed alone.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.training.options import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TrainingOptions
+
+logger = logging.getLogger(__name__)
+
+#: How the files of each ending are read by ``datasets``.
+_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+#: Gives the documents of an epoch as token ids, from the n-th on.
+Documents = Callable[[int, int], Iterator[list[int]]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: the next token is ``offset`` of document ``document`` in epoch ``epoch``."""
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any) -> Documents:
+    """The tokenised documents of a Hub data set or of local files.
+
+    Raises:
+        UserError: there is no such file or data set, or it has no text column.
+    """
+    source = _open(options, dataset)
+    column = options.text_column
+
+    def read(epoch: int, first: int) -> Iterator[list[int]]:
+        stream = source
+        if options.shuffle_buffer:
+            stream = stream.shuffle(seed=options.seed, buffer_size=options.shuffle_buffer)
+        stream.set_epoch(epoch)
+        for row in stream.skip(first) if first else stream:
+            if column not in row:
+                raise UserError(
+                    f"{dataset!r} has no column {column!r}; it has {', '.join(row)}: name one by --text_column"
+                )
+            text = row[column]
+            yield tokenizer(text).input_ids if text else []
+
+    return read
+
+
+class MicroBatches:
+    """Endless micro-batches of exactly ``num_tokens`` tokens: rows of at most ``seq_len``, each of one document."""
+
+    def __init__(self, documents: Documents, num_tokens: int, seq_len: int, start: Position | None = None) -> None:
+        self._documents = documents
+        self._num_tokens = num_tokens
+        self._seq_len = seq_len
+        #: Where the next micro-batch begins.
+        self.position = start or Position()
+        self._stream: Iterator[tuple[Position, list[int]]] | None = None
+        self._rest: list[int] = []
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return self
+
+    def __next__(self) -> list[list[int]]:
+        rows: list[list[int]] = []
+        room = self._num_tokens
+        while room:
+            if not self._rest:
+                self._open_next()
+            row = self._rest[: min(room, self._seq_len)]
+            self._rest = self._rest[len(row) :]
+            position = self.position
+            self.position = Position(position.epoch, position.document, position.offset + len(row))
+            room -= len(row)
+            rows.append(row)
+        return rows
+
+    def _open_next(self) -> None:
+        if self._stream is None:
+            self._stream = self._from(self.position)
+        self.position, self._rest = next(self._stream)
+
+    def _from(self, start: Position) -> Iterator[tuple[Position, list[int]]]:
+        """Documents with text left, and where they stand, over epochs without end."""
+        for epoch in itertools.count(start.epoch):
+            first = start.document if epoch == start.epoch else 0
+            found = False
+            for number, tokens in enumerate(self._documents(epoch, first), first):
+                offset = start.offset if (epoch, number) == (start.epoch, start.document) else 0
+                if tokens[offset:]:
+                    found = True
+                    yield Position(epoch, number, offset), tokens[offset:]
+            if not found and first == 0:
+                raise UserError("the data set has no text; check --dataset and --text_column")
+            logger.info("All text was seen %d times; going on with it in another order", epoch + 1)
+
+
+def held_out(documents: Documents, num_tokens: int, seq_len: int) -> tuple[list[list[int]], int]:
+    """Rows of the first documents with at least ``num_tokens`` tokens, and how many documents these are.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    rows: list[list[int]] = []
+    total = 0
+    stream = documents(0, 0)
+    for count, tokens in enumerate(stream, 1):
+        for start in range(0, len(tokens), seq_len):
+            row = tokens[start : start + min(seq_len, num_tokens - total)]
+            if len(row) > 1:
+                rows.append(row)
+                total += len(row)
+            if total >= num_tokens - 1:
+                return rows, count
+    raise UserError(f"the data set has only {total} tokens and --eval_tokens={num_tokens} are to be held out")
+
+
+def without_first(documents: Documents, count: int) -> Documents:
+    """The documents less the first ``count`` of the first epoch's order, in every epoch.
+
+    Later epochs have another order, so those documents are known by their tokens.
+    """
+    known: set[tuple[int, ...]] | None = None
+
+    def read(epoch: int, first: int) -> Iterator[list[int]]:
+        nonlocal known
+        if epoch == 0:
+            yield from documents(0, first + count)
+            return
+        if known is None:
+            known = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
+        kept = (tokens for tokens in documents(epoch, 0) if tuple(tokens) not in known)
+        yield from itertools.islice(kept, first, None)
+
+    return read
+
+
+def _open(options: TrainingOptions, dataset: str) -> Any:
+    import datasets
+
+    files = _local_files(dataset)
+    try:
+        if files:
+            kind = _READERS[_ending(files[0])]
+            extra = {"sample_by": "document"} if kind == "text" else {}
+            return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **extra)
+        name = options.dataset_config
+        if name is None and dataset == DEFAULT_DATASET:
+            name = DEFAULT_DATASET_CONFIG
+        return datasets.load_dataset(dataset, name, split=options.dataset_split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dataset {dataset!r} could not be opened: {' '.join(str(error).split())}") from error
+
+
+def _local_files(dataset: str) -> list[str]:
+    """The text files that a path, a folder or a pattern means; none where it is a Hub id.
+
+    Raises:
+        UserError: a path that does not exist, or files of several kinds.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if _ending(str(file)) in _READERS)
+    elif path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
+    if not found:
+        looks_local = dataset.startswith((".", "/", "~")) or _ending(dataset) in _READERS or "*" in dataset
+        if looks_local or path.is_dir():
+            raise UserError(
+                f"--dataset {dataset!r}: no file there with one of the endings {', '.join(_READERS)} (or .gz)"
+            )
+        return []
+    kinds = {_ending(str(file)) for file in found}
+    if len(kinds) > 1 or not kinds <= set(_READERS):
+        raise UserError(f"--dataset {dataset!r}: the files must all end in one of {', '.join(_READERS)}, got {kinds}")
+    return [str(file) for file in found]
+
+
+def _ending(name: str) -> str:
+    path = Path(name.removesuffix(".gz"))
+    return path.suffix.lower()

@@ -1,0 +1,216 @@
+"""How good trained exits are on held-out text, and what a threshold would do: numbers as JSON, and a plot.
+
+Every held-out token is one prediction. The curve assumes that each token reaches every exit before its own, as
+in training; in decoding, the states that early tokens leave behind differ, so measured curves lie lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynamax_lm_eval.compute.ledger import Trace, account
+from dynamax_lm_eval.config import StateMode
+from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.training.targets import FrozenPass
+
+#: Thresholds of the predicted curve.
+THRESHOLDS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.99)
+#: Thresholds at which precision and recall of "exit" are given.
+OPERATING_POINTS = (0.5, 0.7, 0.8, 0.9)
+_BINS = 20
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What each of T held-out tokens showed at each of E exits."""
+
+    lengths: tuple[int, ...]  # of the rows, T in all
+    within_k: BoolArray  # (E, T) label
+    agrees: BoolArray  # (E, T) the full model's best token
+    confidences: dict[str, FloatArray]  # kind -> (E, T)
+
+
+@torch.no_grad()
+def observe(
+    frozen: FrozenPass, classifiers: ExitClassifiers, rows: Sequence[Sequence[int]], tokens_at_once: int
+) -> Observations:
+    """Runs held-out rows through the backbone and all classifiers."""
+    within, agrees = [], []
+    confidences: dict[str, list[FloatArray]] = {kind: [] for kind in classifiers.kinds}
+    for part in _parts(rows, tokens_at_once):
+        batch = frozen.run(part)
+        positions = torch.arange(batch.rows.num_tokens, device=frozen.backbone.device)
+        labels = frozen.label(batch, positions)
+        within.append(labels.within_k.cpu().numpy())
+        agrees.append(labels.agrees.cpu().numpy())
+        for kind in classifiers.kinds:
+            found = [
+                confidence_of(classifiers.at(kind, layer)(batch.exits[layer].float(), batch.rows)[0])
+                for layer in frozen.exit_layers
+            ]
+            confidences[kind].append(torch.stack(found).double().cpu().numpy())
+    return Observations(
+        tuple(len(row) for row in rows),
+        np.concatenate(within, axis=1),
+        np.concatenate(agrees, axis=1),
+        {kind: np.concatenate(parts, axis=1) for kind, parts in confidences.items()},
+    )
+
+
+def report(
+    seen: Observations, config: ExitConfig, classifiers: ExitClassifiers, cost: Any, state_mode: StateMode = "recompute"
+) -> dict[str, Any]:
+    """Everything measured, as JSON data: per kind and exit, and the curve of each kind.
+
+    ``cost``: the backbone's ``BackboneCost``.
+    """
+    by_kind = {}
+    for kind, confidences in seen.confidences.items():
+        by_kind[kind] = {
+            "exits": {
+                str(layer): exit_quality(confidences[i], seen.within_k[i]) for i, layer in enumerate(config.exit_layers)
+            },
+            "macs_per_evaluation": dict(
+                zip(map(str, config.exit_layers), classifiers.macs(kind, config.exit_layers), strict=True)
+            ),
+            "curve": [
+                predicted_point(seen, kind, threshold, config, classifiers, cost, state_mode)
+                for threshold in THRESHOLDS
+            ],
+        }
+    return {
+        "tokens": int(seen.agrees.shape[1]),
+        "top_k": config.top_k,
+        "state_mode": state_mode,
+        "label_share": {str(layer): float(seen.within_k[i].mean()) for i, layer in enumerate(config.exit_layers)},
+        "agreement_of_exit": {str(layer): float(seen.agrees[i].mean()) for i, layer in enumerate(config.exit_layers)},
+        "classifiers": by_kind,
+    }
+
+
+def exit_quality(confidence: FloatArray, label: BoolArray) -> dict[str, Any]:
+    """AUROC, precision and recall of "exit", calibration error and histograms of one exit. (T,) each.
+
+    AUROC is None where all labels are equal; precision is None where nothing exits.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    both = 0 < label.sum() < len(label)
+    edges = np.linspace(0, 1, _BINS + 1)
+    bins = np.clip(np.digitize(confidence, edges[1:-1]), 0, _BINS - 1)
+    counts = np.bincount(bins, minlength=_BINS)
+    positives = np.bincount(bins, weights=label, minlength=_BINS)
+    sums = np.bincount(bins, weights=confidence, minlength=_BINS)
+    points = {}
+    for threshold in OPERATING_POINTS:
+        exits = confidence >= threshold
+        right = int((exits & label).sum())
+        points[str(threshold)] = {
+            "precision": right / int(exits.sum()) if exits.any() else None,
+            "recall": right / int(label.sum()) if label.any() else None,
+            "share": float(exits.mean()),
+        }
+    return {
+        "auroc": float(roc_auc_score(label, confidence)) if both else None,
+        "label_share": float(label.mean()),
+        "expected_calibration_error": float(np.abs(positives - sums).sum() / len(label)),
+        "thresholds": points,
+        "histogram": {"edges": edges.tolist(), "tokens": counts.tolist(), "label_1": positives.astype(int).tolist()},
+    }
+
+
+def predicted_point(
+    seen: Observations,
+    kind: str,
+    threshold: float,
+    config: ExitConfig,
+    classifiers: ExitClassifiers,
+    cost: Any,
+    state_mode: StateMode,
+) -> dict[str, float]:
+    """Share of tokens that exit, agreement with the full model, and compute_reduction at one threshold."""
+    exits = seen.confidences[kind] >= threshold  # (E, T)
+    first = np.where(exits.any(0), exits.argmax(0), len(config.exit_layers))
+    right = np.vstack([seen.agrees, np.ones((1, seen.agrees.shape[1]), dtype=np.bool_)])
+    layers = np.asarray([*config.exit_layers, config.backbone.num_layers])[first]
+    policy = ExitPolicy(
+        num_layers=config.backbone.num_layers,
+        exit_layers=config.exit_layers,
+        thresholds=(threshold,) * len(config.exit_layers),
+        confidence="classifier",
+        classifier=kind,  # type: ignore[arg-type]
+        state_mode=state_mode,
+        exit_scope="all",
+        final_block=config.final_block,
+    )
+    macs = {layer: classifiers.at(kind, layer).macs for layer in config.exit_layers}
+    traces, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
+    for length in seen.lengths:
+        inside[start] = False  # the first token of a row may not exit
+        trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
+        traces.append((trace, policy.terms(1, macs)))
+        start += length
+    record = account(traces, cost)
+    return {
+        "threshold": threshold,
+        "share_exiting": float((layers[inside] < config.backbone.num_layers).mean()),
+        "mean_exit_layer": float(layers[inside].mean()),
+        "agreement": float(right[first, np.arange(len(first))][inside].mean()),
+        "compute_reduction": record.compute_reduction,
+    }
+
+
+def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
+    """Agreement against compute reduction, and ROC quality by exit layer, as one PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    styles = {"mamba": ("-", "o"), "ffn": ("--", "s"), "calm": (":", "^")}
+    for kind, found in evaluation["classifiers"].items():
+        line, marker = styles.get(kind, ("-", "x"))
+        curve = found["curve"]
+        left.plot(
+            [point["compute_reduction"] for point in curve],
+            [point["agreement"] for point in curve],
+            line,
+            marker=marker,
+            markersize=3,
+            label=kind,
+        )
+        exits = found["exits"]
+        right.plot(
+            [int(layer) for layer in exits], [e["auroc"] for e in exits.values()], line, marker=marker, label=kind
+        )
+    left.axvline(1, color="0.7", linewidth=0.8)
+    left.set(xlabel="compute reduction (predicted)", ylabel="agreement with the full model")
+    right.set(xlabel="exit layer", ylabel="AUROC on held-out text")
+    left.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
+    """Rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
+    parts: list[list[Sequence[int]]] = []
+    room = 0
+    for row in rows:
+        if not parts or len(row) > room:
+            parts.append([])
+            room = tokens_at_once
+        parts[-1].append(row)
+        room -= len(row)
+    return parts

@@ -1,0 +1,50 @@
+"""Training text that the backbone writes itself: for users without a corpus, and in the model's own style."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.sampling import Sampler, request_seed
+from dynamax_lm_eval.engine.scheduler import Generation, GenerationRequest, generate
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.training.data import Documents
+from dynamax_lm_eval.training.options import TrainingOptions
+
+#: Documents generated together.
+_AT_ONCE = 32
+
+
+def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions) -> Documents:
+    """Documents of up to ``seq_len`` tokens, sampled at temperature 1 from the full model.
+
+    Document n of an epoch depends on the seed, the epoch and n alone.
+
+    Raises:
+        UserError: the tokenizer has no token to begin with.
+    """
+    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    if first is None:
+        raise UserError("--dataset self needs a tokenizer with a bos or eos token to begin a text with")
+    ends = tokenizer.eos_token_id
+    policy = ExitPolicy(engine.backbone.num_layers)
+
+    def is_finished(tokens: list[int]) -> bool:
+        return bool(tokens[-1] == ends)
+
+    def read(epoch: int, start: int) -> Iterator[list[int]]:
+        while True:
+            requests = []
+            for number in range(start, start + _AT_ONCE):
+                seed = request_seed(options.seed, f"epoch {epoch}", number)
+                sampler = Sampler(do_sample=True, seed=seed)
+                requests.append(GenerationRequest([first], options.seq_len - 1, policy, sampler, is_finished))
+            found: dict[int, Generation] = {}
+            generate(engine, requests, _AT_ONCE, found.__setitem__)
+            for i in range(_AT_ONCE):
+                yield [first, *found[i].tokens]
+            start += _AT_ONCE
+
+    return read

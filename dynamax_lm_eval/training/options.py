@@ -1,0 +1,164 @@
+"""The options of ``dynamax-lm-eval train``: names, defaults, help texts, and what must hold between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from dynamax_lm_eval import config
+from dynamax_lm_eval.config import ClassifierKind, UserError
+from dynamax_lm_eval.exits.classifiers import ClassifierOptions
+
+#: Kinds in the order in which an evaluation prefers them.
+KINDS: tuple[str, ...] = ("mamba", "ffn", "calm")
+DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+#: ``--dataset self``: text that the backbone itself generates.
+SELF_DATASET = "self"
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run a training; none of these changes what is trained."""
+
+    output: str | None = _option(None, "folder for the exits; default: where evaluations look for them")
+    resume: bool = _option(False, "go on after the last saved state in the output folder")
+    overwrite: bool = _option(False, "start anew although the output folder holds exits or a training")
+    device: str = _option("auto", "cpu, or auto: a GPU where there is one")
+    revision: str | None = _option(None, "revision of a backbone from the Hub")
+    trust_remote_code: bool = _option(False, "let the backbone's repository run its own code")
+    save_steps: int = _option(50, "optimiser steps between saved states")
+    log_steps: int = _option(10, "optimiser steps between lines of training.jsonl")
+    report_to: str = _option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
+    push_to_hub: str | None = _option(None, "Hub repository (user/name) that the finished exits are uploaded to")
+
+    def __post_init__(self) -> None:
+        for name in ("save_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.device not in ("auto", "cpu"):
+            raise UserError(
+                f"--device must be auto or cpu, got {self.device!r}; choose a GPU with CUDA_VISIBLE_DEVICES"
+            )
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite contradict each other; give one")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything that decides what is trained; the same options give the same exits."""
+
+    backbone: str = field(
+        metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder of the frozen model"}
+    )
+    classifier: str = _option("mamba,ffn,calm", "kinds to train in one pass, separated by commas: calm, ffn, mamba")
+    dataset: str = _option(
+        DEFAULT_DATASET,
+        "text to train on: a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such "
+        "files, or 'self' for text that the backbone generates",
+    )
+    dataset_config: str | None = _option(
+        None, f"configuration of a Hub data set ({DEFAULT_DATASET_CONFIG} for the default one)"
+    )
+    dataset_split: str = _option("train", "split of a Hub data set")
+    text_column: str = _option("text", "column that holds the text")
+    shuffle_buffer: int = _option(10_000, "documents among which the next one is drawn; 0 keeps their order")
+    seed: int = _option(0, "decides initial weights, the order of documents and the labelled positions")
+
+    exit_layers: str | None = _option(
+        None, "blocks that have run at each exit, e.g. 16+20+24+28; default: floor(L/2 + i*L/8), i = 0..3"
+    )
+    final_block: bool = _option(False, "the last block runs after an exit (the paper's set-up)")
+    top_k: int = _option(1, "an exit is right if its best token is among the k best of the full model")
+    mamba_state: int = _option(16, "SSM state of the mamba classifier")
+    mamba_expand: float = _option(1.0, "inner width of the mamba classifier, in hidden sizes")
+    mamba_kernel: int = _option(4, "tokens that its convolution sees")
+    ffn_expand: float = _option(4.0, "hidden width of the ffn classifier, in hidden sizes")
+
+    max_tokens: int = _option(2_000_000, "tokens to train on")
+    seq_len: int = _option(1024, "longest row; longer documents are cut into several")
+    batch_tokens: int = _option(4096, "tokens of an optimiser step, over all processes")
+    micro_batch_tokens: int = _option(4096, "tokens that go through the backbone at once; a divisor of batch_tokens")
+    label_share: float = _option(
+        0.25, "share of positions, drawn at random, that are labelled: labels read the LM head"
+    )
+    learning_rate: float = _option(1e-3, "peak of the learning rate (AdamW)")
+    warmup_share: float = _option(0.05, "share of the steps in which the learning rate rises; a cosine to 0 follows")
+    weight_decay: float = _option(0.01, "AdamW's weight decay")
+    clip: float = _option(1.0, "largest gradient norm of each kind's parameters")
+    dtype: str = _option(
+        "auto", "of the backbone: float32, bfloat16, float16; auto: bfloat16 where the hardware has it"
+    )
+
+    eval_dataset: str | None = _option(
+        None, "held-out text, given as --dataset; default: the first documents of the stream are held out"
+    )
+    eval_tokens: int = _option(50_000, "tokens to evaluate on at the end")
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_tokens", 1),
+            ("seq_len", 2),
+            ("batch_tokens", 2),
+            ("micro_batch_tokens", 2),
+            ("top_k", 1),
+            ("shuffle_buffer", 0),
+            ("eval_tokens", 2),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("label_share", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
+        if self.label_share > 1:
+            raise UserError(f"--label_share must be at most 1, got {self.label_share}")
+        if not 0 <= self.warmup_share < 1:
+            raise UserError(f"--warmup_share must be in [0, 1), got {self.warmup_share}")
+        if self.batch_tokens % self.micro_batch_tokens:
+            raise UserError(
+                f"--batch_tokens={self.batch_tokens} must be a multiple of "
+                f"--micro_batch_tokens={self.micro_batch_tokens}"
+            )
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        _ = self.kinds, self.classifier_options
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds to train, in the order in which an evaluation prefers them."""
+        asked = [kind.strip() for kind in self.classifier.split(",")]
+        for kind in asked:
+            if kind not in get_args(ClassifierKind):
+                raise UserError(f"--classifier must name some of calm, ffn, mamba, got {kind!r}")
+        return tuple(kind for kind in KINDS if kind in asked)
+
+    @property
+    def classifier_options(self) -> ClassifierOptions:
+        names = (item.name for item in dataclasses.fields(ClassifierOptions))
+        return ClassifierOptions(**{name: getattr(self, name) for name in names})
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: the last one may go past ``max_tokens``."""
+        return -(-self.max_tokens // self.batch_tokens)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step, over all processes."""
+        return self.batch_tokens // self.micro_batch_tokens
+
+    @property
+    def labels_per_micro_batch(self) -> int:
+        return max(1, round(self.label_share * self.micro_batch_tokens))
+
+    def resolve_exit_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The exits for a backbone of ``num_layers`` blocks."""
+        asked = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
+        return config.resolve_exit_layers(asked, num_layers, self.final_block)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,196 @@
+"""The training loop: all kinds of exits in one pass over the data, the backbone frozen.
+
+Loss of a kind: cross-entropy of "exit" against the label, averaged over the labelled positions, summed over its
+exits with weights that fall linearly with the exit's place. The kinds share nothing but the backbone's pass: each
+has parameters and gradient clipping of its own, so what is trained beside a kind does not change it. With
+separate parameters for each exit and Adam, which undoes scaling, the exits' weights matter only through clipping.
+
+N tokens of a micro-batch, n labelled positions, E exits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.training.data import MicroBatches
+from dynamax_lm_eval.training.options import TrainingOptions
+from dynamax_lm_eval.training.targets import FrozenBatch, FrozenPass
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of several processes this is, and how they add up a tensor."""
+
+    index: int = 0
+    count: int = 1
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did; the sums over exits are on the device until they are asked for."""
+
+    step: int
+    tokens: int
+    learning_rate: float
+    losses: dict[str, list[float]]  # kind -> of each exit
+    accuracies: dict[str, list[float]]  # kind -> of each exit, share of labels on the right side of 0.5
+    positives: list[float]  # of each exit, share of label 1
+    gradient_norms: dict[str, float]
+
+
+def exit_weights(num_exits: int) -> list[float]:
+    """Weights of the exits' losses: E, E-1, ..., 1 over their sum."""
+    total = num_exits * (num_exits + 1) / 2
+    return [(num_exits - i) / total for i in range(num_exits)]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_share: float) -> float:
+    """Linear rise, then a cosine to 0; ``step`` counts from 0."""
+    warmup = round(warmup_share * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def labelled_positions(seed: int, micro_batch: int, num_tokens: int, count: int) -> Tensor:
+    """Positions (count,) of micro-batch number ``micro_batch`` that are labelled, rising."""
+    chosen = np.random.default_rng([seed, micro_batch]).choice(num_tokens, size=count, replace=False)
+    return torch.from_numpy(np.sort(chosen))
+
+
+class Trainer:
+    """Trains the classifiers of all kinds; one call of :meth:`step` per optimiser step."""
+
+    def __init__(
+        self,
+        frozen: FrozenPass,
+        classifiers: ExitClassifiers,
+        options: TrainingOptions,
+        processes: Processes | None = None,
+    ) -> None:
+        self.frozen = frozen
+        self.classifiers = classifiers
+        self.options = options
+        self.processes = processes or Processes()
+        self.groups = {kind: list(classifiers.by_kind[kind].parameters()) for kind in classifiers.kinds}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters in self.groups.values()],
+            lr=options.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=options.weight_decay,
+        )
+        self._device = frozen.backbone.device
+        #: Matrix products of the classifiers run in bfloat16 where the backbone does.
+        self._autocast = frozen.dtype == torch.bfloat16
+
+    def step(self, step: int, batches: MicroBatches) -> StepReport:
+        """Optimiser step number ``step`` (from 0) on the next micro-batches.
+
+        Raises:
+            UserError: a loss or gradient is not finite; the weights are as before the step.
+        """
+        options, mine = self.options, self.processes
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(self.groups) * 2 + 1, len(self.frozen.exit_layers), device=self._device)
+        for i in range(options.micro_batches):
+            rows = next(batches)
+            number = step * options.micro_batches + i
+            if i % mine.count != mine.index:
+                continue
+            chosen = labelled_positions(
+                options.seed, number, options.micro_batch_tokens, options.labels_per_micro_batch
+            )
+            sums += self._accumulate(self.frozen.run(rows), chosen.to(self._device))
+        sums = mine.add_up(sums) / options.micro_batches
+        rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_share)
+        norms = self._update(step, rate)
+        values = sums.tolist()
+        return StepReport(
+            step=step + 1,
+            tokens=(step + 1) * options.batch_tokens,
+            learning_rate=rate,
+            losses=dict(zip(self.groups, values[0:-1:2], strict=True)),
+            accuracies=dict(zip(self.groups, values[1:-1:2], strict=True)),
+            positives=values[-1],
+            gradient_norms=norms,
+        )
+
+    def _accumulate(self, batch: FrozenBatch, positions: Tensor) -> Tensor:
+        """Adds the gradients of a micro-batch; returns its losses, accuracies and label shares by exit."""
+        labels = self.frozen.label(batch, positions).within_k  # (E, n)
+        layers = self.frozen.exit_layers
+        weights = torch.tensor(exit_weights(len(layers)), device=self._device)
+        lines: list[Tensor] = []
+        for kind in self.groups:
+            logits = torch.stack([self._logits(kind, layer, batch, positions) for layer in layers])  # (E, n, 2)
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), reduction="none")
+            by_exit = losses.view(labels.shape).mean(1)  # (E,)
+            ((by_exit * weights).sum() / self.options.micro_batches).backward()
+            right = (logits[..., 1] > logits[..., 0]) == labels
+            lines += [by_exit.detach(), right.float().mean(1)]
+        return torch.stack([*lines, labels.float().mean(1)])
+
+    def _logits(self, kind: str, layer: int, batch: FrozenBatch, positions: Tensor) -> Tensor:
+        """(n, 2) at the labelled positions; a recurrent classifier runs over every token for them."""
+        classifier = self.classifiers.at(kind, layer)
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            logits: Tensor
+            if classifier.recurrent:
+                logits = classifier(batch.exits[layer].float(), batch.rows)[0][positions]
+            else:
+                logits = classifier(batch.exits[layer][positions].float())[0]
+        return logits.float()
+
+    def _update(self, step: int, rate: float) -> dict[str, float]:
+        """Adds up gradients over processes, clips them kind by kind, and steps; returns their norms."""
+        mine = self.processes
+        if mine.count > 1:
+            every = [parameter for group in self.groups.values() for parameter in group]
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in every])
+            parts = mine.add_up(flat).split([p.numel() for p in every])
+            for parameter, part in zip(every, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+        norms = {
+            kind: float(torch.nn.utils.clip_grad_norm_(group, self.options.clip)) for kind, group in self.groups.items()
+        }
+        broken = [kind for kind, norm in norms.items() if not math.isfinite(norm)]
+        if broken:
+            raise UserError(
+                f"step {step + 1}: the gradient of {', '.join(broken)} is not finite; the last saved state is good. "
+                "Use --dtype float32 or a lower --learning_rate"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return norms
+
+
+class Throughput:
+    """Tokens per second of this run, without what was done before a resume."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def add(self, tokens: int) -> float:
+        """Counts tokens; returns tokens per second so far."""
+        self._tokens += tokens
+        return self._tokens / max(self.seconds, 1e-9)
