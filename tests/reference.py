@@ -45,8 +45,12 @@ class _ListCache:
 class Reference:
     """Feeds one row token by token under a policy."""
 
-    def __init__(self, model: Any, policy: ExitPolicy, prompt_length: int, max_steps: int) -> None:
+    def __init__(
+        self, model: Any, policy: ExitPolicy, prompt_length: int, max_steps: int, classifiers: Any = None
+    ) -> None:
         self.model = model
+        self.classifiers = classifiers
+        self.seen: dict[int, list[Tensor]] = {}  # exit layer -> hidden states that its classifier saw
         self.config = model.config
         self.policy = policy
         self.prompt_length = prompt_length
@@ -66,12 +70,15 @@ class Reference:
         for block in range(1, depth + 1):
             if block in policy.pruned_blocks:
                 continue
-            if exit_layer < depth:
+            if exit_layer < depth and not (policy.final_block and block == depth):
                 self._leave_state(block, last_run, hidden, position)
                 continue
             before = hidden
             hidden = self._block(block, hidden, position)
             last_run = block
+            if exit_layer < depth:
+                continue
+            self._show_classifier(block, hidden, position, first)
             if position >= first and self._exits(block, before, hidden, position - first):
                 exit_layer = block
         self.row.layers.append(exit_layer)
@@ -89,7 +96,10 @@ class Reference:
         if policy.threshold_decay is not None:
             threshold = 0.9 * threshold + 0.1 * math.exp(-policy.threshold_decay * step / self.max_steps)
             threshold = min(max(threshold, 0.0), 1.0)
-        if policy.confidence == "state":
+        if policy.confidence == "classifier":
+            seen = self.seen[block] if policy.classifier == "mamba" else [after.flatten()]
+            confidence = float(slow_classifier(self.classifiers.at(policy.classifier, block), seen).softmax(-1)[1])
+        elif policy.confidence == "state":
             a, b = before.flatten(), after.flatten()
             confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
         else:
@@ -101,6 +111,16 @@ class Reference:
                 confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
         self.row.confidences.append(confidence - threshold)
         return confidence >= threshold
+
+    def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
+        policy = self.policy
+        if policy.classifier != "mamba" or block not in policy.exit_layers:
+            return
+        if policy.thresholds[policy.exit_layers.index(block)] >= 1:
+            return
+        warmup = self.prompt_length if policy.classifier_warmup is None else policy.classifier_warmup
+        if position >= first or position >= self.prompt_length - warmup:
+            self.seen.setdefault(block, []).append(hidden.flatten())
 
     def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:
         if self.policy.state_mode == "recompute":
@@ -147,9 +167,43 @@ class Reference:
         return self.model.get_output_embeddings()(norm(hidden))[0, 0].float()
 
 
-def reference_generate(model: Any, policy: ExitPolicy, prompt: list[int], max_new: int) -> tuple[list[int], Row]:
+def slow_classifier(classifier: Any, seen: list[Tensor]) -> Tensor:
+    """Logits (2,) for the last of the hidden states (D,) that a classifier saw, one after the other."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean() + 1e-5).sqrt() * weight
+
+    parts = dict(classifier.named_parameters())
+    inputs = [norm(hidden.float(), parts["norm.weight"]) for hidden in seen]
+    if not classifier.recurrent:
+        x = inputs[-1]
+        if "in_proj.weight" in parts:
+            x = torch.nn.functional.silu(parts["in_proj.weight"] @ x + parts["in_proj.bias"])
+        return parts["out_proj.weight"] @ x + parts["out_proj.bias"]
+    shape = classifier.shape
+    state = torch.zeros(shape.heads, shape.head_dim, shape.state)
+    window = [torch.zeros(shape.channels)] * shape.kernel
+    for x in inputs:
+        projected = parts["in_proj.weight"] @ x
+        gate, channels, dt = projected[: shape.inner], projected[shape.inner : -shape.heads], projected[-shape.heads :]
+        window = [*window[1:], channels]
+        mixed = sum(window[k] * parts["conv_weight"][:, k] for k in range(shape.kernel)) + parts["conv_bias"]
+        mixed = mixed * mixed.sigmoid()
+        values = mixed[: shape.inner].view(shape.heads, shape.head_dim)
+        b, c = mixed[shape.inner :].chunk(2)  # one group
+        step = (1 + (dt + parts["dt_bias"]).exp()).log()
+        decay = (-step * parts["A_log"].exp()).exp()
+        state = decay[:, None, None] * state + (step[:, None] * values)[:, :, None] * b
+        y = (state * c).sum(-1) + parts["D"][:, None] * values
+        y = norm(y.flatten() * gate * gate.sigmoid(), parts["gate_norm.weight"])
+    return parts["out_proj.weight"] @ y + parts["out_proj.bias"]
+
+
+def reference_generate(
+    model: Any, policy: ExitPolicy, prompt: list[int], max_new: int, classifiers: Any = None
+) -> tuple[list[int], Row]:
     """Greedy tokens after a prompt."""
-    reference = Reference(model, policy, len(prompt), max_new)
+    reference = Reference(model, policy, len(prompt), max_new, classifiers)
     for token in prompt:
         logits = reference.feed(token)
     generated = [int(logits.argmax())]
@@ -159,10 +213,10 @@ def reference_generate(model: Any, policy: ExitPolicy, prompt: list[int], max_ne
 
 
 def reference_score(
-    model: Any, policy: ExitPolicy, context: list[int], continuation: list[int]
+    model: Any, policy: ExitPolicy, context: list[int], continuation: list[int], classifiers: Any = None
 ) -> tuple[list[float], Row]:
     """Log-probability of each continuation token, fed one by one."""
-    reference = Reference(model, policy, len(context), len(continuation))
+    reference = Reference(model, policy, len(context), len(continuation), classifiers)
     for token in [*context, *continuation[:-1]]:
         reference.feed(token)
     wanted = reference.row.logits[len(context) - 1 :]

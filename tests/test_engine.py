@@ -61,9 +61,12 @@ def run_score(
     return [found[i] for i in range(len(pairs))]
 
 
-def separated_policy(model: Any, policy: ExitPolicy, prompt: list[int], quantile: float = 0.5) -> ExitPolicy:
+def separated_policy(
+    model: Any, policy: ExitPolicy, prompt: list[int], quantile: float = 0.5, classifiers: Any = None
+) -> ExitPolicy:
     """The policy with thresholds at which some tokens exit and none is within rounding of deciding otherwise."""
-    _, never = reference_generate(model, replace(policy, thresholds=(0.9999,) * len(policy.exit_layers)), prompt, 12)
+    never_exits = replace(policy, thresholds=(0.9999,) * len(policy.exit_layers))
+    _, never = reference_generate(model, never_exits, prompt, 12, classifiers)
     values = sorted(value + 0.9999 for value in never.confidences)
     middle = values[int(quantile * len(values)) :]
     gaps = [(b - a, (a + b) / 2) for a, b in itertools.pairwise(middle)]

@@ -67,6 +67,7 @@ class RaggedRows:
         self.num_tokens = int(self.lengths.sum())
         self.device = torch.device(device)
         self.chunk = min(chunk, int(self.lengths.max()))
+        self._edges: dict[int, Edges] = {}
 
     @property
     def num_rows(self) -> int:
@@ -77,17 +78,29 @@ class RaggedRows:
         """Every row has one token: the recurrence is one step."""
         return self.num_tokens == self.num_rows
 
-    def places_after_windows(self, width: int) -> tuple[Tensor, Tensor]:
-        """Where things stand when each row is preceded by its ``width`` earlier inputs.
+    def edges(self, width: int) -> Edges:
+        """Where the rows begin and end, for a convolution that sees ``width`` earlier tokens."""
+        if width not in self._edges:
+            self._edges[width] = self._find_edges(width)
+        return self._edges[width]
 
-        Returns:
-            (T,) places of the tokens, (R * width,) places of the earlier inputs.
-        """
-        row_of = np.repeat(np.arange(self.num_rows), self.lengths)
-        tokens = np.arange(self.num_tokens) + (row_of + 1) * width
-        starts = np.cumsum(self.lengths) - self.lengths + np.arange(self.num_rows) * width
-        windows = (starts[:, None] + np.arange(width)).reshape(-1)
-        return self._to_device(tokens), self._to_device(windows)
+    def _find_edges(self, width: int) -> Edges:
+        ends = np.cumsum(self.lengths)
+        starts = ends - self.lengths
+        row = np.repeat(np.arange(self.num_rows), np.minimum(self.lengths, width))
+        rank = np.concatenate([np.arange(n) for n in np.minimum(self.lengths, width)])
+
+        # Index into (windows of all rows, then all tokens) of what stands ``back`` places before a token.
+        def place(row: np.ndarray, rank: np.ndarray) -> np.ndarray:
+            in_window = row * width + width + rank
+            places: np.ndarray = np.where(rank < 0, in_window, self.num_rows * width + starts[row] + rank)
+            return places
+
+        back = np.arange(width, -1, -1)
+        seen = place(row[:, None], rank[:, None] - back)
+        every = np.arange(self.num_rows)[:, None]
+        last = place(every, self.lengths[:, None] - width + np.arange(width))
+        return Edges(self._to_device(starts[row] + rank), self._to_device(seen), self._to_device(last))
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -110,10 +123,19 @@ class RaggedRows:
             present=None if whole else self._to_device(np.flatnonzero(inside.reshape(-1))),
             rounds=tuple(rounds),
             order=self._to_device(order),
+            row_of=self._to_device(row_of),
         )
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
+
+
+class Edges(NamedTuple):
+    """The tokens near the beginnings and ends of rows; indices into (windows of all rows, then all tokens)."""
+
+    first: Tensor  # (f,) tokens that see their row's window, as indices of tokens
+    seen_by_first: Tensor  # (f, K) what each of them sees, itself last
+    last: Tensor  # (R, K - 1) what the rows' next tokens will see
 
 
 @dataclass(frozen=True)
@@ -127,6 +149,7 @@ class Chunks:
     present: Tensor | None  # (T,) places of the tokens in (c * Q,)
     rounds: tuple[tuple[Tensor, Tensor], ...]  # i-th chunks: their rows, and their numbers
     order: Tensor  # (c,) from the order of rounds to that of chunks
+    row_of: Tensor  # (c,)
 
     def split(self, values: Tensor, chunk: int) -> Tensor:
         """(T, X) to (c, Q, X), zeros where there is no token."""
@@ -160,28 +183,24 @@ def causal_conv(
     if window is None:
         window = inputs.new_zeros(rows.num_rows, width, inputs.shape[1])
     if rows.single_tokens:
-        seen = torch.cat([window, inputs.unsqueeze(1)], dim=1)  # (R, K, C)
+        seen = torch.cat([window.to(inputs.dtype), inputs.unsqueeze(1)], dim=1)  # (R, K, C)
         output = torch.einsum("rkc,ck->rc", seen, weight)
         return (output if bias is None else output + bias), seen[:, 1:]
-    token_places, window_places = rows.places_after_windows(width)
-    # Each row's window stands before it, so that one pass of shifted sums serves all rows.
-    joined = torch.cat([inputs, window.flatten(0, 1).to(inputs.dtype)])
-    order = torch.empty(len(joined), dtype=torch.int64, device=joined.device)
-    order[torch.cat([token_places, window_places])] = torch.arange(len(joined), device=joined.device)
-    joined = joined.index_select(0, order)
-    length = len(joined) - width
-    total = joined[:length] * weight[:, 0]
+    # One pass of shifted sums over all rows; what the first tokens of a row took from the row before is
+    # then replaced.
+    output = inputs * weight[:, width]
     for k in range(1, width + 1):
-        total = total + joined[k : k + length] * weight[:, k]
-    output = total.index_select(0, token_places - width)
-    ends = torch.from_numpy(np.cumsum(rows.lengths + width)).to(joined.device)
-    last = ends.unsqueeze(1) - width + torch.arange(width, device=joined.device)  # (R, K - 1)
-    return (output if bias is None else output + bias), joined[last]
+        output = output + F.pad(inputs, (0, 0, k, 0))[: len(inputs)] * weight[:, width - k]
+    edges = rows.edges(width)
+    earlier = torch.cat([window.flatten(0, 1).to(inputs.dtype), inputs])
+    near = earlier[edges.seen_by_first]  # (first tokens, K, C)
+    output = output.index_copy(0, edges.first, torch.einsum("fkc,ck->fc", near, weight).to(output.dtype))
+    return (output if bias is None else output + bias), earlier[edges.last]
 
 
 def selective_scan(
     inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, rows: RaggedRows, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t and y_t = C_t h_t, for each head of each row; in float32.
 
     Args:
@@ -193,7 +212,8 @@ def selective_scan(
         state: (R, H, P, N) the rows' states; None: zeros.
 
     Returns:
-        (T, H, P) without the skip term D x, and the new states (R, H, P, N).
+        (T, H, P) without the skip term D x, and the new states (R, H, P, N); None in training on new rows,
+        where nobody asks for them.
     """
     inputs, dt, decay = inputs.float(), dt.float(), decay.float()
     if rows.single_tokens:
@@ -221,7 +241,11 @@ def selective_scan(
     added = by_group(weighted * to_end.unsqueeze(-1)).transpose(-1, -2) @ b  # (c, G, H / G * P, N)
     added = added.flatten(1, 2).unflatten(1, (heads, -1))  # (c, H, P, N)
     kept = total[:, -1].exp()[..., None, None]  # (c, H, 1, 1)
-    before, last = _carry(layout, added, kept, rows.num_rows, state)
+    last: Tensor | None
+    if state is None and inputs.requires_grad:
+        before, last = _carried_at_once(layout, added, total[:, -1]), None
+    else:
+        before, last = _carry(layout, added, kept, rows.num_rows, state)
     carried = before.unflatten(1, (groups, -1)).flatten(2, 3)  # (c, G, H / G * P, N)
     from_before = (c @ carried.transpose(-1, -2)).transpose(1, 2).flatten(2).unflatten(2, (heads, -1))  # (c, Q, H, P)
     output = output + from_before * total.exp().unsqueeze(-1)
@@ -238,6 +262,22 @@ def _carry(layout: Chunks, added: Tensor, kept: Tensor, num_rows: int, state: Te
         after = kept.index_select(0, number) * given + added.index_select(0, number)
         current = current.index_copy(0, row, after)
     return torch.cat(before).index_select(0, layout.order), current
+
+
+def _carried_at_once(layout: Chunks, added: Tensor, log: Tensor) -> Tensor:
+    """The states before each chunk (c, H, P, N) of new rows; ``log`` (c, H) is the log of each chunk's decay.
+
+    One product with a (c, c) matrix for each head: few operations to differentiate, but quadratic in c.
+    """
+    number = torch.arange(len(added), device=added.device)
+    since = log.cumsum(0).T  # (H, c)
+    # From the end of chunk j to the beginning of chunk i: the decay of the chunks between them.
+    exponent = (since - log.T).unsqueeze(-1) - since.unsqueeze(-2)  # (H, c, c)
+    reaches = (layout.row_of.unsqueeze(-1) == layout.row_of) & (number.unsqueeze(-1) > number)
+    weights = exponent.masked_fill(~reaches, -torch.inf).exp()
+    before = weights @ added.transpose(0, 1).flatten(2)  # (H, c, P * N)
+    parted: Tensor = before.transpose(0, 1).unflatten(-1, added.shape[2:])
+    return parted
 
 
 def _step(inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -159,7 +159,8 @@ class MambaClassifier(Classifier):
         output, ssm = selective_scan(mixed, steps, -self.A_log.float().exp(), shape, rows, ssm)  # (T, H, P)
         x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
         output = (output + x * self.D.unsqueeze(-1)).flatten(1)
-        return self.out_proj(self.gate_norm(output * F.silu(gate))), MixerState(conv, ssm)
+        after = None if ssm is None else MixerState(conv, ssm)
+        return self.out_proj(self.gate_norm(output * F.silu(gate))), after
 
     def new_state(self, num_rows: int, device: torch.device) -> MixerState:
         shape = self.shape

@@ -25,6 +25,7 @@ class ClassifierStates:
         self._free: list[int] = []
         self._tables: dict[tuple[str, int], MixerState] = {}
 
+    @torch.inference_mode()  # as the passes that write the tables
     def open_row(self, slot: int) -> None:
         """A row starts; its states are those of a row that has seen nothing."""
         line = self._free.pop() if self._free else len(self._line_of)
@@ -37,6 +38,7 @@ class ClassifierStates:
     def close_row(self, slot: int) -> None:
         self._free.append(self._line_of.pop(slot))
 
+    @torch.inference_mode()
     def run(self, kind: str, layer: int, hidden: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Logits (T, 2) of a classifier for hidden states (T, D); recurrent ones go on from their rows' states.
 

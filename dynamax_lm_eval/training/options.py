@@ -80,7 +80,7 @@ class TrainingOptions:
     ffn_expand: float = _option(4.0, "hidden width of the ffn classifier, in hidden sizes")
 
     max_tokens: int = _option(2_000_000, "tokens to train on")
-    seq_len: int = _option(1024, "longest row; longer documents are cut into several")
+    seq_len: int = _option(512, "longest row; longer documents are cut into several")
     batch_tokens: int = _option(4096, "tokens of an optimiser step, over all processes")
     micro_batch_tokens: int = _option(4096, "tokens that go through the backbone at once; a divisor of batch_tokens")
     label_share: float = _option(

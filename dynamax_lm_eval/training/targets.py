@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, full_depth_layout
 from dynamax_lm_eval.backbones.ssm import RaggedRows
+
+#: Tokens of the vocabulary whose maximum is looked for first.
+_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,28 @@ class FrozenPass:
         at_once = max(1, LOGITS_AT_ONCE // self.backbone.vocab_size)
         within, agrees = [], []
         for part in positions.split(at_once):
-            logits = self.backbone.readout(batch.last[part])  # (t, V)
-            best = logits.argmax(-1) if self.top_k == 1 else logits.topk(self.top_k, dim=-1).indices.T  # ([k,] t)
-            best = best.reshape(self.top_k, -1)
+            best = best_tokens(self.backbone.readout(batch.last[part]), self.top_k)  # (t, k)
             found = torch.stack(
-                [self.backbone.readout(batch.reads[layer][part]).argmax(-1) for layer in self.exit_layers]
+                [best_tokens(self.backbone.readout(batch.reads[layer][part]), 1)[:, 0] for layer in self.exit_layers]
             )  # (E, t)
-            agrees.append(found == best[0])
-            within.append((found.unsqueeze(1) == best).any(1))
+            agrees.append(found == best[:, 0])
+            within.append((found.unsqueeze(-1) == best).any(-1))
         return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1))
+
+
+def best_tokens(logits: Tensor, k: int) -> Tensor:
+    """The k most probable tokens (t, k), best first, of logits (t, V).
+
+    In two steps, block maxima and then the best blocks: on a CPU several times as fast as ``topk`` over V.
+    """
+    size = logits.shape[-1]
+    if k >= size // _BLOCK:
+        return logits.topk(min(k, size), dim=-1).indices
+    if size % _BLOCK:
+        logits = F.pad(logits, (0, -size % _BLOCK), value=-torch.inf)
+    blocks: Tensor = logits.unflatten(-1, (-1, _BLOCK))  # (t, b, _BLOCK)
+    # The k best tokens lie in the k blocks with the largest maxima.
+    chosen = blocks.amax(-1).topk(k, dim=-1).indices  # (t, k)
+    inside = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1)  # (t, k * _BLOCK)
+    places = inside.topk(k, dim=-1).indices
+    return chosen.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
