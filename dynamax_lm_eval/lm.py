@@ -44,7 +44,6 @@ from dynamax_lm_eval.engine.scheduler import (
 )
 from dynamax_lm_eval.engine.selfcheck import checked_engine
 from dynamax_lm_eval.exits import checkpoint
-from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.generation import GenerationSettings
 from dynamax_lm_eval.requests import GenerationJob
@@ -77,9 +76,8 @@ class DynamaxLM(HFLM):
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
-        files = None if loaded is not None else files_fingerprint(source, passed_on)
-        self.exits: ExitCheckpoint | None = None
-        self.exits = self._find_exits(config, files, loaded)
+        fingerprint = model_fingerprint(loaded) if loaded is not None else files_fingerprint(source, passed_on)
+        self.exits = checkpoint.for_run(self.args, config, fingerprint)
         self.policy, self._policy_note = ExitPolicy.from_args(
             self.args,
             int(config.get_text_config().num_hidden_layers),
@@ -99,8 +97,9 @@ class DynamaxLM(HFLM):
         self.response_ledger = harness.ResponseLedger()
         classifiers, self._exits_fingerprint = None, None
         if self.exits is not None:
-            if files is None:  # the weights were not on this machine before
-                self._check_exits(files_fingerprint(source, passed_on) if loaded is None else None)
+            if fingerprint is None:  # the weights were not on this machine before
+                fingerprint = files_fingerprint(source, passed_on) or model_fingerprint(self.model)
+                self.exits.check_fingerprint(fingerprint, self.args.exits_check)
             classifiers, self._exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         with self._autocast():
             self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers)
@@ -367,40 +366,6 @@ class DynamaxLM(HFLM):
         return account(
             [(trace, self.policy.terms(trace.prompt_tokens, self._classifier_macs)) for trace in traces], cost
         )
-
-    def _find_exits(self, config: Any, fingerprint: str | None, loaded: Any) -> ExitCheckpoint | None:
-        """The trained exits that this run uses: named, or found for this backbone; None where none are needed.
-
-        Raises:
-            UserError: they cannot be read, or do not fit the backbone.
-        """
-        args = self.args
-        if args.exits is None:
-            if args.confidence not in (None, "classifier") or all(threshold >= 1 for threshold in args.threshold):
-                return None
-            if loaded is not None:
-                fingerprint = model_fingerprint(loaded)
-            self.exits = checkpoint.find(args.backbone, fingerprint)
-            if self.exits is None:
-                return None
-            logger.info("Using the exits in %s", self.exits.path)
-        else:
-            self.exits = checkpoint.resolve(args.exits)
-        text = config.get_text_config()
-        self.exits.check_fits(config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
-        if fingerprint is not None:
-            self._check_exits(fingerprint)
-        return self.exits
-
-    def _check_exits(self, fingerprint: str | None) -> None:
-        """Compares the exits with the backbone's weights, unless the user does not want that."""
-        assert self.exits is not None
-        if fingerprint is None:
-            fingerprint = model_fingerprint(self.model)
-        if self.args.exits_check:
-            self.exits.check_fingerprint(fingerprint)
-        elif fingerprint != self.exits.config.backbone.fingerprint:
-            logger.warning("exits_check=false: the exits in %s were trained for other weights", self.exits.path)
 
     def _preset_sets(self) -> dict[str, Any] | None:
         """What the preset decided, so that the result file tells it from what the user gave."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import dynamax_lm_eval
 from dynamax_lm_eval.backbones.aliases import cache_dir
 from dynamax_lm_eval.backbones.fingerprint import tensors_fingerprint
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.files import write_text
 
@@ -148,15 +148,20 @@ class ExitCheckpoint:
                     f"they were trained for {trained.id!r}"
                 )
 
-    def check_fingerprint(self, fingerprint: str | None) -> None:
-        """Raises UserError where the checkpoint was trained for other weights."""
+    def check_fingerprint(self, fingerprint: str, strict: bool = True) -> None:
+        """Raises UserError where the checkpoint was trained for other weights; warns if not ``strict``."""
         trained = self.config.backbone
-        if fingerprint != trained.fingerprint:
+        if fingerprint == trained.fingerprint:
+            return
+        problem = (
+            f"exits={str(self.path)!r} were trained for other weights ({trained.id!r}, fingerprint "
+            f"{trained.fingerprint[:12]}, here {fingerprint[:12]})"
+        )
+        if strict:
             raise UserError(
-                f"exits={str(self.path)!r} were trained for other weights ({trained.id!r}, fingerprint "
-                f"{trained.fingerprint[:12]}, here {str(fingerprint)[:12]}); train exits for this backbone, or add "
-                "exits_check=false to use them all the same"
+                f"{problem}; train exits for this backbone, or add exits_check=false to use them all the same"
             )
+        logger.warning("%s; they are used because of exits_check=false", problem)
 
 
 def save(
@@ -235,6 +240,35 @@ def resolve(name: str) -> ExitCheckpoint:
             f"exits={name!r} is no folder, and could not be had from the Hub: {' '.join(str(error).split())}"
         ) from error
     return ExitCheckpoint.open(Path(path))
+
+
+def for_run(args: DynamaxArgs, backbone_config: Any, fingerprint: str | None) -> ExitCheckpoint | None:
+    """The exits that a run uses: those it names, else those known for its backbone; None where it needs none.
+
+    Args:
+        args: of the run.
+        backbone_config: transformers' configuration of the backbone.
+        fingerprint: of its weights; None where they are not on this machine yet (check them after loading).
+
+    Raises:
+        UserError: the exits cannot be read, or do not fit the backbone.
+    """
+    if args.exits is not None:
+        found = resolve(args.exits)
+    else:
+        never_exits = all(threshold >= 1 for threshold in args.threshold)
+        if never_exits or args.confidence not in (None, "classifier"):
+            return None
+        known = find(args.backbone, fingerprint)
+        if known is None:
+            return None
+        logger.info("Using the exits in %s", known.path)
+        found = known
+    text = backbone_config.get_text_config()
+    found.check_fits(backbone_config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
+    if fingerprint is not None:
+        found.check_fingerprint(fingerprint, args.exits_check)
+    return found
 
 
 def _readable(home: Path) -> Iterator[ExitCheckpoint]:

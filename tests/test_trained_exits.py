@@ -1,0 +1,128 @@
+"""Trained exits inside the harness: found, named, checked, counted and recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+from conftest import LAYERS, tiny_model
+from lm_eval.tasks import TaskManager
+from test_exits import EXITS, exits_config, varied_classifiers
+
+from dynamax_lm_eval.backbones.fingerprint import files_fingerprint
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.lm import DynamaxLM
+
+TASKS = Path(__file__).parent / "tasks"
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def save_exits(model_folder: Path, folder: Path, **changes: Any) -> Path:
+    fingerprint = changes.pop("fingerprint", None) or files_fingerprint(str(model_folder), {})
+    config = exits_config(**changes)
+    identity = replace(config.backbone, id=str(model_folder), fingerprint=fingerprint)
+    config = replace(config, backbone=identity)
+    checkpoint.save(folder, config, varied_classifiers(config))
+    return folder
+
+
+def model(folder: Path, **args: Any) -> DynamaxLM:
+    return DynamaxLM(str(folder), **{"threshold": 0.6, "batch_size": 3, "device": "cpu", **args})
+
+
+def test_exits_in_the_users_cache_are_used(model_folder: Path, cache: Path, manager: TaskManager) -> None:
+    folder = save_exits(model_folder, cache / "exits" / "some-name")
+    lm = model(model_folder)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=["tiny_generate", "tiny_choice"], task_manager=manager, bootstrap_iters=0
+    )
+    assert results is not None
+    shown = results["config"]["dynamax"]
+    assert shown["exits"] == str(folder)
+    assert shown["exits_fingerprint"] == checkpoint.ExitCheckpoint.open(folder).fingerprint()
+    assert shown["exits_config"]["backbone"]["num_layers"] == LAYERS
+    assert shown["policy"]["classifier"] == "mamba"
+    assert shown["policy"]["exit_layers"] == list(EXITS)
+    compute = results["compute"]["by_task"]["tiny_generate"]
+    assert compute["macs"]["exits"]["classifiers"] > 0
+    assert set(map(int, compute["exit_histogram"])) <= {*EXITS, LAYERS}
+    assert json.dumps(shown)
+
+
+def test_the_newest_exits_win_and_other_backbones_are_not_taken(model_folder: Path, cache: Path) -> None:
+    save_exits(model_folder, cache / "exits" / "other", fingerprint="f" * 64)
+    assert model(model_folder, confidence="state").exits is None
+    assert model(model_folder).policy.confidence == "softmax"
+    found = save_exits(model_folder, cache / "exits" / "right")
+    assert model(model_folder).exits.path == found  # type: ignore[union-attr]
+    assert model(model_folder, threshold=1).exits is None
+
+
+def test_named_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    folder = save_exits(model_folder, tmp_path / "mine")
+    lm = model(model_folder, exits=str(folder), classifier="calm", exit_layers=[3])
+    assert lm.policy.classifier == "calm"
+    assert lm.policy.exit_layers == (3,)
+    with pytest.raises(UserError, match="there is no such folder"):
+        model(model_folder, exits="./nowhere")
+    with pytest.raises(UserError, match=r"there is no config\.json"):
+        model(model_folder, exits=str(tmp_path))
+
+
+def test_exits_for_other_weights_need_the_users_word(
+    model_folder: Path, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_exits(model_folder, tmp_path / "foreign", fingerprint="f" * 64)
+    with pytest.raises(UserError, match="were trained for other weights"):
+        model(model_folder, exits=str(folder))
+    caplog.clear()
+    lm = model(model_folder, exits=str(folder), exits_check="false")
+    assert lm.exits is not None
+    assert "because of exits_check=false" in caplog.text
+
+
+def test_a_model_from_memory_finds_its_exits(model_folder: Path, cache: Path) -> None:
+    folder = save_exits(model_folder, cache / "exits" / "x")
+    lm = DynamaxLM(tiny_model("llama"), tokenizer=str(model_folder), threshold=0.6, device="cpu")
+    assert lm.exits is not None
+    assert lm.exits.path == folder
+
+
+def test_the_response_cache_knows_the_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    one = model(model_folder, exits=str(save_exits(model_folder, tmp_path / "a")))
+    config = exits_config()
+    other_weights = config.build(seed=99)
+    fingerprint = files_fingerprint(str(model_folder), {})
+    assert fingerprint is not None
+    config = replace(config, backbone=replace(config.backbone, fingerprint=fingerprint))
+    checkpoint.save(tmp_path / "b", config, other_weights)
+    other = model(model_folder, exits=str(tmp_path / "b"))
+    assert one.identity()["exits"] != other.identity()["exits"]
+    assert one.identity()["policy"] == other.identity()["policy"]
+
+
+def test_preset_paper(model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    folder = save_exits(model_folder, tmp_path / "final", final_block=True)
+    lm = model(model_folder, exits=str(folder), preset="paper")
+    shown = lm.get_model_info()["dynamax"]
+    assert shown["preset"] == "paper"
+    assert shown["preset_sets"] == {"final_block": True, "state_mode": "copy", "repetition_penalty": 1.1}
+    assert lm.policy.final_block
+    overridden = model(model_folder, exits=str(folder), preset="paper", state_mode="skip", repetition_penalty=1.0)
+    assert overridden.policy.state_mode == "skip"
+    assert overridden.args.repetition_penalty == 1.0
