@@ -38,7 +38,7 @@ _LOG_NAME = "training.jsonl"
 
 
 @dataclass(frozen=True)
-class _Backbone:
+class FrozenBackbone:
     """The frozen model, its tokenizer, and what a checkpoint says of it."""
 
     engine: Any
@@ -54,17 +54,13 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
     Raises:
         UserError: an option cannot be honoured, or the output folder is in use.
     """
-    source = aliases.resolve(options.backbone)
-    load_options = {"revision": run.revision, "trust_remote_code": run.trust_remote_code}
-    config = loading.load_config(source, options.backbone, load_options)
-    loading.check_architecture(config)
-    depth = int(config.get_text_config().num_hidden_layers)
-    exit_layers = options.resolve_exit_layers(depth)
+    config = _read_config(options, run)
+    exit_layers = options.resolve_exit_layers(int(config.get_text_config().num_hidden_layers))
     if run.output is not None:
         _check_output(Path(run.output), run)
 
     accelerator = _accelerator(run)
-    backbone = _load(options, run, source, config, accelerator.device)
+    backbone = load_backbone(options, run, accelerator.device)
     folder = (
         Path(run.output) if run.output else checkpoint.default_folder(options.backbone, backbone.identity.fingerprint)
     )
@@ -173,7 +169,7 @@ def _loop(
     return earlier + clock.seconds
 
 
-def _data(options: TrainingOptions, backbone: _Backbone) -> tuple[data.Documents, list[list[int]]]:
+def _data(options: TrainingOptions, backbone: FrozenBackbone) -> tuple[data.Documents, list[list[int]]]:
     """Training documents, and the rows of held-out text."""
 
     def source(dataset: str) -> data.Documents:
@@ -189,7 +185,23 @@ def _data(options: TrainingOptions, backbone: _Backbone) -> tuple[data.Documents
     return data.without_first(documents, count), rows
 
 
-def _load(options: TrainingOptions, run: RunOptions, source: str, config: Any, device: torch.device) -> _Backbone:
+def _read_config(options: TrainingOptions, run: RunOptions) -> Any:
+    """The backbone's configuration, before any weights."""
+    load_options = {"revision": run.revision, "trust_remote_code": run.trust_remote_code}
+    config = loading.load_config(aliases.resolve(options.backbone), options.backbone, load_options)
+    loading.check_architecture(config)
+    return config
+
+
+def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.device | None = None) -> FrozenBackbone:
+    """Loads the backbone that ``options`` name, and compares the layer loop with its forward.
+
+    Raises:
+        UserError: it cannot be had, or cannot be run block by block.
+    """
+    if device is None:
+        device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    config, source = _read_config(options, run), aliases.resolve(options.backbone)
     dtype = _dtype(options.dtype, device)
     shared: dict[str, Any] = {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
     try:
@@ -204,7 +216,7 @@ def _load(options: TrainingOptions, run: RunOptions, source: str, config: Any, d
     tokenizer.model_max_length = int(1e30)
     engine = checked_engine(model, ExitPolicy(int(config.get_text_config().num_hidden_layers)), options.seq_len)
     text = config.get_text_config()
-    return _Backbone(
+    return FrozenBackbone(
         engine=engine,
         tokenizer=tokenizer,
         identity=BackboneIdentity(

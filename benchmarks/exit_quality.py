@@ -1,0 +1,155 @@
+"""What exits do to held-out text at equal compute: trained classifiers, random exits of the same rate, pruning.
+
+    python benchmarks/exit_quality.py --exits FOLDER --dataset held_out.jsonl.gz --backbone smollm2-gguf
+
+Every token of the text is predicted once, through the engine, with the states that early tokens leave behind;
+all tokens but a row's first may exit. Agreement is the share of tokens whose most probable next token is that
+of the full model; compute_reduction counts everything that exits cause. Random exits leave each layer at the
+rate of the trained ones and cost no classifier. Prints a Markdown table; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from environment import environment
+from torch import nn
+
+from dynamax_lm_eval.compute.ledger import Trace, account
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.scheduler import Scoring, ScoringRequest, score
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.exits.classifiers import Classifier, ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.training import command, data
+from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+
+
+class RandomExit(Classifier):
+    """A confidence drawn from [0, 1], whatever the hidden state; costs nothing."""
+
+    def __init__(self, hidden_size: int, seed: int) -> None:
+        super().__init__(hidden_size)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def macs(self) -> int:
+        return 0
+
+    def forward(self, hidden: Any, rows: Any = None, state: Any = None) -> Any:
+        drawn = torch.rand(len(hidden), generator=self._generator).clamp(1e-6, 1 - 1e-6).to(hidden.device)
+        return torch.stack([torch.zeros_like(drawn), drawn.logit()], dim=1), None
+
+
+def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], macs: dict[int, int], batch: int) -> dict[str, Any]:
+    """Most probable next tokens and compute of all rows under a policy."""
+    requests = [ScoringRequest(row[:-1], 1, [[token] for token in row[1:]], policy) for row in rows]
+    found: dict[int, Scoring] = {}
+    score(engine, requests, batch, found.__setitem__)
+    traces: list[Trace] = [found[i].trace for i in range(len(rows))]
+    record = account([(trace, policy.terms(1, macs)) for trace in traces], engine.backbone.cost)
+    return {
+        "greedy": np.concatenate([np.asarray(found[i].greedy_tokens) for i in range(len(rows))]),
+        "layers": np.concatenate([np.asarray(trace.exit_layers) for trace in traces]),
+        "compute_reduction": record.compute_reduction,
+    }
+
+
+def exit_rates(layers: Any, exits: tuple[int, ...]) -> list[float]:
+    """Share of the tokens that reach an exit and leave there."""
+    return [float((layers == layer).sum() / max(1, (layers >= layer).sum())) for layer in exits]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exits", type=Path, required=True, help="folder of trained exits")
+    parser.add_argument("--dataset", required=True, help="held-out text")
+    parser.add_argument("--backbone", default="smollm2-gguf")
+    parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
+    parser.add_argument("--prune", type=int, nargs="+", default=[1, 2, 3, 4, 6])
+    parser.add_argument("--state-mode", default="recompute")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    args = parser.parse_args()
+
+    options = TrainingOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
+    backbone = command.load_backbone(options, RunOptions())
+    documents = data.text_documents(options, args.dataset, backbone.tokenizer)
+    rows, _ = data.held_out(documents, args.tokens, args.seq_len)
+    trained = ExitCheckpoint.open(args.exits)
+    trained.check_fingerprint(backbone.identity.fingerprint)
+    classifiers = trained.load(backbone.engine.backbone.device)
+    exits, depth = trained.config.exit_layers, backbone.identity.num_layers
+    engine = Engine(backbone.engine.backbone, classifiers)
+    full = run(engine, ExitPolicy(depth), rows, {}, args.batch_size)
+
+    table: list[dict[str, Any]] = []
+
+    def add(family: str, setting: str, found: dict[str, Any]) -> None:
+        agreement = found["greedy"] == full["greedy"]
+        point = {
+            "family": family,
+            "setting": setting,
+            "compute_reduction": found["compute_reduction"],
+            "agreement": float(agreement.mean()),
+            "agreement_stderr": float(agreement.std() / np.sqrt(len(agreement))),
+            "mean_exit_layer": float(found["layers"].mean()),
+        }
+        table.append(point)
+        print(
+            f"| {family} | {setting} | {point['compute_reduction']:.3f} | {point['agreement']:.3f} | "
+            f"{point['mean_exit_layer']:.1f} |",
+            flush=True,
+        )
+
+    print("| exits | setting | compute_reduction | agreement | mean exit layer |\n| --- | --- | --- | --- | --- |")
+    for kind in trained.config.classifiers:
+        for threshold in args.thresholds:
+            policy = ExitPolicy(
+                depth,
+                exits,
+                (threshold,) * len(exits),
+                confidence="classifier",
+                classifier=kind,  # type: ignore[arg-type]
+                state_mode=args.state_mode,
+                exit_scope="all",
+                final_block=trained.config.final_block,
+            )
+            macs = {layer: classifiers.at(kind, layer).macs for layer in exits}
+            learned = run(engine, policy, rows, macs, args.batch_size)
+            add(kind, f"threshold {threshold}", learned)
+            rates = exit_rates(learned["layers"], exits)
+            drawn = replace(policy, classifier="calm", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates))
+            add(f"random at the rate of {kind}", f"threshold {threshold}", run_random(engine, drawn, rows, args))
+    for count in args.prune:
+        policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
+        add("pruning", str(count), run(engine, policy, rows, {}, args.batch_size))
+    setting = {
+        "benchmark": "exit_quality",
+        "backbone": args.backbone,
+        "exits": trained.fingerprint(),
+        "dtype": args.dtype,
+    }
+    setting |= {"tokens": len(full["greedy"]), "state_mode": args.state_mode}
+    print(json.dumps(setting | environment(str(engine.backbone.device)) | {"points": table}))
+
+
+def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """Random exits under the name of a stateless kind."""
+    drawn = ExitClassifiers((), policy.exit_layers, 1, "silu", ClassifierOptions())
+    drawn.by_kind["calm"] = nn.ModuleDict({str(layer): RandomExit(1, layer) for layer in policy.exit_layers})
+    return run(
+        Engine(engine.backbone, drawn.eval()), policy, rows, dict.fromkeys(policy.exit_layers, 0), args.batch_size
+    )
+
+
+if __name__ == "__main__":
+    main()
