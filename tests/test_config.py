@@ -44,6 +44,13 @@ def parse(**args: Any) -> Any:
         ("repetition_penalty", 1.1, 1.1),
         ("threshold_decay", 0, 0.0),
         ("threshold_decay", None, None),
+        ("exits", "some/folder", "some/folder"),
+        ("classifier", "calm", "calm"),
+        ("classifier_warmup", "16", 16),
+        ("final_block", "true", True),
+        ("final_block", False, False),
+        ("exits_check", "False", False),
+        ("preset", "paper", "paper"),
     ],
 )
 def test_accepted(name: str, value: Any, expected: Any) -> None:
@@ -61,7 +68,7 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
         ({"threshold": True}, "threshold must be a number, got True"),
         ({"threshold": []}, "threshold must not be an empty list"),
         ({"state_mode": "foo"}, "state_mode must be one of recompute, copy, skip, got 'foo'"),
-        ({"confidence": "sofmax"}, "confidence must be one of softmax, entropy, state"),
+        ({"confidence": "sofmax"}, "confidence must be one of classifier, softmax, entropy, state"),
         ({"exit_scope": "prompt"}, "exit_scope must be one of generated, all"),
         ({"exit_layers": [5, 3]}, "exit_layers must be in rising order"),
         ({"exit_layers": [3, 3]}, "exit_layers names a layer twice"),

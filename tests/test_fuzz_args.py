@@ -22,6 +22,11 @@ VALID: dict[str, list[Any]] = {
     "exit_scope": ["generated", "all"],
     "repetition_penalty": [1.0, 1.3, "1.1", None],
     "threshold_decay": [0, 4.0, "2", None],
+    "classifier": ["calm", "mamba", None],
+    "classifier_warmup": [0, 8, "16", None],
+    "final_block": [True, "false", None],
+    "exits_check": [True, "false", False],
+    "preset": ["paper", None],
     "batch_size": [1, "4", "auto"],
     "dtype": ["float32"],
 }
@@ -120,6 +125,15 @@ def check_meaning(args: dict[str, Any], lm: DynamaxLM) -> None:
             assert shown[name] == value
         elif name == "threshold_decay":
             assert shown[name] == float(value)
+        elif name == "final_block":
+            assert shown[name] == (str(value).lower() == "true")
+        elif name == "exits_check":
+            assert lm.args.exits_check == (str(value).lower() == "true")
+        elif name == "preset":
+            assert lm.args.preset == value == "paper"
+            assert shown["final_block"] or "final_block" in args
+        elif name in ("classifier", "classifier_warmup"):
+            raise AssertionError("there are no trained exits, so this has no effect and must be refused")
         elif name == "repetition_penalty":
             assert lm.args.repetition_penalty == float(value)
 
