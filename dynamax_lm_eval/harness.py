@@ -294,6 +294,7 @@ def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
             "exits": {
                 "classifiers": total.classifier_macs,
                 "state_recompute": total.recompute_macs,
+                "adapters": total.adapter_macs,
                 "lm_head_reads": total.lm_head_macs,
             },
             "total_full": total.full_total_macs,

@@ -109,6 +109,7 @@ class DynamaxLM(HFLM):
             if classifiers is not None and kind is not None
             else {}
         )
+        self._adapter_macs = classifiers.adapter_macs() if classifiers is not None else {}
         self._warn_of_read_cost()
 
     @classmethod
@@ -364,7 +365,11 @@ class DynamaxLM(HFLM):
     def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
         cost = self.engine.backbone.cost
         return account(
-            [(trace, self.policy.terms(trace.prompt_tokens, self._classifier_macs)) for trace in traces], cost
+            [
+                (trace, self.policy.terms(trace.prompt_tokens, self._classifier_macs, self._adapter_macs))
+                for trace in traces
+            ],
+            cost,
         )
 
     def _preset_sets(self) -> dict[str, Any] | None:

@@ -82,7 +82,7 @@ class Reference:
             if position >= first and self._exits(block, before, hidden, position - first):
                 exit_layer = block
         self.row.layers.append(exit_layer)
-        logits = self._readout(hidden)
+        logits = self._readout(self._adapted(hidden, exit_layer) if exit_layer < depth else hidden)
         self.row.logits.append(logits)
         return logits
 
@@ -103,7 +103,7 @@ class Reference:
             a, b = before.flatten(), after.flatten()
             confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
         else:
-            p = self._readout(after).softmax(-1)
+            p = self._readout(self._adapted(after, block)).softmax(-1)
             if policy.confidence == "softmax":
                 first, second = p.sort(descending=True).values[:2].tolist()
                 confidence = first - second
@@ -111,6 +111,13 @@ class Reference:
                 confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
         self.row.confidences.append(confidence - threshold)
         return confidence >= threshold
+
+    def _adapted(self, hidden: Tensor, layer: int) -> Tensor:
+        if self.policy.adapter == "none":
+            return hidden
+        parts = dict(self.classifiers.adapter(layer).named_parameters())
+        matrix = parts["up.weight"] if "down.weight" not in parts else parts["up.weight"] @ parts["down.weight"]
+        return hidden + hidden @ matrix.T + parts["up.bias"]
 
     def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
         policy = self.policy

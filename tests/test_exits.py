@@ -305,8 +305,8 @@ def test_classifier_sizes_follow_the_options() -> None:
         ClassifierOptions(mamba_state=0)
 
 
-def policy_of(exits: ExitConfig | None, **args: Any) -> ExitPolicy:
-    return ExitPolicy.from_args(DynamaxArgs("x", **args), LAYERS, exits)[0]
+def policy_of(trained: ExitConfig | None, **args: Any) -> ExitPolicy:
+    return ExitPolicy.from_args(DynamaxArgs("x", **args), LAYERS, trained)[0]
 
 
 def test_a_policy_follows_the_exits_at_hand() -> None:

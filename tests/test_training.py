@@ -126,6 +126,18 @@ class TestLabels:
         assert len(first.unique()) == 25
 
 
+def make_trainer(kinds: tuple[str, ...], **changes: Any) -> tuple[Trainer, Any]:
+    options = options_for(Path("x"), Path("x"), classifier=",".join(kinds), clip=0.01, **changes)
+    classifiers = ExitClassifiers(
+        options.kinds, EXITS, 32, "silu", options.classifier_options, options.seed, options.adapter
+    )
+
+    def documents(epoch: int, first: int) -> Any:
+        return itertools.islice((random_ids(40, i) for i in itertools.count()), first, None)
+
+    return Trainer(frozen(), classifiers, options), data.MicroBatches(documents, 64, 32)
+
+
 class TestLoop:
     def test_weights_fall_linearly_and_sum_to_1(self) -> None:
         weights = exit_weights(4)
@@ -138,31 +150,22 @@ class TestLoop:
         assert all(a > b for a, b in itertools.pairwise(rates[10:]))
         assert rates[-1] < 0.01
 
-    def make(self, kinds: tuple[str, ...], **changes: Any) -> tuple[Trainer, Any]:
-        options = options_for(Path("x"), Path("x"), classifier=",".join(kinds), clip=0.01, **changes)
-        classifiers = ExitClassifiers(options.kinds, EXITS, 32, "silu", options.classifier_options, options.seed)
-
-        def documents(epoch: int, first: int) -> Any:
-            return itertools.islice((random_ids(40, i) for i in itertools.count()), first, None)
-
-        return Trainer(frozen(), classifiers, options), data.MicroBatches(documents, 64, 32)
-
     def test_a_kind_trains_as_it_would_alone(self) -> None:
-        together, batches = self.make(KINDS)
+        together, batches = make_trainer(KINDS)
         for step in range(3):
             together.step(step, batches)
         for kind in KINDS:
-            alone, batches = self.make((kind,))
+            alone, batches = make_trainer((kind,))
             for step in range(3):
                 alone.step(step, batches)
             for name, tensor in alone.classifiers.state_dict().items():
                 torch.testing.assert_close(together.classifiers.state_dict()[name], tensor)
 
     def test_the_loss_is_the_mean_cross_entropy_of_the_labels(self) -> None:
-        trainer, batches = self.make(("calm",))
+        trainer, batches = make_trainer(("calm",))
         batch = trainer.frozen.run(next(batches))
         positions = torch.tensor([3, 17, 40])
-        sums = trainer._accumulate(batch, positions)
+        sums = trainer._accumulate(batch, positions, trainer.groups)
         labels = trainer.frozen.label(batch, positions).within_k
         for i, layer in enumerate(EXITS):
             logits, _ = trainer.classifiers.at("calm", layer)(batch.exits[layer][positions])
@@ -176,7 +179,7 @@ class TestLoop:
         torch.testing.assert_close(found, by_hand.detach() * exit_weights(3)[0] / 2)
 
     def test_training_learns_what_can_be_learned(self) -> None:
-        trainer, batches = self.make(("mamba", "calm"), learning_rate=3e-2, label_share=1.0, max_tokens=40 * 128)
+        trainer, batches = make_trainer(("mamba", "calm"), learning_rate=3e-2, label_share=1.0, max_tokens=40 * 128)
         trainer.options = replace(trainer.options, clip=1.0)
         first = trainer.step(0, batches)
         for step in range(1, 40):
@@ -185,7 +188,7 @@ class TestLoop:
             assert sum(last.losses[kind]) < 0.8 * sum(first.losses[kind])
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        trainer, batches = self.make(("calm",))
+        trainer, batches = make_trainer(("calm",))
         before = {name: tensor.clone() for name, tensor in trainer.classifiers.state_dict().items()}
         monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
         with pytest.raises(UserError, match="step 1: the gradient of calm is not finite"):

@@ -118,6 +118,8 @@ class ExitTerms:
     recomputes_state: bool
     pruned_blocks: frozenset[int]
     first_eligible: int
+    #: MACs of the adapter of a read-out, for each of these layers.
+    adapter_macs: tuple[int, ...] = ()
     #: Tokens that may not exit and that a recurrent classifier sees at every one of these layers.
     warmed_tokens: int = 0
     #: Block L runs for tokens that left, too.

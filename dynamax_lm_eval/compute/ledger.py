@@ -62,6 +62,7 @@ class ComputeRecord:
     #: MACs that exits caused, by part.
     classifier_macs: int = 0
     recompute_macs: int = 0
+    adapter_macs: int = 0
     lm_head_macs: int = 0
     #: With the prompt and one LM-head read per token given, both sides.
     full_total_macs: int = 0
@@ -75,7 +76,7 @@ class ComputeRecord:
     @property
     def exit_macs(self) -> int:
         """Everything that exits caused."""
-        return self.classifier_macs + self.recompute_macs + self.lm_head_macs
+        return self.classifier_macs + self.recompute_macs + self.adapter_macs + self.lm_head_macs
 
     @property
     def spent_macs(self) -> int:
@@ -148,6 +149,15 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
     classifier = int(np.cumsum([0, *terms.classifier_macs])[evaluations].sum())
     classifier += terms.warmed_tokens * sum(terms.classifier_macs)
 
+    # A confidence made of logits corrects the state at every evaluation, any other only where a token is read out.
+    adapter = 0
+    if terms.adapter_macs:
+        if terms.reads_lm_head:
+            adapter = int(np.cumsum([0, *terms.adapter_macs])[evaluations].sum())
+        else:
+            read_out = layers[gives_token & (layers < depth)]
+            adapter = int(np.asarray(terms.adapter_macs)[np.searchsorted(terms.evaluated_layers, read_out)].sum())
+
     runs_last = terms.final_block and depth not in pruned
     recompute, recompute_units = 0, 0.0
     if terms.recomputes_state:
@@ -170,6 +180,7 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
         block_macs=block_macs,
         classifier_macs=classifier,
         recompute_macs=recompute,
+        adapter_macs=adapter,
         lm_head_macs=reads * cost.lm_head,
     )
     given = trace.tokens_given * cost.lm_head
@@ -180,7 +191,7 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
 
     ran = sum(int((layers >= block).sum()) for block in range(1, depth + 1) if block not in pruned)
     ran += int((layers < depth).sum()) if runs_last else 0
-    overhead = record.classifier_macs + record.lm_head_macs
+    overhead = record.classifier_macs + record.adapter_macs + record.lm_head_macs
     record.paper_full = float(depth * len(layers))
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
     return record

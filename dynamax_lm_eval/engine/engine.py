@@ -19,6 +19,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, ForwardPass, IntArray, States
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.exits import confidence
+from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
 from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
 from dynamax_lm_eval.exits.states import ClassifierStates
@@ -128,21 +129,27 @@ class Engine:
         if len(candidates) == 0:
             return None
         leaves = np.zeros(len(tokens), dtype=np.bool_)
-        kinds = np.asarray([policy.scorer for policy in batch.policies])[batch.layout.row_of[tokens[candidates]]]
-        for kind in np.unique(kinds):
-            chosen = candidates[kinds == kind]
+        ways = [(policy.scorer, policy.adapter != "none") for policy in batch.policies]
+        way_of = np.asarray([sorted(set(ways)).index(way) for way in ways])[batch.layout.row_of[tokens[candidates]]]
+        for i, (kind, adapted) in enumerate(sorted(set(ways))):
+            chosen = candidates[way_of == i]
+            if len(chosen) == 0:
+                continue
+            adapter = self.classifiers.adapter(block) if adapted and self.classifiers is not None else None
             limit = torch.from_numpy(thresholds[tokens[chosen]])
             if kind in confidence.READS_LM_HEAD:
-                exits = self._decide_by_logits(str(kind), batch, tokens[chosen], _select(hidden, chosen), limit, sink)
+                read = _adapted(_select(hidden, chosen), adapter)
+                exits = self._decide_by_logits(kind, batch, tokens[chosen], read, limit, sink)
             else:
                 if kind == "state":
                     scores = confidence.state_similarity(_select(before, chosen)[0], _select(hidden, chosen)[0])
                 else:
-                    scores = _classify(str(kind), block, batch, tokens[chosen], _select(hidden, chosen)[0], classifiers)
+                    scores = _classify(kind, block, batch, tokens[chosen], _select(hidden, chosen)[0], classifiers)
                 exits = (scores >= limit.to(scores.device)).cpu().numpy()
                 gone = chosen[exits]
-                gone = gone[~_has_final_block(batch, tokens[gone])]
-                self._read_out(batch, tokens[gone], _select(hidden, gone), sink)
+                gone = gone[batch.wanted[tokens[gone]] & ~_has_final_block(batch, tokens[gone])]
+                if len(gone):
+                    self._read_out(batch, tokens[gone], _adapted(_select(hidden, gone), adapter), sink)
             leaves[chosen[exits]] = True
         return leaves
 
@@ -207,6 +214,14 @@ class _Returning:
 
 def _has_final_block(batch: FlatBatch, tokens: IntArray) -> BoolArray:
     return batch.layout.final_block[batch.layout.row_of[tokens]]
+
+
+def _adapted(hidden: Tensor, adapter: Adapter | None) -> Tensor:
+    """What is read out of hidden states (1, t, D) at an exit; the states left behind are those of ``hidden``."""
+    if adapter is None:
+        return hidden
+    corrected: Tensor = adapter(hidden[0])
+    return corrected.unsqueeze(0)
 
 
 def _classify(

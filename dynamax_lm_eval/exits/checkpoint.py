@@ -56,6 +56,8 @@ class ExitConfig:
     options: ClassifierOptions = field(default_factory=ClassifierOptions)
     #: Block L runs after an exit, before norm and LM head.
     final_block: bool = False
+    #: Correction of the read-outs at exits: ``none``, ``affine`` or ``lowrank:R``.
+    adapter: str = "none"
     #: Label 1: the exit's arg-max is among the k most probable tokens of the full model.
     top_k: int = 1
     #: How it was trained; not needed to use it.
@@ -90,7 +92,13 @@ class ExitConfig:
     def build(self, seed: int = 0) -> ExitClassifiers:
         """The modules, freshly initialised."""
         return ExitClassifiers(
-            self.classifiers, self.exit_layers, self.backbone.hidden_size, self.activation, self.options, seed
+            self.classifiers,
+            self.exit_layers,
+            self.backbone.hidden_size,
+            self.activation,
+            self.options,
+            seed,
+            self.adapter,
         )
 
 

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones.ssm import MixerShape, MixerState, RaggedRows, causal_conv, selective_scan
 from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
 
 #: Time steps that a fresh Mamba classifier starts with, log-uniform (Mamba's own initialisation).
 _FIRST_STEPS = (1e-3, 1e-1)
@@ -194,7 +195,7 @@ def _mixer_shape(hidden_size: int, options: ClassifierOptions) -> MixerShape:
 
 
 class ExitClassifiers(nn.Module):
-    """Classifiers of one or more kinds at the exit layers of one backbone."""
+    """Classifiers of one or more kinds at the exit layers of one backbone, and the adapters of its read-outs."""
 
     def __init__(
         self,
@@ -204,11 +205,13 @@ class ExitClassifiers(nn.Module):
         activation: str,
         options: ClassifierOptions,
         seed: int = 0,
+        adapter: str = "none",
     ) -> None:
         """``seed`` decides the initial weights of each kind, whichever others there are."""
         super().__init__()
         self.exit_layers = exit_layers
         self.kinds = kinds
+        self.adapters = make_adapters(adapter, exit_layers, hidden_size)
         self.by_kind = nn.ModuleDict()
         for kind in kinds:
             with torch.random.fork_rng(devices=[]):
@@ -222,6 +225,16 @@ class ExitClassifiers(nn.Module):
         classifiers: Any = self.by_kind[kind]
         found: Classifier = classifiers[str(layer)]
         return found
+
+    def adapter(self, layer: int) -> Adapter | None:
+        """The adapter at an exit layer, if these exits have any."""
+        adapters: Any = self.adapters
+        return adapters[str(layer)] if len(adapters) else None
+
+    def adapter_macs(self) -> dict[int, int]:
+        """MACs of one read-out's correction at each exit layer; empty without adapters."""
+        found = {layer: self.adapter(layer) for layer in self.exit_layers}
+        return {layer: adapter.macs for layer, adapter in found.items() if adapter is not None}
 
     def of(self, kind: str) -> Mapping[int, Classifier]:
         """All classifiers of a kind, by exit layer."""

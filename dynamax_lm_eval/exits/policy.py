@@ -46,10 +46,13 @@ class ExitPolicy:
     classifier_warmup: int | None = None
     #: Block L runs after an exit.
     final_block: bool = False
+    #: Read-outs at exits go through the adapters of the trained exits (``none`` where they have none).
+    adapter: str = "none"
 
     def __post_init__(self) -> None:
         assert len(self.exit_layers) == len(self.thresholds)
         assert all(0 < layer < self.num_layers for layer in self.exit_layers)
+        assert self.adapter == "none" or not self.final_block
         assert (self.classifier is None) or self.confidence == "classifier"
 
     @classmethod
@@ -79,9 +82,17 @@ class ExitPolicy:
             name = "classifier" if args.classifier is not None else "classifier_warmup"
             raise UserError(f"{name} needs confidence=classifier and trained exits; this run uses {confidence}")
         elif args.exits is not None and confidence != "classifier":
-            raise UserError(f"exits={args.exits!r} has no effect with confidence={confidence}; remove one of them")
+            if exits is None or exits.adapter == "none":
+                raise UserError(
+                    f"exits={args.exits!r} has no effect with confidence={confidence}: these exits have no adapters; "
+                    "remove one of them"
+                )
+            # Their adapters correct the read-outs of training-free confidences as well.
+            _check_trained_layers(args, exits)
+            if final_block:
+                raise UserError("final_block and exit adapters exclude each other; remove final_block or exits")
         requested = args.exit_layers
-        if requested is None and classifier is not None and exits is not None:
+        if requested is None and exits is not None:
             exit_layers = exits.exit_layers
         else:
             exit_layers = config.resolve_exit_layers(requested, num_layers, final_block)
@@ -105,6 +116,7 @@ class ExitPolicy:
             classifier=classifier,
             classifier_warmup=args.classifier_warmup,
             final_block=final_block,
+            adapter=exits.adapter if exits is not None else "none",
         )
         if policy.active_exits and confidence == "classifier" and exits is None:
             raise UserError(
@@ -167,15 +179,22 @@ class ExitPolicy:
         rounded: npt.NDArray[np.float32] = values.astype(np.float32)
         return rounded
 
-    def terms(self, prompt_length: int, classifier_macs: Mapping[int, int] | None = None) -> ExitTerms:
+    def terms(
+        self,
+        prompt_length: int,
+        classifier_macs: Mapping[int, int] | None = None,
+        adapter_macs: Mapping[int, int] | None = None,
+    ) -> ExitTerms:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
 
-        ``classifier_macs``: MACs of one evaluation at each exit layer, where a classifier gives the confidence.
+        ``classifier_macs``: MACs of one evaluation at each exit layer, where a classifier gives the confidence;
+        ``adapter_macs``: MACs of the adapter there, where read-outs have one.
         """
         first = self.first_eligible_position(prompt_length)
         return ExitTerms(
             evaluated_layers=self.active_exits,
             classifier_macs=tuple((classifier_macs or {}).get(layer, 0) for layer in self.active_exits),
+            adapter_macs=tuple((adapter_macs or {}).get(layer, 0) for layer in self.active_exits),
             warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
             final_block=self.final_block,
             reads_lm_head=self.confidence in READS_LM_HEAD,

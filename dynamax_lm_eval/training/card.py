@@ -27,7 +27,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any]) -> str:
         "",
         f"They fit the weights with fingerprint `{backbone.fingerprint[:12]}` (revision {backbone.revision}) only. "
         f"Label: the exit's best token is {_label(config.top_k)} of the full model. Final block: "
-        f"{'on' if config.final_block else 'off'}.",
+        f"{'on' if config.final_block else 'off'}. Read-out adapters: {config.adapter}.",
         "",
         "## Training",
         "",

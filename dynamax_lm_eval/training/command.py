@@ -75,6 +75,7 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
         activation=backbone.activation,
         options=options.classifier_options,
         final_block=options.final_block,
+        adapter=options.adapter,
         top_k=options.top_k,
     )
     classifiers = exits.build(options.seed).to(accelerator.device)

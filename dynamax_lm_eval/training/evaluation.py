@@ -51,7 +51,7 @@ def observe(
     for part in _parts(rows, tokens_at_once):
         batch = frozen.run(part)
         positions = torch.arange(batch.rows.num_tokens, device=frozen.backbone.device)
-        labels = frozen.label(batch, positions)
+        labels = frozen.label(batch, positions, classifiers)
         within.append(labels.within_k.cpu().numpy())
         agrees.append(labels.agrees.cpu().numpy())
         for kind in classifiers.kinds:
@@ -92,6 +92,8 @@ def report(
     return {
         "tokens": int(seen.agrees.shape[1]),
         "top_k": config.top_k,
+        "adapter": config.adapter,
+        "adapter_macs": {str(layer): macs for layer, macs in classifiers.adapter_macs().items()},
         "state_mode": state_mode,
         "label_share": {str(layer): float(seen.within_k[i].mean()) for i, layer in enumerate(config.exit_layers)},
         "agreement_of_exit": {str(layer): float(seen.agrees[i].mean()) for i, layer in enumerate(config.exit_layers)},
@@ -153,13 +155,14 @@ def predicted_point(
         state_mode=state_mode,
         exit_scope="all",
         final_block=config.final_block,
+        adapter=config.adapter,
     )
     macs = {layer: classifiers.at(kind, layer).macs for layer in config.exit_layers}
     traces, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
     for length in seen.lengths:
         inside[start] = False  # the first token of a row may not exit
         trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
-        traces.append((trace, policy.terms(1, macs)))
+        traces.append((trace, policy.terms(1, macs, classifiers.adapter_macs())))
         start += length
     record = account(traces, cost)
     return {

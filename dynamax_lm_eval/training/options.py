@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from dynamax_lm_eval import config
 from dynamax_lm_eval.config import ClassifierKind, UserError
+from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions
 
 #: Kinds in the order in which an evaluation prefers them.
@@ -73,6 +74,14 @@ class TrainingOptions:
         None, "blocks that have run at each exit, e.g. 16+20+24+28; default: floor(L/2 + i*L/8), i = 0..3"
     )
     final_block: bool = _option(False, "the last block runs after an exit (the paper's set-up)")
+    adapter: str = _option(
+        "none",
+        "read-out adapters: none, affine (a matrix of hidden size squared per exit) or lowrank:R; trained by KL to the "
+        "full model's distribution, used for labels and for the tokens of exits",
+    )
+    adapter_first: float = _option(
+        0.0, "share of the steps in which the adapters are trained alone and then left as they are; 0: all together"
+    )
     top_k: int = _option(1, "an exit is right if its best token is among the k best of the full model")
     mamba_state: int = _option(16, "SSM state of the mamba classifier")
     mamba_expand: float = _option(1.0, "inner width of the mamba classifier, in hidden sizes")
@@ -118,6 +127,11 @@ class TrainingOptions:
             raise UserError(f"--label_share must be at most 1, got {self.label_share}")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"--warmup_share must be in [0, 1), got {self.warmup_share}")
+        check_adapter(self.adapter)
+        if self.adapter != "none" and self.final_block:
+            raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
+        if not 0 <= self.adapter_first < 1 or (self.adapter_first and self.adapter == "none"):
+            raise UserError(f"--adapter_first must be in [0, 1) and needs an --adapter, got {self.adapter_first}")
         if self.batch_tokens % self.micro_batch_tokens:
             raise UserError(
                 f"--batch_tokens={self.batch_tokens} must be a multiple of "
@@ -145,6 +159,11 @@ class TrainingOptions:
     def steps(self) -> int:
         """Optimiser steps: the last one may go past ``max_tokens``."""
         return -(-self.max_tokens // self.batch_tokens)
+
+    @property
+    def adapter_steps(self) -> int:
+        """First steps, in which only adapters are trained."""
+        return round(self.adapter_first * self.steps)
 
     @property
     def micro_batches(self) -> int:

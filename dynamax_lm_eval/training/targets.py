@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, full_depth_layout
 from dynamax_lm_eval.backbones.ssm import RaggedRows
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 #: Tokens of the vocabulary whose maximum is looked for first.
 _BLOCK = 128
@@ -37,6 +38,7 @@ class Labels:
 
     within_k: Tensor  # (E, n) bool, among the k most probable tokens of the full model
     agrees: Tensor  # (E, n) bool, the full model's best token
+    divergence: Tensor | None = None  # (E,) mean KL of the full model's distribution to the exit's, if adapters learn
 
 
 class FrozenPass:
@@ -77,18 +79,55 @@ class FrozenPass:
         return FrozenBatch(RaggedRows(lengths, backbone.device), exits, reads, hidden[0])
 
     @torch.no_grad()
-    def label(self, batch: FrozenBatch, positions: Tensor) -> Labels:
-        """Labels at ``positions`` (n,)."""
+    def label(
+        self,
+        batch: FrozenBatch,
+        positions: Tensor,
+        exits: ExitClassifiers | None = None,
+        learn: Sequence[float] | None = None,
+    ) -> Labels:
+        """Labels at ``positions`` (n,).
+
+        Args:
+            batch: what the backbone computed.
+            positions: (n,)
+            exits: their adapters, if any, correct the read-outs.
+            learn: weights (E,) of the exits' KL divergences; their gradients are added to the adapters'. None: the
+                adapters stay as they are.
+        """
         at_once = max(1, LOGITS_AT_ONCE // self.backbone.vocab_size)
         within, agrees = [], []
+        divergence = torch.zeros(len(self.exit_layers), device=positions.device)
         for part in positions.split(at_once):
-            best = best_tokens(self.backbone.readout(batch.last[part]), self.top_k)  # (t, k)
-            found = torch.stack(
-                [best_tokens(self.backbone.readout(batch.reads[layer][part]), 1)[:, 0] for layer in self.exit_layers]
-            )  # (E, t)
-            agrees.append(found == best[:, 0])
-            within.append((found.unsqueeze(-1) == best).any(-1))
-        return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1))
+            full = self.backbone.readout(batch.last[part])  # (t, V)
+            best = best_tokens(full, self.top_k)  # (t, k)
+            target = full.float().log_softmax(-1) if learn is not None else None
+            found = []
+            for i, layer in enumerate(self.exit_layers):
+                hidden = batch.reads[layer][part]
+                adapter = None if exits is None else exits.adapter(layer)
+                if adapter is None or target is None or learn is None:
+                    logits = self.backbone.readout(hidden if adapter is None else adapter(hidden))
+                else:
+                    with torch.enable_grad():
+                        logits = self.backbone.readout(adapter(hidden))
+                    divergence[i] += _descend(logits, target, learn[i] / len(positions)) / len(positions)
+                found.append(best_tokens(logits.detach(), 1)[:, 0])
+            every = torch.stack(found)  # (E, t)
+            agrees.append(every == best[:, 0])
+            within.append((every.unsqueeze(-1) == best).any(-1))
+        return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1), divergence if learn is not None else None)
+
+
+def _descend(logits: Tensor, target: Tensor, weight: float) -> Tensor:
+    """Adds the gradient of ``weight`` * sum of KL(target || softmax(logits)) to what made the logits (t, V).
+
+    That gradient is softmax(logits) - target, so nothing of size V needs to be kept for it. Returns the sum.
+    """
+    own = logits.detach().float().log_softmax(-1)
+    expected = target.exp()
+    logits.backward(((own.exp() - expected) * weight).to(logits.dtype))
+    return (expected * (target - own)).sum()
 
 
 def best_tokens(logits: Tensor, k: int) -> Tensor:

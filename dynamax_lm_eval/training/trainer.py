@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -28,6 +28,9 @@ from dynamax_lm_eval.training.options import TrainingOptions
 from dynamax_lm_eval.training.targets import FrozenBatch, FrozenPass
 
 logger = logging.getLogger(__name__)
+
+#: Name of the adapters among the things that are trained; the others are kinds of classifiers.
+ADAPTERS = "adapter"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Trainer:
         self.options = options
         self.processes = processes or Processes()
         self.groups = {kind: list(classifiers.by_kind[kind].parameters()) for kind in classifiers.kinds}
+        if len(classifiers.adapters):
+            self.groups[ADAPTERS] = list(classifiers.adapters.parameters())
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters} for parameters in self.groups.values()],
             lr=options.learning_rate,
@@ -105,7 +110,8 @@ class Trainer:
         """
         options, mine = self.options, self.processes
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(self.groups) * 2 + 1, len(self.frozen.exit_layers), device=self._device)
+        active = self.active_groups(step)
+        sums = torch.zeros(len(active) * 2 + 1, len(self.frozen.exit_layers), device=self._device)
         for i in range(options.micro_batches):
             rows = next(batches)
             number = step * options.micro_batches + i
@@ -114,28 +120,51 @@ class Trainer:
             chosen = labelled_positions(
                 options.seed, number, options.micro_batch_tokens, options.labels_per_micro_batch
             )
-            sums += self._accumulate(self.frozen.run(rows), chosen.to(self._device))
+            sums += self._accumulate(self.frozen.run(rows), chosen.to(self._device), active)
         sums = mine.add_up(sums) / options.micro_batches
-        rate = learning_rate(step, options.steps, options.learning_rate, options.warmup_share)
-        norms = self._update(step, rate)
+        rate = self._learning_rate(step)
+        norms = self._update(step, rate, active)
         values = sums.tolist()
         return StepReport(
             step=step + 1,
             tokens=(step + 1) * options.batch_tokens,
             learning_rate=rate,
-            losses=dict(zip(self.groups, values[0:-1:2], strict=True)),
-            accuracies=dict(zip(self.groups, values[1:-1:2], strict=True)),
+            losses=dict(zip(active, values[0:-1:2], strict=True)),
+            accuracies=dict(zip(active, values[1:-1:2], strict=True)),
             positives=values[-1],
             gradient_norms=norms,
         )
 
-    def _accumulate(self, batch: FrozenBatch, positions: Tensor) -> Tensor:
-        """Adds the gradients of a micro-batch; returns its losses, accuracies and label shares by exit."""
-        labels = self.frozen.label(batch, positions).within_k  # (E, n)
+    def active_groups(self, step: int) -> dict[str, list[nn.Parameter]]:
+        """What is trained in a step: everything, or adapters first and the classifiers after them."""
+        if not self.options.adapter_steps:
+            return self.groups
+        alone = step < self.options.adapter_steps
+        return {name: group for name, group in self.groups.items() if (name == ADAPTERS) == alone}
+
+    def _learning_rate(self, step: int) -> float:
+        options = self.options
+        first = options.adapter_steps
+        begin, end = (0, first) if step < first else (first, options.steps)
+        return learning_rate(step - begin, end - begin, options.learning_rate, options.warmup_share)
+
+    def _accumulate(self, batch: FrozenBatch, positions: Tensor, active: Iterable[str]) -> Tensor:
+        """Adds the gradients of a micro-batch; returns losses, accuracies and label shares by exit.
+
+        Of the adapters: KL divergences, and shares of tokens read out as by the full model.
+        """
         layers = self.frozen.exit_layers
-        weights = torch.tensor(exit_weights(len(layers)), device=self._device)
+        share = exit_weights(len(layers))
+        weights = torch.tensor(share, device=self._device)
+        learn = [weight / self.options.micro_batches for weight in share] if ADAPTERS in active else None
+        found = self.frozen.label(batch, positions, self.classifiers, learn)
+        labels = found.within_k  # (E, n)
         lines: list[Tensor] = []
-        for kind in self.groups:
+        for kind in active:
+            if kind == ADAPTERS:
+                assert found.divergence is not None
+                lines += [found.divergence, found.agrees.float().mean(1)]
+                continue
             logits = torch.stack([self._logits(kind, layer, batch, positions) for layer in layers])  # (E, n, 2)
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), reduction="none")
             by_exit = losses.view(labels.shape).mean(1)  # (E,)
@@ -155,17 +184,17 @@ class Trainer:
                 logits = classifier(batch.exits[layer][positions].float())[0]
         return logits.float()
 
-    def _update(self, step: int, rate: float) -> dict[str, float]:
-        """Adds up gradients over processes, clips them kind by kind, and steps; returns their norms."""
+    def _update(self, step: int, rate: float, active: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
+        """Adds up gradients over processes, clips them group by group, and steps; returns their norms."""
         mine = self.processes
         if mine.count > 1:
-            every = [parameter for group in self.groups.values() for parameter in group]
+            every = [parameter for group in active.values() for parameter in group]
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in every])
             parts = mine.add_up(flat).split([p.numel() for p in every])
             for parameter, part in zip(every, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
         norms = {
-            kind: float(torch.nn.utils.clip_grad_norm_(group, self.options.clip)) for kind, group in self.groups.items()
+            kind: float(torch.nn.utils.clip_grad_norm_(group, self.options.clip)) for kind, group in active.items()
         }
         broken = [kind for kind, norm in norms.items() if not math.isfinite(norm)]
         if broken:
