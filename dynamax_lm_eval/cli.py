@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,9 @@ def _train(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     try:
-        options, run = parser.parse_args_into_dataclasses(arguments)
+        options, run, *unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        if unknown and unknown[0]:
+            raise UserError(_unknown_option(unknown[0][0], parser))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         from dynamax_lm_eval.training.command import train
@@ -88,6 +91,12 @@ def _train(arguments: list[str]) -> int:
         sys.stderr.write(f"dynamax-lm-eval: error: {' '.join(str(error).split())}\n")
         return 2
     return 0
+
+
+def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    nearest = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+    return f"unknown option {option!r}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help")
 
 
 def _run(arguments: list[str]) -> int:

@@ -136,6 +136,8 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     for name, value in own.items():
         if value is not None:
             parsed[name] = _PARSERS[name](name, value)
+    if not parsed.get("exits_check", True) and "exits" not in parsed:
+        raise UserError("exits_check=false has no effect without exits=: exits are looked up by the weights they fit")
     if parsed.get("preset") == "paper":
         parsed = {**PAPER_PRESET, **parsed}
     return DynamaxArgs(**parsed), passed_on

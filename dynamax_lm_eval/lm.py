@@ -27,6 +27,7 @@ from dynamax_lm_eval import harness
 from dynamax_lm_eval.backbones import TransformerBackbone, aliases, loading
 from dynamax_lm_eval.backbones.fingerprint import (
     config_fingerprint,
+    fetched_files_fingerprint,
     files_fingerprint,
     model_fingerprint,
     weights_fingerprint,
@@ -77,6 +78,10 @@ class DynamaxLM(HFLM):
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
         fingerprint = model_fingerprint(loaded) if loaded is not None else files_fingerprint(source, passed_on)
+        if fingerprint is None and checkpoint.might_be_needed(self.args):
+            fingerprint = fetched_files_fingerprint(source, passed_on)
+        if fingerprint is not None and (changed := passed_on.get("peft") or passed_on.get("delta")):
+            fingerprint = f"{fingerprint} changed by {changed}"  # not the weights that exits were trained for
         self.exits = checkpoint.for_run(self.args, config, fingerprint)
         self.policy, self._policy_note = ExitPolicy.from_args(
             self.args,
@@ -104,11 +109,7 @@ class DynamaxLM(HFLM):
         with self._autocast():
             self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers)
         kind = self.policy.classifier
-        self._classifier_macs = (
-            {layer: classifiers.at(kind, layer).macs for layer in self.policy.exit_layers}
-            if classifiers is not None and kind is not None
-            else {}
-        )
+        self._classifier_costs = classifiers.costs(kind) if classifiers is not None and kind is not None else {}
         self._adapter_macs = classifiers.adapter_macs() if classifiers is not None else {}
         self._warn_of_read_cost()
 
@@ -366,7 +367,7 @@ class DynamaxLM(HFLM):
         cost = self.engine.backbone.cost
         return account(
             [
-                (trace, self.policy.terms(trace.prompt_tokens, self._classifier_macs, self._adapter_macs))
+                (trace, self.policy.terms(trace.prompt_tokens, self._classifier_costs, self._adapter_macs))
                 for trace in traces
             ],
             cost,

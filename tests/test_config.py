@@ -49,7 +49,6 @@ def parse(**args: Any) -> Any:
         ("classifier_warmup", "16", 16),
         ("final_block", "true", True),
         ("final_block", False, False),
-        ("exits_check", "False", False),
         ("preset", "paper", "paper"),
     ],
 )

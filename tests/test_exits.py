@@ -26,6 +26,7 @@ from test_engine import (
 from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.backbones.fingerprint import files_fingerprint, model_fingerprint
 from dynamax_lm_eval.backbones.ssm import MixerShape, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.compute.cost import ClassifierCost
 from dynamax_lm_eval.compute.ledger import Trace, account
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.engine import Engine
@@ -213,19 +214,36 @@ def test_macs_of_a_mamba_classifier_by_hand() -> None:
 def test_compute_of_classifiers_warm_up_and_final_block() -> None:
     """One row by hand: a prompt of 5 tokens, then tokens that left at 2, at 4 and not at all."""
     cost = engine_with_exits().backbone.cost
-    macs = {2: 100, 3: 10, 4: 1}
+    costs = {layer: ClassifierCost(macs, 2 * macs) for layer, macs in {2: 100, 3: 10, 4: 1}.items()}
     trace = Trace(5, 8, 4, (2, 4, LAYERS), generated=True)
     policy = classifier_policy("mamba", final_block=True, classifier_warmup=3)
-    record = account([(trace, policy.terms(5, macs))], cost)
+    record = account([(trace, policy.terms(5, costs))], cost)
     assert record.classifier_macs == 3 * 111 + 100 + 111 + 111
     blocks = [block.at for block in cost.blocks]
     left_at = [(5, (1, 2, 6)), (6, (1, 2, 3, 4, 6)), (7, tuple(range(1, 7)))]
     assert record.block_macs == sum(blocks[b - 1](position) for position, ran in left_at for b in ran)
     skipped = [3, 4, 5, 5]  # by the first token and by the second; block 6 wrote its own state
     assert record.recompute_macs == sum(cost.blocks[b - 1].state_recompute for b in skipped)
-    assert record.paper_spent == pytest.approx(3 + 5 + 6 + 4 / 6 + record.classifier_macs / cost.mean_block_weights)
-    calm = account([(trace, classifier_policy("calm").terms(5, macs))], cost)
+    weights = 2 * record.classifier_macs
+    assert record.paper_spent == pytest.approx(3 + 5 + 6 + 4 / 6 + weights / cost.mean_block_weights)
+    calm = account([(trace, classifier_policy("calm").terms(5, costs))], cost)
     assert calm.classifier_macs == 100 + 111 + 111
+
+
+def test_in_the_papers_table_a_linear_classifier_is_free() -> None:
+    assert CLASSIFIERS.at("calm", 2).cost == ClassifierCost(64, 0)
+    assert CLASSIFIERS.at("ffn", 2).cost.paper_weights == CLASSIFIERS.at("ffn", 2).macs
+    assert CLASSIFIERS.at("mamba", 2).cost.paper_weights == 32 * (24 + 24 + 10 + 1) + 24 * 2
+
+
+def test_without_eligible_tokens_there_is_no_reduction() -> None:
+    """Also where prompts warmed a classifier, which costs something."""
+    trace = Trace(5, 5, 1, (), generated=True)
+    costs = dict.fromkeys(EXITS, ClassifierCost(100, 100))
+    record = account([(trace, classifier_policy("mamba").terms(5, costs))], engine_with_exits().backbone.cost)
+    assert record.classifier_macs == 3 * 5 * 100
+    assert record.compute_reduction == record.compute_reduction_paper == 1
+    assert record.compute_reduction_total < 1
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -236,7 +254,8 @@ def test_round_trip(tmp_path: Path) -> None:
     loaded = opened.load()
     for name, tensor in CLASSIFIERS.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
-    assert opened.fingerprint() == opened.fingerprint()
+    checkpoint.save(tmp_path / "other", config, config.build(seed=99))
+    assert opened.fingerprint() != ExitCheckpoint.open(tmp_path / "other").fingerprint()
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -261,6 +280,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be used"),
         (lambda folder: (folder / "config.json").write_text('{"format": "other"}'), "not an exit checkpoint"),
         (lambda folder: set_config(folder, format_version=99), "format_version is 99"),
+        (lambda folder: set_config(folder, exit_layers=[3, 2, 4]), "are not rising numbers"),
+        (lambda folder: set_config(folder, exit_layers=[2, 6]), "are not rising numbers"),
+        (lambda folder: set_config(folder, classifiers=[]), "are not some of calm, ffn, mamba"),
+        (lambda folder: set_config(folder, activation="swoosh"), "activation 'swoosh' is unknown"),
         (lambda folder: set_config(folder, exit_layers=[2, 3]), "exits.safetensors cannot be used"),
         (lambda folder: (folder / "exits.safetensors").write_bytes(b"1234"), "exits.safetensors cannot be used"),
         (lambda folder: (folder / "exits.safetensors").unlink(), "exits.safetensors cannot be used"),
@@ -319,6 +342,9 @@ def test_a_policy_follows_the_exits_at_hand() -> None:
     assert policy_of(trained, confidence="softmax").classifier is None
     assert policy_of(None).confidence == "softmax"
     assert policy_of(trained, preset="paper", final_block=True).state_mode == "copy"
+    # The reference point of a sweep needs no exits, whatever its other points use.
+    assert policy_of(None, classifier="calm", threshold=(1.0,)).active_exits == ()
+    assert policy_of(trained, threshold=(1.0, 1.0, 1.0)).exit_layers == EXITS
 
 
 @pytest.mark.parametrize(
@@ -330,6 +356,7 @@ def test_a_policy_follows_the_exits_at_hand() -> None:
         ({}, {"confidence": "softmax", "classifier": "calm"}, "classifier needs confidence=classifier"),
         ({"classifiers": ("ffn",)}, {"classifier": "calm"}, "not among the trained exits, which have ffn"),
         ({}, {"classifier": "calm", "classifier_warmup": 4}, "carries no state"),
+        ({}, {"classifier_warmup": 4, "exit_scope": "all"}, "classifier_warmup has no effect with exit_scope=all"),
         ({}, {"exit_layers": (2, 5)}, r"exit_layers \[5\] have no trained classifier"),
         ({}, {"final_block": True}, "trained with final_block=false"),
         ({}, {"preset": "paper", "final_block": True}, "preset=paper sets final_block=true"),

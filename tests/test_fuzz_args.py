@@ -25,7 +25,7 @@ VALID: dict[str, list[Any]] = {
     "classifier": ["calm", "mamba", None],
     "classifier_warmup": [0, 8, "16", None],
     "final_block": [True, "false", None],
-    "exits_check": [True, "false", False],
+    "exits_check": [True, "true"],
     "preset": ["paper", None],
     "batch_size": [1, "4", "auto"],
     "dtype": ["float32"],

@@ -190,10 +190,22 @@ class TestLoop:
     def test_a_gradient_that_is_not_finite_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         trainer, batches = make_trainer(("calm",))
         before = {name: tensor.clone() for name, tensor in trainer.classifiers.state_dict().items()}
-        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+        run = trainer.frozen.run
+
+        def broken(rows: Any) -> Any:
+            batch = run(rows)
+            batch.exits[3][:] = torch.nan
+            return batch
+
+        monkeypatch.setattr(trainer.frozen, "run", broken)
         with pytest.raises(UserError, match="step 1: the gradient of calm is not finite"):
             trainer.step(0, batches)
         assert all(torch.equal(before[name], t) for name, t in trainer.classifiers.state_dict().items())
+
+
+def letters(text: str) -> Any:
+    """A tokenizer."""
+    return type("Encoded", (), {"input_ids": [ord(letter) for letter in text]})
 
 
 class TestData:
@@ -224,16 +236,31 @@ class TestData:
         rows, count = data.held_out(self.documents, 20, 10)
         assert sum(map(len, rows)) >= 19
         kept = data.without_first(self.documents, count)
-        assert list(kept(0, 0)) == list(self.documents(0, count))
-        assert [0, 1, 2, 3, 4] not in list(kept(1, 0))
+        assert count == 3
+        assert list(kept(0, 0)) == [[], [], [], *self.documents(0, 3)]
+        assert list(kept(1, 0)) == [list(range(8)), list(range(100, 105)), []]
+        same_text = data.without_first(lambda _, first: iter([[7], [8], [7]][first:]), 1)
+        assert list(same_text(0, 0)) == [[], [8], []]
+        assert list(same_text(1, 1)) == [[8], []]
+        with pytest.raises(UserError, match="all documents would be held out"):
+            data.without_first(self.documents, 5)
+
+    @pytest.mark.parametrize("buffer", [0, 3, 100])
+    @pytest.mark.parametrize("files", [1, 3])
+    def test_streams_continue_in_every_epoch(self, tmp_path: Path, buffer: int, files: int) -> None:
+        for i in range(files):
+            lines = [json.dumps({"text": chr(ord("a") + i) * n}) + "\n" for n in range(1, 8)]
+            (tmp_path / f"{i}.jsonl").write_text("".join(lines))
+        documents = data.text_documents(options_for(tmp_path, tmp_path, shuffle_buffer=buffer), str(tmp_path), letters)
+        whole = [list(documents(epoch, 0)) for epoch in range(3)]
+        for epoch, expected in enumerate(whole):
+            assert list(documents(epoch, 4)) == expected[4:]
+            assert sorted(expected) == sorted(whole[0])
+        assert (whole[0] == whole[1]) == (buffer == 0)
 
     @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet", "txt"])
     def test_files_of_every_kind(self, tmp_path: Path, ending: str) -> None:
         import datasets
-
-        class Tokenizer:
-            def __call__(self, text: str) -> Any:
-                return type("Encoded", (), {"input_ids": [ord(c) for c in text]})
 
         table = datasets.Dataset.from_dict({"text": ["abc", "de"]})
         file = tmp_path / f"a.{ending}"
@@ -246,9 +273,9 @@ class TestData:
             table.to_json(file)
         source = file if ending != "txt" else tmp_path
         options = options_for(tmp_path, source, shuffle_buffer=0)
-        found = list(data.text_documents(options, str(source), Tokenizer())(0, 0))
-        assert found == [[97, 98, 99], [100, 101]]
-        assert list(data.text_documents(options, str(source), Tokenizer())(0, 1)) == [[100, 101]]
+        documents = data.text_documents(options, str(source), letters)
+        assert list(documents(0, 0)) == [[97, 98, 99], [100, 101]]
+        assert list(documents(0, 1)) == [[100, 101]]
 
     @pytest.mark.parametrize("dataset", ["./missing.jsonl", "/no/such/folder", "x*.txt"])
     def test_missing_files_are_errors(self, dataset: str) -> None:
@@ -261,6 +288,7 @@ class TestData:
         documents = generated_documents(engine, tokenizer, options_for(model_folder, Path("self"), seq_len=12))
         first = list(itertools.islice(documents(0, 0), 40))
         assert first[35:38] == list(itertools.islice(documents(0, 35), 3))
+        assert first[33:40] == list(itertools.islice(documents(0, 33), 7))
         assert all(row[0] == 1 and len(row) <= 12 for row in first)
         assert len({tuple(row) for row in first}) > 35
 
@@ -339,6 +367,14 @@ class TestResume:
         assert found[1].step >= 2
         with pytest.raises(UserError, match="--resume: this training began with other options: max_tokens"):
             train(model_folder, texts, tmp_path, resume=True)
+        # The same training, told to end soon.
+        stopped_at = found[1].step
+        progress = tmp_path / "state" / f"state-{stopped_at:08d}" / "progress.json"
+        shorter = options_for(model_folder, texts, max_tokens=(stopped_at + 1) * 128).to_json()
+        data_of = json.loads(progress.read_text())
+        progress.write_text(json.dumps({**data_of, "options": {**data_of["options"], **shorter}}))
+        saved = train(model_folder, texts, tmp_path, resume=True, max_tokens=(stopped_at + 1) * 128)
+        assert saved.config.training["steps"] == stopped_at + 1
 
     def test_a_used_folder_is_not_written_over(
         self, unbroken: ExitCheckpoint, model_folder: Path, texts: Path, tmp_path: Path
@@ -370,7 +406,8 @@ class TestResume:
 
 def command_line(backbone: Path, texts: Path, output: Path) -> list[str]:
     options = options_for(backbone, texts).to_json()
-    line = [sys.executable, "-m", "dynamax_lm_eval", "train", "--output", str(output), "--save_steps", "2"]
+    line = [sys.executable, "-m", "dynamax_lm_eval", "train", "--output", str(output)]
+    line += ["--save_steps", "2", "--log_steps", "1"]
     for name, value in options.items():
         if value is not None and name != "max_tokens":
             line += [f"--{name}", str(value)]
@@ -396,6 +433,11 @@ def test_two_processes_train_what_one_trains(model_folder: Path, texts: Path, tm
     two = ExitCheckpoint.open(tmp_path / "two")
     assert two.config.training["processes"] == 2
     assert_same_weights(two, one, rtol=1e-3, atol=1e-4)
+    logs = [(tmp_path / name / "training.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for mine, theirs in zip(*(map(json.loads, log) for log in logs), strict=True):
+        for name in ("losses", "accuracies", "gradient_norms"):
+            for kind, values in mine[name].items():
+                assert theirs[name][kind] == pytest.approx(values, rel=1e-3), (mine["step"], name, kind)
 
 
 class TestEvaluation:
@@ -440,10 +482,15 @@ class TestEvaluation:
         (["--classifier", "calm,cnn"], "must name some of calm, ffn, mamba, got 'cnn'"),
         (["--top_k", "0"], "--top_k must be at least 1, got 0"),
         (["--label_share", "1.5"], "--label_share must be at most 1"),
-        (["--batch_tokens", "1000", "--micro_batch_tokens", "300"], "must be a multiple of"),
+        (["--batch_tokens", "1000", "--micro_batch_tokens", "600"], "must be a multiple of"),
         (["--exit_layers", "2+9"], "exit_layers must lie in 1..5"),
         (["--dataset", "./missing.jsonl"], "no file there"),
         (["--resume", "--overwrite"], "contradict each other"),
+        (["--max_token", "5"], "unknown option '--max_token'; did you mean --max_tokens?"),
+        (["--seq_len", "9000"], "must be at most --micro_batch_tokens=4096"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--dataset_split", "test"], "is a local file, which has no configuration and no splits"),
+        (["--adapter", "cubic"], "adapter must be none, affine or lowrank:R"),
         (["--mamba_expand", "-1"], "mamba_expand must be a finite number above 0"),
     ],
 )

@@ -60,7 +60,8 @@ def files_fingerprint(source: str, options: Mapping[str, Any]) -> str | None:
         return None
     if gguf := options.get("gguf_file"):
         return _bytes_fingerprint([folder / str(gguf)]) if (folder / str(gguf)).is_file() else None
-    if index := next(iter(sorted(folder.glob("*.safetensors.index.json"))), None):
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         names = [name for name in ("model.safetensors",) if (folder / name).is_file()]
@@ -69,6 +70,27 @@ def files_fingerprint(source: str, options: Mapping[str, Any]) -> str | None:
         return tensors_fingerprint(_tensors(files))
     others = sorted(file for pattern in _OTHER_FILES for file in folder.glob(pattern))
     return _bytes_fingerprint(others) if others else None
+
+
+def fetched_files_fingerprint(source: str, options: Mapping[str, Any]) -> str | None:
+    """As files_fingerprint, for a model on the Hub, whose weight files are downloaded (as loading would)."""
+    from huggingface_hub import snapshot_download
+
+    if Path(source).expanduser().is_dir() or options.get("gguf_file"):
+        return None
+    folder = f"{options['subfolder']}/" if options.get("subfolder") else ""
+    patterns = [f"{folder}{name}" for name in ("config.json", "model*.safetensors", "model.safetensors.index.json")]
+    try:
+        snapshot_download(
+            source,
+            revision=str(options.get("revision") or "main"),
+            cache_dir=options.get("cache_dir"),
+            token=options.get("token"),
+            allow_patterns=patterns,
+        )
+    except (OSError, ValueError):
+        return None  # loading the model will say what is wrong
+    return files_fingerprint(source, options)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -118,6 +118,8 @@ class ExitTerms:
     recomputes_state: bool
     pruned_blocks: frozenset[int]
     first_eligible: int
+    #: What the paper's cost table counts for one evaluation, in weights.
+    classifier_paper_weights: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.
     adapter_macs: tuple[int, ...] = ()
     #: Tokens that may not exit and that a recurrent classifier sees at every one of these layers.
@@ -128,6 +130,20 @@ class ExitTerms:
     def evaluations(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many exits were evaluated for eligible tokens that left at ``layers``. (T,)"""
         return np.searchsorted(np.asarray(self.evaluated_layers, dtype=np.int64), layers, side="right")
+
+    def classifier_total(self, per_layer: tuple[int, ...], evaluations: npt.NDArray[np.int64]) -> int:
+        """Sum of ``per_layer`` over all evaluations, those on tokens that only warm a classifier included."""
+        decided = np.cumsum([0, *per_layer])[evaluations].sum() if per_layer else 0
+        return int(decided) + self.warmed_tokens * sum(per_layer)
+
+
+@dataclass(frozen=True)
+class ClassifierCost:
+    """What one evaluation of a classifier costs."""
+
+    macs: int
+    #: In the paper's table: its weights, 0 for a linear layer.
+    paper_weights: int
 
 
 def _running_sum(values: Iterable[float]) -> npt.NDArray[Any]:

@@ -86,7 +86,8 @@ class ComputeRecord:
     @property
     def compute_reduction(self) -> float:
         """Block MACs of the full backbone / MACs spent, for eligible tokens; 1 without any."""
-        return _ratio(self.full_macs, self.spent_macs)
+        # Classifiers that were only warmed up cost something where nothing could be saved; that is no reduction.
+        return _ratio(self.full_macs, self.spent_macs) if self.eligible_tokens else 1.0
 
     @property
     def compute_reduction_total(self) -> float:
@@ -96,7 +97,7 @@ class ComputeRecord:
     @property
     def compute_reduction_paper(self) -> float:
         """The same tokens by the paper's cost table."""
-        return _ratio(self.paper_full, self.paper_spent)
+        return _ratio(self.paper_full, self.paper_spent) if self.eligible_tokens else 1.0
 
     @property
     def mean_exit_layer(self) -> float | None:
@@ -146,8 +147,7 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
     evaluations = terms.evaluations(layers)
     gives_token = (positions >= trace.prompt_tokens - 1) & (not terms.final_block)
     reads = int((evaluations - (gives_token & (layers < depth))).sum()) if terms.reads_lm_head else 0
-    classifier = int(np.cumsum([0, *terms.classifier_macs])[evaluations].sum())
-    classifier += terms.warmed_tokens * sum(terms.classifier_macs)
+    classifier = terms.classifier_total(terms.classifier_macs, evaluations)
 
     # A confidence made of logits corrects the state at every evaluation, any other only where a token is read out.
     adapter = 0
@@ -191,7 +191,9 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
 
     ran = sum(int((layers >= block).sum()) for block in range(1, depth + 1) if block not in pruned)
     ran += int((layers < depth).sum()) if runs_last else 0
-    overhead = record.classifier_macs + record.adapter_macs + record.lm_head_macs
+    # In the paper's table a classifier costs its weights over a block's, and the linear one nothing.
+    overhead = terms.classifier_total(terms.classifier_paper_weights, evaluations)
+    overhead += record.adapter_macs + record.lm_head_macs
     record.paper_full = float(depth * len(layers))
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
     return record

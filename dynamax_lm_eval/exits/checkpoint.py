@@ -11,16 +11,18 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
 
 import dynamax_lm_eval
-from dynamax_lm_eval.backbones.aliases import cache_dir
+from dynamax_lm_eval.backbones.aliases import HUB_ALIASES, cache_dir
 from dynamax_lm_eval.backbones.fingerprint import tensors_fingerprint
-from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.config import ClassifierKind, DynamaxArgs, UserError
+from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.files import write_text
 
@@ -85,9 +87,22 @@ class ExitConfig:
             known["options"] = ClassifierOptions(**known["options"])
             for name in ("exit_layers", "classifiers"):
                 known[name] = tuple(known[name])
-            return cls(**known)
-        except (TypeError, KeyError) as error:
+            found = cls(**known)
+            found.check()
+        except (TypeError, KeyError, AttributeError) as error:
             raise UserError(f"its configuration is damaged ({error})") from error
+        return found
+
+    def check(self) -> None:
+        """Raises UserError where the configuration contradicts itself or asks for what does not exist."""
+        layers, depth = self.exit_layers, self.backbone.num_layers
+        if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < depth:
+            raise UserError(f"its exit_layers {list(layers)} are not rising numbers in 1..{depth - 1}")
+        if not self.classifiers or not set(self.classifiers) <= set(get_args(ClassifierKind)):
+            raise UserError(f"its classifiers {list(self.classifiers)} are not some of calm, ffn, mamba")
+        if self.activation not in ACT2FN:
+            raise UserError(f"its activation {self.activation!r} is unknown to transformers")
+        check_adapter(self.adapter)
 
     def build(self, seed: int = 0) -> ExitClassifiers:
         """The modules, freshly initialised."""
@@ -215,7 +230,7 @@ def find(backbone: str, fingerprint: str | None) -> ExitCheckpoint | None:
             if (
                 checkpoint.config.backbone.fingerprint == fingerprint
                 if fingerprint is not None
-                else checkpoint.config.backbone.id == backbone
+                else _hub_id(checkpoint.config.backbone.id) == _hub_id(backbone)
             )
         ]
         if found:
@@ -264,8 +279,7 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprint: str | None) ->
     if args.exits is not None:
         found = resolve(args.exits)
     else:
-        never_exits = all(threshold >= 1 for threshold in args.threshold)
-        if never_exits or args.confidence not in (None, "classifier"):
+        if not might_be_needed(args):
             return None
         known = find(args.backbone, fingerprint)
         if known is None:
@@ -277,6 +291,18 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprint: str | None) ->
     if fingerprint is not None:
         found.check_fingerprint(fingerprint, args.exits_check)
     return found
+
+
+def might_be_needed(args: DynamaxArgs) -> bool:
+    """Whether a run could use trained exits: not with another confidence, nor where nothing exits."""
+    if args.exits is not None or args.classifier is not None or args.confidence == "classifier":
+        return True
+    plain = len(args.threshold) == 1 and args.threshold[0] >= 1
+    return args.confidence is None and not plain
+
+
+def _hub_id(name: str) -> str:
+    return HUB_ALIASES.get(name, name)
 
 
 def _readable(home: Path) -> Iterator[ExitCheckpoint]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones.ssm import MixerShape, MixerState, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.compute.cost import ClassifierCost
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
 
@@ -65,6 +66,13 @@ class Classifier(nn.Module, ABC):
     @abstractmethod
     def macs(self) -> int:
         """MACs of one evaluation for one token; norms and activations are left out."""
+
+    @property
+    def cost(self) -> ClassifierCost:
+        """Cost of one evaluation, also in the paper's table, where the linear classifier costs nothing."""
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        weights = sum(linear.weight.numel() for linear in linears)
+        return ClassifierCost(self.macs, weights if len(linears) > 1 else 0)
 
     @abstractmethod
     def forward(
@@ -154,12 +162,14 @@ class MambaClassifier(Classifier):
         projected = self.in_proj(self.norm(hidden))
         gate, mixed, dt = projected.split([shape.inner, shape.channels, shape.heads], dim=-1)
         conv, ssm = (None, None) if state is None else state
-        mixed, conv = causal_conv(mixed, self.conv_weight, self.conv_bias, rows, conv)
-        steps = F.softplus(dt.float() + self.dt_bias.float())
-        mixed = F.silu(mixed)
-        output, ssm = selective_scan(mixed, steps, -self.A_log.float().exp(), shape, rows, ssm)  # (T, H, P)
-        x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-        output = (output + x * self.D.unsqueeze(-1)).flatten(1)
+        # The recurrence sums over many tokens: in float32, in training as in decoding.
+        with torch.autocast(hidden.device.type, enabled=False):
+            mixed, conv = causal_conv(mixed.float(), self.conv_weight, self.conv_bias, rows, conv)
+            steps = F.softplus(dt.float() + self.dt_bias)
+            mixed = F.silu(mixed)
+            output, ssm = selective_scan(mixed, steps, -self.A_log.exp(), shape, rows, ssm)  # (T, H, P)
+            x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
+            output = (output + x * self.D.unsqueeze(-1)).flatten(1)
         after = None if ssm is None else MixerState(conv, ssm)
         return self.out_proj(self.gate_norm(output * F.silu(gate))), after
 
@@ -240,6 +250,6 @@ class ExitClassifiers(nn.Module):
         """All classifiers of a kind, by exit layer."""
         return {layer: self.at(kind, layer) for layer in self.exit_layers}
 
-    def macs(self, kind: str, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """MACs of one evaluation at each of these exit layers."""
-        return tuple(self.at(kind, layer).macs for layer in layers)
+    def costs(self, kind: str) -> dict[int, ClassifierCost]:
+        """Cost of one evaluation at each exit layer."""
+        return {layer: self.at(kind, layer).cost for layer in self.exit_layers}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval import config
-from dynamax_lm_eval.compute.cost import ExitTerms
+from dynamax_lm_eval.compute.cost import ClassifierCost, ExitTerms
 from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, ExitScope, StateMode, UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.confidence import READS_LM_HEAD
@@ -78,6 +78,8 @@ class ExitPolicy:
             classifier = _choose_classifier(args, exits)
             final_block = _check_final_block(args, exits)
             _check_trained_layers(args, exits)
+        elif all(threshold >= 1 for threshold in args.threshold):
+            pass  # the plain backbone: nothing is evaluated, whatever would have been
         elif args.classifier is not None or args.classifier_warmup is not None:
             name = "classifier" if args.classifier is not None else "classifier_warmup"
             raise UserError(f"{name} needs confidence=classifier and trained exits; this run uses {confidence}")
@@ -182,18 +184,22 @@ class ExitPolicy:
     def terms(
         self,
         prompt_length: int,
-        classifier_macs: Mapping[int, int] | None = None,
+        classifier_costs: Mapping[int, ClassifierCost] | None = None,
         adapter_macs: Mapping[int, int] | None = None,
     ) -> ExitTerms:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
 
-        ``classifier_macs``: MACs of one evaluation at each exit layer, where a classifier gives the confidence;
+        ``classifier_costs``: cost of one evaluation at each exit layer, where a classifier gives the confidence;
         ``adapter_macs``: MACs of the adapter there, where read-outs have one.
         """
         first = self.first_eligible_position(prompt_length)
+        costs = classifier_costs or {}
         return ExitTerms(
             evaluated_layers=self.active_exits,
-            classifier_macs=tuple((classifier_macs or {}).get(layer, 0) for layer in self.active_exits),
+            classifier_macs=tuple(costs[layer].macs if layer in costs else 0 for layer in self.active_exits),
+            classifier_paper_weights=tuple(
+                costs[layer].paper_weights if layer in costs else 0 for layer in self.active_exits
+            ),
             adapter_macs=tuple((adapter_macs or {}).get(layer, 0) for layer in self.active_exits),
             warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
             final_block=self.final_block,
@@ -218,6 +224,8 @@ def _choose_classifier(args: DynamaxArgs, exits: ExitConfig) -> ClassifierKind:
         raise UserError(f"classifier={kind} is not among the trained exits, which have {', '.join(exits.classifiers)}")
     if args.classifier_warmup is not None and kind != "mamba":
         raise UserError(f"classifier_warmup has no effect with classifier={kind}, which carries no state; remove it")
+    if args.classifier_warmup is not None and args.exit_scope == "all":
+        raise UserError("classifier_warmup has no effect with exit_scope=all, where prompts are evaluated; remove it")
     return cast(ClassifierKind, kind)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
@@ -65,7 +66,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any]) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _label(top_k: int) -> str:

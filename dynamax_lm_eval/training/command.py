@@ -66,8 +66,17 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
     )
     if run.output is None:
         _check_output(folder, run)
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes there
+    if options.micro_batches % accelerator.num_processes:
+        raise UserError(
+            f"--batch_tokens={options.batch_tokens} is {options.micro_batches} micro-batches, which cannot be shared "
+            f"by {accelerator.num_processes} processes; lower --micro_batch_tokens or raise --batch_tokens"
+        )
     documents, held_out = _data(options, backbone)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one writes there
+    if run.push_to_hub and accelerator.is_main_process:
+        _create_repository(run.push_to_hub, run.private)
+    if run.overwrite and accelerator.is_main_process:
+        _clear(folder)
     exits = ExitConfig(
         backbone=backbone.identity,
         exit_layers=exit_layers,
@@ -132,7 +141,12 @@ def _loop(
 ) -> float:
     """All optimiser steps that are left; returns the seconds of training, those before a resume included."""
     first, earlier, position = 0, 0.0, data.Position()
-    identity = {**options.to_json(), "backbone_fingerprint": fingerprint}
+    identity = {
+        **options.to_json(),
+        "backbone_fingerprint": fingerprint,
+        "backbone_dtype": str(trainer.frozen.dtype),
+        "device_type": accelerator.device.type,
+    }
     found = state.latest(folder / "state") if run.resume else None
     if found is not None:
         path, progress = found
@@ -173,14 +187,14 @@ def _loop(
 def _data(options: TrainingOptions, backbone: FrozenBackbone) -> tuple[data.Documents, list[list[int]]]:
     """Training documents, and the rows of held-out text."""
 
-    def source(dataset: str) -> data.Documents:
+    def source(dataset: str, held_out: bool = False) -> data.Documents:
         if dataset == SELF_DATASET:
             return generated_documents(backbone.engine, backbone.tokenizer, options)
-        return data.text_documents(options, dataset, backbone.tokenizer)
+        return data.text_documents(options, dataset, backbone.tokenizer, held_out)
 
     documents = source(options.dataset)
     if options.eval_dataset is not None:
-        rows, _ = data.held_out(source(options.eval_dataset), options.eval_tokens, options.seq_len)
+        rows, _ = data.held_out(source(options.eval_dataset, True), options.eval_tokens, options.seq_len)
         return documents, rows
     rows, count = data.held_out(documents, options.eval_tokens, options.seq_len)
     return data.without_first(documents, count), rows
@@ -221,7 +235,7 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
         engine=engine,
         tokenizer=tokenizer,
         identity=BackboneIdentity(
-            id=options.backbone,
+            id=aliases.HUB_ALIASES.get(options.backbone, options.backbone),
             revision=run.revision or "main",
             model_type=config.model_type,
             hidden_size=int(text.hidden_size),
@@ -254,6 +268,14 @@ def _accelerator(run: RunOptions) -> Any:
         accelerator = Accelerator(log_with=trackers, project_dir=run.output or ".")
     except (ValueError, ImportError) as error:
         raise UserError(f"--report_to {run.report_to}: {' '.join(str(error).split())}") from error
+    # accelerate leaves out what is not installed without a word that users see.
+    missing = {str(name) for name in trackers or ()} - {
+        str(getattr(name, "value", name)) for name in accelerator.log_with
+    }
+    if missing - {"all"}:
+        raise UserError(
+            f"--report_to {run.report_to}: {', '.join(sorted(missing))} is not installed; run: pip install ..."
+        )
     if trackers:
         accelerator.init_trackers("dynamax-exits")
     return accelerator
@@ -264,12 +286,17 @@ def _check_output(folder: Path, run: RunOptions) -> None:
     finished = (folder / checkpoint.CONFIG_NAME).exists()
     begun = state.latest(folder / "state") is not None
     if run.overwrite:
-        shutil.rmtree(folder / "state", ignore_errors=True)
-        (folder / checkpoint.CONFIG_NAME).unlink(missing_ok=True)
-    elif finished:
+        return
+    if finished:
         raise UserError(f"{folder} already holds trained exits; choose another --output, or add --overwrite")
-    elif begun and not run.resume:
+    if begun and not run.resume:
         raise UserError(f"{folder} holds a training that was not finished; add --resume to go on, or --overwrite")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier training left, once everything else was found to be in order."""
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    (folder / checkpoint.CONFIG_NAME).unlink(missing_ok=True)
 
 
 def _cut_log(log: Path, step: int) -> None:
@@ -315,7 +342,21 @@ def _hardware(device: torch.device) -> str:
 def _push(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    url = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["state/*", ".*"])
+    try:
+        url = HfApi().upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["state/*", ".*"])
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the exits are trained and in {folder}, but could not be uploaded ({' '.join(str(error).split())}); try "
+            f"again with: hf upload {repository} {folder}"
+        ) from error
     logger.info("Pushed to %s", url)
+
+
+def _create_repository(repository: str, private: bool) -> None:
+    """Before training, so that a wrong name or token does not show at its end only."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=private, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--push_to_hub {repository!r}: {' '.join(str(error).split())}") from error

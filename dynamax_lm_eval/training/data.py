@@ -38,27 +38,29 @@ class Position:
         return asdict(self)
 
 
-def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any) -> Documents:
-    """The tokenised documents of a Hub data set or of local files.
+def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any, held_out: bool = False) -> Documents:
+    """The tokenised documents of a Hub data set or of local files; ``held_out``: with the options for held-out text.
 
     Raises:
         UserError: there is no such file or data set, or it has no text column.
     """
-    source = _open(options, dataset)
+    source = _open(options, dataset, held_out)
     column = options.text_column
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
         stream = source
         if options.shuffle_buffer:
-            stream = stream.shuffle(seed=options.seed, buffer_size=options.shuffle_buffer)
-        stream.set_epoch(epoch)
+            # Another seed for each epoch, not set_epoch: skip() forgets that.
+            stream = stream.shuffle(seed=options.seed + epoch, buffer_size=options.shuffle_buffer)
         for row in stream.skip(first) if first else stream:
+            text = row.get(column)
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"column {column!r} of {dataset!r} holds {type(text).__name__}, not text")
             if column not in row:
                 raise UserError(
                     f"{dataset!r} has no column {column!r}; it has {', '.join(row)}: name one by --text_column"
                 )
-            text = row[column]
-            yield tokenizer(text).input_ids if text else []
+            yield list(tokenizer(text).input_ids) if text else []
 
     return read
 
@@ -73,7 +75,7 @@ class MicroBatches:
         #: Where the next micro-batch begins.
         self.position = start or Position()
         self._stream: Iterator[tuple[Position, list[int]]] | None = None
-        self._rest: list[int] = []
+        self._document: list[int] = []
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         return self
@@ -82,11 +84,10 @@ class MicroBatches:
         rows: list[list[int]] = []
         room = self._num_tokens
         while room:
-            if not self._rest:
+            if self.position.offset >= len(self._document):
                 self._open_next()
-            row = self._rest[: min(room, self._seq_len)]
-            self._rest = self._rest[len(row) :]
             position = self.position
+            row = self._document[position.offset : position.offset + min(room, self._seq_len)]
             self.position = Position(position.epoch, position.document, position.offset + len(row))
             room -= len(row)
             rows.append(row)
@@ -95,28 +96,28 @@ class MicroBatches:
     def _open_next(self) -> None:
         if self._stream is None:
             self._stream = self._from(self.position)
-        self.position, self._rest = next(self._stream)
+        self.position, self._document = next(self._stream)
 
     def _from(self, start: Position) -> Iterator[tuple[Position, list[int]]]:
-        """Documents with text left, and where they stand, over epochs without end."""
+        """Documents with text left, and where to begin in them, over epochs without end."""
         for epoch in itertools.count(start.epoch):
             first = start.document if epoch == start.epoch else 0
             found = False
             for number, tokens in enumerate(self._documents(epoch, first), first):
                 offset = start.offset if (epoch, number) == (start.epoch, start.document) else 0
-                if tokens[offset:]:
+                if len(tokens) > offset:
                     found = True
-                    yield Position(epoch, number, offset), tokens[offset:]
-            if not found and first == 0:
-                raise UserError("the data set has no text; check --dataset and --text_column")
+                    yield Position(epoch, number, offset), tokens
+            if not found and first == 0 and start.offset == 0:
+                raise UserError("there is no text to train on; check --dataset, --text_column and --eval_tokens")
             logger.info("All text was seen %d times; going on with it in another order", epoch + 1)
 
 
 def held_out(documents: Documents, num_tokens: int, seq_len: int) -> tuple[list[list[int]], int]:
-    """Rows of the first documents with at least ``num_tokens`` tokens, and how many documents these are.
+    """Rows of ``num_tokens`` tokens (or one less) of the first documents, and how many documents these are.
 
     Raises:
-        UserError: nothing would be left to train on.
+        UserError: there is less text than that.
     """
     rows: list[list[int]] = []
     total = 0
@@ -129,42 +130,47 @@ def held_out(documents: Documents, num_tokens: int, seq_len: int) -> tuple[list[
                 total += len(row)
             if total >= num_tokens - 1:
                 return rows, count
-    raise UserError(f"the data set has only {total} tokens and --eval_tokens={num_tokens} are to be held out")
+    raise UserError(f"there are only {total} tokens of text, and --eval_tokens={num_tokens} are to be held out")
 
 
 def without_first(documents: Documents, count: int) -> Documents:
-    """The documents less the first ``count`` of the first epoch's order, in every epoch.
+    """The documents less the first ``count`` of the first epoch's order, in every epoch; copies of them too.
 
-    Later epochs have another order, so those documents are known by their tokens.
+    Later epochs have another order, so those documents are known by their tokens. They count as empty, so that
+    places in the data keep their numbers.
+
+    Raises:
+        UserError: nothing would be left.
     """
-    known: set[tuple[int, ...]] | None = None
+    known = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
+    if next(documents(0, count), None) is None:
+        raise UserError(
+            "all documents would be held out for the evaluation; give held-out text by --eval_dataset, lower "
+            "--eval_tokens, or split the text into more documents"
+        )
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
-        nonlocal known
-        if epoch == 0:
-            yield from documents(0, first + count)
-            return
-        if known is None:
-            known = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
-        kept = (tokens for tokens in documents(epoch, 0) if tuple(tokens) not in known)
-        yield from itertools.islice(kept, first, None)
+        return ([] if tuple(tokens) in known else tokens for tokens in documents(epoch, first))
 
     return read
 
 
-def _open(options: TrainingOptions, dataset: str) -> Any:
+def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
     import datasets
 
     files = _local_files(dataset)
+    name = options.eval_config if held_out else options.dataset_config
+    split = options.eval_split if held_out else options.dataset_split
+    if files and (name is not None or split != "train"):
+        raise UserError(f"{dataset!r} is a local file, which has no configuration and no splits; remove those options")
     try:
         if files:
             kind = _READERS[_ending(files[0])]
             extra = {"sample_by": "document"} if kind == "text" else {}
             return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **extra)
-        name = options.dataset_config
         if name is None and dataset == DEFAULT_DATASET:
             name = DEFAULT_DATASET_CONFIG
-        return datasets.load_dataset(dataset, name, split=options.dataset_split, streaming=True)
+        return datasets.load_dataset(dataset, name, split=split, streaming=True)
     except (OSError, ValueError) as error:
         raise UserError(f"--dataset {dataset!r} could not be opened: {' '.join(str(error).split())}") from error
 

@@ -81,9 +81,7 @@ def report(
             "exits": {
                 str(layer): exit_quality(confidences[i], seen.within_k[i]) for i, layer in enumerate(config.exit_layers)
             },
-            "macs_per_evaluation": dict(
-                zip(map(str, config.exit_layers), classifiers.macs(kind, config.exit_layers), strict=True)
-            ),
+            "macs_per_evaluation": {str(layer): cost.macs for layer, cost in classifiers.costs(kind).items()},
             "curve": [
                 predicted_point(seen, kind, threshold, config, classifiers, cost, state_mode)
                 for threshold in THRESHOLDS
@@ -157,12 +155,12 @@ def predicted_point(
         final_block=config.final_block,
         adapter=config.adapter,
     )
-    macs = {layer: classifiers.at(kind, layer).macs for layer in config.exit_layers}
+    costs = classifiers.costs(kind)
     traces, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
     for length in seen.lengths:
         inside[start] = False  # the first token of a row may not exit
         trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
-        traces.append((trace, policy.terms(1, macs, classifiers.adapter_macs())))
+        traces.append((trace, policy.terms(1, costs, classifiers.adapter_macs())))
         start += length
     record = account(traces, cost)
     return {

@@ -35,6 +35,8 @@ def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions
         return bool(tokens[-1] == ends)
 
     def read(epoch: int, start: int) -> Iterator[list[int]]:
+        # Groups begin at fixed numbers: rounding depends on how many rows share a pass.
+        skip, start = start % _AT_ONCE, start - start % _AT_ONCE
         while True:
             requests = []
             for number in range(start, start + _AT_ONCE):
@@ -43,8 +45,8 @@ def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions
                 requests.append(GenerationRequest([first], options.seq_len - 1, policy, sampler, is_finished))
             found: dict[int, Generation] = {}
             generate(engine, requests, _AT_ONCE, found.__setitem__)
-            for i in range(_AT_ONCE):
+            for i in range(skip, _AT_ONCE):
                 yield [first, *found[i].tokens]
-            start += _AT_ONCE
+            skip, start = 0, start + _AT_ONCE
 
     return read

@@ -36,6 +36,7 @@ class RunOptions:
     log_steps: int = _option(10, "optimiser steps between lines of training.jsonl")
     report_to: str = _option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
     push_to_hub: str | None = _option(None, "Hub repository (user/name) that the finished exits are uploaded to")
+    private: bool = _option(False, "make that repository private if it does not exist yet")
 
     def __post_init__(self) -> None:
         for name in ("save_steps", "log_steps"):
@@ -106,6 +107,8 @@ class TrainingOptions:
     eval_dataset: str | None = _option(
         None, "held-out text, given as --dataset; default: the first documents of the stream are held out"
     )
+    eval_config: str | None = _option(None, "configuration of a held-out Hub data set")
+    eval_split: str = _option("train", "split of a held-out Hub data set")
     eval_tokens: int = _option(50_000, "tokens to evaluate on at the end")
 
     def __post_init__(self) -> None:
@@ -127,6 +130,17 @@ class TrainingOptions:
             raise UserError(f"--label_share must be at most 1, got {self.label_share}")
         if not 0 <= self.warmup_share < 1:
             raise UserError(f"--warmup_share must be in [0, 1), got {self.warmup_share}")
+        if self.seq_len > self.micro_batch_tokens:
+            raise UserError(
+                f"--seq_len={self.seq_len} must be at most --micro_batch_tokens={self.micro_batch_tokens}, the tokens "
+                "that go through the backbone at once"
+            )
+        same_text = (self.eval_dataset, self.eval_config, self.eval_split)
+        if same_text == (self.dataset, self.dataset_config, self.dataset_split):
+            raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
+        for name in ("weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
         check_adapter(self.adapter)
         if self.adapter != "none" and self.final_block:
             raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
