@@ -21,6 +21,7 @@ import torch
 from environment import environment
 from torch import nn
 
+from dynamax_lm_eval.compute.cost import ClassifierCost
 from dynamax_lm_eval.compute.ledger import Trace, account
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.scheduler import Scoring, ScoringRequest, score
@@ -47,13 +48,16 @@ class RandomExit(Classifier):
         return torch.stack([torch.zeros_like(drawn), drawn.logit()], dim=1), None
 
 
-def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], macs: dict[int, int], batch: int) -> dict[str, Any]:
+def run(
+    engine: Engine, policy: ExitPolicy, rows: list[list[int]], costs: dict[int, ClassifierCost], batch: int
+) -> dict[str, Any]:
     """Most probable next tokens and compute of all rows under a policy."""
     requests = [ScoringRequest(row[:-1], 1, [[token] for token in row[1:]], policy) for row in rows]
     found: dict[int, Scoring] = {}
     score(engine, requests, batch, found.__setitem__)
     traces: list[Trace] = [found[i].trace for i in range(len(rows))]
-    record = account([(trace, policy.terms(1, macs)) for trace in traces], engine.backbone.cost)
+    adapters = engine.classifiers.adapter_macs() if engine.classifiers is not None else {}
+    record = account([(trace, policy.terms(1, costs, adapters)) for trace in traces], engine.backbone.cost)
     return {
         "greedy": np.concatenate([np.asarray(found[i].greedy_tokens) for i in range(len(rows))]),
         "layers": np.concatenate([np.asarray(trace.exit_layers) for trace in traces]),
@@ -122,12 +126,14 @@ def main() -> None:
                 state_mode=args.state_mode,
                 exit_scope="all",
                 final_block=trained.config.final_block,
+                adapter=trained.config.adapter,
             )
-            macs = {layer: classifiers.at(kind, layer).macs for layer in exits}
-            learned = run(engine, policy, rows, macs, args.batch_size)
+            learned = run(engine, policy, rows, classifiers.costs(kind), args.batch_size)
             add(kind, f"threshold {threshold}", learned)
             rates = exit_rates(learned["layers"], exits)
-            drawn = replace(policy, classifier="calm", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates))
+            drawn = replace(
+                policy, classifier="calm", adapter="none", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates)
+            )
             add(f"random at the rate of {kind}", f"threshold {threshold}", run_random(engine, drawn, rows, args))
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
@@ -146,9 +152,7 @@ def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: 
     """Random exits under the name of a stateless kind."""
     drawn = ExitClassifiers((), policy.exit_layers, 1, "silu", ClassifierOptions())
     drawn.by_kind["calm"] = nn.ModuleDict({str(layer): RandomExit(1, layer) for layer in policy.exit_layers})
-    return run(
-        Engine(engine.backbone, drawn.eval()), policy, rows, dict.fromkeys(policy.exit_layers, 0), args.batch_size
-    )
+    return run(Engine(engine.backbone, drawn.eval()), policy, rows, {}, args.batch_size)
 
 
 if __name__ == "__main__":
