@@ -14,6 +14,8 @@ import torch
 import transformers as hf
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+# The models are tiny: one thread per worker is the fastest, and the workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Exits that whoever runs the tests has trained must not be found.
 os.environ["DYNAMAX_CACHE"] = tempfile.mkdtemp(prefix="dynamax-tests-")
 

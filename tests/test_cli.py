@@ -45,7 +45,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ("thresold=0.5", "unknown model argument 'thresold'; did you mean 'threshold'?"),
         ("attn_implementation=flash_attention_2", "dynamax runs its own attention"),
         ("prune_layers=2,exit_layers=[3,4],threshold=0.5", "exit_layers [4] end with a pruned block"),
-        ("confidence=classifier", "confidence must be one of softmax, entropy, state"),
+        ("confidence=psychic", "confidence must be one of classifier, softmax, entropy, state"),
+        ("confidence=classifier", "confidence=classifier needs exits that were trained for this backbone"),
     ],
 )
 def test_bad_arguments_end_in_one_line(

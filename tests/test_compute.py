@@ -192,9 +192,9 @@ def test_prompt_tokens_that_exit_pay_for_all_their_reads() -> None:
 
 
 def test_account_of_classifiers() -> None:
-    record = account([(TRACE, terms(classifier_macs=(7, 11)))], COST)
+    record = account([(TRACE, terms(classifier_macs=(7, 11), classifier_paper_weights=(5, 6)))], COST)
     assert record.classifier_macs == 7 + (7 + 11)
-    assert record.paper_spent == pytest.approx(5 + 25 / 250)
+    assert record.paper_spent == pytest.approx(5 + (5 + 5 + 6) / 250)
 
 
 def test_pruned_blocks_are_in_the_numerator_only() -> None:
@@ -234,7 +234,8 @@ def test_stderr_of_the_ratio_agrees_with_resampling() -> None:
     records = []
     for _ in range(300):
         spent = rng.randint(50, 150)
-        records.append(ComputeRecord(full_macs=int(spent * rng.uniform(1.0, 2.0)), block_macs=spent))
+        full = int(spent * rng.uniform(1.0, 2.0))
+        records.append(ComputeRecord(full_macs=full, block_macs=spent, eligible_tokens=1))
     estimate = reduction_stderr(records)
     draws = [ComputeRecord.sum(rng.choices(records, k=len(records))).compute_reduction for _ in range(400)]
     assert estimate == pytest.approx(float(np.std(draws)), rel=0.15)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynamax_lm_eval.config import UserError
+
 _SAMPLES = 64
 #: Bytes read at each sampled place of a file that is not safetensors.
 _BLOCK = 4096
@@ -125,12 +127,15 @@ def _folder(source: str, options: Mapping[str, Any]) -> Path | None:
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                yield name, opened.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    yield name, opened.get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(f"{file} could not be loaded: {error}") from error
 
 
 def _bytes_fingerprint(files: Iterable[Path]) -> str:
