@@ -211,6 +211,12 @@ def resolve_thresholds(threshold: tuple[float, ...], exit_layers: tuple[int, ...
     return threshold
 
 
+def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Every setting that differs, with both values, for an error message; empty where none does."""
+    names = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
+    return ", ".join(f"{name} ({stored.get(name)!r}, now {now.get(name)!r})" for name in names)
+
+
 def _unknown_name(what: str, name: str, known: Collection[str]) -> str:
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"dynamax's own are: {', '.join(OWN_ARGUMENTS)}"

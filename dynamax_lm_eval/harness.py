@@ -27,7 +27,7 @@ from dynamax_lm_eval.compute.ledger import (
     reduction_stderr,
     total_reduction_stderr,
 )
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.config import UserError, changed_settings
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +75,9 @@ class ResponseLedger:
                 "choose another file"
             )
         stored = json.loads(database[_IDENTITY_KEY])
-        differing = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
-        if differing:
+        if changed := changed_settings(stored, identity):
             raise UserError(
-                "the file of --use_cache holds responses of a run that differs in "
-                + ", ".join(f"{key} ({stored.get(key)!r}, now {identity.get(key)!r})" for key in differing)
-                + "; choose another file"
+                f"the file of --use_cache holds responses of a run that differs in {changed}; choose another file"
             )
         keys = set(database)
         foreign = [key for key in keys if not key.startswith("dynamax:") and _RECORD_PREFIX + key not in keys]

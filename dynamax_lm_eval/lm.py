@@ -77,9 +77,13 @@ class DynamaxLM(HFLM):
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
-        fingerprint = model_fingerprint(loaded) if loaded is not None else files_fingerprint(source, passed_on)
-        if fingerprint is None and checkpoint.might_be_needed(self.args):
-            fingerprint = fetched_files_fingerprint(source, passed_on)
+        fingerprint = None
+        if checkpoint.might_be_needed(self.args):  # runs without exits need not read the weights twice
+            fingerprint = (
+                model_fingerprint(loaded)
+                if loaded is not None
+                else files_fingerprint(source, passed_on) or fetched_files_fingerprint(source, passed_on)
+            )
         if fingerprint is not None and (changed := passed_on.get("peft") or passed_on.get("delta")):
             fingerprint = f"{fingerprint} changed by {changed}"  # not the weights that exits were trained for
         self.exits = checkpoint.for_run(self.args, config, fingerprint)

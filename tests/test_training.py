@@ -488,6 +488,8 @@ class TestEvaluation:
         (["--resume", "--overwrite"], "contradict each other"),
         (["--max_token", "5"], "unknown option '--max_token'; did you mean --max_tokens?"),
         (["--seq_len", "9000"], "must be at most --micro_batch_tokens=4096"),
+        (["--private", "True"], "--private has no effect without --push_to_hub"),
+        (["--eval_split", "test"], "have no effect without --eval_dataset"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--dataset_split", "test"], "is a local file, which has no configuration and no splits"),
         (["--adapter", "cubic"], "adapter must be none, affine or lowrank:R"),

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
             "transformers": transformers.__version__,
         },
     }
-    exits = ExitConfig(**{**exits.__dict__, "training": summary})
+    exits = replace(exits, training=summary)
     evaluation.plot_curves(results, folder / "curve.png")
     files = {"evaluation.json": json.dumps(results, indent=1) + "\n", checkpoint.CARD_NAME: model_card(exits, results)}
     saved = checkpoint.save(folder, exits, classifiers, files)

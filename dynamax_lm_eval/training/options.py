@@ -46,6 +46,8 @@ class RunOptions:
             raise UserError(
                 f"--device must be auto or cpu, got {self.device!r}; choose a GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.private and self.push_to_hub is None:
+            raise UserError("--private has no effect without --push_to_hub; remove it")
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other; give one")
 
@@ -138,6 +140,8 @@ class TrainingOptions:
         same_text = (self.eval_dataset, self.eval_config, self.eval_split)
         if same_text == (self.dataset, self.dataset_config, self.dataset_split):
             raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
+        if self.eval_dataset is None and (self.eval_config is not None or self.eval_split != "train"):
+            raise UserError("--eval_config and --eval_split have no effect without --eval_dataset; remove them")
         for name in ("weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")

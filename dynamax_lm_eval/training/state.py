@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.config import UserError, changed_settings
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 _PREFIX = "state-"
@@ -69,12 +69,10 @@ def load(path: Path, classifiers: ExitClassifiers, optimizer: torch.optim.Optimi
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UserError where a training would go on with other options than it began with."""
-    differing = sorted(key for key in {*stored, *now} if stored.get(key) != now.get(key))
-    if differing:
+    if changed := changed_settings(stored, now):
         raise UserError(
-            "--resume: this training began with other options: "
-            + ", ".join(f"{key} was {stored.get(key)!r}, now {now.get(key)!r}" for key in differing)
-            + "; give the same ones, or start anew with --overwrite"
+            f"--resume: this training began with other options: {changed}; give the same ones, or start anew with "
+            "--overwrite"
         )
 
 
