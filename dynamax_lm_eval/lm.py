@@ -24,7 +24,7 @@ from tqdm import tqdm
 import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval import harness
-from dynamax_lm_eval.backbones import TransformerBackbone, aliases, loading
+from dynamax_lm_eval.backbones import aliases, loading
 from dynamax_lm_eval.backbones.fingerprint import (
     config_fingerprint,
     fetched_files_fingerprint,
@@ -91,6 +91,7 @@ class DynamaxLM(HFLM):
             self.args,
             int(config.get_text_config().num_hidden_layers),
             self.exits.config if self.exits is not None else None,
+            recurrent_backbone=loading.is_recurrent(config),
         )
         if self._policy_note:
             logger.warning("%s", self._policy_note)
@@ -396,14 +397,11 @@ class DynamaxLM(HFLM):
                 repeats[job.key] += 1
 
     def _rows_in_flight(self, longest: int) -> int:
-        """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds K and V for."""
+        """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""
         if self.batch_size != "auto":
             return int(self.batch_size)
-        element = torch.finfo(self.model.dtype).bits // 8
         backbone = self.engine.backbone
-        assert isinstance(backbone, TransformerBackbone)
-        per_token = sum(2 * block.kv_heads * block.head_dim for block in backbone.blocks) * element
-        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / (per_token * longest))
+        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / backbone.row_bytes(longest))
         rows = max(1, min(rows, self.max_batch_size or rows))
         logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
         self.batch_sizes[0] = rows

@@ -51,6 +51,19 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: hf.GPTNeoXConfig(**_NO_GQA),
     "phi3": lambda: hf.Phi3Config(sliding_window=7, **_SIZES),
 }
+TRANSFORMERS = tuple(_CONFIGS)
+_MAMBA_SIZES = {
+    **{key: value for key, value in _SIZES.items() if "heads" not in key and not key.startswith(("inter", "max"))},
+    "state_size": 6,
+    "expand": 2,
+}
+#: Groups share B and C; chunks are shorter than the prompts of the tests, and some prompts than the convolution.
+_CONFIGS |= {
+    "mamba2": lambda: hf.Mamba2Config(num_heads=8, head_dim=8, n_groups=2, chunk_size=4, **_MAMBA_SIZES),
+    "mamba": lambda: hf.MambaConfig(**_MAMBA_SIZES),
+    "falcon_mamba": lambda: hf.FalconMambaConfig(**_MAMBA_SIZES),
+}
+MAMBAS = ("mamba2", "mamba")
 FAMILIES = tuple(_CONFIGS)
 
 
@@ -59,6 +72,13 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model of a family; the same weights in every test."""
     torch.manual_seed(FAMILIES.index(family))
     model = hf.AutoModelForCausalLM.from_config(_CONFIGS[family]()).eval()
+    if "mamba" in family:
+        # Their own initialisation remembers next to nothing and gives all heads the same skip connection.
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.randn_like(parameter)
+            elif name.endswith("in_proj.weight"):
+                parameter.data *= 2
     return model.to(dtype)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
@@ -57,6 +58,8 @@ class Reference:
         self.max_steps = max_steps
         self.inner = next(m for m in model.children() if hasattr(m, "layers"))
         self.caches = [_ListCache() for _ in self.inner.layers]
+        self.is_mamba = "mamba" in self.config.model_type
+        self.mamba_cache = DynamicCache(config=self.config) if self.is_mamba else None
         self.row = Row()
 
     @torch.no_grad()
@@ -141,6 +144,8 @@ class Reference:
     def _block(self, block: int, hidden: Tensor, position: int) -> Tensor:
         self.row.block_calls += 1
         layer = self.inner.layers[block - 1]
+        if self.is_mamba:
+            return layer(hidden, cache_params=self.mamba_cache)
         cache = self.caches[block - 1]
         cache.pending = position
         ids = torch.tensor([[position]])
@@ -170,7 +175,9 @@ class Reference:
         return torch.tensor(far).float().mul(-1e9).view(1, 1, 1, -1)
 
     def _readout(self, hidden: Tensor) -> Tensor:
-        norm = getattr(self.inner, "norm", None) or self.inner.final_layer_norm
+        norm = next(
+            getattr(self.inner, name) for name in ("norm", "final_layer_norm", "norm_f") if hasattr(self.inner, name)
+        )
         return self.model.get_output_embeddings()(norm(hidden))[0, 0].float()
 
 

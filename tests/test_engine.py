@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, random_ids, tiny_model
+from conftest import FAMILIES, LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_model
 from reference import reference_generate, reference_score
 
-from dynamax_lm_eval.backbones import TransformerBackbone, attention
+from dynamax_lm_eval.backbones import TransformerBackbone, attention, make_backbone
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
@@ -29,12 +29,22 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 FULL = ExitPolicy(LAYERS)
 PROMPTS = [random_ids(length, seed) for seed, length in enumerate((13, 4, 9, 1, 7))]
 NEW_TOKENS = 8
-#: Every state mode is tested on all of these; copy does not exist on Gemma 3.
 MODES = ("recompute", "copy", "skip")
 
 
+def with_modes(*families: str) -> Any:
+    """Families with each of their state modes; copy is refused on Gemma 3 and on Mamba, which has tests of its own."""
+    pairs = [
+        (family, mode)
+        for family in families
+        for mode in MODES
+        if mode != "copy" or not (family == "gemma3" or "mamba" in family)
+    ]
+    return pytest.mark.parametrize(("family", "mode"), pairs)
+
+
 def engine_for(family: str, *dtype: torch.dtype) -> Engine:
-    return Engine(TransformerBackbone(tiny_model(family, *dtype), max_length=256))
+    return Engine(make_backbone(tiny_model(family, *dtype), max_length=256))
 
 
 def run_generate(
@@ -106,11 +116,8 @@ def test_exits_off_scores_what_transformers_scores(family: str) -> None:
         assert result.greedy_tokens == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@with_modes(*TRANSFORMERS, *MAMBAS)
 def test_generation_equals_the_reference(family: str, mode: Any) -> None:
-    if (family, mode) == ("gemma3", "copy"):
-        pytest.skip("Gemma 3 alternates rotary settings; copy is refused, which has a test of its own")
     model = tiny_model(family)
     exited = 0
     for confidence in ("softmax", "entropy", "state"):
@@ -127,11 +134,8 @@ def test_generation_equals_the_reference(family: str, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("scope", ["generated", "all"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt_neox", "gemma3"])
+@with_modes("llama", "mistral", "qwen3", "gpt_neox", "gemma3", *MAMBAS)
 def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, scope: Any) -> None:
-    if (family, mode) == ("gemma3", "copy"):
-        pytest.skip("Gemma 3 alternates rotary settings; copy is refused, which has a test of its own")
     model = tiny_model(family)
     pairs = [(prompt, random_ids(9, 70 + i)) for i, prompt in enumerate(PROMPTS)]
     exited = 0
@@ -155,8 +159,7 @@ def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, s
     assert exited > 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+@with_modes("llama", "mistral", "phi3", *MAMBAS)
 def test_prompts_that_exit_and_pruned_blocks_follow_the_reference(family: str, mode: Any) -> None:
     model = tiny_model(family)
     policy = ExitPolicy(LAYERS, (2, 5), (0.5, 0.5), state_mode=mode, exit_scope="all", pruned_blocks=frozenset({1, 4}))
@@ -381,9 +384,9 @@ class TestSelfCheck:
         model = tiny_model(family, dtype)
         scaled = copy.deepcopy(model)
         scaled.get_output_embeddings().weight.data *= 1.05
-        check_against_model(Engine(TransformerBackbone(model, 256)), model)
+        check_against_model(Engine(make_backbone(model, 256)), model)
         with pytest.raises(UserError, match="more than rounding explains"):
-            check_against_model(Engine(TransformerBackbone(model, 256)), scaled)
+            check_against_model(Engine(make_backbone(model, 256)), scaled)
 
     def test_counts_the_window_that_the_blocks_use(self) -> None:
         import copy

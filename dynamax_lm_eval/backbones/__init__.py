@@ -1,6 +1,31 @@
-"""Frozen causal language models seen block by block, with the states their blocks keep."""
+"""Backbones: causal language models that run block by block."""
+
+from __future__ import annotations
+
+from typing import Any
 
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, RowLayout, States
+from dynamax_lm_eval.backbones.loading import is_recurrent
+from dynamax_lm_eval.backbones.mamba import MambaBackbone
 from dynamax_lm_eval.backbones.transformer import TransformerBackbone
 
-__all__ = ["Backbone", "ForwardPass", "RowLayout", "States", "TransformerBackbone"]
+__all__ = [
+    "Backbone",
+    "ForwardPass",
+    "MambaBackbone",
+    "RowLayout",
+    "States",
+    "TransformerBackbone",
+    "make_backbone",
+]
+
+
+def make_backbone(model: Any, max_length: int | None = None) -> Backbone:
+    """The backbone that a loaded causal LM of transformers is; ``max_length``: longest row that will be run.
+
+    Raises:
+        UserError: the architecture is not one that can be run block by block.
+    """
+    if is_recurrent(model.config):
+        return MambaBackbone(model)
+    return TransformerBackbone(model, max_length)

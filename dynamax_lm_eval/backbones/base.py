@@ -143,6 +143,10 @@ class Backbone(ABC):
         """Raises UserError where the mode cannot be had with these exits, with the reason."""
 
     @abstractmethod
+    def row_bytes(self, num_tokens: int) -> int:
+        """Memory of what all blocks keep of a row of so many tokens."""
+
+    @abstractmethod
     def observe(self, ids: Tensor) -> None:
         """Runs the tokens ``ids`` (T,) once and corrects ``cost`` by what the blocks were seen to do."""
 

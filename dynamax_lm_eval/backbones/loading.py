@@ -11,6 +11,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.config import UserError
 
+#: Pure state-space models.
+_RECURRENT = ("mamba", "mamba2", "falcon_mamba")
+
+
+def is_recurrent(config: Any) -> bool:
+    """Whether a configuration is that of a Mamba model."""
+    return getattr(config, "model_type", None) in _RECURRENT
+
+
+def copy_is_impossible(name: str) -> str:
+    """Why ``state_mode=copy`` is refused for Mamba."""
+    return (
+        f"state_mode=copy is not possible on {name}: the states of Mamba blocks sum up the whole past, so there is "
+        "nothing of a single token to copy; use recompute or skip"
+    )
+
 
 def load_config(source: str, backbone: str, options: Mapping[str, Any]) -> Any:
     """The backbone's configuration, before any weights.
@@ -39,8 +55,6 @@ def check_architecture(config: Any) -> None:
         raise UserError(
             f"{model_type!r} is an encoder-decoder (seq2seq) model; dynamax needs a decoder-only (causal) backbone"
         )
-    if "mamba" in str(model_type):
-        raise UserError(f"{model_type!r}: Mamba backbones are not supported by this version of dynamax")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
         raise UserError(f"{model_type!r} is not a causal language model of transformers")
 

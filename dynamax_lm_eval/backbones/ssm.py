@@ -1,11 +1,11 @@
-"""The arithmetic of a Mamba-2 mixer over flat ragged rows: causal convolution and the selective scan.
+"""The arithmetic of Mamba mixers over flat ragged rows: causal convolution and the selective scans.
 
 Rows stand side by side without padding and never touch one another's windows or states. Two forms of the
-same recurrence: chunked for many tokens (Dao and Gu 2024, arXiv 2405.21060, section 6), and one step for one
-token per row. Knows tensors; knows no modules, engines or policies.
+same recurrence: chunked for many tokens (Mamba-2: Dao and Gu 2024, arXiv 2405.21060, section 6), and one step
+for one token per row. Knows tensors; knows no modules, engines or policies.
 
 T tokens of all rows, R rows, C channels, H heads, P head dim, G groups, N SSM state, K conv kernel,
-Q chunk length, c chunks.
+I inner width of Mamba-1, Q chunk length, c chunks.
 """
 
 from __future__ import annotations
@@ -289,3 +289,49 @@ def _step(inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, state: T
     if state is not None:
         current = current + (dt * decay).exp()[..., None, None] * state.float()
     return (current @ c.unsqueeze(-1)).squeeze(-1), current
+
+
+def channel_scan(
+    x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, rows: RaggedRows, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of Mamba-1, where each channel and state has a decay of its own; in float32.
+
+    Such decays have no matrix form within a chunk: the tokens of a chunk follow one another, all chunks of all
+    rows at once. Rows of several chunks are gone through twice, first for the states between chunks.
+
+    Args:
+        x: (T, I)
+        dt: (T, I) step sizes after softplus; 0 leaves the state as it is.
+        decay: (I, N) A, negative.
+        b: (T, N)
+        c: (T, N)
+        rows: the T tokens' rows.
+        state: (R, I, N) the rows' states; None: zeros.
+
+    Returns:
+        (T, I) without the skip term D x, and the new states (R, I, N).
+    """
+    x, dt, decay, b, c = (values.float() for values in (x, dt, decay, b, c))
+    current = x.new_zeros(rows.num_rows, *decay.shape) if state is None else state.float()
+    if rows.single_tokens:
+        current = _advance(current, x, dt, decay, b)
+        return (current @ c.unsqueeze(-1)).squeeze(-1), current
+    layout, q = rows.chunks, rows.chunk
+    xs, steps, bs, cs = (layout.split(values, q) for values in (x, dt, b, c))  # (c, Q, I), (c, Q, N)
+    if len(layout.rounds) > 1:
+        added = x.new_zeros(len(xs), *decay.shape)
+        for i in range(q):
+            added = _advance(added, xs[:, i], steps[:, i], decay, bs[:, i])
+        kept = (steps.sum(1).unsqueeze(-1) * decay).exp()  # (c, I, N)
+        current, last = _carry(layout, added, kept, rows.num_rows, current)
+    outputs = []
+    for i in range(q):
+        current = _advance(current, xs[:, i], steps[:, i], decay, bs[:, i])
+        outputs.append((current @ cs[:, i].unsqueeze(-1)).squeeze(-1))
+    joined = layout.join(torch.stack(outputs, dim=1))
+    return joined, last if len(layout.rounds) > 1 else current
+
+
+def _advance(state: Tensor, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor) -> Tensor:
+    """One step: states (r, I, N) after x and dt (r, I) and B (r, N)."""
+    return torch.addcmul((dt.unsqueeze(-1) * decay).exp() * state, (dt * x).unsqueeze(-1), b.unsqueeze(-2))

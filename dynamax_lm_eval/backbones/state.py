@@ -1,17 +1,21 @@
-"""K and V of all rows in one arena per block, and the room in it.
+"""What rows keep of their past: K and V in one arena per block, or Mamba states in one table per module.
 
-A row owns one run of places in the arenas, so its K and V are a view, and nothing is ever padded.
-Tokens of an arena: C; K/V heads: H_kv; head dim: P.
+A row owns one run of places in the arenas, so its K and V are a view, and nothing is ever padded; of a table
+it owns a line.
+Tokens of an arena: C; K/V heads: H_kv; head dim: P; lines of a table: R.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, States
+from dynamax_lm_eval.backbones.ssm import MixerState
 
 
 class Room:
@@ -107,3 +111,62 @@ class AttentionStates(States):
         arena = self.values[block]
         assert arena is not None, f"block {block} has not written yet"
         return arena
+
+
+class StateTable:
+    """Conv windows and SSM states of a Mamba module, one line per row; grows as rows are opened."""
+
+    def __init__(self, make: Callable[[int, torch.device], MixerState], device: torch.device) -> None:
+        """``make`` gives the states of so many rows that have seen nothing."""
+        self._make = make
+        self._device = device
+        self._state: MixerState | None = None
+
+    def clear(self, line: int) -> None:
+        """The line's row starts anew."""
+        if self._state is not None and line < len(self._state.conv):
+            # Lines may be made in one mode of torch and cleared in another.
+            with torch.inference_mode(self._state.conv.is_inference()):
+                for part in self._state:
+                    part[line] = 0
+
+    def reserve(self, num_lines: int) -> None:
+        """Makes room for so many lines."""
+        have = 0 if self._state is None else len(self._state.conv)
+        if have >= num_lines:
+            return
+        more = self._make(max(num_lines, 2 * have) - have, self._device)
+        if self._state is not None:
+            more = MixerState(*(torch.cat(pair) for pair in zip(self._state, more, strict=True)))
+        self._state = more
+
+    @property
+    def all(self) -> MixerState:
+        """All lines."""
+        assert self._state is not None, "lines were reserved"
+        return self._state
+
+    def read(self, lines: IntArray) -> MixerState:
+        """The states of some lines; a view where they stand side by side."""
+        conv, ssm = self.all
+        if _side_by_side(lines):
+            first = int(lines[0])
+            return MixerState(conv[first : first + len(lines)], ssm[first : first + len(lines)])
+        chosen = torch.from_numpy(lines).to(self._device)
+        return MixerState(conv.index_select(0, chosen), ssm.index_select(0, chosen))
+
+    def write(self, lines: IntArray, state: MixerState) -> None:
+        """Replaces the states of some lines."""
+        if _side_by_side(lines):
+            first = int(lines[0])
+            for table, new in zip(self.all, state, strict=True):
+                if new.data_ptr() != table[first].data_ptr():  # else it was moved on in place
+                    table[first : first + len(lines)] = new
+            return
+        chosen = torch.from_numpy(lines).to(self._device)
+        for table, new in zip(self.all, state, strict=True):
+            table.index_copy_(0, chosen, new.to(table.dtype))
+
+
+def _side_by_side(lines: IntArray) -> bool:
+    return len(lines) == 1 or bool((np.diff(lines) == 1).all())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import attention, families
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
@@ -110,6 +111,10 @@ class TransformerBackbone(Backbone):
                 f"differ in rotary embedding or K/V shape ({', '.join(kinds)}), so the K and V of one mean nothing "
                 "to another; use recompute or skip"
             )
+
+    def row_bytes(self, num_tokens: int) -> int:
+        per_token = sum(2 * block.kv_heads * block.head_dim for block in self.blocks)
+        return per_token * num_tokens * torch.finfo(self.model.dtype).bits // 8
 
     @torch.no_grad()
     def observe(self, ids: Tensor) -> None:
@@ -217,15 +222,6 @@ class _Step:
     run: TransformerPass
     states: AttentionStates
     before: Tensor  # (1, T, D), what the block was given
-
-
-#: Largest and mean relative difference that rounding explains when equal computations differ in order.
-_TOLERANCES = {
-    torch.float64: (1e-8, 1e-10),
-    torch.float32: (2e-4, 2e-5),
-    torch.float16: (2e-2, 1e-2),
-    torch.bfloat16: (1e-1, 2e-2),
-}
 
 
 class TransformerPass(ForwardPass):
@@ -384,21 +380,3 @@ class _Scatter:
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._states.write(self._block, self._places, key, value)
         return self._states.key_arena(self._block), self._states.value_arena(self._block)
-
-
-def is_close(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors that should be equal differ by no more than rounding in their dtype explains.
-
-    The largest difference catches an error in one place; the mean one, which rounding averages out,
-    catches a small error everywhere.
-    """
-    largest, mean = differences(ours, theirs)
-    allowed_largest, allowed_mean = _TOLERANCES.get(ours.dtype, _TOLERANCES[torch.bfloat16])
-    return largest <= allowed_largest and mean <= allowed_mean
-
-
-def differences(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Largest difference over largest value, and mean difference over mean value."""
-    a, b = ours.double().cpu(), theirs.double().cpu()
-    gap, size = (a - b).abs(), b.abs().clamp_min(1e-9)
-    return float(gap.max() / size.max()), float(gap.mean() / size.mean())

@@ -17,6 +17,9 @@ import numpy.typing as npt
 #: State recompute in the paper's cost table, in units of a block: K and V (2 D^2) of multi-head attention
 #: with an ungated 4D MLP (4 D^2 + 8 D^2).
 PAPER_ATTENTION_RECOMPUTE = 1 / 6
+#: The same for Mamba-2: the x and B rows of in_proj over those of z, x, B, C and out_proj; at Codestral's shape, in
+#: units of D^2: (2 + 1/4) / (2 + 2 + 1/4 + 1/4 + 2). dt, convolution and SSM are left out.
+PAPER_MAMBA_RECOMPUTE = 9 / 26
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,11 @@ class BlockCost:
         weights: MACs per token of all projections and MLP weights; equal to the number of those weights.
         attention_width: heads * head_dim; scores and values cost 2 * attention_width * context.
         window: sliding window in tokens; context = min(position + 1, window). None: all positions.
-        state_recompute: MACs per token of projecting K and V from the exit hidden state.
+        state_recompute: MACs per token of making the block's state from the exit hidden state: K and V, or what
+            moves the conv and SSM states on.
         paper_recompute: state recompute in the paper's unit of one block.
+        recurrence: MACs per token of a Mamba block beside its projections: the convolution, and the recurrent form
+            of the SSM (3 * H * P * N), whatever form runs.
     """
 
     weights: int
@@ -36,11 +42,17 @@ class BlockCost:
     window: int | None
     state_recompute: int
     paper_recompute: float = PAPER_ATTENTION_RECOMPUTE
+    recurrence: int = 0
+
+    @property
+    def per_token(self) -> int:
+        """MACs that do not depend on the position."""
+        return self.weights + self.recurrence
 
     def at(self, position: int) -> int:
         """MACs of the block for one token at ``position`` (0-based)."""
         context = position + 1 if self.window is None else min(position + 1, self.window)
-        return self.weights + 2 * self.attention_width * context
+        return self.per_token + 2 * self.attention_width * context
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class BackboneCost:
             (T,)
         """
         kept = [0 if block in pruned else 1 for block in range(1, self.num_layers + 1)]
-        weights = _running_sum(keep * cost.weights for keep, cost in zip(kept, self.blocks, strict=True))
+        weights = _running_sum(keep * cost.per_token for keep, cost in zip(kept, self.blocks, strict=True))
         macs: npt.NDArray[np.int64] = weights[layers]
         for window in {cost.window for cost in self.blocks}:
             widths = _running_sum(

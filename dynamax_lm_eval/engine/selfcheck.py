@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones import TransformerBackbone
+from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.base import IntArray
-from dynamax_lm_eval.backbones.transformer import differences, is_close
+from dynamax_lm_eval.backbones.compare import differences, is_close
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
@@ -41,7 +41,7 @@ def checked_engine(
     """
     name = type(model).__name__
     try:
-        engine = Engine(TransformerBackbone(model, max_length), classifiers)
+        engine = Engine(make_backbone(model, max_length), classifiers)
         engine.check_policy(policy)
         check_against_model(engine, model)
     except UserError:
@@ -76,21 +76,22 @@ def check_against_model(engine: Engine, model: Any) -> None:
     if not all(torch.isfinite(logits).all() for logits in reference):
         raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
 
+    dtype = backbone.embed(texts[0].to(backbone.device)).dtype
     states = engine.new_states(2 * sum(_LENGTHS))
     together = _logits(engine, states, [(text.tolist(), 0, None) for text in texts])
-    _compare(name, "two rows in one batch", together, torch.cat(reference))
+    _compare(name, "two rows in one batch", together, torch.cat(reference), dtype)
 
     first = texts[0].tolist()
     slot = states.open_row(len(first))
     assert slot is not None
     stepped = [_logits(engine, states, [(first[:_PREFILL], 0, slot)])]
     stepped += [_logits(engine, states, [([first[i]], i, slot)]) for i in range(_PREFILL, len(first))]
-    _compare(name, "token by token", torch.cat(stepped), reference[0])
+    _compare(name, "token by token", torch.cat(stepped), reference[0], dtype)
     backbone.observe(texts[0].to(backbone.device))
 
 
 def check_state_recompute(engine: Engine) -> None:
-    """Checks the K/V projection that ``state_mode=recompute`` uses; raises UserError where it differs."""
+    """Checks the states that ``state_mode=recompute`` makes; raises UserError where they differ."""
     ids = torch.arange(_LENGTHS[0]) % engine.backbone.vocab_size
     engine.backbone.verify_recompute(ids.to(engine.backbone.device))
 
@@ -112,8 +113,8 @@ def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | 
     return torch.stack([row for row in sink.rows if row is not None])
 
 
-def _compare(name: str, what: str, ours: Tensor, theirs: Tensor) -> None:
-    if not is_close(ours, theirs):
+def _compare(name: str, what: str, ours: Tensor, theirs: Tensor, computed_in: torch.dtype) -> None:
+    if not is_close(ours, theirs, computed_in):
         largest, mean = differences(ours, theirs)
         raise UserError(
             f"{name} is not supported: run block by block ({what}), its logits differ from model.forward by "

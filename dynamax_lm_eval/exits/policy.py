@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval import config
+from dynamax_lm_eval.backbones.loading import copy_is_impossible
 from dynamax_lm_eval.compute.cost import ClassifierCost, ExitTerms
 from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, ExitScope, StateMode, UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
@@ -65,7 +66,7 @@ class ExitPolicy:
             args: what the user asked for.
             num_layers: blocks of the backbone.
             exits: the trained exits at hand.
-            recurrent_backbone: Mamba; decides what ``preset=paper`` leaves behind.
+            recurrent_backbone: Mamba; decides what ``preset=paper`` leaves behind, and excludes ``copy``.
 
         Raises:
             UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
@@ -120,6 +121,8 @@ class ExitPolicy:
             final_block=final_block,
             adapter=exits.adapter if exits is not None else "none",
         )
+        if recurrent_backbone and policy.active_exits and state_mode == "copy":
+            raise UserError(copy_is_impossible("a Mamba backbone"))
         if policy.active_exits and confidence == "classifier" and exits is None:
             raise UserError(
                 "confidence=classifier needs exits that were trained for this backbone, and none are known; name them "

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.backbones.state import StateTable
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 
@@ -23,17 +25,14 @@ class ClassifierStates:
         self._device = device
         self._line_of: dict[int, int] = {}  # slot -> line
         self._free: list[int] = []
-        self._tables: dict[tuple[str, int], MixerState] = {}
+        self._tables: dict[tuple[str, int], StateTable] = {}
 
-    @torch.inference_mode()  # as the passes that write the tables
     def open_row(self, slot: int) -> None:
         """A row starts; its states are those of a row that has seen nothing."""
         line = self._free.pop() if self._free else len(self._line_of)
         self._line_of[slot] = line
         for table in self._tables.values():
-            if line < len(table.conv):
-                table.conv[line] = 0
-                table.ssm[line] = 0
+            table.clear(line)
 
     def close_row(self, slot: int) -> None:
         self._free.append(self._line_of.pop(slot))
@@ -58,26 +57,25 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            lines = torch.tensor([self._line_of[slot] for slot in slots], device=self._device)
+            lines = np.asarray([self._line_of[slot] for slot in slots], dtype=np.int64)
             table = self._table(kind, layer)
-            rows = RaggedRows(lengths, self._device)
-            given = MixerState(table.conv.index_select(0, lines), table.ssm.index_select(0, lines))
-            logits, after = classifier(hidden, rows, given)
+            logits, after = classifier(hidden, RaggedRows(lengths, self._device), table.read(lines))
             assert after is not None
-            table.conv.index_copy_(0, lines, after.conv.to(table.conv.dtype))
-            table.ssm.index_copy_(0, lines, after.ssm)
+            table.write(lines, after)
             return logits
 
-    def _table(self, kind: str, layer: int) -> MixerState:
+    def _table(self, kind: str, layer: int) -> StateTable:
         """The table of a classifier with a line for every open row."""
         assert self._classifiers is not None
-        needed = 1 + max(self._line_of.values())
-        table = self._tables.get((kind, layer))
-        have = 0 if table is None else len(table.conv)
-        if have < needed:
-            more = self._classifiers.at(kind, layer).new_state(max(needed, 2 * have) - have, self._device)
-            assert more is not None
-            table = more if table is None else MixerState(*(torch.cat(pair) for pair in zip(table, more, strict=True)))
-            self._tables[kind, layer] = table
-        assert table is not None
+        if (kind, layer) not in self._tables:
+            classifier = self._classifiers.at(kind, layer)
+
+            def make(num_rows: int, device: torch.device) -> MixerState:
+                state = classifier.new_state(num_rows, device)
+                assert state is not None, "only recurrent classifiers have tables"
+                return state
+
+            self._tables[kind, layer] = StateTable(make, self._device)
+        table = self._tables[kind, layer]
+        table.reserve(1 + max(self._line_of.values()))
         return table

@@ -1,0 +1,33 @@
+"""Whether two tensors that should be equal are, up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Largest and mean relative difference that rounding explains when equal computations differ in order.
+_TOLERANCES = {
+    torch.float64: (1e-8, 1e-10),
+    torch.float32: (2e-4, 2e-5),
+    torch.float16: (2e-2, 1e-2),
+    torch.bfloat16: (1e-1, 2e-2),
+}
+
+
+def is_close(ours: Tensor, theirs: Tensor, computed_in: torch.dtype | None = None) -> bool:
+    """Whether two tensors that should be equal differ by no more than rounding explains.
+
+    The largest difference catches an error in one place; the mean one, which rounding averages out,
+    catches a small error everywhere. ``computed_in``: the dtype on the way, where that is not the tensors' own.
+    """
+    largest, mean = differences(ours, theirs)
+    dtypes = {ours.dtype, computed_in or ours.dtype}
+    allowed = [_TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16]) for dtype in dtypes]
+    return largest <= max(a for a, _ in allowed) and mean <= max(b for _, b in allowed)
+
+
+def differences(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """Largest difference over largest value, and mean difference over mean value."""
+    a, b = ours.double().cpu(), theirs.double().cpu()
+    gap, size = (a - b).abs(), b.abs().clamp_min(1e-9)
+    return float(gap.max() / size.max()), float(gap.mean() / size.mean())

@@ -1,0 +1,256 @@
+"""Mamba models of transformers, run block by block over flat ragged batches.
+
+What a block keeps of a row is a conv window and an SSM state of constant size, moved on token by token. Tokens
+that left early move them on from their exit hidden state (``recompute``), in their place among the tokens in
+flight, or not at all (``skip``).
+
+N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynamax_lm_eval.backbones import families
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.compare import is_close
+from dynamax_lm_eval.backbones.loading import copy_is_impossible
+from dynamax_lm_eval.backbones.mixers import Mixer, make_mixer
+from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.backbones.state import StateTable
+from dynamax_lm_eval.compute.cost import BackboneCost
+from dynamax_lm_eval.config import StateMode, UserError
+
+
+@dataclass(frozen=True)
+class _Block:
+    norm: Any
+    mixer: Mixer
+    residual_in_fp32: bool
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """(T, D), in the dtype that the mixer takes."""
+        normed: Tensor = self.norm(hidden.to(self.norm.weight.dtype))
+        return normed
+
+
+class MambaBackbone(Backbone):
+    """Mamba-2, Mamba or Falcon-Mamba."""
+
+    def __init__(self, model: Any) -> None:
+        """``model``: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
+
+        Raises:
+            UserError: the architecture is not one that can be run block by block.
+        """
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: Any = self.model.config
+        self.name = type(self.model).__name__
+        path, layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
+        decoder = self.model.get_submodule(path)
+        self.num_layers = len(layers)
+        self.hidden_size = int(self.config.hidden_size)
+        self._embeddings: nn.Module = self.model.get_input_embeddings()
+        self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
+        self._lm_head: Any = self.model.get_output_embeddings()
+        self._final_norm = families.child(decoder, ("norm_f",), f"a final norm in {self.name}")
+        self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
+        self.device = next(layers[0].parameters()).device
+        self.blocks = [self._describe(i, module) for i, module in enumerate(layers, start=1)]
+        self.cost = BackboneCost(
+            tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
+        )
+
+    def new_states(self, capacity: int) -> MambaStates:
+        return MambaStates(self)
+
+    def start_pass(self, states: States, layout: RowLayout) -> MambaPass:
+        assert isinstance(states, MambaStates)
+        return MambaPass(self, states, layout)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self._embeddings(ids.unsqueeze(0))
+        return hidden
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        normed = self._final_norm(hidden)
+        logits: Tensor = self._lm_head(normed.to(self._lm_head.weight.dtype))
+        return logits.float()
+
+    def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
+        if mode == "copy" and exit_layers:
+            raise UserError(copy_is_impossible(self.name))
+
+    def observe(self, ids: Tensor) -> None:
+        pass  # a Mamba block costs the same at every position
+
+    def row_bytes(self, num_tokens: int) -> int:
+        state = [block.mixer.new_state(1, torch.device("meta")) for block in self.blocks]
+        return sum(part.numel() * part.element_size() for parts in state for part in parts)
+
+    @torch.no_grad()
+    def verify_recompute(self, ids: Tensor) -> None:
+        every, none = np.arange(len(ids)), np.arange(0)
+        layout = full_depth_layout([0], [len(ids)], self.num_layers)
+        written, recomputed = MambaStates(self), MambaStates(self)
+        for states in (written, recomputed):
+            states.open_row(len(ids))
+        run = self.start_pass(written, layout)
+        hidden = self.embed(ids)
+        for block in range(1, self.num_layers + 1):
+            before, hidden = hidden, run.run_block(block, every, hidden)
+            update = self.start_pass(recomputed, layout)
+            update.leave(every, before, block - 1)
+            update.run_block(block, none, before[:, :0])
+            for name, theirs, ours in zip(("conv", "SSM"), written.of(block), recomputed.of(block), strict=True):
+                if not is_close(ours, theirs, self.embed(ids[:1]).dtype):
+                    raise UserError(
+                        f"{self.name}: the {name} state that state recompute makes in block {block} differs from what "
+                        "the block makes; use state_mode=skip"
+                    )
+
+    def _describe(self, number: int, module: nn.Module) -> _Block:
+        where = f"block {number} of {self.name}"
+        mixer = families.child(module, ("mixer",), f"a mixer in {where}")
+        norm = families.child(module, ("norm",), f"the norm before the mixer in {where}")
+        return _Block(norm, make_mixer(mixer, where), bool(getattr(module, "residual_in_fp32", False)))
+
+
+class MambaStates(States):
+    """Conv windows and SSM states of all rows, one table per block, made when a block first runs."""
+
+    def __init__(self, backbone: MambaBackbone) -> None:
+        self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
+        self._free: list[int] = []
+        self._num_lines = 0
+
+    def open_row(self, capacity: int) -> int | None:
+        """A line in every table: states do not grow with the row, so there is always room."""
+        line = self._free.pop() if self._free else self._num_lines
+        self._num_lines = max(self._num_lines, line + 1)
+        for table in self._tables:
+            table.clear(line)
+        return line
+
+    def close_row(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def table(self, block: int) -> StateTable:
+        """The table of a block (1-based), with a line for every open row."""
+        table = self._tables[block - 1]
+        table.reserve(self._num_lines)
+        return table
+
+    def of(self, block: int) -> MixerState:
+        """The states of all lines of a block."""
+        return self.table(block).all
+
+
+class MambaPass(ForwardPass):
+    """One pass of a flat batch."""
+
+    def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout) -> None:
+        self._backbone = backbone
+        self._states = states
+        self._layout = layout
+        self._left = np.empty(0, dtype=np.int64)  # (m,) tokens whose states later blocks recompute
+        self._left_hidden: Tensor | None = None  # (1, m, D)
+        self._plan: _Plan | None = None
+
+    @property
+    def has_pending_states(self) -> bool:
+        return self._left_hidden is not None
+
+    def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
+        chosen = np.flatnonzero(modes == "recompute")
+        if len(chosen) == 0:
+            return
+        mine = hidden if len(chosen) == len(tokens) else hidden[:, self._on_device(chosen)]
+        self._left = np.concatenate([self._left, tokens[chosen]])
+        self._left_hidden = mine if self._left_hidden is None else torch.cat([self._left_hidden, mine], dim=1)
+
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        left, left_hidden = self._updated_by_left(block)
+        if len(tokens) + len(left) == 0:
+            return hidden
+        plan = self._planned(tokens, left)
+        described = self._backbone.blocks[block - 1]
+        mixer, table = described.mixer, self._states.table(block)
+        gate, update = None, None
+        if len(tokens):
+            gate, update = mixer.project(described.normed(hidden[0]))
+        if left_hidden is not None:
+            behind = mixer.project_update(described.normed(left_hidden[0]))
+            update = behind if update is None else torch.cat([update, behind])
+        assert update is not None
+        if plan.order is not None:
+            update = update.index_select(0, plan.order)
+        read, after = mixer.advance(update, plan.rows, table.read(plan.lines))
+        table.write(plan.lines, after)
+        if gate is None:
+            return hidden
+        if plan.in_flight is not None:
+            read = read.index_select(0, plan.in_flight)
+        residual = hidden.float() if described.residual_in_fp32 else hidden
+        return residual + mixer.output(read, gate)
+
+    def _updated_by_left(self, block: int) -> tuple[IntArray, Tensor | None]:
+        """Tokens that left and whose states this block recomputes, with their hidden states (1, m, D)."""
+        if self._left_hidden is None:
+            return self._left, None
+        rows = self._layout.row_of[self._left]
+        runs = self._layout.runs_block[rows, block]
+        if block == self._backbone.num_layers:
+            runs = runs & ~self._layout.final_block[rows]
+        if runs.all():
+            return self._left, self._left_hidden
+        chosen = np.flatnonzero(runs)
+        if len(chosen) == 0:
+            return self._left[chosen], None
+        return self._left[chosen], self._left_hidden[:, self._on_device(chosen)]
+
+    def _planned(self, tokens: IntArray, left: IntArray) -> _Plan:
+        plan = self._plan
+        if plan is not None and plan.tokens is tokens and np.array_equal(plan.left, left):
+            return plan
+        every = np.concatenate([tokens, left]) if len(left) else tokens
+        order = np.argsort(every) if len(left) else np.arange(len(every))
+        rows, lengths = np.unique(self._layout.row_of[every[order]], return_counts=True)
+        # One token per row: rows may stand in any order, and in the order of their lines the table is one view.
+        lines = np.asarray(self._layout.slots, dtype=np.int64)[rows]
+        if len(every) == len(rows):
+            by_line = np.argsort(lines)
+            order, lines = order[by_line], lines[by_line]
+        moved = not np.array_equal(order, np.arange(len(order)))
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.arange(len(order))
+        self._plan = _Plan(
+            tokens=tokens,
+            left=left,
+            rows=RaggedRows(lengths.tolist(), self._backbone.device),
+            lines=lines,
+            order=self._on_device(order) if moved else None,
+            in_flight=self._on_device(place[: len(tokens)]) if moved or len(left) else None,
+        )
+        return self._plan
+
+    def _on_device(self, values: IntArray) -> Tensor:
+        return torch.from_numpy(values).to(self._backbone.device)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a block's tokens fall into rows; valid while these are the same tokens."""
+
+    tokens: IntArray
+    left: IntArray
+    rows: RaggedRows
+    lines: IntArray  # (R,) of the rows in the tables
+    order: Tensor | None  # (n + m,) in flight, then left, to the order of the rows; None: they are in order
+    in_flight: Tensor | None  # (n,) places of the tokens in flight in that order; None: they are all, in order

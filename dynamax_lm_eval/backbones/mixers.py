@@ -1,0 +1,197 @@
+"""The mixers of Mamba-2, Mamba and Falcon-Mamba as transformers' modules hold them, for flat ragged rows.
+
+A mixer's work falls into three parts, because tokens that left early need only the second: projections of the
+normalised hidden state, the update of conv and SSM state with its read-out, and the gated output. Projections
+are called as modules, so quantised layers, LoRA and hooks keep working; what is left of a plain one is read
+by rows. Knows modules and states; knows no batches, exits or policies.
+
+T tokens of R rows, D hidden, I inner width (H * P), C channels of the convolution, H heads, N SSM state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from dynamax_lm_eval.backbones import families
+from dynamax_lm_eval.backbones.ssm import MixerShape, MixerState, RaggedRows, causal_conv, channel_scan, selective_scan
+from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE, BlockCost
+from dynamax_lm_eval.config import UserError
+
+
+class Mixer(ABC):
+    """One block's mixer."""
+
+    def __init__(self, module: Any, inner: int, channels: int) -> None:
+        """``inner``: I; ``channels``: C."""
+        self.module = module
+        self.inner = inner
+        self.channels = channels
+        self.kernel = int(module.conv_kernel_size)
+        self._activation = ACT2FN[module.activation]
+
+    @property
+    @abstractmethod
+    def ssm_shape(self) -> tuple[int, ...]:
+        """Of one row's SSM state."""
+
+    @abstractmethod
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate (T, I), and what the state is updated from (T, U), of normalised hidden states (T, D)."""
+
+    @abstractmethod
+    def project_update(self, normed: Tensor) -> Tensor:
+        """The second of these alone: (T, U)."""
+
+    @abstractmethod
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState) -> tuple[Tensor, MixerState]:
+        """The SSM's read-out (T, I) in float32 with its skip term, and the rows' new states."""
+
+    @abstractmethod
+    def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
+        """(T, I) and the gate (T, I) to what the block adds to the residual stream (T, D)."""
+
+    def new_state(self, num_rows: int, device: torch.device) -> MixerState:
+        """The states of rows that have seen nothing."""
+        return MixerState(
+            torch.zeros(num_rows, self.kernel - 1, self.channels, device=device),
+            torch.zeros(num_rows, *self.ssm_shape, device=device),
+        )
+
+    def cost(self, name: str) -> BlockCost:
+        """What the block costs, in MACs."""
+        ssm = 1
+        for size in self.ssm_shape:
+            ssm *= size
+        # The depthwise convolution is counted with the recurrence, by hand.
+        linears = [child for child in self.module.children() if child is not self.module.conv1d]
+        weights = sum(families.linear_macs(linear, name) for linear in linears)
+        conv = self.channels * self.kernel
+        return BlockCost(
+            weights=weights,
+            attention_width=0,
+            window=None,
+            state_recompute=weights - self._left_out_of_updates(name) + conv + 2 * ssm,
+            paper_recompute=PAPER_MAMBA_RECOMPUTE,
+            recurrence=conv + 3 * ssm,
+        )
+
+    def _left_out_of_updates(self, name: str) -> int:
+        """Weights that an update does not need: out_proj, and the gate's rows of a plain in_proj."""
+        in_proj = self.module.in_proj
+        gate = self.inner * int(in_proj.in_features) if _is_plain(in_proj) else 0
+        return gate + families.linear_macs(self.module.out_proj, name)
+
+    def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolution and activation of (T, C) in float32, and the new window."""
+        conv = self.module.conv1d
+        bias = None if conv.bias is None else conv.bias.float()
+        mixed, window = causal_conv(mixed.float(), conv.weight.squeeze(1).float(), bias, rows, window)
+        return self._activation(mixed), window
+
+
+class Mamba2Mixer(Mixer):
+    """transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
+
+    def __init__(self, module: Any) -> None:
+        self.shape = MixerShape(
+            heads=int(module.num_heads),
+            head_dim=int(module.head_dim),
+            groups=int(module.n_groups),
+            state=int(module.ssm_state_size),
+            kernel=int(module.conv_kernel_size),
+        )
+        super().__init__(module, self.shape.inner, self.shape.channels)
+        self._limits = tuple(float(limit) for limit in module.time_step_limit)
+
+    @property
+    def ssm_shape(self) -> tuple[int, ...]:
+        return self.shape.heads, self.shape.head_dim, self.shape.state
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        projected = self.module.in_proj(normed)
+        return projected[:, : self.inner], projected[:, self.inner :]
+
+    def project_update(self, normed: Tensor) -> Tensor:
+        return _rows_of(self.module.in_proj, normed, slice(self.inner, None))
+
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState) -> tuple[Tensor, MixerState]:
+        module, shape = self.module, self.shape
+        mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
+        mixed, conv = self._convolve(mixed, rows, state.conv)
+        steps = F.softplus(dt.float() + module.dt_bias.float()).clamp(*self._limits)
+        read, ssm = selective_scan(mixed, steps, -module.A_log.float().exp(), shape, rows, state.ssm)  # (T, H, P)
+        assert ssm is not None
+        x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
+        return torch.addcmul(read, x, module.D.float().unsqueeze(-1)).flatten(1), MixerState(conv, ssm)
+
+    def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
+        normed = self.module.norm(scanned, gate)
+        projected: Tensor = self.module.out_proj(normed.to(gate.dtype))
+        return projected
+
+
+class Mamba1Mixer(Mixer):
+    """transformers' ``MambaMixer`` and ``FalconMambaMixer``: in_proj gives x, then z; B, C and dt come from x."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module, int(module.intermediate_size), int(module.intermediate_size))
+        self._sizes = [int(module.time_step_rank), int(module.ssm_state_size), int(module.ssm_state_size)]
+        #: Falcon-Mamba normalises dt, B and C.
+        self._norms = [getattr(module, f"{name}_layernorm", nn.Identity()) for name in ("dt", "b", "c")]
+
+    @property
+    def ssm_shape(self) -> tuple[int, ...]:
+        return self.inner, self._sizes[1]
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        projected = self.module.in_proj(normed)
+        return projected[:, self.inner :], projected[:, : self.inner]
+
+    def project_update(self, normed: Tensor) -> Tensor:
+        return _rows_of(self.module.in_proj, normed, slice(None, self.inner))
+
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState) -> tuple[Tensor, MixerState]:
+        module = self.module
+        x, conv = self._convolve(update, rows, state.conv)
+        parts = module.x_proj(x.to(update.dtype)).split(self._sizes, dim=-1)
+        dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
+        steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
+        read, ssm = channel_scan(x, steps, -module.A_log.float().exp(), b, c, rows, state.ssm)  # (T, I)
+        return torch.addcmul(read, x, module.D.float()), MixerState(conv, ssm)
+
+    def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
+        projected: Tensor = self.module.out_proj((scanned * self._activation(gate.float())).to(gate.dtype))
+        return projected
+
+
+def make_mixer(module: Any, where: str) -> Mixer:
+    """The mixer that a module of transformers is.
+
+    Raises:
+        UserError: it is of no known kind.
+    """
+    if hasattr(module, "x_proj"):
+        return Mamba1Mixer(module)
+    if hasattr(module, "n_groups"):
+        return Mamba2Mixer(module)
+    raise UserError(f"{where}: {type(module).__name__} is no Mamba mixer that is known; it is not supported")
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Its weights may be read instead of calling it."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+    return type(linear) is nn.Linear and not hooks
+
+
+def _rows_of(linear: Any, inputs: Tensor, rows: slice) -> Tensor:
+    """Part of a projection's output."""
+    if not _is_plain(linear):
+        whole: Tensor = linear(inputs)
+        return whole[:, rows]
+    return F.linear(inputs, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
