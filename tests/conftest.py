@@ -111,10 +111,18 @@ def train_tokenizer(vocab_size: int = VOCAB) -> hf.PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama with its tokenizer, as a user would have it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama-for-tests"
-    tiny_model("llama").save_pretrained(folder)
+def save_model(family: str, folder: Path) -> Path:
+    """A tiny model with its tokenizer, as a user would have it."""
+    tiny_model(family).save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("models") / "tiny-llama-for-tests")
+
+
+@pytest.fixture(scope="session")
+def mamba_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("mamba2", tmp_path_factory.mktemp("models") / "tiny-mamba2-for-tests")

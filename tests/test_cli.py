@@ -78,7 +78,8 @@ def test_bad_arguments_end_in_one_line(
         ("{empty}", "has no config.json"),
         ("{t5}", "is an encoder-decoder (seq2seq) model"),
         ("{bert}", "is not a causal language model"),
-        ("{mamba}", "Mamba backbones are not supported"),
+        ("{bamba}", "mixes attention and Mamba blocks"),
+        ("{mamba},state_mode=copy", "state_mode=copy is not possible on a Mamba backbone"),
         ("no-such-owner/no-such-model", "nor a model that could be had from the Hub"),
     ],
 )
@@ -90,7 +91,7 @@ def test_bad_backbones(
     message: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    configs = {"t5": hf.T5Config(), "bert": hf.ViTConfig(), "mamba": hf.Mamba2Config()}
+    configs = {"t5": hf.T5Config(), "bert": hf.ViTConfig(), "mamba": hf.Mamba2Config(), "bamba": hf.BambaConfig()}
     (tmp_path / "empty").mkdir()
     for name, config in configs.items():
         config.save_pretrained(tmp_path / name)

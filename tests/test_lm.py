@@ -52,15 +52,20 @@ def generation_requests(contexts: list[str], **kwargs: Any) -> list[Instance]:
 class TestParity:
     """Exits off equals ``--model hf`` at batch 1."""
 
+    @pytest.fixture(scope="class", params=["model_folder", "mamba_folder"])
+    def folder(self, request: pytest.FixtureRequest) -> Path:
+        found: Path = request.getfixturevalue(request.param)
+        return found
+
     @pytest.fixture(scope="class")
-    def hf(self, model_folder: Path, manager: TaskManager) -> Any:
-        lm = HFLM(str(model_folder), device="cpu", batch_size=1)
+    def hf(self, folder: Path, manager: TaskManager) -> Any:
+        lm = HFLM(str(folder), device="cpu", batch_size=1)
         return evaluate(lm, manager, "tiny_generate", "tiny_choice", "tiny_rolling")
 
     @pytest.mark.parametrize("batch_size", [1, 8])
-    def test_answers(self, model_folder: Path, manager: TaskManager, hf: Any, batch_size: int) -> None:
+    def test_answers(self, folder: Path, manager: TaskManager, hf: Any, batch_size: int) -> None:
         ours = evaluate(
-            dynamax(model_folder, batch_size=batch_size),
+            dynamax(folder, batch_size=batch_size),
             manager,
             "tiny_generate",
             "tiny_choice",

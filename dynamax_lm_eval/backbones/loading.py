@@ -55,6 +55,11 @@ def check_architecture(config: Any) -> None:
         raise UserError(
             f"{model_type!r} is an encoder-decoder (seq2seq) model; dynamax needs a decoder-only (causal) backbone"
         )
+    if not is_recurrent(config) and any(name.startswith("mamba_") for name in vars(config)):
+        raise UserError(
+            f"{model_type!r} mixes attention and Mamba blocks; dynamax runs models of one kind of block: Transformers, "
+            f"{', '.join(_RECURRENT)}"
+        )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
         raise UserError(f"{model_type!r} is not a causal language model of transformers")
 
