@@ -22,7 +22,6 @@ from lm_eval.tasks import TaskManager
 from question_task import NAME, question_task
 
 from dynamax_lm_eval.config import DynamaxArgs
-from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.lm import DynamaxLM
 
 STATE_MODES = ("recompute", "copy", "skip")
@@ -61,8 +60,7 @@ def label(args: DynamaxArgs) -> str:
 
 
 def evaluate(lm: DynamaxLM, args: DynamaxArgs, task: dict[str, Any], manager: TaskManager) -> dict[str, Any]:
-    lm.policy, _ = ExitPolicy.from_args(args, lm.engine.backbone.num_layers)
-    lm.engine.check_policy(lm.policy)
+    lm.follow(args)
     results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=False)
     assert results is not None
     compute = results["compute"]["by_task"][NAME]

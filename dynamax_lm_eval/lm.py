@@ -33,7 +33,7 @@ from dynamax_lm_eval.backbones.fingerprint import (
     weights_fingerprint,
 )
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.errors import NotFiniteError
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scheduler import (
@@ -43,7 +43,7 @@ from dynamax_lm_eval.engine.scheduler import (
     generate,
     score,
 )
-from dynamax_lm_eval.engine.selfcheck import checked_engine
+from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.generation import GenerationSettings
@@ -87,14 +87,7 @@ class DynamaxLM(HFLM):
         if fingerprint is not None and (changed := passed_on.get("peft") or passed_on.get("delta")):
             fingerprint = f"{fingerprint} changed by {changed}"  # not the weights that exits were trained for
         self.exits = checkpoint.for_run(self.args, config, fingerprint)
-        self.policy, self._policy_note = ExitPolicy.from_args(
-            self.args,
-            int(config.get_text_config().num_hidden_layers),
-            self.exits.config if self.exits is not None else None,
-            recurrent_backbone=loading.is_recurrent(config),
-        )
-        if self._policy_note:
-            logger.warning("%s", self._policy_note)
+        self.policy, self._policy_note = self._policy_for(self.args, config)
 
         if passed_on.get("peft"):
             loading.check_peft(passed_on["peft"])
@@ -113,10 +106,31 @@ class DynamaxLM(HFLM):
             classifiers, self._exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         with self._autocast():
             self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers)
-        kind = self.policy.classifier
-        self._classifier_costs = classifiers.costs(kind) if classifiers is not None and kind is not None else {}
-        self._adapter_macs = classifiers.adapter_macs() if classifiers is not None else {}
         self._warn_of_read_cost()
+
+    def follow(self, args: DynamaxArgs) -> None:
+        """Answers later requests as ``args`` say, with the backbone and the exits that are loaded.
+
+        Raises:
+            UserError: the policy cannot be had with them, or names others.
+        """
+        for name in ("backbone", "exits"):
+            if getattr(args, name) != getattr(self.args, name):
+                raise UserError(f"{name} is loaded already and cannot change: {getattr(self.args, name)!r}")
+        policy, note = self._policy_for(args, self.model.config)
+        check_policy(self.engine, policy)
+        self.args, self.policy, self._policy_note = args, policy, note
+
+    def _policy_for(self, args: DynamaxArgs, config: Any) -> tuple[ExitPolicy, str | None]:
+        policy, note = ExitPolicy.from_args(
+            args,
+            int(config.get_text_config().num_hidden_layers),
+            self.exits.config if self.exits is not None else None,
+            recurrent_backbone=loading.is_recurrent(config),
+        )
+        if note:
+            logger.warning("%s", note)
+        return policy, note
 
     @classmethod
     def create_from_arg_obj(
@@ -369,14 +383,11 @@ class DynamaxLM(HFLM):
             )
 
     def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
-        cost = self.engine.backbone.cost
-        return account(
-            [
-                (trace, self.policy.terms(trace.prompt_tokens, self._classifier_costs, self._adapter_macs))
-                for trace in traces
-            ],
-            cost,
-        )
+        exits, kind = self.engine.classifiers, self.policy.classifier
+        costs = exits.costs(kind) if exits is not None and kind is not None else {}
+        adapters = exits.adapter_macs() if exits is not None else {}
+        terms = [(trace, self.policy.terms(trace.prompt_tokens, costs, adapters)) for trace in traces]
+        return account(terms, self.engine.backbone.cost)
 
     def _preset_sets(self) -> dict[str, Any] | None:
         """What the preset decided, so that the result file tells it from what the user gave."""

@@ -10,6 +10,7 @@ from typing import Any
 import lm_eval
 import pytest
 from conftest import LAYERS, tiny_model
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from test_exits import EXITS, exits_config, varied_classifiers
 
@@ -71,6 +72,36 @@ def test_the_newest_exits_win_and_other_backbones_are_not_taken(model_folder: Pa
     found = save_exits(model_folder, cache / "exits" / "right")
     assert model(model_folder).exits.path == found  # type: ignore[union-attr]
     assert model(model_folder, threshold=1).exits is None
+
+
+def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
+    """What follow() asks for is answered and counted as by a model that was loaded with it."""
+    folder = str(save_exits(model_folder, tmp_path / "mine"))
+    requests = [Instance("generate_until", {}, ("The quick", {"until": [], "max_gen_toks": 8}), 0, ("t", 0, 1))]
+    lm = model(model_folder, exits=folder, threshold=1)
+    other = model(model_folder, exits=folder, classifier="calm", state_mode="skip")
+    lm.follow(other.args)
+    assert lm.policy == other.policy
+    assert lm.identity() == other.identity()
+    assert lm.generate_until(requests) == other.generate_until(requests)
+    mine, theirs = (x.response_ledger.find("generate_until", requests[0].args, 0) for x in (lm, other))
+    assert mine == theirs
+    assert mine.classifier_macs > 0
+    with pytest.raises(UserError, match="exits is loaded already"):
+        lm.follow(replace(other.args, exits=None))
+    with pytest.raises(UserError, match="exit_layers"):
+        lm.follow(replace(other.args, exit_layers=(5,)))
+    assert lm.policy == other.policy
+
+
+def test_exits_of_the_package_come_after_those_of_the_user(
+    model_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "shipped_home", lambda: tmp_path / "package")
+    shipped = save_exits(model_folder, tmp_path / "package" / "some-model")
+    assert model(model_folder).exits.path == shipped  # type: ignore[union-attr]
+    own = save_exits(model_folder, cache / "exits" / "mine")
+    assert model(model_folder).exits.path == own  # type: ignore[union-attr]
 
 
 def test_named_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, TEXT, random_ids, tiny_model
+from safetensors.torch import load_file
 from test_exits import EXITS, KINDS, exits_config
 
 from dynamax_lm_eval import cli
@@ -403,6 +404,25 @@ class TestResume:
             assert shares == sorted(shares, reverse=True)
         assert (unbroken.path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_half_size_with_a_note(
+        self, unbroken: ExitCheckpoint, model_folder: Path, texts: Path, tmp_path: Path
+    ) -> None:
+        """The held-out numbers are of the rounded weights."""
+        run = RunOptions(output=str(tmp_path), device="cpu", save_dtype="bfloat16", card_note="Text: by the authors.")
+        saved = command.train(options_for(model_folder, texts), run)
+        assert saved is not None
+        for name, tensor in tensors(unbroken).items():
+            assert torch.equal(load_file(tmp_path / "exits.safetensors")[name], tensor.bfloat16())
+        loaded = saved.load()
+        backbone = command.load_backbone(options_for(model_folder, texts), run)
+        frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
+        _, rows = command._data(options_for(model_folder, texts), backbone)
+        seen = evaluation.observe(frozen, loaded, rows, 64)
+        measured = json.loads((tmp_path / "evaluation.json").read_text())
+        again = evaluation.report(seen, saved.config, loaded, backbone.engine.backbone.cost)
+        assert measured["classifiers"]["mamba"]["exits"] == again["classifiers"]["mamba"]["exits"]
+        assert "\nText: by the authors.\n" in (tmp_path / "README.md").read_text()
+
 
 def command_line(backbone: Path, texts: Path, output: Path) -> list[str]:
     options = options_for(backbone, texts).to_json()
@@ -488,6 +508,7 @@ class TestEvaluation:
         (["--resume", "--overwrite"], "contradict each other"),
         (["--max_token", "5"], "unknown option '--max_token'; did you mean --max_tokens?"),
         (["--seq_len", "9000"], "must be at most --micro_batch_tokens=4096"),
+        (["--save_dtype", "int8"], "--save_dtype must be one of float32, bfloat16"),
         (["--private", "True"], "--private has no effect without --push_to_hub"),
         (["--eval_split", "test"], "have no effect without --eval_dataset"),
         (["--seed", "-1"], "--seed must be at least 0"),

@@ -111,6 +111,8 @@ class ForwardPass(ABC):
 class Backbone(ABC):
     """A frozen causal language model of ``num_layers`` blocks."""
 
+    #: Of the model's class.
+    name: str
     num_layers: int
     hidden_size: int
     vocab_size: int

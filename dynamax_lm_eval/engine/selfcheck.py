@@ -48,6 +48,13 @@ def checked_engine(
         raise
     except Exception as error:
         raise UserError(_cannot_run(name, "block by block", error)) from error
+    check_policy(engine, policy)
+    return engine
+
+
+def check_policy(engine: Engine, policy: ExitPolicy) -> None:
+    """Raises UserError where the backbone cannot follow the policy, or makes other states than its blocks do."""
+    engine.check_policy(policy)
     if policy.active_exits and policy.state_mode == "recompute":
         try:
             check_state_recompute(engine)
@@ -55,8 +62,7 @@ def checked_engine(
             raise
         except Exception as error:
             what = "with state_mode=recompute (skip and copy may work)"
-            raise UserError(_cannot_run(name, what, error)) from error
-    return engine
+            raise UserError(_cannot_run(engine.backbone.name, what, error)) from error
 
 
 @torch.no_grad()

@@ -188,11 +188,15 @@ class ExitCheckpoint:
 
 
 def save(
-    folder: Path, config: ExitConfig, modules: ExitClassifiers, files: Mapping[str, str] | None = None
+    folder: Path,
+    config: ExitConfig,
+    modules: ExitClassifiers,
+    files: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ExitCheckpoint:
     """Writes a checkpoint as a whole: its weights first, its configuration (which readers look for) last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in modules.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in modules.state_dict().items()}
     partial = folder / f".{WEIGHTS_NAME}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / WEIGHTS_NAME)

@@ -36,8 +36,8 @@ class ClassifierOptions:
 
     #: N, the SSM state of the Mamba classifier.
     mamba_state: int = 16
-    #: Its inner width in units of D.
-    mamba_expand: float = 1.0
+    #: Its inner width in units of D. Wider ones detect a little better and cost more than that gains (docs/search.md).
+    mamba_expand: float = 0.25
     #: K, tokens that its convolution sees.
     mamba_kernel: int = 4
     #: Width of the FFN classifier's hidden layer in units of D.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.training.options import TrainingOptions
 
 
-def model_card(config: ExitConfig, evaluation: dict[str, Any]) -> str:
-    """Markdown with the metadata block of the Hugging Face Hub."""
+def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None = None) -> str:
+    """Markdown with the metadata block of the Hugging Face Hub; ``note`` stands beside what is said of the text."""
     backbone, training = config.backbone, config.training
     kinds = ", ".join(f"`{kind}`" for kind in config.classifiers)
     lines = [
@@ -35,6 +37,11 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any]) -> str:
         f"{training['tokens']:,} tokens of `{training['options']['dataset']}`, {training['steps']} steps, "
         f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s on {training['hardware']}; "
         f"backbone in {training['dtype']}.",
+        *(["", note] if note else []),
+        "",
+        "For another model, or for the same one in other weights:",
+        "",
+        f"    dynamax-lm-eval train --backbone MODEL {_command(training['options'])}",
         "",
         "## Held-out quality",
         "",
@@ -63,6 +70,14 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any]) -> str:
                     f"{point['compute_reduction']:.3f} |"
                 )
     return "\n".join(lines) + "\n"
+
+
+def _command(options: dict[str, Any]) -> str:
+    """The options that decide what is trained, where they are not the defaults."""
+    defaults = {item.name: item.default for item in dataclasses.fields(TrainingOptions)}
+    own = {"backbone", "dataset", "eval_dataset"}
+    given = [f"--{name} {value}" for name, value in options.items() if name not in own and value != defaults.get(name)]
+    return " ".join(["--dataset TEXT", *given])
 
 
 def _is_hub_id(name: str) -> bool:

@@ -101,6 +101,10 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
     if not accelerator.is_main_process:
         return None
 
+    dtype = getattr(torch, run.save_dtype)
+    with torch.no_grad():
+        for parameter in classifiers.parameters():
+            parameter.copy_(parameter.to(dtype))
     measured = evaluation.observe(frozen, classifiers.eval(), held_out, options.micro_batch_tokens)
     results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost)
     done = options.steps * options.batch_tokens
@@ -121,8 +125,11 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
     }
     exits = replace(exits, training=summary)
     evaluation.plot_curves(results, folder / "curve.png")
-    files = {"evaluation.json": json.dumps(results, indent=1) + "\n", checkpoint.CARD_NAME: model_card(exits, results)}
-    saved = checkpoint.save(folder, exits, classifiers, files)
+    files = {
+        "evaluation.json": json.dumps(results, indent=1) + "\n",
+        checkpoint.CARD_NAME: model_card(exits, results, run.card_note),
+    }
+    saved = checkpoint.save(folder, exits, classifiers, files, dtype)
     shutil.rmtree(folder / "state", ignore_errors=True)
     logger.info("Wrote exits to %s", folder)
     if run.push_to_hub:

@@ -16,6 +16,7 @@ KINDS: tuple[str, ...] = ("mamba", "ffn", "calm")
 DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 #: ``--dataset self``: text that the backbone itself generates.
 SELF_DATASET = "self"
+SAVE_DTYPES = ("float32", "bfloat16")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -35,6 +36,10 @@ class RunOptions:
     save_steps: int = _option(50, "optimiser steps between saved states")
     log_steps: int = _option(10, "optimiser steps between lines of training.jsonl")
     report_to: str = _option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
+    save_dtype: str = _option(
+        "float32", "of the saved exits: float32 or bfloat16 (half the size); the held-out numbers are of what is saved"
+    )
+    card_note: str | None = _option(None, "a line for the model card, e.g. who is to be credited for the text")
     push_to_hub: str | None = _option(None, "Hub repository (user/name) that the finished exits are uploaded to")
     private: bool = _option(False, "make that repository private if it does not exist yet")
 
@@ -46,6 +51,8 @@ class RunOptions:
             raise UserError(
                 f"--device must be auto or cpu, got {self.device!r}; choose a GPU with CUDA_VISIBLE_DEVICES"
             )
+        if self.save_dtype not in SAVE_DTYPES:
+            raise UserError(f"--save_dtype must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}")
         if self.private and self.push_to_hub is None:
             raise UserError("--private has no effect without --push_to_hub; remove it")
         if self.resume and self.overwrite:
@@ -87,7 +94,7 @@ class TrainingOptions:
     )
     top_k: int = _option(1, "an exit is right if its best token is among the k best of the full model")
     mamba_state: int = _option(16, "SSM state of the mamba classifier")
-    mamba_expand: float = _option(1.0, "inner width of the mamba classifier, in hidden sizes")
+    mamba_expand: float = _option(0.25, "inner width of the mamba classifier, in hidden sizes")
     mamba_kernel: int = _option(4, "tokens that its convolution sees")
     ffn_expand: float = _option(4.0, "hidden width of the ffn classifier, in hidden sizes")
 
