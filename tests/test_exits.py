@@ -88,7 +88,7 @@ def test_scan_and_convolution_equal_the_recurrence(lengths: Sequence[int], with_
     weight, bias = torch.randn(shape.channels, 4), torch.randn(shape.channels)
     state = torch.randn(len(lengths), 6, 5, 4) if with_state else None
     window = torch.randn(len(lengths), 3, shape.channels) if with_state else None
-    scanned, after = selective_scan(inputs, dt, decay, shape, rows, state)
+    scanned, after = selective_scan(inputs, dt, decay, shape, rows, None if state is None else state.clone())
     convolved, last = causal_conv(inputs, weight, bias, rows, window)
     assert after is not None
     start = 0

@@ -38,6 +38,10 @@ class _Block:
         normed: Tensor = self.norm(hidden.to(self.norm.weight.dtype))
         return normed
 
+    def residual(self, hidden: Tensor) -> Tensor:
+        """What the mixer's output is added to."""
+        return hidden.float() if self.residual_in_fp32 else hidden
+
 
 class MambaBackbone(Backbone):
     """Mamba-2, Mamba or Falcon-Mamba."""
@@ -88,6 +92,15 @@ class MambaBackbone(Backbone):
 
     def observe(self, ids: Tensor) -> None:
         pass  # a Mamba block costs the same at every position
+
+    def train_forward(self, ids: Tensor, rows: RaggedRows) -> Tensor:
+        """Logits (T, V) of new rows side by side, ids (T,), at full depth and with gradients."""
+        hidden = self.embed(ids)[0]
+        for block in self.blocks:
+            gate, update = block.mixer.project(block.normed(hidden))
+            read, _ = block.mixer.advance(update, rows, None)
+            hidden = block.residual(hidden) + block.mixer.output(read, gate)
+        return self.readout(hidden)
 
     def row_bytes(self, num_tokens: int) -> int:
         state = [block.mixer.new_state(1, torch.device("meta")) for block in self.blocks]
@@ -192,13 +205,13 @@ class MambaPass(ForwardPass):
         if plan.order is not None:
             update = update.index_select(0, plan.order)
         read, after = mixer.advance(update, plan.rows, table.read(plan.lines))
+        assert after is not None
         table.write(plan.lines, after)
         if gate is None:
             return hidden
         if plan.in_flight is not None:
             read = read.index_select(0, plan.in_flight)
-        residual = hidden.float() if described.residual_in_fp32 else hidden
-        return residual + mixer.output(read, gate)
+        return described.residual(hidden) + mixer.output(read, gate)
 
     def _updated_by_left(self, block: int) -> tuple[IntArray, Tensor | None]:
         """Tokens that left and whose states this block recomputes, with their hidden states (1, m, D)."""

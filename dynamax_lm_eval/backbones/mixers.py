@@ -10,6 +10,7 @@ T tokens of R rows, D hidden, I inner width (H * P), C channels of the convoluti
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -49,8 +50,11 @@ class Mixer(ABC):
         """The second of these alone: (T, U)."""
 
     @abstractmethod
-    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState) -> tuple[Tensor, MixerState]:
-        """The SSM's read-out (T, I) in float32 with its skip term, and the rows' new states."""
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        """The SSM's read-out (T, I) in float32 with its skip term, and the rows' new states.
+
+        ``state``: None for rows that have seen nothing; where they are also trained, no states come back.
+        """
 
     @abstractmethod
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ class Mixer(ABC):
         gate = self.inner * int(in_proj.in_features) if _is_plain(in_proj) else 0
         return gate + families.linear_macs(self.module.out_proj, name)
 
-    def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor) -> tuple[Tensor, Tensor]:
+    def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor | None) -> tuple[Tensor, Tensor]:
         """Convolution and activation of (T, C) in float32, and the new window."""
         conv = self.module.conv1d
         bias = None if conv.bias is None else conv.bias.float()
@@ -120,15 +124,19 @@ class Mamba2Mixer(Mixer):
     def project_update(self, normed: Tensor) -> Tensor:
         return _rows_of(self.module.in_proj, normed, slice(self.inner, None))
 
-    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState) -> tuple[Tensor, MixerState]:
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         module, shape = self.module, self.shape
         mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
-        mixed, conv = self._convolve(mixed, rows, state.conv)
-        steps = F.softplus(dt.float() + module.dt_bias.float()).clamp(*self._limits)
-        read, ssm = selective_scan(mixed, steps, -module.A_log.float().exp(), shape, rows, state.ssm)  # (T, H, P)
-        assert ssm is not None
+        mixed, conv = self._convolve(mixed, rows, None if state is None else state.conv)
+        steps = F.softplus(dt.float() + module.dt_bias.float())
+        if self._limits != (0.0, math.inf):
+            steps = steps.clamp(*self._limits)
+        before = None if state is None else state.ssm
+        read, ssm = selective_scan(mixed, steps, -module.A_log.float().exp(), shape, rows, before)  # (T, H, P)
         x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-        return torch.addcmul(read, x, module.D.float().unsqueeze(-1)).flatten(1), MixerState(conv, ssm)
+        return torch.addcmul(read, x, module.D.float().unsqueeze(-1)).flatten(1), None if ssm is None else MixerState(
+            conv, ssm
+        )
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         normed = self.module.norm(scanned, gate)
@@ -156,13 +164,14 @@ class Mamba1Mixer(Mixer):
     def project_update(self, normed: Tensor) -> Tensor:
         return _rows_of(self.module.in_proj, normed, slice(None, self.inner))
 
-    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState) -> tuple[Tensor, MixerState]:
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         module = self.module
-        x, conv = self._convolve(update, rows, state.conv)
+        x, conv = self._convolve(update, rows, None if state is None else state.conv)
         parts = module.x_proj(x.to(update.dtype)).split(self._sizes, dim=-1)
         dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
         steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
-        read, ssm = channel_scan(x, steps, -module.A_log.float().exp(), b, c, rows, state.ssm)  # (T, I)
+        before = None if state is None else state.ssm
+        read, ssm = channel_scan(x, steps, -module.A_log.float().exp(), b, c, rows, before)  # (T, I)
         return torch.addcmul(read, x, module.D.float()), MixerState(conv, ssm)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:

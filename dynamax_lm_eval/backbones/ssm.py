@@ -10,15 +10,31 @@ I inner width of Mamba-1, Q chunk length, c chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Sums over many tokens keep their precision where the backbone or a training runs under autocast."""
+
+    @functools.wraps(function)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.autocast(args[0].device.type, enabled=False):  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
+
+    return run
+
 
 #: Tokens of a chunk. Scores within it cost Q * H values per token, so longer chunks need more memory.
 CHUNK = 64
@@ -164,6 +180,7 @@ class Chunks:
         return values if self.present is None else values.index_select(0, self.present)
 
 
+@_without_autocast
 def causal_conv(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: RaggedRows, window: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -184,7 +201,7 @@ def causal_conv(
         window = inputs.new_zeros(rows.num_rows, width, inputs.shape[1])
     if rows.single_tokens:
         seen = torch.cat([window.to(inputs.dtype), inputs.unsqueeze(1)], dim=1)  # (R, K, C)
-        output = torch.einsum("rkc,ck->rc", seen, weight)
+        output = (seen * weight.T).sum(1)
         return (output if bias is None else output + bias), seen[:, 1:]
     # One pass of shifted sums over all rows; what the first tokens of a row took from the row before is
     # then replaced.
@@ -198,6 +215,7 @@ def causal_conv(
     return (output if bias is None else output + bias), earlier[edges.last]
 
 
+@_without_autocast
 def selective_scan(
     inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, rows: RaggedRows, state: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -209,7 +227,7 @@ def selective_scan(
         decay: (H,) A, negative.
         shape: the sizes.
         rows: the T tokens' rows.
-        state: (R, H, P, N) the rows' states; None: zeros.
+        state: (R, H, P, N) the rows' states; None: zeros. Overwritten where every row has one token.
 
     Returns:
         (T, H, P) without the skip term D x, and the new states (R, H, P, N); None in training on new rows,
@@ -281,16 +299,24 @@ def _carried_at_once(layout: Chunks, added: Tensor, log: Tensor) -> Tensor:
 
 
 def _step(inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token per row: (R, H, P) and the new states (R, H, P, N)."""
+    """One token per row: (R, H, P) and the new states (R, H, P, N), in the memory of the given ones.
+
+    States are the largest tensors of a decoding step by far, so they are gone through as seldom as can be.
+    """
     x, b, c = shape.split(inputs)  # (R, H, P), (R, G, N)
-    per_group = shape.heads // shape.groups
-    b, c = b.repeat_interleave(per_group, dim=1), c.repeat_interleave(per_group, dim=1)  # (R, H, N)
-    current = (dt.unsqueeze(-1) * x).unsqueeze(-1) * b.unsqueeze(-2)  # (R, H, P, N)
-    if state is not None:
-        current = current + (dt * decay).exp()[..., None, None] * state.float()
-    return (current @ c.unsqueeze(-1)).squeeze(-1), current
+    weighted = (dt.unsqueeze(-1) * x).unflatten(1, (shape.groups, -1)).unsqueeze(-1)  # (R, G, H / G, P, 1)
+    b = b[:, :, None, None]  # (R, G, 1, 1, N)
+    if state is None:
+        current = weighted * b
+    else:
+        state = state.float()
+        state *= (dt * decay).exp()[..., None, None]
+        current = state.unflatten(1, (shape.groups, -1)).addcmul_(weighted, b)
+    read = current.flatten(2, 3) @ c.unsqueeze(-1)  # (R, G, H / G * P, 1)
+    return read.view(len(read), shape.heads, shape.head_dim), current.flatten(1, 2)
 
 
+@_without_autocast
 def channel_scan(
     x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, rows: RaggedRows, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -162,14 +162,12 @@ class MambaClassifier(Classifier):
         projected = self.in_proj(self.norm(hidden))
         gate, mixed, dt = projected.split([shape.inner, shape.channels, shape.heads], dim=-1)
         conv, ssm = (None, None) if state is None else state
-        # The recurrence sums over many tokens: in float32, in training as in decoding.
-        with torch.autocast(hidden.device.type, enabled=False):
-            mixed, conv = causal_conv(mixed.float(), self.conv_weight, self.conv_bias, rows, conv)
-            steps = F.softplus(dt.float() + self.dt_bias)
-            mixed = F.silu(mixed)
-            output, ssm = selective_scan(mixed, steps, -self.A_log.exp(), shape, rows, ssm)  # (T, H, P)
-            x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-            output = (output + x * self.D.unsqueeze(-1)).flatten(1)
+        mixed, conv = causal_conv(mixed.float(), self.conv_weight, self.conv_bias, rows, conv)
+        steps = F.softplus(dt.float() + self.dt_bias)
+        mixed = F.silu(mixed)
+        output, ssm = selective_scan(mixed, steps, -self.A_log.exp(), shape, rows, ssm)  # (T, H, P)
+        x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
+        output = (output + x * self.D.unsqueeze(-1)).flatten(1)
         after = None if ssm is None else MixerState(conv, ssm)
         return self.out_proj(self.gate_norm(output * F.silu(gate))), after
 

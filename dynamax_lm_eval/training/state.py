@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dynamax_lm_eval.config import UserError, changed_settings
-from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 _PREFIX = "state-"
 
@@ -31,13 +31,13 @@ class Progress:
     seconds: float
 
 
-def save(folder: Path, progress: Progress, classifiers: ExitClassifiers, optimizer: torch.optim.Optimizer) -> None:
+def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Writes the state of a training into ``folder``, then removes older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{_PREFIX}{progress.step:08d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(_tensors(classifiers.state_dict()), partial / "exits.safetensors")
+    save_file(_tensors(module.state_dict()), partial / "weights.safetensors")
     save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
     (partial / "progress.json").write_text(json.dumps(progress.__dict__), encoding="utf-8")
     final = folder / f"{_PREFIX}{progress.step:08d}"
@@ -56,9 +56,9 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     return found[-1], Progress(**data)
 
 
-def load(path: Path, classifiers: ExitClassifiers, optimizer: torch.optim.Optimizer) -> None:
+def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the weights and the optimiser back to where they were."""
-    classifiers.load_state_dict(load_file(path / "exits.safetensors"))
+    module.load_state_dict(load_file(path / "weights.safetensors"))
     tensors = load_file(path / "optimizer.safetensors")
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():

@@ -1,0 +1,185 @@
+"""Trains a small Mamba-2, or a Llama of the same size and depth, on local text: a backbone to try early exit on.
+
+    python examples/train_tiny.py --architecture mamba2 --dataset BOOKS --held-out OTHER_BOOKS --output tiny-mamba2
+    python examples/train_tiny.py --architecture llama --dataset BOOKS --held-out OTHER_BOOKS --output tiny-llama
+
+Both have 12 blocks, about 3.5 M parameters and a byte-pair tokenizer of 4,096 entries, which a run makes of the text
+unless --tokenizer names the folder of the other model; then both see the same tokens in the same order. A run that
+was killed goes on where it was when the same command is given again. The result is a folder for backbone=.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from dynamax_lm_eval.backbones import MambaBackbone
+from dynamax_lm_eval.backbones.ssm import RaggedRows
+from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.training import data, state
+from dynamax_lm_eval.training.options import TrainingOptions
+from dynamax_lm_eval.training.trainer import learning_rate
+
+VOCABULARY = 4096
+HIDDEN = 192
+BLOCKS = 12
+SEQ_LEN = 512
+SPECIAL = ("<pad>", "<s>", "</s>")
+
+
+def make_tokenizer(dataset: str, options: TrainingOptions) -> Any:
+    """A byte-level BPE tokenizer of the first 2,000 documents."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    texts: list[str] = []
+
+    def keep(text: str) -> Any:
+        texts.append(text)
+        return argparse.Namespace(input_ids=[0])
+
+    for _ in itertools.islice(data.text_documents(options, dataset, keep)(0, 0), 2000):
+        pass
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    pad, bos, eos = SPECIAL
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, model_max_length=int(1e30)
+    )
+
+
+def make_model(architecture: str, seed: int) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": BLOCKS}
+    sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
+    config: Any
+    if architecture == "mamba2":
+        config = transformers.Mamba2Config(
+            num_heads=12, head_dim=32, expand=2, state_size=32, n_groups=1, initializer_range=0.02, **sizes
+        )
+    else:
+        config = transformers.LlamaConfig(
+            num_attention_heads=6, num_key_value_heads=2, intermediate_size=256, max_position_embeddings=2048, **sizes
+        )
+    torch.manual_seed(seed)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Tensor:
+    """Cross-entropy of every token but the rows' first."""
+    if mamba is not None:
+        logits = mamba.train_forward(
+            torch.tensor([token for row in rows for token in row]), RaggedRows(list(map(len, rows)))
+        )
+        # The last token of a row predicts nothing.
+        targets = torch.tensor([token for row in rows for token in [*row[1:], -100]])
+    else:
+        width = max(map(len, rows))
+        # Padding on the right of a causal model needs no mask.
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        logits = model(ids, use_cache=False).logits.flatten(0, 1)
+        targets = torch.tensor([token for row in rows for token in [*row[1:], *[-100] * (width - len(row) + 1)]])
+    chosen = targets >= 0
+    return F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, mamba: MambaBackbone | None, rows: list[list[int]], tokenizer: Any) -> float:
+    bits = sum(float(losses(model, mamba, [row]).sum()) for row in rows) / math.log(2)
+    return bits / sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=("mamba2", "llama"), required=True)
+    parser.add_argument("--dataset", required=True, help="file, folder or pattern of .txt, .jsonl(.gz) or .parquet")
+    parser.add_argument("--held-out", required=True, help="text for the bits per byte at the end")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokenizer", help="folder of the other model; default: a new one, made of the text")
+    parser.add_argument("--max-tokens", type=int, default=20_000_000)
+    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--save-steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if (args.output / "config.json").is_file():
+        parser.error(f"{args.output} holds a finished model; choose another --output")
+
+    options = TrainingOptions(backbone="-", dataset=args.dataset, seed=args.seed)
+    folder = args.output / "state"
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not (args.output / "tokenizer.json").is_file():
+        if args.tokenizer:
+            transformers.AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.output)
+        else:
+            make_tokenizer(args.dataset, options).save_pretrained(args.output)
+    tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(args.output)
+    documents = data.text_documents(options, args.dataset, tokenizer)
+
+    model = make_model(args.architecture, args.seed).train()
+    mamba = MambaBackbone(model) if args.architecture == "mamba2" else None
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    steps = -(-args.max_tokens // args.batch_tokens)
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "save_steps", "held_out")}
+    first, seconds, position = 0, 0.0, data.Position()
+    if (found := state.latest(folder)) is not None:
+        path, progress = found
+        state.check_same(progress.options, settings)
+        state.load(path, model.base_model, optimizer)
+        first, seconds, position = progress.step, progress.seconds, data.Position(**progress.data)
+    batches = data.MicroBatches(documents, args.batch_tokens, SEQ_LEN, position)
+    start = time.perf_counter() - seconds
+    with tqdm(total=steps * args.batch_tokens, initial=first * args.batch_tokens, unit="tok", unit_scale=True) as bar:
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, args.learning_rate, 0.02)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = losses(model, mamba, next(batches)).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not math.isfinite(float(norm)):
+                raise SystemExit(f"step {step + 1}: the gradient is not finite; lower --learning-rate")
+            optimizer.step()
+            bar.update(args.batch_tokens)
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+            if (step + 1) % args.save_steps == 0:
+                seconds = time.perf_counter() - start
+                progress = state.Progress(step + 1, batches.position.to_json(), settings, seconds)
+                state.save(folder, progress, model.base_model, optimizer)
+                with (args.output / "training.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": step + 1, "loss": float(loss.detach()), "seconds": seconds}) + "\n")
+
+    model.to(torch.bfloat16).float().eval()  # measured as it is saved
+    held_out = data.text_documents(TrainingOptions(backbone="-", dataset=args.held_out), args.held_out, tokenizer)
+    rows, _ = data.held_out(held_out, 50_000, SEQ_LEN)
+    summary = {
+        **settings,
+        "tokens": steps * args.batch_tokens,
+        "seconds": time.perf_counter() - start,
+        "parameters": model.num_parameters(),
+        "bits_per_byte_held_out": bits_per_byte(model, mamba, rows, tokenizer),
+    }
+    write_text(args.output / "training.json", json.dumps(summary, indent=1) + "\n")
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
