@@ -404,6 +404,19 @@ class TestResume:
             assert shares == sorted(shares, reverse=True)
         assert (unbroken.path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_trackers_are_told_of_steps_and_of_held_out_text(
+        self, model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[tuple[int, dict[str, float]]] = []
+        monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: told.append((step, values)))
+        train(model_folder, texts, tmp_path, max_tokens=256, classifier="calm")
+        assert [step for step, _ in told] == [1, 2, 2]
+        assert {"learning_rate", "calm/loss_0", "calm/accuracy_2"} <= set(told[0][1])
+        measured = json.loads((tmp_path / "evaluation.json").read_text())["classifiers"]["calm"]["exits"]
+        held_out = told[-1][1]
+        assert held_out["held_out/calm/exit_3/auroc"] == measured["3"]["auroc"]
+        assert len(held_out) == 6
+
     def test_half_size_with_a_note(
         self, unbroken: ExitCheckpoint, model_folder: Path, texts: Path, tmp_path: Path
     ) -> None:

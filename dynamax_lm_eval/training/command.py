@@ -99,6 +99,7 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
     )
     seconds = _loop(trainer, options, run, documents, folder, accelerator, backbone.identity.fingerprint)
     if not accelerator.is_main_process:
+        accelerator.end_training()
         return None
 
     dtype = getattr(torch, run.save_dtype)
@@ -107,6 +108,8 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
             parameter.copy_(parameter.to(dtype))
     measured = evaluation.observe(frozen, classifiers.eval(), held_out, options.micro_batch_tokens)
     results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost)
+    accelerator.log(_held_out_numbers(results), step=options.steps)
+    accelerator.end_training()
     done = options.steps * options.batch_tokens
     summary = {
         "options": options.to_json(),
@@ -187,7 +190,6 @@ def _loop(
             if main and report.step % run.save_steps == 0:
                 progress = state.Progress(report.step, batches.position.to_json(), identity, earlier + clock.seconds)
                 state.save(folder / "state", progress, trainer.classifiers, trainer.optimizer)
-    accelerator.end_training()
     return earlier + clock.seconds
 
 
@@ -331,6 +333,17 @@ def _log(log: Path, report: StepReport, speed: float, accelerator: Any) -> None:
             flat[f"{kind}/loss_{i}"] = loss
             flat[f"{kind}/accuracy_{i}"] = report.accuracies[kind][i]
     accelerator.log(flat, step=report.step)
+
+
+def _held_out_numbers(results: dict[str, Any]) -> dict[str, float]:
+    """The quality of each classifier, for trackers; nothing where only one label occurred."""
+    return {
+        f"held_out/{kind}/exit_{layer}/{name}": quality[name]
+        for kind, found in results["classifiers"].items()
+        for layer, quality in found["exits"].items()
+        for name in ("auroc", "expected_calibration_error")
+        if quality[name] is not None
+    }
 
 
 def _accuracy_line(report: StepReport) -> str:
