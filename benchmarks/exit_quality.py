@@ -4,15 +4,18 @@
 
 Every token of the text is predicted once, through the engine, with the states that early tokens leave behind;
 all tokens but a row's first may exit. Agreement is the share of tokens whose most probable next token is that
-of the full model; compute_reduction counts everything that exits cause. Random exits leave each layer at the
-rate of the trained ones and cost no classifier. Prints a Markdown table; the last line is JSON.
+of the full model; bits per byte are those of the text; compute_reduction counts everything that exits cause.
+Random exits leave each layer at the rate of the trained ones and cost no classifier. Prints a Markdown table;
+the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,9 @@ def run(
     traces: list[Trace] = [found[i].trace for i in range(len(rows))]
     adapters = engine.classifiers.adapter_macs() if engine.classifiers is not None else {}
     record = account([(trace, policy.terms(1, costs, adapters)) for trace in traces], engine.backbone.cost)
+    log_probs = sum(line[0] for i in range(len(rows)) for line in found[i].log_probs)
     return {
+        "bits": -log_probs / math.log(2),
         "greedy": np.concatenate([np.asarray(found[i].greedy_tokens) for i in range(len(rows))]),
         "layers": np.concatenate([np.asarray(trace.exit_layers) for trace in traces]),
         "compute_reduction": record.compute_reduction,
@@ -79,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--prune", type=int, nargs="+", default=[1, 2, 3, 4, 6])
-    parser.add_argument("--state-mode", default="recompute")
+    parser.add_argument("--state-modes", nargs="+", default=["recompute"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
@@ -94,6 +99,7 @@ def main() -> None:
     exits, depth = trained.config.exit_layers, backbone.identity.num_layers
     engine = Engine(backbone.engine.backbone, classifiers)
     full = run(engine, ExitPolicy(depth), rows, {}, args.batch_size)
+    num_bytes = sum(len(backbone.tokenizer.decode(row[1:]).encode()) for row in rows)
 
     table: list[dict[str, Any]] = []
 
@@ -103,6 +109,7 @@ def main() -> None:
             "family": family,
             "setting": setting,
             "compute_reduction": found["compute_reduction"],
+            "bits_per_byte": found["bits"] / num_bytes,
             "agreement": float(agreement.mean()),
             "agreement_stderr": float(agreement.std() / np.sqrt(len(agreement))),
             "mean_exit_layer": float(found["layers"].mean()),
@@ -110,12 +117,15 @@ def main() -> None:
         table.append(point)
         print(
             f"| {family} | {setting} | {point['compute_reduction']:.3f} | {point['agreement']:.3f} | "
-            f"{point['mean_exit_layer']:.1f} |",
+            f"{point['bits_per_byte']:.3f} | {point['mean_exit_layer']:.1f} |",
             flush=True,
         )
 
-    print("| exits | setting | compute_reduction | agreement | mean exit layer |\n| --- | --- | --- | --- | --- |")
-    for kind in trained.config.classifiers:
+    print(
+        "| exits | setting | compute_reduction | agreement | bits per byte | mean exit layer |\n" + "| --- " * 6 + "|"
+    )
+    add("full model", "", full)
+    for kind, mode in product(trained.config.classifiers, args.state_modes):
         for threshold in args.thresholds:
             policy = ExitPolicy(
                 depth,
@@ -123,29 +133,32 @@ def main() -> None:
                 (threshold,) * len(exits),
                 confidence="classifier",
                 classifier=kind,  # type: ignore[arg-type]
-                state_mode=args.state_mode,
+                state_mode=mode,
                 exit_scope="all",
                 final_block=trained.config.final_block,
                 adapter=trained.config.adapter,
             )
             learned = run(engine, policy, rows, classifiers.costs(kind), args.batch_size)
-            add(kind, f"threshold {threshold}", learned)
+            setting = f"{mode}, threshold {threshold}"
+            add(kind, setting, learned)
             rates = exit_rates(learned["layers"], exits)
             drawn = replace(
                 policy, classifier="calm", adapter="none", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates)
             )
-            add(f"random at the rate of {kind}", f"threshold {threshold}", run_random(engine, drawn, rows, args))
+            add(
+                f"random at the rate of {kind}", f"{mode}, threshold {threshold}", run_random(engine, drawn, rows, args)
+            )
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
         add("pruning", str(count), run(engine, policy, rows, {}, args.batch_size))
-    setting = {
+    about = {
         "benchmark": "exit_quality",
         "backbone": args.backbone,
         "exits": trained.fingerprint(),
         "dtype": args.dtype,
     }
-    setting |= {"tokens": len(full["greedy"]), "state_mode": args.state_mode}
-    print(json.dumps(setting | environment(str(engine.backbone.device)) | {"points": table}))
+    about |= {"tokens": len(full["greedy"]), "bytes": num_bytes}
+    print(json.dumps(about | environment(str(engine.backbone.device)) | {"points": table}))
 
 
 def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:

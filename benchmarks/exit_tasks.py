@@ -51,11 +51,13 @@ def policies(args: argparse.Namespace, folder: str | None) -> dict[str, DynamaxA
         grid |= {f"pruning {count}": replace(full, prune_layers=count) for count in args.prune}
         return grid | {f"softmax {t:g}": replace(full, confidence="softmax", threshold=(t,)) for t in args.softmax}
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    adapter = config.get("adapter", "none")
+    points = [point.split(":") for point in args.points]
     return {
-        f"{kind}, adapter {adapter}, {t:g}": replace(full, classifier=kind, threshold=(t,))
-        for kind in config["classifiers"]
-        for t in args.thresholds
+        f"{kind}, adapter {config.get('adapter', 'none')}, {threshold}": replace(
+            full, classifier=kind, threshold=(float(threshold),)
+        )
+        for kind, threshold in points
+        if kind in config["classifiers"]
     }
 
 
@@ -91,6 +93,14 @@ def consistency(texts: list[str], reference: list[str]) -> float:
     return float(np.mean(scores))
 
 
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row how it stands to the full model's on the same task, which is the first."""
+    for row in rows:
+        full = next(other for other in rows if other["task"] == row["task"])
+        row["vs full"] = full["macs"] / row["macs"]
+        row["consistency"] = consistency(row["texts"], full["texts"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exits", nargs="*", default=[], help="folders of trained exits")
@@ -101,7 +111,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=400, help="of TruthfulQA")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.7, 0.8, 0.9, 0.95])
+    parser.add_argument(
+        "--points",
+        nargs="*",
+        default=[f"{kind}:{threshold}" for kind in ("mamba", "ffn", "calm") for threshold in (0.7, 0.9, 0.97)],
+        help="kinds and thresholds to run with every folder of exits that has the kind, e.g. mamba:0.9",
+    )
     parser.add_argument("--softmax", type=float, nargs="*", default=[0.8, 0.95])
     parser.add_argument("--prune", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--output", type=Path, default=Path("exit_tasks.jsonl"))
@@ -119,23 +134,21 @@ def main() -> None:
         metadata={"data_dir": str(args.truthfulqa)},
     )
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.is_file() else []
-    done = {(row["task"], row["policy"]): row for row in map(json.loads, lines)}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     for folder in [None, *args.exits]:
         lm = DynamaxLM(args.backbone, exits=folder, threshold=1, batch_size=args.batch_size, device=args.device)
         for label, policy in policies(args, folder).items():
             for name, (task, limit) in tasks.items():
-                row = done.get((name, label))
-                if row is None:
-                    row = {"task": name, "policy": label, **evaluate(lm, policy, task, name, manager, limit)}
-                    with args.output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                if any((row["task"], row["policy"]) == (name, label) for row in rows):
+                    continue
+                row = {"task": name, "policy": label, **evaluate(lm, policy, task, name, manager, limit)}
                 rows.append(row)
-                full = next(other for other in rows if other["task"] == name)
-                row["vs full"] = full["macs"] / row["macs"]
-                row["consistency"] = consistency(row["texts"], full["texts"])
+                with args.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                compare(rows)
                 print(json.dumps({key: row[key] for key in ("task", *COLUMNS)}), flush=True)
 
+    compare(rows)
     for name in tasks:
         print(f"\n{name}: {METRICS[name]}\n\n| " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|")
         for row in rows:

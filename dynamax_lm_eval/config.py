@@ -18,6 +18,7 @@ ClassifierKind = Literal["calm", "ffn", "mamba"]
 StateMode = Literal["recompute", "copy", "skip"]
 ExitScope = Literal["generated", "all"]
 Preset = Literal["paper"]
+MambaKernels = Literal["auto", "torch"]
 
 
 class UserError(ValueError):
@@ -58,6 +59,8 @@ class DynamaxArgs:
     threshold_decay: float | None = None
     #: A set-up by name: ``paper`` runs block L after an exit, copies states and penalises repetition.
     preset: Preset | None = None
+    #: On a Mamba backbone: ``auto`` uses the kernels of mamba-ssm on a GPU where they are installed; None: auto.
+    mamba_kernels: MambaKernels | None = None
 
 
 #: What ``preset=paper`` sets where the user does not (its state mode depends on the backbone). The paper names no
@@ -347,6 +350,7 @@ _PARSERS: dict[str, Any] = {
     "classifier_warmup": _count,
     "final_block": _flag,
     "preset": _choice(Preset),
+    "mamba_kernels": _choice(MambaKernels),
     "exit_layers": _exit_layers,
     "state_mode": _choice(StateMode),
     "prune_layers": _prune_layers,

@@ -77,6 +77,10 @@ class DynamaxLM(HFLM):
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
+        if self.args.mamba_kernels is not None and not loading.is_recurrent(config):
+            raise UserError(
+                f"mamba_kernels has no effect on {config.model_type!r}, which has no Mamba blocks; remove it"
+            )
         fingerprint = None
         if checkpoint.might_be_needed(self.args):  # runs without exits need not read the weights twice
             fingerprint = (
@@ -105,7 +109,9 @@ class DynamaxLM(HFLM):
                 self.exits.check_fingerprint(fingerprint, self.args.exits_check)
             classifiers, self._exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         with self._autocast():
-            self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers)
+            self.engine = checked_engine(
+                self.model, self.policy, self.max_length, classifiers, self.args.mamba_kernels or "auto"
+            )
         self._warn_of_read_cost()
 
     def follow(self, args: DynamaxArgs) -> None:
@@ -114,7 +120,7 @@ class DynamaxLM(HFLM):
         Raises:
             UserError: the policy cannot be had with them, or names others.
         """
-        for name in ("backbone", "exits"):
+        for name in ("backbone", "exits", "mamba_kernels"):
             if getattr(args, name) != getattr(self.args, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self.args, name)!r}")
         policy, note = self._policy_for(args, self.model.config)

@@ -79,6 +79,7 @@ def test_bad_arguments_end_in_one_line(
         ("{t5}", "is an encoder-decoder (seq2seq) model"),
         ("{bert}", "is not a causal language model"),
         ("{bamba}", "mixes attention and Mamba blocks"),
+        ("{llama},mamba_kernels=torch", "mamba_kernels has no effect on 'llama'"),
         ("{mamba},state_mode=copy", "state_mode=copy is not possible on a Mamba backbone"),
         ("no-such-owner/no-such-model", "nor a model that could be had from the Hub"),
     ],
@@ -92,6 +93,7 @@ def test_bad_backbones(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     configs = {"t5": hf.T5Config(), "bert": hf.ViTConfig(), "mamba": hf.Mamba2Config(), "bamba": hf.BambaConfig()}
+    configs["llama"] = hf.LlamaConfig()
     (tmp_path / "empty").mkdir()
     for name, config in configs.items():
         config.save_pretrained(tmp_path / name)

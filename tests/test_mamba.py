@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, MAMBAS, random_ids, tiny_model
@@ -15,7 +16,8 @@ from test_engine import FULL, NEW_TOKENS, PROMPTS, is_separated, run_generate, r
 from test_exits import CLASSIFIERS, classifier_policy, exits_config, varied_classifiers
 from torch import nn
 
-from dynamax_lm_eval.backbones import MambaBackbone
+from dynamax_lm_eval.backbones import MambaBackbone, kernels
+from dynamax_lm_eval.backbones.kernels import ScanKernels
 from dynamax_lm_eval.backbones.ssm import RaggedRows, channel_scan
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.engine import Engine
@@ -217,6 +219,88 @@ def test_step_sizes_are_clamped_in_every_form() -> None:
     assert generated.tokens == greedy[len(PROMPTS[0]) - 1 : -1]
 
 
+def _chunk_scan(x: Any, dt: Any, A: Any, B: Any, C: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: N803
+    """What mamba-ssm documents of mamba_chunk_scan_combined, token by token: batch 1, sequences by cu_seqlens."""
+    assert (options["dt_softplus"], options["return_varlen_states"]) == (False, True)
+    ends = options["cu_seqlens"].tolist()
+    rows = [number for number, size in enumerate(np.diff(ends).tolist()) for _ in range(size)]
+    assert options["seq_idx"].tolist() == [rows]
+    states = torch.zeros(len(ends) - 1, x.shape[2], x.shape[3], B.shape[3])
+    outputs = []
+    for t, row in enumerate(rows):
+        step = _state_update(states[row : row + 1], x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t])
+        outputs.append(step)
+    return torch.stack(outputs, dim=1), states
+
+
+def _state_update(
+    state: Any,
+    x: Any,
+    dt: Any,
+    A: Any,  # noqa: N803
+    B: Any,  # noqa: N803
+    C: Any,  # noqa: N803
+    dt_softplus: bool = False,
+) -> torch.Tensor:
+    """What mamba-ssm documents of selective_state_update: the state is moved on in place."""
+    assert not dt_softplus
+    if state.ndim == 4:
+        B, C = (values.repeat_interleave(state.shape[1] // values.shape[1], 1)[:, :, None] for values in (B, C))  # noqa: N806
+    else:
+        B, C = B[:, None], C[:, None]  # noqa: N806
+    state.copy_((dt[..., None] * A).exp() * state + (dt * x)[..., None] * B)
+    return (state * C).sum(-1)
+
+
+class _OnCpu(ScanKernels):
+    def can_run(self, inputs: torch.Tensor) -> bool:
+        return not inputs.requires_grad
+
+
+@pytest.mark.parametrize("family", MAMBAS)
+def test_the_kernels_functions_are_called_as_documented(family: str) -> None:
+    """Prefill, steps of rows in any order, and rows that go on with several tokens."""
+    calls = {"chunk_scan": 0, "state_update": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    model = tiny_model(family)
+    with_kernels = MambaBackbone(model)
+    fakes = _OnCpu(counted("chunk_scan", _chunk_scan), counted("state_update", _state_update))
+    for block in with_kernels.blocks:
+        block.mixer.kernels = fakes
+    policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3), PROMPTS[0])
+    expected = run_generate(engine_for(family), [policy] * 5, PROMPTS, 3)
+    assert run_generate(Engine(with_kernels), [policy] * 5, PROMPTS, 3) == expected
+    assert calls["state_update"] > 0
+    assert (calls["chunk_scan"] > 0) == (family == "mamba2")
+    check_against_model(Engine(with_kernels), model)
+
+
+def test_without_a_gpu_there_are_no_kernels() -> None:
+    assert kernels.find("auto", torch.device("cpu")) is None
+    assert kernels.find("torch", torch.device("cuda")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", MAMBAS)
+def test_kernels_give_what_the_reference_gives(family: str) -> None:
+    pytest.importorskip("mamba_ssm")
+    model = copy.deepcopy(tiny_model(family)).cuda()
+    policy = separated_policy(tiny_model(family), ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3), PROMPTS[0])
+    results = [
+        run_generate(Engine(MambaBackbone(model, choice)), [policy] * 3, PROMPTS[:3], 2)  # type: ignore[arg-type]
+        for choice in ("auto", "torch")
+    ]
+    assert results[0] == results[1]
+
+
 def test_copy_is_refused() -> None:
     policy = ExitPolicy(LAYERS, (2,), (0.5,), state_mode="copy")
     with pytest.raises(UserError, match="state_mode=copy is not possible on Mamba2ForCausalLM"):
@@ -248,3 +332,21 @@ def test_another_form_of_the_block_is_refused() -> None:
     model.backbone.layers[0].register_forward_hook(lambda _, __, output: 1.1 * output)
     with pytest.raises(UserError, match="more than rounding explains"):
         check_against_model(engine, model)
+
+
+@pytest.mark.parametrize("family", MAMBAS)
+def test_forward_with_gradients_equals_the_models_own(family: str) -> None:
+    """Rows side by side, as a training from scratch lays them."""
+    model = copy.deepcopy(tiny_model(family)).train()
+    rows = [random_ids(length, 30 + length) for length in (13, 4, 1, 9)]
+    logits = MambaBackbone(model).train_forward(
+        torch.tensor([token for row in rows for token in row]), RaggedRows([len(row) for row in rows])
+    )
+    logits.square().mean().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = torch.cat([model(torch.tensor([row]), use_cache=False).logits[0] for row in rows])
+    expected.square().mean().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)

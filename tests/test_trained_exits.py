@@ -9,9 +9,11 @@ from typing import Any
 
 import lm_eval
 import pytest
+import torch
 from conftest import LAYERS, tiny_model
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file
 from test_exits import EXITS, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones.fingerprint import files_fingerprint
@@ -157,3 +159,21 @@ def test_preset_paper(model_folder: Path, tmp_path: Path, cache: Path) -> None:
     overridden = model(model_folder, exits=str(folder), preset="paper", state_mode="skip", repetition_penalty=1.0)
     assert overridden.policy.state_mode == "skip"
     assert overridden.args.repetition_penalty == 1.0
+
+
+def test_what_the_package_ships() -> None:
+    """Small, in bfloat16, with credit for the text, and readable by this version."""
+    folders = sorted(file.parent for file in checkpoint.shipped_home().glob("*/config.json"))
+    assert [folder.name for folder in folders] == ["smollm2-gguf"]
+    for folder in folders:
+        opened = checkpoint.ExitCheckpoint.open(folder)
+        assert opened.config.classifiers[0] == "mamba"
+        assert opened.config.adapter == "affine"
+        opened.load()
+        tensors = load_file(folder / checkpoint.WEIGHTS_NAME)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+        card = (folder / checkpoint.CARD_NAME).read_text(encoding="utf-8")
+        assert "OpenStax" in card
+        assert "CC BY 4.0" in card
+    files = [file for folder in folders for file in folder.rglob("*")]
+    assert sum(file.stat().st_size for file in files) < 16e6

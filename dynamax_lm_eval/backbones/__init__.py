@@ -8,6 +8,7 @@ from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, RowLayout, Sta
 from dynamax_lm_eval.backbones.loading import is_recurrent
 from dynamax_lm_eval.backbones.mamba import MambaBackbone
 from dynamax_lm_eval.backbones.transformer import TransformerBackbone
+from dynamax_lm_eval.config import MambaKernels
 
 __all__ = [
     "Backbone",
@@ -20,12 +21,17 @@ __all__ = [
 ]
 
 
-def make_backbone(model: Any, max_length: int | None = None) -> Backbone:
-    """The backbone that a loaded causal LM of transformers is; ``max_length``: longest row that will be run.
+def make_backbone(model: Any, max_length: int | None = None, mamba_kernels: MambaKernels = "auto") -> Backbone:
+    """The backbone that a loaded causal LM of transformers is.
+
+    Args:
+        model: in eval mode.
+        max_length: longest row that will be run.
+        mamba_kernels: see :class:`MambaBackbone`.
 
     Raises:
         UserError: the architecture is not one that can be run block by block.
     """
     if is_recurrent(model.config):
-        return MambaBackbone(model)
+        return MambaBackbone(model, mamba_kernels)
     return TransformerBackbone(model, max_length)

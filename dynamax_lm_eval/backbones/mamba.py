@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynamax_lm_eval.backbones import families
+from dynamax_lm_eval.backbones import families, kernels
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.loading import copy_is_impossible
@@ -24,7 +24,7 @@ from dynamax_lm_eval.backbones.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
 from dynamax_lm_eval.backbones.state import StateTable
 from dynamax_lm_eval.compute.cost import BackboneCost
-from dynamax_lm_eval.config import StateMode, UserError
+from dynamax_lm_eval.config import MambaKernels, StateMode, UserError
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,11 @@ class _Block:
 class MambaBackbone(Backbone):
     """Mamba-2, Mamba or Falcon-Mamba."""
 
-    def __init__(self, model: Any) -> None:
-        """``model``: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
+    def __init__(self, model: Any, mamba_kernels: MambaKernels = "auto") -> None:
+        """
+        Args:
+            model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
+            mamba_kernels: ``auto`` runs the scans by mamba-ssm on a GPU where it is installed.
 
         Raises:
             UserError: the architecture is not one that can be run block by block.
@@ -65,6 +68,7 @@ class MambaBackbone(Backbone):
         self._final_norm = families.child(decoder, ("norm_f",), f"a final norm in {self.name}")
         self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
         self.device = next(layers[0].parameters()).device
+        self._kernels = kernels.find(mamba_kernels, self.device)
         self.blocks = [self._describe(i, module) for i, module in enumerate(layers, start=1)]
         self.cost = BackboneCost(
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
@@ -131,7 +135,7 @@ class MambaBackbone(Backbone):
         where = f"block {number} of {self.name}"
         mixer = families.child(module, ("mixer",), f"a mixer in {where}")
         norm = families.child(module, ("norm",), f"the norm before the mixer in {where}")
-        return _Block(norm, make_mixer(mixer, where), bool(getattr(module, "residual_in_fp32", False)))
+        return _Block(norm, make_mixer(mixer, where, self._kernels), bool(getattr(module, "residual_in_fp32", False)))
 
 
 class MambaStates(States):
@@ -174,6 +178,9 @@ class MambaPass(ForwardPass):
         self._left = np.empty(0, dtype=np.int64)  # (m,) tokens whose states later blocks recompute
         self._left_hidden: Tensor | None = None  # (1, m, D)
         self._plan: _Plan | None = None
+        # Rows whose first token is fed in this pass have no states yet.
+        firsts = np.unique(layout.row_of, return_index=True)[1]
+        self._is_new = layout.positions[firsts] == 0  # (R,)
 
     @property
     def has_pending_states(self) -> bool:
@@ -204,7 +211,7 @@ class MambaPass(ForwardPass):
         assert update is not None
         if plan.order is not None:
             update = update.index_select(0, plan.order)
-        read, after = mixer.advance(update, plan.rows, table.read(plan.lines))
+        read, after = mixer.advance(update, plan.rows, None if plan.all_new else table.read(plan.lines))
         assert after is not None
         table.write(plan.lines, after)
         if gate is None:
@@ -248,6 +255,7 @@ class MambaPass(ForwardPass):
             left=left,
             rows=RaggedRows(lengths.tolist(), self._backbone.device),
             lines=lines,
+            all_new=bool(self._is_new[rows].all()),
             order=self._on_device(order) if moved else None,
             in_flight=self._on_device(place[: len(tokens)]) if moved or len(left) else None,
         )
@@ -265,5 +273,6 @@ class _Plan:
     left: IntArray
     rows: RaggedRows
     lines: IntArray  # (R,) of the rows in the tables
+    all_new: bool  # none of the rows has a state yet
     order: Tensor | None  # (n + m,) in flight, then left, to the order of the rows; None: they are in order
     in_flight: Tensor | None  # (n,) places of the tokens in flight in that order; None: they are all, in order

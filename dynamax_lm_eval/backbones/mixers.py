@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones import families
+from dynamax_lm_eval.backbones.kernels import ScanKernels
 from dynamax_lm_eval.backbones.ssm import MixerShape, MixerState, RaggedRows, causal_conv, channel_scan, selective_scan
 from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE, BlockCost
 from dynamax_lm_eval.config import UserError
@@ -28,9 +29,10 @@ from dynamax_lm_eval.config import UserError
 class Mixer(ABC):
     """One block's mixer."""
 
-    def __init__(self, module: Any, inner: int, channels: int) -> None:
-        """``inner``: I; ``channels``: C."""
+    def __init__(self, module: Any, inner: int, channels: int, kernels: ScanKernels | None) -> None:
+        """``inner``: I; ``channels``: C; ``kernels``: of the scan, where there are any."""
         self.module = module
+        self.kernels = kernels
         self.inner = inner
         self.channels = channels
         self.kernel = int(module.conv_kernel_size)
@@ -102,7 +104,7 @@ class Mixer(ABC):
 class Mamba2Mixer(Mixer):
     """transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
         self.shape = MixerShape(
             heads=int(module.num_heads),
             head_dim=int(module.head_dim),
@@ -110,7 +112,7 @@ class Mamba2Mixer(Mixer):
             state=int(module.ssm_state_size),
             kernel=int(module.conv_kernel_size),
         )
-        super().__init__(module, self.shape.inner, self.shape.channels)
+        super().__init__(module, self.shape.inner, self.shape.channels, kernels)
         self._limits = tuple(float(limit) for limit in module.time_step_limit)
 
     @property
@@ -132,7 +134,8 @@ class Mamba2Mixer(Mixer):
         if self._limits != (0.0, math.inf):
             steps = steps.clamp(*self._limits)
         before = None if state is None else state.ssm
-        read, ssm = selective_scan(mixed, steps, -module.A_log.float().exp(), shape, rows, before)  # (T, H, P)
+        decay = -module.A_log.float().exp()
+        read, ssm = selective_scan(mixed, steps, decay, shape, rows, before, self.kernels)  # (T, H, P)
         x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
         return torch.addcmul(read, x, module.D.float().unsqueeze(-1)).flatten(1), None if ssm is None else MixerState(
             conv, ssm
@@ -147,8 +150,8 @@ class Mamba2Mixer(Mixer):
 class Mamba1Mixer(Mixer):
     """transformers' ``MambaMixer`` and ``FalconMambaMixer``: in_proj gives x, then z; B, C and dt come from x."""
 
-    def __init__(self, module: Any) -> None:
-        super().__init__(module, int(module.intermediate_size), int(module.intermediate_size))
+    def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
+        super().__init__(module, int(module.intermediate_size), int(module.intermediate_size), kernels)
         self._sizes = [int(module.time_step_rank), int(module.ssm_state_size), int(module.ssm_state_size)]
         #: Falcon-Mamba normalises dt, B and C.
         self._norms = [getattr(module, f"{name}_layernorm", nn.Identity()) for name in ("dt", "b", "c")]
@@ -171,7 +174,8 @@ class Mamba1Mixer(Mixer):
         dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
         steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
         before = None if state is None else state.ssm
-        read, ssm = channel_scan(x, steps, -module.A_log.float().exp(), b, c, rows, before)  # (T, I)
+        decay = -module.A_log.float().exp()
+        read, ssm = channel_scan(x, steps, decay, b, c, rows, before, self.kernels)  # (T, I)
         return torch.addcmul(read, x, module.D.float()), MixerState(conv, ssm)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
@@ -179,16 +183,16 @@ class Mamba1Mixer(Mixer):
         return projected
 
 
-def make_mixer(module: Any, where: str) -> Mixer:
-    """The mixer that a module of transformers is.
+def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> Mixer:
+    """The mixer that a module of transformers is; ``kernels`` run its scan where they can.
 
     Raises:
         UserError: it is of no known kind.
     """
     if hasattr(module, "x_proj"):
-        return Mamba1Mixer(module)
+        return Mamba1Mixer(module, kernels)
     if hasattr(module, "n_groups"):
-        return Mamba2Mixer(module)
+        return Mamba2Mixer(module, kernels)
     raise UserError(f"{where}: {type(module).__name__} is no Mamba mixer that is known; it is not supported")
 
 

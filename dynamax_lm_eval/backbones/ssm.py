@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.kernels import ScanKernels
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -217,7 +219,13 @@ def causal_conv(
 
 @_without_autocast
 def selective_scan(
-    inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, rows: RaggedRows, state: Tensor | None
+    inputs: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    shape: MixerShape,
+    rows: RaggedRows,
+    state: Tensor | None,
+    kernels: ScanKernels | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t and y_t = C_t h_t, for each head of each row; in float32.
 
@@ -228,12 +236,20 @@ def selective_scan(
         shape: the sizes.
         rows: the T tokens' rows.
         state: (R, H, P, N) the rows' states; None: zeros. Overwritten where every row has one token.
+        kernels: used where they can be.
 
     Returns:
         (T, H, P) without the skip term D x, and the new states (R, H, P, N); None in training on new rows,
         where nobody asks for them.
     """
     inputs, dt, decay = inputs.float(), dt.float(), decay.float()
+    if kernels is not None and kernels.can_run(inputs):
+        x, b, c = shape.split(inputs)
+        if rows.single_tokens and state is not None:
+            state = state.float()
+            return kernels.step(x, dt, decay, b, c, state), state
+        if state is None:
+            return kernels.chunks(x, dt, decay, b, c, rows.lengths.tolist())
     if rows.single_tokens:
         return _step(inputs, dt, decay, shape, state)
     heads, groups, q, layout = shape.heads, shape.groups, rows.chunk, rows.chunks
@@ -318,7 +334,14 @@ def _step(inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, state: T
 
 @_without_autocast
 def channel_scan(
-    x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, rows: RaggedRows, state: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    decay: Tensor,
+    b: Tensor,
+    c: Tensor,
+    rows: RaggedRows,
+    state: Tensor | None,
+    kernels: ScanKernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of Mamba-1, where each channel and state has a decay of its own; in float32.
 
@@ -332,7 +355,8 @@ def channel_scan(
         b: (T, N)
         c: (T, N)
         rows: the T tokens' rows.
-        state: (R, I, N) the rows' states; None: zeros.
+        state: (R, I, N) the rows' states; None: zeros. May be overwritten.
+        kernels: used for steps where they can be.
 
     Returns:
         (T, I) without the skip term D x, and the new states (R, I, N).
@@ -340,6 +364,8 @@ def channel_scan(
     x, dt, decay, b, c = (values.float() for values in (x, dt, decay, b, c))
     current = x.new_zeros(rows.num_rows, *decay.shape) if state is None else state.float()
     if rows.single_tokens:
+        if kernels is not None and kernels.can_run(x):
+            return kernels.step_channels(x, dt, decay, b, c, current), current
         current = _advance(current, x, dt, decay, b)
         return (current @ c.unsqueeze(-1)).squeeze(-1), current
     layout, q = rows.chunks, rows.chunk

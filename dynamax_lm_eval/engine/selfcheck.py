@@ -14,7 +14,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.backbones.compare import differences, is_close
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.config import MambaKernels, UserError
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -26,7 +26,11 @@ _PREFILL = 7
 
 
 def checked_engine(
-    model: Any, policy: ExitPolicy, max_length: int, classifiers: ExitClassifiers | None = None
+    model: Any,
+    policy: ExitPolicy,
+    max_length: int,
+    classifiers: ExitClassifiers | None = None,
+    mamba_kernels: MambaKernels = "auto",
 ) -> Engine:
     """An engine for a loaded model that was seen to compute what the model computes.
 
@@ -35,13 +39,14 @@ def checked_engine(
         policy: the policy that will be used; decides what has to work.
         max_length: longest row that will be run.
         classifiers: the trained exits that the policy uses, if it does.
+        mamba_kernels: what runs the scans of a Mamba backbone.
 
     Raises:
         UserError: the model cannot be run block by block, or not under this policy; says why.
     """
     name = type(model).__name__
     try:
-        engine = Engine(make_backbone(model, max_length), classifiers)
+        engine = Engine(make_backbone(model, max_length, mamba_kernels), classifiers)
         engine.check_policy(policy)
         check_against_model(engine, model)
     except UserError:
