@@ -51,14 +51,13 @@ def policies(args: argparse.Namespace, folder: str | None) -> dict[str, DynamaxA
         grid |= {f"pruning {count}": replace(full, prune_layers=count) for count in args.prune}
         return grid | {f"softmax {t:g}": replace(full, confidence="softmax", threshold=(t,)) for t in args.softmax}
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    points = [point.split(":") for point in args.points]
-    return {
-        f"{kind}, adapter {config.get('adapter', 'none')}, {threshold}": replace(
-            full, classifier=kind, threshold=(float(threshold),)
-        )
-        for kind, threshold in points
-        if kind in config["classifiers"]
-    }
+    grid = {}
+    for kind, threshold, *scope in (point.split(":") for point in args.points):
+        if kind in config["classifiers"]:
+            label = ", ".join([kind, f"adapter {config.get('adapter', 'none')}", threshold, *scope])
+            point = replace(full, classifier=kind, threshold=(float(threshold),))
+            grid[label] = replace(point, exit_scope=scope[0]) if scope else point
+    return grid
 
 
 def evaluate(lm: DynamaxLM, policy: DynamaxArgs, task: Any, name: str, manager: TaskManager, limit: int) -> Any:
@@ -115,7 +114,7 @@ def main() -> None:
         "--points",
         nargs="*",
         default=[f"{kind}:{threshold}" for kind in ("mamba", "ffn", "calm") for threshold in (0.7, 0.9, 0.97)],
-        help="kinds and thresholds to run with every folder of exits that has the kind, e.g. mamba:0.9",
+        help="kind:threshold[:exit_scope], run with every folder of exits that has the kind; e.g. mamba:0.9, calm:0.8:all",
     )
     parser.add_argument("--softmax", type=float, nargs="*", default=[0.8, 0.95])
     parser.add_argument("--prune", type=int, nargs="*", default=[1, 2])
