@@ -114,7 +114,7 @@ def main() -> None:
         "--points",
         nargs="*",
         default=[f"{kind}:{threshold}" for kind in ("mamba", "ffn", "calm") for threshold in (0.7, 0.9, 0.97)],
-        help="kind:threshold[:exit_scope], run with every folder of exits that has the kind; e.g. mamba:0.9, calm:0.8:all",
+        help="kind:threshold[:exit_scope], for every folder of exits that has the kind: mamba:0.9, calm:0.8:all",
     )
     parser.add_argument("--softmax", type=float, nargs="*", default=[0.8, 0.95])
     parser.add_argument("--prune", type=int, nargs="*", default=[1, 2])
