@@ -142,9 +142,7 @@ def main() -> None:
             setting = f"{mode}, threshold {threshold}"
             add(kind, setting, learned)
             rates = exit_rates(learned["layers"], exits)
-            drawn = replace(
-                policy, classifier="calm", adapter="none", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates)
-            )
+            drawn = replace(policy, classifier="calm", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates))
             add(
                 f"random at the rate of {kind}", f"{mode}, threshold {threshold}", run_random(engine, drawn, rows, args)
             )
@@ -164,6 +162,8 @@ def main() -> None:
 def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
     """Random exits under the name of a stateless kind."""
     drawn = ExitClassifiers((), policy.exit_layers, 1, "silu", ClassifierOptions())
+    assert engine.classifiers is not None
+    drawn.adapters = engine.classifiers.adapters  # the same read-outs: only who leaves is left to chance
     drawn.by_kind["calm"] = nn.ModuleDict({str(layer): RandomExit(1, layer) for layer in policy.exit_layers})
     return run(Engine(engine.backbone, drawn.eval()), policy, rows, {}, args.batch_size)
 
