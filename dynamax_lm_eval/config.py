@@ -41,7 +41,7 @@ class DynamaxArgs:
     exits: str | None = None
     #: False: use exits although they were trained for other weights of the same shape.
     exits_check: bool = True
-    #: Last tokens of the prompt that a recurrent classifier sees; None: all of them.
+    #: Last tokens of the prompt that a recurrent classifier sees; None: 16.
     classifier_warmup: int | None = None
     #: Numbers of blocks that have run at an exit (1-based); None: the checkpoint's, or floor(L/2 + i*L/8), i = 0..3.
     exit_layers: tuple[int, ...] | None = None

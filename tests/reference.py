@@ -128,8 +128,7 @@ class Reference:
             return
         if policy.thresholds[policy.exit_layers.index(block)] >= 1:
             return
-        warmup = self.prompt_length if policy.classifier_warmup is None else policy.classifier_warmup
-        if position >= first or position >= self.prompt_length - warmup:
+        if position >= first or position >= self.prompt_length - policy.classifier_warmup:
             self.seen.setdefault(block, []).append(hidden.flatten())
 
     def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:

@@ -152,10 +152,10 @@ def test_generation_through_classifiers_equals_the_reference(kind: str, mode: An
 
 
 @pytest.mark.parametrize("scope", ["generated", "all"])
-@pytest.mark.parametrize("warmup", [None, 0, 3])
+@pytest.mark.parametrize("warmup", [16, 0, 3])
 @pytest.mark.parametrize("final_block", [False, True])
 def test_scoring_through_mamba_classifiers_equals_feeding_one_by_one(
-    scope: Any, warmup: int | None, final_block: bool
+    scope: Any, warmup: int, final_block: bool
 ) -> None:
     model = tiny_model("mistral")
     policy = classifier_policy("mamba", exit_scope=scope, classifier_warmup=warmup, final_block=final_block)

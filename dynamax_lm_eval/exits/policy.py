@@ -25,6 +25,10 @@ from dynamax_lm_eval.exits.confidence import READS_LM_HEAD
 NEVER = math.inf
 
 
+#: Prompt tokens that warm a recurrent classifier: as many as help (docs/search.md).
+DEFAULT_WARMUP = 16
+
+
 @dataclass(frozen=True)
 class ExitPolicy:
     """Exit layers with their thresholds, and what surrounds them.
@@ -43,8 +47,8 @@ class ExitPolicy:
     threshold_decay: float | None = None
     #: Which classifier gives the confidence, where that is ``classifier``.
     classifier: ClassifierKind | None = None
-    #: Last prompt tokens that a recurrent classifier sees (None: all); only ``mamba`` is recurrent.
-    classifier_warmup: int | None = None
+    #: Last prompt tokens that a recurrent classifier sees; only ``mamba`` is recurrent.
+    classifier_warmup: int = DEFAULT_WARMUP
     #: Block L runs after an exit.
     final_block: bool = False
     #: Read-outs at exits go through the adapters of the trained exits (``none`` where they have none).
@@ -117,7 +121,7 @@ class ExitPolicy:
             exit_scope=args.exit_scope,
             threshold_decay=args.threshold_decay,
             classifier=classifier,
-            classifier_warmup=args.classifier_warmup,
+            classifier_warmup=DEFAULT_WARMUP if args.classifier_warmup is None else args.classifier_warmup,
             final_block=final_block,
             adapter=exits.adapter if exits is not None else "none",
         )
@@ -154,7 +158,7 @@ class ExitPolicy:
 
     def first_warmed_position(self, prompt_length: int) -> int:
         """Position from which on a recurrent classifier sees the tokens."""
-        return 0 if self.classifier_warmup is None else max(0, prompt_length - self.classifier_warmup)
+        return max(0, prompt_length - self.classifier_warmup)
 
     def first_eligible_position(self, prompt_length: int) -> int:
         """Position of the first token that may exit, in a row whose prompt has ``prompt_length`` tokens."""
@@ -218,6 +222,8 @@ class ExitPolicy:
         description["exit_layers"] = list(self.exit_layers)
         description["thresholds"] = list(self.thresholds)
         description["pruned_blocks"] = sorted(self.pruned_blocks)
+        if not self.is_recurrent or self.exit_scope == "all":
+            description["classifier_warmup"] = None  # of no effect
         return description
 
 
