@@ -94,11 +94,11 @@ class Mixer(ABC):
         return gate + families.linear_macs(self.module.out_proj, name)
 
     def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolution and activation of (T, C) in float32, and the new window."""
+        """Convolution and activation of (T, C), rounded to its dtype as the model does, and the new window."""
         conv = self.module.conv1d
         bias = None if conv.bias is None else conv.bias.float()
-        mixed, window = causal_conv(mixed.float(), conv.weight.squeeze(1).float(), bias, rows, window)
-        return self._activation(mixed), window
+        output, window = causal_conv(mixed.float(), conv.weight.squeeze(1).float(), bias, rows, window)
+        return self._activation(output.to(mixed.dtype)), window
 
 
 class Mamba2Mixer(Mixer):
@@ -137,9 +137,8 @@ class Mamba2Mixer(Mixer):
         decay = -module.A_log.float().exp()
         read, ssm = selective_scan(mixed, steps, decay, shape, rows, before, self.kernels)  # (T, H, P)
         x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-        return torch.addcmul(read, x, module.D.float().unsqueeze(-1)).flatten(1), None if ssm is None else MixerState(
-            conv, ssm
-        )
+        read = torch.addcmul(read, x.float(), module.D.float().unsqueeze(-1)).flatten(1)
+        return read, None if ssm is None else MixerState(conv, ssm)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         normed = self.module.norm(scanned, gate)
@@ -170,13 +169,13 @@ class Mamba1Mixer(Mixer):
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         module = self.module
         x, conv = self._convolve(update, rows, None if state is None else state.conv)
-        parts = module.x_proj(x.to(update.dtype)).split(self._sizes, dim=-1)
+        parts = module.x_proj(x).split(self._sizes, dim=-1)
         dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
         steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
         before = None if state is None else state.ssm
         decay = -module.A_log.float().exp()
         read, ssm = channel_scan(x, steps, decay, b, c, rows, before, self.kernels)  # (T, I)
-        return torch.addcmul(read, x, module.D.float()), MixerState(conv, ssm)
+        return torch.addcmul(read, x.float(), module.D.float()), MixerState(conv, ssm)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         projected: Tensor = self.module.out_proj((scanned * self._activation(gate.float())).to(gate.dtype))
