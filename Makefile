@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-DEMO_ARGS ?= confidence=state,exit_layers=26+28,threshold=0.97
+DEMO_ARGS ?= threshold=0.8
 DEMO := $(BIN)/lm_eval --model dynamax --tasks trivia_demo --include_path tasks --device cpu --batch_size 16 --log_samples
 
 .PHONY: help install demo test check format wheel clean
