@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,7 @@ def main() -> None:
     }
     write_text(args.output / "training.json", json.dumps(summary, indent=1) + "\n")
     model.to(torch.bfloat16).save_pretrained(args.output)
+    shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(summary))
 
 
