@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families, kernels
-from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
+from dynamax_lm_eval.backbones.decoder import DecoderBackbone, LeftTokens
 from dynamax_lm_eval.backbones.loading import copy_is_impossible
 from dynamax_lm_eval.backbones.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
@@ -43,7 +44,7 @@ class _Block:
         return hidden.float() if self.residual_in_fp32 else hidden
 
 
-class MambaBackbone(Backbone):
+class MambaBackbone(DecoderBackbone):
     """Mamba-2, Mamba or Falcon-Mamba."""
 
     def __init__(self, model: Any, mamba_kernels: MambaKernels = "auto") -> None:
@@ -55,21 +56,9 @@ class MambaBackbone(Backbone):
         Raises:
             UserError: the architecture is not one that can be run block by block.
         """
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config: Any = self.model.config
-        self.name = type(self.model).__name__
-        path, layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
-        decoder = self.model.get_submodule(path)
-        self.num_layers = len(layers)
-        self.hidden_size = int(self.config.hidden_size)
-        self._embeddings: nn.Module = self.model.get_input_embeddings()
-        self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
-        self._lm_head: Any = self.model.get_output_embeddings()
-        self._final_norm = families.child(decoder, ("norm_f",), f"a final norm in {self.name}")
-        self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
-        self.device = next(layers[0].parameters()).device
+        super().__init__(model, ("norm_f",))
         self._kernels = kernels.find(mamba_kernels, self.device)
-        self.blocks = [self._describe(i, module) for i, module in enumerate(layers, start=1)]
+        self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers, start=1)]
         self.cost = BackboneCost(
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
         )
@@ -80,10 +69,6 @@ class MambaBackbone(Backbone):
     def start_pass(self, states: States, layout: RowLayout) -> MambaPass:
         assert isinstance(states, MambaStates)
         return MambaPass(self, states, layout)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        hidden: Tensor = self._embeddings(ids.unsqueeze(0))
-        return hidden
 
     def readout(self, hidden: Tensor) -> Tensor:
         normed = self._final_norm(hidden)
@@ -113,6 +98,7 @@ class MambaBackbone(Backbone):
     @torch.no_grad()
     def verify_recompute(self, ids: Tensor) -> None:
         every, none = np.arange(len(ids)), np.arange(0)
+        dtype = self.embed(ids[:1]).dtype
         layout = full_depth_layout([0], [len(ids)], self.num_layers)
         written, recomputed = MambaStates(self), MambaStates(self)
         for states in (written, recomputed):
@@ -125,7 +111,7 @@ class MambaBackbone(Backbone):
             update.leave(every, before, block - 1)
             update.run_block(block, none, before[:, :0])
             for name, theirs, ours in zip(("conv", "SSM"), written.of(block), recomputed.of(block), strict=True):
-                if not is_close(ours, theirs, self.embed(ids[:1]).dtype):
+                if not is_close(ours, theirs, dtype):
                     raise UserError(
                         f"{self.name}: the {name} state that state recompute makes in block {block} differs from what "
                         "the block makes; use state_mode=skip"
@@ -175,8 +161,7 @@ class MambaPass(ForwardPass):
         self._backbone = backbone
         self._states = states
         self._layout = layout
-        self._left = np.empty(0, dtype=np.int64)  # (m,) tokens whose states later blocks recompute
-        self._left_hidden: Tensor | None = None  # (1, m, D)
+        self._left = LeftTokens.none()
         self._plan: _Plan | None = None
         # Rows whose first token is fed in this pass have no states yet.
         firsts = np.unique(layout.row_of, return_index=True)[1]
@@ -184,29 +169,23 @@ class MambaPass(ForwardPass):
 
     @property
     def has_pending_states(self) -> bool:
-        return self._left_hidden is not None
+        return self._left.hidden is not None
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
-        chosen = np.flatnonzero(modes == "recompute")
-        if len(chosen) == 0:
-            return
-        mine = hidden if len(chosen) == len(tokens) else hidden[:, self._on_device(chosen)]
-        self._left = np.concatenate([self._left, tokens[chosen]])
-        self._left_hidden = mine if self._left_hidden is None else torch.cat([self._left_hidden, mine], dim=1)
+        self._left = self._left.joined(tokens, hidden, self._layout)
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        left, left_hidden = self._updated_by_left(block)
-        if len(tokens) + len(left) == 0:
+        left = self._left.at(block, self._layout)
+        if len(tokens) + len(left.tokens) == 0:
             return hidden
-        plan = self._planned(tokens, left)
+        plan = self._planned(tokens, left.tokens)
         described = self._backbone.blocks[block - 1]
         mixer, table = described.mixer, self._states.table(block)
         gate, update = None, None
         if len(tokens):
             gate, update = mixer.project(described.normed(hidden[0]))
-        if left_hidden is not None:
-            behind = mixer.project_update(described.normed(left_hidden[0]))
+        if left.hidden is not None:
+            behind = mixer.project_update(described.normed(left.hidden[0]))
             update = behind if update is None else torch.cat([update, behind])
         assert update is not None
         if plan.order is not None:
@@ -219,21 +198,6 @@ class MambaPass(ForwardPass):
         if plan.in_flight is not None:
             read = read.index_select(0, plan.in_flight)
         return described.residual(hidden) + mixer.output(read, gate)
-
-    def _updated_by_left(self, block: int) -> tuple[IntArray, Tensor | None]:
-        """Tokens that left and whose states this block recomputes, with their hidden states (1, m, D)."""
-        if self._left_hidden is None:
-            return self._left, None
-        rows = self._layout.row_of[self._left]
-        runs = self._layout.runs_block[rows, block]
-        if block == self._backbone.num_layers:
-            runs = runs & ~self._layout.final_block[rows]
-        if runs.all():
-            return self._left, self._left_hidden
-        chosen = np.flatnonzero(runs)
-        if len(chosen) == 0:
-            return self._left[chosen], None
-        return self._left[chosen], self._left_hidden[:, self._on_device(chosen)]
 
     def _planned(self, tokens: IntArray, left: IntArray) -> _Plan:
         plan = self._plan

@@ -71,9 +71,7 @@ class Mixer(ABC):
 
     def cost(self, name: str) -> BlockCost:
         """What the block costs, in MACs."""
-        ssm = 1
-        for size in self.ssm_shape:
-            ssm *= size
+        ssm = math.prod(self.ssm_shape)
         # The depthwise convolution is counted with the recurrence, by hand.
         linears = [child for child in self.module.children() if child is not self.module.conv1d]
         weights = sum(families.linear_macs(linear, name) for linear in linears)

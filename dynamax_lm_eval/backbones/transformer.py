@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import attention, families
-from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
+from dynamax_lm_eval.backbones.decoder import DecoderBackbone, LeftTokens
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
@@ -41,7 +42,7 @@ class _Block:
     cost: BlockCost
 
 
-class TransformerBackbone(Backbone):
+class TransformerBackbone(DecoderBackbone):
     """A causal Transformer decoder whose blocks attend through transformers' attention interface."""
 
     def __init__(self, model: Any, max_length: int | None = None) -> None:
@@ -54,30 +55,17 @@ class TransformerBackbone(Backbone):
         Raises:
             UserError: the architecture is not one that can be run block by block.
         """
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config: Any = self.model.config.get_text_config()
-        self.name = type(self.model).__name__
-        path, layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
-        decoder = self.model.get_submodule(path)
-        self.num_layers = len(layers)
-        self.hidden_size = int(self.config.hidden_size)
-        self._embeddings: nn.Module = self.model.get_input_embeddings()
-        self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
-        self._lm_head: nn.Module = self.model.get_output_embeddings()
-        self._final_norm = families.child(decoder, families.FINAL_NORMS, f"a final norm in {self.name}")
-        self._rotary = families.child(decoder, ("rotary_emb",), f"rotary position embeddings in {self.name}")
+        super().__init__(model, families.FINAL_NORMS)
+        self._rotary = families.child(self._decoder, ("rotary_emb",), f"rotary position embeddings in {self.name}")
         self._rotary_per_type = "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._softcap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        # Not the configuration's: added tokens may have resized the head.
-        self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
-        self.device = next(layers[0].parameters()).device
         families.check_rope(self.config, max_length)
 
         # The configuration object that the blocks look their attention function up in.
-        self._block_config: Any = families.child(layers[0], families.ATTENTIONS, "attention").config
-        parameters = inspect.signature(layers[0].forward).parameters
+        self._block_config: Any = families.child(self._layers[0], families.ATTENTIONS, "attention").config
+        parameters = inspect.signature(self._layers[0].forward).parameters
         self._cache_argument = "layer_past" if "layer_past" in parameters else "past_key_values"
-        self.blocks = [self._describe(i, module) for i, module in enumerate(layers)]
+        self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers)]
         self.cost = BackboneCost(
             tuple(block.cost for block in self.blocks),
             lm_head=self.hidden_size * self.vocab_size,
@@ -89,10 +77,6 @@ class TransformerBackbone(Backbone):
     def start_pass(self, states: States, layout: RowLayout) -> TransformerPass:
         assert isinstance(states, AttentionStates)
         return TransformerPass(self, states, layout)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        hidden: Tensor = self._embeddings(ids.unsqueeze(0))
-        return hidden
 
     def readout(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._lm_head(self._final_norm(hidden))
@@ -236,7 +220,7 @@ class TransformerPass(ForwardPass):
         self._positions = torch.from_numpy(layout.positions).to(backbone.device)
         self._rotary: dict[str | None, tuple[Tensor, Tensor]] | None = None
         self._flight: _Flight | None = None
-        self._left = _Left.none()
+        self._left = LeftTokens.none()
         # Exits of rows in skip mode: behind each of them the blocks see fewer tokens.
         self._skip_layers = layout.exit_layers if "skip" in layout.state_modes else ()
 
@@ -259,11 +243,8 @@ class TransformerPass(ForwardPass):
         return self._backbone.call_block(block, hidden, cache, flight.rotary[key], flight.positions, flight.plan)
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        self._left = self._left.joined(tokens, hidden, self._layout)
         modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
-        recomputed = np.flatnonzero(modes == "recompute")
-        if len(recomputed):
-            chosen = torch.from_numpy(recomputed).to(hidden.device)
-            self._left = self._left.joined(tokens[recomputed], hidden.index_select(1, chosen))
         skipped = tokens[modes == "skip"]
         if len(skipped):
             self._states.layer_of[self._places[skipped]] = layer
@@ -283,20 +264,10 @@ class TransformerPass(ForwardPass):
 
     def _fill(self, block: int) -> None:
         """Gives the block the recomputed states of the tokens that left before it."""
-        left = self._left
-        if left.hidden is None:
-            return
-        rows = self._layout.row_of[left.tokens]
-        runs = self._layout.runs_block[rows, block]
-        if block == self._backbone.num_layers:
-            runs = runs & ~self._layout.final_block[rows]
-        tokens, hidden = left.tokens, left.hidden
-        if not runs.all():
-            tokens = tokens[runs]
-            hidden = hidden[:, torch.from_numpy(np.flatnonzero(runs)).to(hidden.device)]
-        if len(tokens):
-            key, value = self.project(block, tokens, hidden)
-            self._states.write(block, self._device_places(tokens), key, value)
+        left = self._left.at(block, self._layout)
+        if left.hidden is not None:
+            key, value = self.project(block, left.tokens, left.hidden)
+            self._states.write(block, self._device_places(left.tokens), key, value)
 
     def _copy(self, tokens: IntArray, layer: int) -> None:
         rows = self._layout.row_of[tokens]
@@ -350,23 +321,6 @@ class _Flight:
     positions: Tensor  # (1, n)
     rotary: dict[str | None, tuple[Tensor, Tensor]]
     plan: attention.AttentionPlan
-
-
-@dataclass(frozen=True)
-class _Left:
-    """Tokens that left and whose states later blocks recompute."""
-
-    tokens: IntArray  # (m,)
-    hidden: Tensor | None  # (1, m, D)
-
-    @classmethod
-    def none(cls) -> _Left:
-        return cls(np.empty(0, dtype=np.int64), None)
-
-    def joined(self, tokens: IntArray, hidden: Tensor) -> _Left:
-        if self.hidden is None:
-            return _Left(tokens, hidden)
-        return _Left(np.concatenate([self.tokens, tokens]), torch.cat([self.hidden, hidden], dim=1))
 
 
 class _Scatter:
