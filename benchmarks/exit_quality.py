@@ -143,9 +143,7 @@ def main() -> None:
             add(kind, setting, learned)
             rates = exit_rates(learned["layers"], exits)
             drawn = replace(policy, classifier="calm", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates))
-            add(
-                f"random at the rate of {kind}", f"{mode}, threshold {threshold}", run_random(engine, drawn, rows, args)
-            )
+            add(f"random at the rate of {kind}", setting, run_random(engine, drawn, rows, args))
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
         add("pruning", str(count), run(engine, policy, rows, {}, args.batch_size))

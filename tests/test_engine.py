@@ -71,6 +71,14 @@ def run_score(
     return [found[i] for i in range(len(pairs))]
 
 
+@torch.no_grad()
+def model_scores(model: Any, context: list[int], continuation: list[int]) -> tuple[list[float], list[int]]:
+    """Log-probabilities of a continuation by transformers' own forward, and the most probable tokens there."""
+    logits = model(torch.tensor([[*context, *continuation[:-1]]])).logits[0, len(context) - 1 :]
+    scores = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
+    return scores.tolist(), logits.argmax(-1).tolist()
+
+
 def separated_policy(
     model: Any, policy: ExitPolicy, prompt: list[int], quantile: float = 0.5, classifiers: Any = None
 ) -> ExitPolicy:
@@ -109,11 +117,9 @@ def test_exits_off_scores_what_transformers_scores(family: str) -> None:
     model = tiny_model(family)
     pairs = [(prompt, random_ids(6, 50 + i)) for i, prompt in enumerate(PROMPTS)]
     for (context, continuation), result in zip(pairs, run_score(engine_for(family), FULL, pairs, 3), strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([[*context, *continuation[:-1]]])).logits[0, len(context) - 1 :]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
-        assert [line[0] for line in result.log_probs] == pytest.approx(expected.tolist(), abs=1e-5)
-        assert result.greedy_tokens == logits.argmax(-1).tolist()
+        expected, greedy = model_scores(model, context, continuation)
+        assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-5)
+        assert result.greedy_tokens == greedy
 
 
 @with_modes(*TRANSFORMERS, *MAMBAS)
@@ -185,14 +191,15 @@ def test_thresholds_per_exit_and_decay_follow_the_reference(decay: float | None)
     assert 1 not in row.layers, "threshold 1 never exits"
 
 
-def test_rows_do_not_depend_on_who_shares_the_batch() -> None:
+@pytest.mark.parametrize(("family", "third_mode"), [("llama", "copy"), ("mamba2", "recompute")])
+def test_rows_do_not_depend_on_who_shares_the_batch(family: str, third_mode: Any) -> None:
     """Different policies in one batch give each row what it gets alone."""
-    model, engine = tiny_model("llama"), engine_for("llama")
+    model, engine = tiny_model(family), engine_for(family)
     base = ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3)
     policies = [
         separated_policy(model, replace(base, state_mode="skip"), PROMPTS[0]),
         FULL,
-        separated_policy(model, replace(base, state_mode="copy", confidence="state"), PROMPTS[0]),
+        separated_policy(model, replace(base, state_mode=third_mode, confidence="state"), PROMPTS[0]),
         replace(FULL, pruned_blocks=frozenset({4, 5})),
         separated_policy(model, replace(base, confidence="entropy", pruned_blocks=frozenset({4})), PROMPTS[0]),
     ]
