@@ -88,6 +88,10 @@ class ResponseLedger:
             )
         self._database = database
 
+    def leave_database(self) -> None:
+        """Stores nothing in the harness's cache from now on."""
+        self._database = None
+
     def store(self, kind: str, args: Iterable[Any], record: ComputeRecord) -> None:
         """Puts the record of one response beside the cached response. Call it before that is cached."""
         self.fed_tokens += record.fed_tokens

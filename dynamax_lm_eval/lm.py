@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from lm_eval import utils
+from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
@@ -126,6 +127,8 @@ class DynamaxLM(HFLM):
         policy, note = self._policy_for(args, self.model.config)
         check_policy(self.engine, policy)
         self.args, self.policy, self._policy_note = args, policy, note
+        # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
+        self.set_cache_hook(CacheHook(None))
 
     def _policy_for(self, args: DynamaxArgs, config: Any) -> tuple[ExitPolicy, str | None]:
         policy, note = ExitPolicy.from_args(
@@ -162,6 +165,8 @@ class DynamaxLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
             self.response_ledger.use_database(cache_hook.dbdict, self.identity())
+        else:
+            self.response_ledger.leave_database()
         super().set_cache_hook(cache_hook)
 
     def identity(self) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def make_model(architecture: str, seed: int) -> Any:
     config: Any
     if architecture == "mamba2":
         config = transformers.Mamba2Config(
-            num_heads=12, head_dim=32, expand=2, state_size=32, n_groups=1, initializer_range=0.02, **sizes
+            num_heads=6, head_dim=64, expand=2, state_size=32, n_groups=1, initializer_range=0.02, **sizes
         )
     else:
         config = transformers.LlamaConfig(
-            num_attention_heads=6, num_key_value_heads=2, intermediate_size=256, max_position_embeddings=2048, **sizes
+            num_attention_heads=3, num_key_value_heads=1, intermediate_size=256, max_position_embeddings=2048, **sizes
         )
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config)
@@ -81,18 +81,19 @@ def make_model(architecture: str, seed: int) -> Any:
 
 def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Tensor:
     """Cross-entropy of every token but the rows' first."""
+    device = model.device
     if mamba is not None:
-        logits = mamba.train_forward(
-            torch.tensor([token for row in rows for token in row]), RaggedRows(list(map(len, rows)))
-        )
+        ids = torch.tensor([token for row in rows for token in row], device=device)
+        logits = mamba.train_forward(ids, RaggedRows(list(map(len, rows)), device))
         # The last token of a row predicts nothing.
-        targets = torch.tensor([token for row in rows for token in [*row[1:], -100]])
+        labels = [token for row in rows for token in [*row[1:], -100]]
     else:
         width = max(map(len, rows))
         # Padding on the right of a causal model needs no mask.
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         logits = model(ids, use_cache=False).logits.flatten(0, 1)
-        targets = torch.tensor([token for row in rows for token in [*row[1:], *[-100] * (width - len(row) + 1)]])
+        labels = [token for row in rows for token in [*row[1:], *[-100] * (width - len(row) + 1)]]
+    targets = torch.tensor(labels, device=device)
     chosen = targets >= 0
     return F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
 
@@ -110,11 +111,12 @@ def main() -> None:
     parser.add_argument("--held-out", required=True, help="text for the bits per byte at the end")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokenizer", help="folder of the other model; default: a new one, made of the text")
-    parser.add_argument("--max-tokens", type=int, default=20_000_000)
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--max-tokens", type=int, default=4_200_000)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--save-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if (args.output / "config.json").is_file():
         parser.error(f"{args.output} holds a finished model; choose another --output")
@@ -130,14 +132,15 @@ def main() -> None:
     tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(args.output)
     documents = data.text_documents(options, args.dataset, tokenizer)
 
-    model = make_model(args.architecture, args.seed).train()
+    model = make_model(args.architecture, args.seed).to(args.device).train()
     mamba = MambaBackbone(model) if args.architecture == "mamba2" else None
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     steps = -(-args.max_tokens // args.batch_tokens)
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "save_steps", "held_out")}
+    free = ("output", "save_steps", "held_out", "device")  # a run may go on with others
+    settings = {key: value for key, value in vars(args).items() if key not in free}
     first, seconds, position = 0, 0.0, data.Position()
     if (found := state.latest(folder)) is not None:
         path, progress = found
@@ -151,7 +154,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, args.learning_rate, 0.02)
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16):
                 loss = losses(model, mamba, next(batches)).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,19 @@ class TestCache:
         evaluate(hf, manager, "tiny_rolling", use_cache=cache)
         with pytest.raises(UserError, match="7 responses that another model wrote"):
             evaluate(dynamax(model_folder, **EXITS), manager, "tiny_generate", use_cache=cache)
+
+    def test_another_policy_leaves_the_cache_of_the_first_alone(
+        self, model_folder: Path, manager: TaskManager, tmp_path: Path
+    ) -> None:
+        lm = dynamax(model_folder, **EXITS)
+        evaluate(lm, manager, "tiny_generate", use_cache=str(tmp_path / "c"))
+        files = [*tmp_path.iterdir()]
+        before = [file.read_bytes() for file in files]
+        lm.follow(replace(lm.args, threshold=(0.2,)))
+        evaluate(lm, manager, "tiny_group")
+        assert [file.read_bytes() for file in files] == before
+        with pytest.raises(UserError, match="differs in policy"):
+            evaluate(lm, manager, "tiny_generate", use_cache=str(tmp_path / "c"))
 
     def test_speed_counts_only_what_ran(self, model_folder: Path, manager: TaskManager, tmp_path: Path) -> None:
         first = self.run(model_folder, manager, tmp_path / "c", **EXITS)

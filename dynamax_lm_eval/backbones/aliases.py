@@ -1,4 +1,4 @@
-"""Short names for backbones, and the one whose weights come from the Python package index.
+"""Short names for backbones: on the Hub, with this package, or in another one from the Python package index.
 
 Knows names and files; does not load models to run them.
 """
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import dynamax_lm_eval
 from dynamax_lm_eval.config import UserError
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,21 @@ def cache_dir() -> Path:
     return Path(HF_HOME) / "dynamax"
 
 
+def shipped_dir() -> Path:
+    """Folder of the backbones and exits that come with the package."""
+    return Path(dynamax_lm_eval.__file__).parent / "shipped"
+
+
+def shipped_backbones() -> dict[str, Path]:
+    """Folders of the backbones that come with the package, by name."""
+    return {file.parent.name: file.parent for file in sorted(shipped_dir().glob("backbones/*/config.json"))}
+
+
+def known() -> list[str]:
+    """All names that stand for a backbone."""
+    return [*HUB_ALIASES, SMOLLM2_GGUF, *shipped_backbones()]
+
+
 def resolve(name: str, subfolder: str = "") -> str:
     """The Hub id or folder that a backbone name stands for; ``subfolder`` is where its files are in it.
 
@@ -47,6 +63,8 @@ def resolve(name: str, subfolder: str = "") -> str:
         return HUB_ALIASES[name]
     if name == SMOLLM2_GGUF:
         return str(dequantised_smollm2())
+    if name in shipped_backbones():
+        return str(shipped_backbones()[name])
     folder = Path(name).expanduser()
     if folder.is_dir():
         files = folder / subfolder

@@ -41,10 +41,9 @@ def load_config(source: str, backbone: str, options: Mapping[str, Any]) -> Any:
             source, revision=str(options.get("revision") or "main"), **chosen
         )
     except (OSError, ValueError) as error:
-        known = ", ".join([*aliases.HUB_ALIASES, aliases.SMOLLM2_GGUF])
         raise UserError(
-            f"backbone={backbone!r} is neither an alias ({known}), nor a folder with a model, nor a model that could "
-            f"be had from the Hub: {' '.join(str(error).split())}"
+            f"backbone={backbone!r} is neither an alias ({', '.join(aliases.known())}), nor a folder with a model, "
+            f"nor a model that could be had from the Hub: {' '.join(str(error).split())}"
         ) from error
 
 

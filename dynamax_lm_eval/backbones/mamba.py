@@ -23,7 +23,7 @@ from dynamax_lm_eval.backbones.decoder import DecoderBackbone, LeftTokens
 from dynamax_lm_eval.backbones.loading import copy_is_impossible
 from dynamax_lm_eval.backbones.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
-from dynamax_lm_eval.backbones.state import StateTable
+from dynamax_lm_eval.backbones.state import StateTable, lines_of
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.config import MambaKernels, StateMode, UserError
 
@@ -218,7 +218,7 @@ class MambaPass(ForwardPass):
             tokens=tokens,
             left=left,
             rows=RaggedRows(lengths.tolist(), self._backbone.device),
-            lines=lines,
+            lines=lines_of(lines, self._backbone.device),
             all_new=bool(self._is_new[rows].all()),
             order=self._on_device(order) if moved else None,
             in_flight=self._on_device(place[: len(tokens)]) if moved or len(left) else None,
@@ -236,7 +236,7 @@ class _Plan:
     tokens: IntArray
     left: IntArray
     rows: RaggedRows
-    lines: IntArray  # (R,) of the rows in the tables
+    lines: slice | Tensor  # of the R rows in the tables
     all_new: bool  # none of the rows has a state yet
     order: Tensor | None  # (n + m,) in flight, then left, to the order of the rows; None: they are in order
     in_flight: Tensor | None  # (n,) places of the tokens in flight in that order; None: they are all, in order

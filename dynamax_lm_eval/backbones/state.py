@@ -146,27 +146,22 @@ class StateTable:
         assert self._state is not None, "lines were reserved"
         return self._state
 
-    def read(self, lines: IntArray) -> MixerState:
-        """The states of some lines; a view where they stand side by side."""
+    def read(self, lines: slice | Tensor) -> MixerState:
+        """The states of some lines, as :func:`lines_of` gives them; a view where they are a slice."""
         conv, ssm = self.all
-        if _side_by_side(lines):
-            first = int(lines[0])
-            return MixerState(conv[first : first + len(lines)], ssm[first : first + len(lines)])
-        chosen = torch.from_numpy(lines).to(self._device)
-        return MixerState(conv.index_select(0, chosen), ssm.index_select(0, chosen))
+        return MixerState(conv[lines], ssm[lines])
 
-    def write(self, lines: IntArray, state: MixerState) -> None:
+    def write(self, lines: slice | Tensor, state: MixerState) -> None:
         """Replaces the states of some lines."""
-        if _side_by_side(lines):
-            first = int(lines[0])
-            for table, new in zip(self.all, state, strict=True):
-                if new.data_ptr() != table[first].data_ptr():  # else it was moved on in place
-                    table[first : first + len(lines)] = new
-            return
-        chosen = torch.from_numpy(lines).to(self._device)
         for table, new in zip(self.all, state, strict=True):
-            table.index_copy_(0, chosen, new.to(table.dtype))
+            if isinstance(lines, Tensor):
+                table.index_copy_(0, lines, new.to(table.dtype))
+            elif new.data_ptr() != table[lines].data_ptr():  # else it was moved on in place
+                table[lines] = new
 
 
-def _side_by_side(lines: IntArray) -> bool:
-    return len(lines) == 1 or bool((np.diff(lines) == 1).all())
+def lines_of(numbers: IntArray, device: torch.device) -> slice | Tensor:
+    """Lines (R,) of a table as a slice where they stand side by side in order, else as a tensor on ``device``."""
+    if len(numbers) == 1 or bool((np.diff(numbers) == 1).all()):
+        return slice(int(numbers[0]), int(numbers[0]) + len(numbers))
+    return torch.from_numpy(numbers).to(device)

@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-import dynamax_lm_eval
-from dynamax_lm_eval.backbones.aliases import HUB_ALIASES, cache_dir
+from dynamax_lm_eval.backbones.aliases import HUB_ALIASES, cache_dir, shipped_dir
 from dynamax_lm_eval.backbones.fingerprint import tensors_fingerprint
 from dynamax_lm_eval.config import ClassifierKind, DynamaxArgs, UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
@@ -213,7 +212,7 @@ def exits_home() -> Path:
 
 def shipped_home() -> Path:
     """The folder of exits that come with the package."""
-    return Path(dynamax_lm_eval.__file__).parent / "shipped" / "exits"
+    return shipped_dir() / "exits"
 
 
 def default_folder(backbone: str, fingerprint: str) -> Path:

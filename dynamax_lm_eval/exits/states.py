@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
-from dynamax_lm_eval.backbones.state import StateTable
+from dynamax_lm_eval.backbones.state import StateTable, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 
@@ -57,7 +57,8 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            lines = np.asarray([self._line_of[slot] for slot in slots], dtype=np.int64)
+            numbers = np.asarray([self._line_of[slot] for slot in slots], dtype=np.int64)
+            lines = lines_of(numbers, self._device)
             table = self._table(kind, layer)
             logits, after = classifier(hidden, RaggedRows(lengths, self._device), table.read(lines))
             assert after is not None
