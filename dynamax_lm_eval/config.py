@@ -61,6 +61,8 @@ class DynamaxArgs:
     preset: Preset | None = None
     #: On a Mamba backbone: ``auto`` uses the kernels of mamba-ssm on a GPU where they are installed; None: auto.
     mamba_kernels: MambaKernels | None = None
+    #: What several requests begin with runs once.
+    prefix_caching: bool = True
 
 
 #: What ``preset=paper`` sets where the user does not (its state mode depends on the backbone). The paper names no
@@ -351,6 +353,7 @@ _PARSERS: dict[str, Any] = {
     "final_block": _flag,
     "preset": _choice(Preset),
     "mamba_kernels": _choice(MambaKernels),
+    "prefix_caching": _flag,
     "exit_layers": _exit_layers,
     "state_mode": _choice(StateMode),
     "prune_layers": _prune_layers,

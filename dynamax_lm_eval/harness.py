@@ -23,6 +23,7 @@ from dynamax_lm_eval.compute.ledger import (
     ACCOUNTING,
     SCHEMA_VERSION,
     ComputeRecord,
+    Physical,
     exit_histogram,
     reduction_stderr,
     total_reduction_stderr,
@@ -52,12 +53,14 @@ class ResponseLedger:
         #: Wall-clock seconds spent answering, by kind of request, and the tokens that ran in them.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.fed_tokens = 0
+        self.physical = Physical()
 
     def start_run(self) -> None:
         """Forgets the records of an earlier evaluation."""
         self._records.clear()
         self.seconds.clear()
         self.fed_tokens = 0
+        self.physical = Physical()
 
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Stores records in the harness's cache from now on.
@@ -157,6 +160,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 _records_by_document(task_dict, ledger, kwargs.get("samples")),
                 dict(ledger.seconds),
                 ledger.fed_tokens,
+                ledger.physical,
             ),
             dst=0,
         )
@@ -202,11 +206,11 @@ def _tasks(task_dict: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
             yield key, value
 
 
-def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float], int]]) -> None:
+def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float], int, Physical]]) -> None:
     """Puts compute into the results of an evaluation, after the tasks' own metrics."""
     by_task: _ByDocument = defaultdict(dict)
     seconds: dict[str, float] = {}
-    for found, rank_seconds, _ in gathered:
+    for found, rank_seconds, *_ in gathered:
         for name, documents in found.items():
             by_task[name].update(documents)
         # Ranks work at the same time: the slowest one is what was waited for.
@@ -239,7 +243,11 @@ def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, 
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
         "by_task": {name: _breakdown(documents) for name, documents in per_document.items()},
-        "overall": _breakdown(everything) | _timing(sum(fed for _, _, fed in gathered), seconds),
+        "overall": {
+            **_breakdown(everything),
+            **_timing(sum(fed for _, _, fed, _ in gathered), seconds),
+            "physical": Physical.sum(physical for *_, physical in gathered).to_json(),
+        },
     }
     if everything and not any(record.eligible_tokens for record in everything):
         logger.warning(

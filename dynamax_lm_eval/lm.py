@@ -33,9 +33,11 @@ from dynamax_lm_eval.backbones.fingerprint import (
     model_fingerprint,
     weights_fingerprint,
 )
+from dynamax_lm_eval.compute.cost import ExitTerms
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.errors import NotFiniteError
+from dynamax_lm_eval.engine.prefixes import PrefixRun
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scheduler import (
     Generation,
@@ -235,12 +237,20 @@ class DynamaxLM(HFLM):
                 job = prepared[index]
                 texts[index] = job.text(generation.tokens)
                 records[index] = self._record([generation.trace])
+                self._ran(generation.trace, generation.shared_tokens)
                 self.response_ledger.store("generate_until", job.args, records[index])
                 self.cache_hook.add_partial("generate_until", job.args, texts[index])
                 progress.advance(records[index])
 
             with _naming_document(requests):
-                generate(self.engine, [job.request for job in prepared], self._rows_in_flight(longest), finished)
+                prefixes = generate(
+                    self.engine,
+                    [job.request for job in prepared],
+                    self._rows_in_flight(longest),
+                    finished,
+                    self.args.prefix_caching,
+                )
+        self._ran_prefixes(prefixes)
         self.response_ledger.keep("generate_until", zip((job.args for job in prepared), records, strict=True))
         return texts
 
@@ -352,6 +362,7 @@ class DynamaxLM(HFLM):
         ]
 
         def share(row: int, scoring: Scoring) -> None:
+            self._ran(scoring.trace, scoring.shared_tokens)
             common = [line[0] for line in scoring.log_probs[:-1]]
             common_greedy = all(
                 token == target[0]
@@ -363,9 +374,17 @@ class DynamaxLM(HFLM):
 
         longest = max((len(request.ids) for request in requests), default=1)
         try:
-            score(self.engine, requests, self._rows_in_flight(longest), share, self.softmax_dtype)
+            prefixes = score(
+                self.engine,
+                requests,
+                self._rows_in_flight(longest),
+                share,
+                self.softmax_dtype,
+                self.args.prefix_caching,
+            )
         except NotFiniteError as error:
             raise NotFiniteError(members[error.index][0]) from error
+        self._ran_prefixes(prefixes)
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """Tokens to feed and how many of them are context, cut from the left to the model's length."""
@@ -394,11 +413,21 @@ class DynamaxLM(HFLM):
             )
 
     def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
-        exits, kind = self.engine.classifiers, self.policy.classifier
+        return account([(trace, self._terms(self.policy, trace)) for trace in traces], self.engine.backbone.cost)
+
+    def _ran(self, trace: Trace, shared_tokens: int, policy: ExitPolicy | None = None) -> None:
+        terms = self._terms(policy or self.policy, trace)
+        self.response_ledger.physical.add(trace, terms, self.engine.backbone.cost, shared_tokens)
+
+    def _ran_prefixes(self, runs: Sequence[PrefixRun]) -> None:
+        for run in runs:
+            self._ran(run.trace, run.shared_tokens, run.policy)
+
+    def _terms(self, policy: ExitPolicy, trace: Trace) -> ExitTerms:
+        exits, kind = self.engine.classifiers, policy.classifier
         costs = exits.costs(kind) if exits is not None and kind is not None else {}
         adapters = exits.adapter_macs() if exits is not None else {}
-        terms = [(trace, self.policy.terms(trace.prompt_tokens, costs, adapters)) for trace in traces]
-        return account(terms, self.engine.backbone.cost)
+        return policy.terms(trace.prompt_tokens, costs, adapters)
 
     def _preset_sets(self) -> dict[str, Any] | None:
         """What the preset decided, so that the result file tells it from what the user gave."""

@@ -128,7 +128,8 @@ class Reference:
             return
         if policy.thresholds[policy.exit_layers.index(block)] >= 1:
             return
-        if position >= first or position >= self.prompt_length - policy.classifier_warmup:
+        everywhere = policy.exit_scope == "all"
+        if everywhere or position >= min(first, self.prompt_length - policy.classifier_warmup):
             self.seen.setdefault(block, []).append(hidden.flatten())
 
     def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:

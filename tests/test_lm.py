@@ -306,6 +306,19 @@ class TestCache:
         with pytest.raises(UserError, match="differs in policy"):
             evaluate(lm, manager, "tiny_generate", use_cache=str(tmp_path / "c"))
 
+    def test_what_really_ran_is_reported_beside_the_logical_counts(
+        self, model_folder: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dynamax_lm_eval.engine.prefixes.MIN_SAVED_TOKENS", 4)
+        tasks = ("tiny_group", "tiny_rolling")
+        shared = evaluate(dynamax(model_folder, **EXITS), manager, *tasks)["compute"]
+        apart = evaluate(dynamax(model_folder, prefix_caching=False, logits_cache=False, **EXITS), manager, *tasks)
+        assert shared["by_task"] == apart["compute"]["by_task"]
+        overall = apart["compute"]["overall"]
+        assert overall["physical"] == {"fed_tokens": overall["tokens"]["fed"], "macs": overall["macs"]["total"]}
+        assert 0 < shared["overall"]["physical"]["fed_tokens"] < overall["tokens"]["fed"]
+        assert 0 < shared["overall"]["physical"]["macs"] < overall["macs"]["total"]
+
     def test_speed_counts_only_what_ran(self, model_folder: Path, manager: TaskManager, tmp_path: Path) -> None:
         first = self.run(model_folder, manager, tmp_path / "c", **EXITS)
         second = self.run(model_folder, manager, tmp_path / "c", **EXITS)

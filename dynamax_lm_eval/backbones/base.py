@@ -70,8 +70,16 @@ class States(ABC):
         """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
 
     @abstractmethod
+    def open_prefix(self, capacity: int) -> int | None:
+        """The same for tokens that rows will begin with; takes no room from the rows."""
+
+    @abstractmethod
     def close_row(self, slot: int) -> None:
-        """Gives the room of a row back."""
+        """Gives the room of a row or prefix back."""
+
+    @abstractmethod
+    def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        """Gives a new row the states of another, which has seen ``num_tokens`` tokens."""
 
 
 class ForwardPass(ABC):
@@ -121,8 +129,8 @@ class Backbone(ABC):
     device: torch.device
 
     @abstractmethod
-    def new_states(self, capacity: int) -> States:
-        """Room for rows of ``capacity`` tokens in all."""
+    def new_states(self, capacity: int, prefix_capacity: int = 0) -> States:
+        """Room for rows of ``capacity`` tokens in all, and for prefixes of ``prefix_capacity``."""
 
     @abstractmethod
     def start_pass(self, states: States, layout: RowLayout) -> ForwardPass:

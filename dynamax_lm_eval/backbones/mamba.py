@@ -63,7 +63,7 @@ class MambaBackbone(DecoderBackbone):
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
         )
 
-    def new_states(self, capacity: int) -> MambaStates:
+    def new_states(self, capacity: int, prefix_capacity: int = 0) -> MambaStates:
         return MambaStates(self)
 
     def start_pass(self, states: States, layout: RowLayout) -> MambaPass:
@@ -140,8 +140,15 @@ class MambaStates(States):
             table.clear(line)
         return line
 
+    def open_prefix(self, capacity: int) -> int | None:
+        return self.open_row(capacity)
+
     def close_row(self, slot: int) -> None:
         self._free.append(slot)
+
+    def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        for table in self._tables:
+            table.copy(source, slot)
 
     def table(self, block: int) -> StateTable:
         """The table of a block (1-based), with a line for every open row."""

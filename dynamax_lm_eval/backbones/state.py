@@ -22,7 +22,7 @@ class Room:
     """First-fit reservation of runs of places in 0..capacity-1."""
 
     def __init__(self, capacity: int) -> None:
-        self._free = [(0, capacity)]  # sorted (start, length), never adjacent
+        self._free = [(0, capacity)] if capacity else []  # sorted (start, length), never adjacent
 
     def take(self, length: int) -> int | None:
         """Start of a free run of ``length`` places, now reserved; None where there is none."""
@@ -51,24 +51,42 @@ class AttentionStates(States):
     early and left no state behind): a block attends to a place only if its token reached the block.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, capacity: int, prefix_capacity: int = 0) -> None:
+        """Rows have the first ``capacity`` places, prefixes the ``prefix_capacity`` after them."""
         self.num_layers = num_layers
-        self.capacity = capacity
+        self._first_of_prefixes = capacity
+        self.capacity = capacity = capacity + prefix_capacity
         self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
         self.values: list[Tensor | None] = [None] * (num_layers + 1)
         self.layer_of: IntArray = np.full(capacity, num_layers, dtype=np.int64)
         #: Places of such tokens that block L ran on all the same.
         self.runs_last: BoolArray = np.zeros(capacity, dtype=np.bool_)
-        self._room = Room(capacity)
+        self._room = Room(capacity - prefix_capacity)
+        self._prefix_room = Room(prefix_capacity)
         self._lengths: dict[int, int] = {}
 
     def open_row(self, capacity: int) -> int | None:
-        start = self._room.take(capacity)
+        return self._open(self._room.take(capacity), capacity)
+
+    def open_prefix(self, capacity: int) -> int | None:
+        start = self._prefix_room.take(capacity)
+        return self._open(start if start is None else start + self._first_of_prefixes, capacity)
+
+    def _open(self, start: int | None, capacity: int) -> int | None:
         if start is not None:
             self._lengths[start] = capacity
             self.layer_of[start : start + capacity] = self.num_layers
             self.runs_last[start : start + capacity] = False
         return start
+
+    def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        theirs, ours = slice(source, source + num_tokens), slice(slot, slot + num_tokens)
+        self.layer_of[ours] = self.layer_of[theirs]
+        self.runs_last[ours] = self.runs_last[theirs]
+        for arena in (*self.keys, *self.values):
+            if arena is not None:
+                with torch.inference_mode(arena.is_inference()):
+                    arena[ours] = arena[theirs]
 
     def hidden_from(self, block: int) -> IntArray:
         """Places whose tokens left nothing for ``block``, in rising order."""
@@ -78,7 +96,10 @@ class AttentionStates(States):
         return np.flatnonzero(hidden)
 
     def close_row(self, slot: int) -> None:
-        self._room.give_back(slot, self._lengths.pop(slot))
+        if slot < self._first_of_prefixes:
+            self._room.give_back(slot, self._lengths.pop(slot))
+        else:
+            self._prefix_room.give_back(slot - self._first_of_prefixes, self._lengths.pop(slot))
 
     def write(self, block: int, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores K and V (1, H_kv, T, P) of one block at ``places`` (T,)."""
@@ -129,6 +150,16 @@ class StateTable:
             with torch.inference_mode(self._state.conv.is_inference()):
                 for part in self._state:
                     part[line] = 0
+
+    def copy(self, source: int, line: int) -> None:
+        """A line gets what another holds, which is nothing where none has run."""
+        if self._state is None or source >= len(self._state.conv):
+            self.clear(line)
+            return
+        self.reserve(line + 1)
+        with torch.inference_mode(self._state.conv.is_inference()):
+            for part in self._state:
+                part[line] = part[source]
 
     def reserve(self, num_lines: int) -> None:
         """Makes room for so many lines."""

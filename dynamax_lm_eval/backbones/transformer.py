@@ -71,8 +71,8 @@ class TransformerBackbone(DecoderBackbone):
             lm_head=self.hidden_size * self.vocab_size,
         )
 
-    def new_states(self, capacity: int) -> AttentionStates:
-        return AttentionStates(self.num_layers, capacity)
+    def new_states(self, capacity: int, prefix_capacity: int = 0) -> AttentionStates:
+        return AttentionStates(self.num_layers, capacity, prefix_capacity)
 
     def start_pass(self, states: States, layout: RowLayout) -> TransformerPass:
         assert isinstance(states, AttentionStates)

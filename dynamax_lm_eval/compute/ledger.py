@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -197,6 +197,37 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
     record.paper_full = float(depth * len(layers))
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
     return record
+
+
+@dataclass
+class Physical:
+    """What really ran. A beginning that requests share runs once; counts of logical tokens have it in each."""
+
+    fed_tokens: int = 0
+    macs: int = 0
+
+    def add(self, trace: Trace, terms: ExitTerms, cost: BackboneCost, shared_tokens: int) -> None:
+        """Adds a row whose first ``shared_tokens`` tokens ran elsewhere."""
+        self.fed_tokens += trace.fed_tokens - shared_tokens
+        self.macs += _account_row(trace, terms, cost).total_macs
+        if shared_tokens:
+            beginning = replace(
+                trace,
+                fed_tokens=shared_tokens,
+                tokens_given=0,
+                exit_layers=trace.exit_layers[: max(0, shared_tokens - terms.first_eligible)],
+            )
+            # Prompt tokens that only warm a classifier are never shared, unless all of the prompt may exit.
+            warmed = terms.warmed_tokens if shared_tokens >= terms.first_eligible else 0
+            self.macs -= _account_row(beginning, replace(terms, warmed_tokens=warmed), cost).total_macs
+
+    @classmethod
+    def sum(cls, parts: Iterable[Physical]) -> Physical:
+        parts = list(parts)
+        return cls(sum(part.fed_tokens for part in parts), sum(part.macs for part in parts))
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
 
 
 def reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:

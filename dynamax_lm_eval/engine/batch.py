@@ -83,6 +83,13 @@ class FlatBatch:
             warms=_warms(rows, layout, steps),
         )
 
+    def by_row(self, layers: IntArray) -> list[list[int]]:
+        """Of values (N,) those of eligible tokens, for each row in turn."""
+        counts = np.bincount(self.layout.row_of[self.eligible], minlength=len(self.policies))
+        chosen = layers[self.eligible].tolist()
+        ends = np.cumsum(counts).tolist()
+        return [chosen[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+
     def __len__(self) -> int:
         return len(self.ids)
 

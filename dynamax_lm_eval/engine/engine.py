@@ -37,6 +37,16 @@ class LogitsSink(Protocol):
         ...
 
 
+class NoLogits(LogitsSink):
+    """For batches without wanted tokens."""
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        raise AssertionError("no logits are wanted")
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        raise AssertionError("no logits are wanted")
+
+
 class RowStates:
     """What the backbone's blocks and the recurrent classifiers keep of the rows in flight."""
 
@@ -46,13 +56,24 @@ class RowStates:
 
     def open_row(self, capacity: int) -> int | None:
         """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
-        slot = self.backbone.open_row(capacity)
+        return self._open(self.backbone.open_row(capacity))
+
+    def open_prefix(self, capacity: int) -> int | None:
+        """The same for tokens that rows will begin with."""
+        return self._open(self.backbone.open_prefix(capacity))
+
+    def _open(self, slot: int | None) -> int | None:
         if slot is not None:
             self.classifiers.open_row(slot)
         return slot
 
+    def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        """Gives a new row the states of another, which has seen ``num_tokens`` tokens."""
+        self.backbone.copy_row(source, slot, num_tokens)
+        self.classifiers.copy_row(source, slot)
+
     def close_row(self, slot: int) -> None:
-        """Gives the room of a row back."""
+        """Gives the room of a row or prefix back."""
         self.backbone.close_row(slot)
         self.classifiers.close_row(slot)
 
@@ -65,9 +86,10 @@ class Engine:
         self.backbone = backbone
         self.classifiers = classifiers
 
-    def new_states(self, capacity: int) -> RowStates:
-        """Room for rows of ``capacity`` tokens in all."""
-        return RowStates(self.backbone.new_states(capacity), ClassifierStates(self.classifiers, self.backbone.device))
+    def new_states(self, capacity: int, prefix_capacity: int = 0) -> RowStates:
+        """Room for rows of ``capacity`` tokens in all, and for prefixes of ``prefix_capacity``."""
+        classifiers = ClassifierStates(self.classifiers, self.backbone.device)
+        return RowStates(self.backbone.new_states(capacity, prefix_capacity), classifiers)
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""

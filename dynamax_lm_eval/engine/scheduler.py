@@ -1,7 +1,7 @@
 """Drives the engine: continuous batching for generation, and parallel scoring.
 
 A row that finishes gives its place to the next request at once: its prompt is fed in the same pass in which
-the other rows decode. Rows in flight never depend on one another.
+the other rows decode. Rows in flight never depend on one another. What several requests begin with is run once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dynamax_lm_eval.compute.ledger import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.errors import NotFiniteError
+from dynamax_lm_eval.engine.prefixes import Beginning, PrefixPlan, PrefixRun, PrefixStore, find_prefixes
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
@@ -49,10 +50,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Generation:
-    """Generated ids (the token that ended it included) and what was run for them."""
+    """Generated ids (the token that ended it included) and what that takes, were the request alone.
+
+    ``shared_tokens``: so many tokens at the beginning were taken from a prefix that ran before.
+    """
 
     tokens: list[int]
     trace: Trace
+    shared_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,12 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Log-probabilities and arg-maxes at the positions asked for, and what was run for them."""
+    """Log-probabilities and arg-maxes at the positions asked for; the rest as in :class:`Generation`."""
 
     log_probs: list[list[float]]  # as targets
     greedy_tokens: list[int]
     trace: Trace
+    shared_tokens: int = 0
 
 
 @dataclass
@@ -89,14 +95,15 @@ class _Row:
     index: int
     request: GenerationRequest
     slot: int
+    beginning: Beginning
     generated: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
 
     def next_input(self) -> RowInput:
-        request = self.request
-        first = len(request.prompt) + len(self.generated) - 1 if self.generated else 0
+        request, shared = self.request, self.beginning.tokens
+        first = len(request.prompt) + len(self.generated) - 1 if self.generated else shared
         return RowInput(
-            ids=self.generated[-1:] or request.prompt,
+            ids=self.generated[-1:] or request.prompt[shared:],
             first_position=first,
             slot=self.slot,
             prompt_length=len(request.prompt),
@@ -110,11 +117,11 @@ class _Row:
             prompt_tokens=len(request.prompt),
             fed_tokens=len(request.prompt) + len(self.generated) - 1,
             tokens_given=len(self.generated),
-            exit_layers=tuple(self.layers),
+            exit_layers=(*self.beginning.layers, *self.layers),
             generated=True,
             hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
         )
-        return Generation(self.generated, trace)
+        return Generation(self.generated, trace, self.beginning.tokens)
 
 
 def generate(
@@ -122,26 +129,31 @@ def generate(
     requests: Sequence[GenerationRequest],
     max_rows: int,
     on_finished: Callable[[int, Generation], None],
-) -> None:
+    share_prefixes: bool = True,
+) -> list[PrefixRun]:
     """Generates for all requests with up to ``max_rows`` of them in flight.
 
     ``on_finished`` is called with a request's index as soon as it is done, so that nothing is lost when a
     run is interrupted.
+
+    Returns:
+        what was run for prefixes that requests share, beside what the requests' own generations tell.
     """
-    # Longest first: the first passes need the most memory, so what fits then fits to the end.
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
-    order = sorted(range(len(requests)), key=lambda i: (-needs[i], i))
-    pending = deque(order)
-    states = engine.new_states(sum(needs[i] for i in order[:max_rows]))
+    plan = find_prefixes([(r.prompt, len(r.prompt), r.policy) for r in requests], needs, share_prefixes)
+    pending = deque(plan.order)
+    capacity = sum(sorted(needs, reverse=True)[:max_rows])
+    states = engine.new_states(capacity, plan.room(capacity))
+    prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     rows: list[_Row] = []
     while pending or rows:
-        rows += _admit(requests, needs, pending, states, rows, max_rows)
+        rows += _admit(requests, needs, pending, states, prefixes, len(rows), max_rows)
         inputs = [row.next_input() for row in rows]
         batch = FlatBatch.build(inputs)
         sink = _LastLogits(len(rows), batch.layout.row_of)
         layers = engine.forward(batch, states, sink)
-        for i, row in enumerate(rows):
-            row.layers += layers[(batch.layout.row_of == i) & batch.eligible].tolist()
+        for row, chosen in zip(rows, batch.by_row(layers), strict=True):
+            row.layers += chosen
         for row, token in zip(rows, _choose(rows, sink.logits()), strict=True):
             row.generated.append(token)
         running = []
@@ -153,6 +165,7 @@ def generate(
             else:
                 running.append(row)
         rows = running
+    return prefixes.runs
 
 
 def score(
@@ -161,43 +174,54 @@ def score(
     max_rows: int,
     on_finished: Callable[[int, Scoring], None],
     softmax_dtype: torch.dtype | None = None,
-) -> None:
+    share_prefixes: bool = True,
+) -> list[PrefixRun]:
     """Scores all requests through the exits, each in one parallel pass.
 
     A token's exit depends only on earlier layers of earlier tokens, so the pass gives what feeding the
     tokens one by one would. ``softmax_dtype`` is that of the log-softmax (None: that of the logits).
+
+    Returns:
+        as :func:`generate`.
     """
-    passes = _passes([len(request.ids) for request in requests], max_rows)
-    states = engine.new_states(max((sum(len(requests[i].ids) for i in members) for members in passes), default=1))
+    lengths = [len(request.ids) for request in requests]
+    plan = find_prefixes([(r.ids, r.context_length, r.policy) for r in requests], lengths, share_prefixes)
+    passes = _passes(plan, lengths, max_rows)
+    capacity = max((sum(lengths[i] for i in members) for members in passes), default=1)
+    states = engine.new_states(capacity, plan.room(capacity))
+    prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     for members in passes:
-        slots = [_open(states, len(requests[i].ids)) for i in members]
+        prefixes.prepare(members)
+        slots = [_open(states, lengths[i]) for i in members]
+        beginnings = [prefixes.begin(i, slot) for i, slot in zip(members, slots, strict=True)]
         inputs = [
             RowInput(
-                ids=requests[i].ids,
-                first_position=0,
+                ids=requests[i].ids[beginning.tokens :],
+                first_position=beginning.tokens,
                 slot=slot,
                 prompt_length=requests[i].context_length,
                 max_steps=len(requests[i].targets),
                 policy=requests[i].policy,
             )
-            for i, slot in zip(members, slots, strict=True)
+            for i, slot, beginning in zip(members, slots, beginnings, strict=True)
         ]
         batch = FlatBatch.build(inputs)
         sink = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
         layers = engine.forward(batch, states, sink)
-        for row, (i, scores) in enumerate(zip(members, sink.by_row(), strict=True)):
-            states.close_row(slots[row])
+        answers = zip(members, slots, beginnings, sink.by_row(), batch.by_row(layers), strict=True)
+        for i, slot, beginning, scores, chosen in answers:
+            states.close_row(slot)
             if any(math.isnan(value) for line in scores[0] for value in line):
                 raise NotFiniteError(i)
-            chosen = layers[(batch.layout.row_of == row) & batch.eligible]
             trace = Trace(
                 prompt_tokens=requests[i].context_length,
                 fed_tokens=len(requests[i].ids),
                 tokens_given=len(requests[i].targets),
-                exit_layers=tuple(chosen.tolist()),
+                exit_layers=(*beginning.layers, *chosen),
                 generated=False,
             )
-            on_finished(i, Scoring(*scores, trace))
+            on_finished(i, Scoring(*scores, trace, beginning.tokens))
+    return prefixes.runs
 
 
 def _admit(
@@ -205,36 +229,39 @@ def _admit(
     needs: Sequence[int],
     pending: deque[int],
     states: RowStates,
-    rows: Sequence[_Row],
+    prefixes: PrefixStore,
+    in_flight: int,
     max_rows: int,
 ) -> list[_Row]:
     """Starts waiting requests while there are rows, room and tokens in the pass for them."""
-    admitted: list[_Row] = []
-    budget = MAX_TOKENS_PER_PASS - len(rows)
-    while pending and len(rows) + len(admitted) < max_rows:
+    opened: list[tuple[int, int]] = []  # (request, slot)
+    budget = MAX_TOKENS_PER_PASS - in_flight
+    while pending and in_flight + len(opened) < max_rows:
         index = pending[0]
-        length = len(requests[index].prompt)
-        if length > budget and (rows or admitted):
+        length = len(requests[index].prompt) - prefixes.plan.shared_tokens(index)
+        if length > budget and (in_flight or opened):
             break
         slot = states.open_row(needs[index])
         if slot is None:
             break
         pending.popleft()
         budget -= length
-        admitted.append(_Row(index, requests[index], slot))
-    return admitted
+        opened.append((index, slot))
+    prefixes.prepare([index for index, _ in opened])
+    return [_Row(index, requests[index], slot, prefixes.begin(index, slot)) for index, slot in opened]
 
 
-def _passes(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
-    """Requests for each scoring pass: longest first, bounded in rows and tokens."""
+def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Requests for each scoring pass: in the plan's order, bounded in rows and tokens."""
     passes: list[list[int]] = []
     tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not passes or len(passes[-1]) >= max_rows or tokens + lengths[i] > MAX_TOKENS_PER_PASS:
+    for i in plan.order:
+        fed = lengths[i] - plan.shared_tokens(i)
+        if not passes or len(passes[-1]) >= max_rows or tokens + fed > MAX_TOKENS_PER_PASS:
             passes.append([])
             tokens = 0
         passes[-1].append(i)
-        tokens += lengths[i]
+        tokens += fed
     return passes
 
 

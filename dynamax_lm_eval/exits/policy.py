@@ -158,11 +158,23 @@ class ExitPolicy:
 
     def first_warmed_position(self, prompt_length: int) -> int:
         """Position from which on a recurrent classifier sees the tokens."""
-        return max(0, prompt_length - self.classifier_warmup)
+        return 0 if self.exit_scope == "all" else max(0, prompt_length - self.classifier_warmup)
 
     def first_eligible_position(self, prompt_length: int) -> int:
         """Position of the first token that may exit, in a row whose prompt has ``prompt_length`` tokens."""
         return 1 if self.exit_scope == "all" else prompt_length
+
+    def for_prefixes(self) -> ExitPolicy:
+        """All of the policy that decides what prompt tokens leave in the states; equal where rows can share them."""
+        return self if self.exit_scope == "all" else ExitPolicy(self.num_layers, pruned_blocks=self.pruned_blocks)
+
+    def shareable_tokens(self, prompt_length: int) -> int:
+        """How many tokens at the beginning of a prompt leave what follows from them and :meth:`for_prefixes` alone."""
+        before_answer = prompt_length - 1
+        if self.exit_scope == "all":
+            return 0 if self.threshold_decay is not None else before_answer
+        warms = self.is_recurrent and bool(self.active_exits)
+        return min(before_answer, self.first_warmed_position(prompt_length)) if warms else before_answer
 
     def effective_thresholds(self, steps: npt.NDArray[np.int64], max_steps: int) -> npt.NDArray[np.float32]:
         """What the confidence of each token is compared with.

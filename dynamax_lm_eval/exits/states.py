@@ -34,6 +34,11 @@ class ClassifierStates:
         for table in self._tables.values():
             table.clear(line)
 
+    def copy_row(self, source: int, slot: int) -> None:
+        """A new row's classifiers have seen what another's have."""
+        for table in self._tables.values():
+            table.copy(self._line_of[source], self._line_of[slot])
+
     def close_row(self, slot: int) -> None:
         self._free.append(self._line_of.pop(slot))
 

@@ -1,0 +1,231 @@
+"""Shared beginnings: found, run once, and without effect on any result."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import LAYERS, random_ids, tiny_model
+from test_engine import FULL, engine_for, separated_policy
+from test_exits import classifier_policy, exits_config, varied_classifiers
+
+from dynamax_lm_eval.backbones import make_backbone
+from dynamax_lm_eval.compute.ledger import Physical, account
+from dynamax_lm_eval.engine import prefixes
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.prefixes import PrefixPlan, PrefixRun, find_prefixes
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.engine.scheduler import (
+    Generation,
+    GenerationRequest,
+    Scoring,
+    ScoringRequest,
+    generate,
+    score,
+)
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+PREAMBLE = random_ids(20, 1)
+CONTEXTS = [PREAMBLE + random_ids(9, 2), PREAMBLE + random_ids(12, 3), random_ids(15, 4)]
+#: Two documents after one preamble with three endings each, a third document on its own, and two equal ones.
+PROMPTS = [context + random_ids(n + 1, 10 * i + n) for i, context in enumerate(CONTEXTS) for n in range(3)]
+PROMPTS += [[*PREAMBLE, 5], [*PREAMBLE, 5], random_ids(3, 99)]
+SCOPES = ("generated", "all")
+
+
+@pytest.fixture(autouse=True)
+def short_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "MIN_SAVED_TOKENS", 1)
+
+
+def plan_of(prompts: Sequence[Sequence[int]], policy: ExitPolicy = FULL) -> PrefixPlan:
+    return find_prefixes([(prompt, len(prompt), policy) for prompt in prompts], list(map(len, prompts)))
+
+
+def run_generations(
+    engine: Engine, policy: ExitPolicy, max_rows: int, share: bool = True
+) -> tuple[list[Generation], list[PrefixRun]]:
+    found: dict[int, Generation] = {}
+    requests = [GenerationRequest(prompt, 6, policy, Sampler(), lambda _: False) for prompt in PROMPTS]
+    runs = generate(engine, requests, max_rows, found.__setitem__, share)
+    return [found[i] for i in range(len(PROMPTS))], runs
+
+
+def run_scorings(
+    engine: Engine, policy: ExitPolicy, max_rows: int, share: bool = True
+) -> tuple[list[Scoring], list[PrefixRun]]:
+    found: dict[int, Scoring] = {}
+    requests = [
+        ScoringRequest([*prompt, *(ending := random_ids(4, i))[:-1]], len(prompt), [[t] for t in ending], policy)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    runs = score(engine, requests, max_rows, found.__setitem__, None, share)
+    return [found[i] for i in range(len(PROMPTS))], runs
+
+
+def assert_same(shared: Sequence[Any], apart: Sequence[Any]) -> None:
+    for mine, theirs in zip(shared, apart, strict=True):
+        assert mine.trace == theirs.trace
+        assert theirs.shared_tokens == 0
+        if isinstance(mine, Generation):
+            assert mine.tokens == theirs.tokens
+        else:
+            assert mine.greedy_tokens == theirs.greedy_tokens
+            flat = [value for line in theirs.log_probs for value in line]
+            assert [value for line in mine.log_probs for value in line] == pytest.approx(flat, abs=1e-4)
+
+
+class TestFinding:
+    def test_prefixes_nest(self) -> None:
+        plan = plan_of(PROMPTS)
+        lengths = sorted(len(prefix.ids) for prefix in plan.all)
+        assert lengths == [15, 20, 29, 32]
+        outer = next(prefix for prefix in plan.all if len(prefix.ids) == 20)
+        assert outer.ids == PREAMBLE
+        assert [prefix.parent for prefix in plan.all if len(prefix.ids) in (29, 32)] == [outer, outer]
+        # Two longer prefixes and the two prompts that add one token.
+        assert outer.users == 4
+        assert plan.prefix_of[-1] is None
+
+    def test_what_is_found_is_what_the_prompts_begin_with(self) -> None:
+        """Against every pair of random prompts over a small vocabulary."""
+        prompts = [[token % 3 for token in random_ids(n % 9 + 1, n)] for n in range(60)]
+        plan = plan_of(prompts)
+        assert sorted(plan.order) == list(range(60))
+        for prompt, prefix in zip(prompts, plan.prefix_of, strict=True):
+            others = [other for other in prompts if other is not prompt]
+            lengths = [
+                next((i for i, (a, b) in enumerate(zip(prompt[:-1], other[:-1], strict=False)) if a != b), None)
+                for other in others
+            ]
+            shared = max(
+                min(len(prompt), len(other)) - 1 if length is None else length
+                for length, other in zip(lengths, others, strict=True)
+            )
+            assert (len(prefix.ids) if prefix is not None else 0) == shared
+            while prefix is not None:
+                assert prompt[: len(prefix.ids)] == prefix.ids
+                prefix = prefix.parent
+        users = sum(prefix.users for prefix in plan.all)
+        children = sum(prefix.parent is not None for prefix in plan.all)
+        assert users == children + sum(prefix is not None for prefix in plan.prefix_of)
+
+    def test_requests_with_a_common_prefix_stand_side_by_side(self) -> None:
+        plan = plan_of(PROMPTS)
+        groups = [plan.prefix_of[i] for i in plan.order]
+        assert len(list(itertools.groupby(groups, id))) == len(set(map(id, groups)))
+
+    def test_small_savings_are_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(prefixes, "MIN_SAVED_TOKENS", 40)
+        assert [len(prefix.ids) for prefix in plan_of(PROMPTS).all] == [20]
+
+    def test_the_last_prompt_token_is_never_shared(self) -> None:
+        """Its logits give the first token."""
+        (prefix,) = plan_of([[1, 2, 3], [1, 2, 3]]).all
+        assert prefix.ids == [1, 2]
+
+    @pytest.mark.parametrize(
+        ("changes", "tokens"),
+        [
+            ({}, 19),
+            ({"classifier": "mamba", "classifier_warmup": 4}, 16),
+            ({"classifier": "mamba", "classifier_warmup": 99}, 0),
+            ({"classifier": "mamba", "classifier_warmup": 4, "exit_scope": "all"}, 19),
+            ({"classifier": "ffn", "exit_scope": "all", "threshold_decay": 4.0}, 0),
+            ({"classifier": "ffn", "threshold_decay": 4.0}, 19),
+        ],
+    )
+    def test_only_what_all_would_have_is_shared(self, changes: dict[str, Any], tokens: int) -> None:
+        policy = replace(ExitPolicy(LAYERS, (2, 4), (0.5, 0.5), confidence="classifier", classifier="calm"), **changes)
+        assert policy.shareable_tokens(20) == tokens
+
+    def test_policies_share_where_prompts_cannot_exit(self) -> None:
+        early = ExitPolicy(LAYERS, (2,), (0.5,))
+        prompts: Any = [(PREAMBLE, 20, early), (PREAMBLE, 20, FULL), (PREAMBLE, 20, replace(early, state_mode="skip"))]
+        assert len(find_prefixes(prompts, [20] * 3).all) == 1
+        other: Any = [(ids, n, replace(policy, pruned_blocks=frozenset({4}))) for ids, n, policy in prompts[:1]]
+        assert len(find_prefixes(prompts[1:2] + other, [20] * 2).all) == 0
+        everywhere: Any = [(ids, n, replace(policy, exit_scope="all")) for ids, n, policy in prompts]
+        assert len(find_prefixes(everywhere, [20] * 3).all) == 0
+
+
+@pytest.mark.parametrize("run", [run_generations, run_scorings])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("llama", "recompute"), ("llama", "copy"), ("mistral", "skip"), ("mamba2", "recompute"), ("mamba", "skip")],
+)
+def test_sharing_changes_no_result(family: str, mode: Any, scope: Any, run: Any) -> None:
+    policy = ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, state_mode=mode, exit_scope=scope)
+    policy = separated_policy(tiny_model(family), policy, PROMPTS[0])
+    engine = engine_for(family)
+    apart, none = run(engine, policy, 3, False)
+    assert none == []
+    assert min(layer for result in apart for layer in result.trace.exit_layers) < LAYERS
+    for max_rows in (1, 4, 12):
+        shared, runs = run(engine, policy, max_rows)
+        assert_same(shared, apart)
+        assert len(runs) == 4
+        assert [result.shared_tokens for result in shared[:3]] == [29] * 3
+
+
+@pytest.mark.parametrize("run", [run_generations, run_scorings])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_recurrent_classifiers_go_on_from_shared_states(family: str, scope: Any, run: Any) -> None:
+    model = tiny_model(family)
+    classifiers = varied_classifiers(exits_config(model))
+    policy = classifier_policy("mamba", exit_scope=scope, classifier_warmup=4)
+    policy = separated_policy(model, policy, PROMPTS[0], classifiers=classifiers)
+    engine = Engine(make_backbone(model, max_length=256), classifiers)
+    apart, _ = run(engine, policy, 3, False)
+    shared, runs = run(engine, policy, 4)
+    assert_same(shared, apart)
+    assert runs
+
+
+@pytest.mark.parametrize("room", [0, 25, 35])
+@pytest.mark.parametrize("run", [run_generations, run_scorings])
+def test_prefixes_without_room_are_given_up(monkeypatch: pytest.MonkeyPatch, run: Any, room: int) -> None:
+    engine = engine_for("llama")
+    apart, _ = run(engine, FULL, 3, False)
+    monkeypatch.setattr(PrefixPlan, "room", lambda *_: room)
+    shared, runs = run(engine, FULL, 3)
+    assert_same(shared, apart)
+    assert len(runs) < 4
+
+
+@pytest.mark.parametrize("run", [run_generations, run_scorings])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_ran_is_counted_apart(scope: Any, run: Any) -> None:
+    """Tokens against those that reached the first block, MACs against the sum of what each request takes alone."""
+    model = tiny_model("llama")
+    policy = ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, exit_scope=scope)
+    policy = separated_policy(model, policy, PROMPTS[0])
+    engine = engine_for("llama")
+    cost = engine.backbone.cost
+    fed: list[int] = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda _, args, __: fed.append(args[0].shape[-2]))
+    try:
+        results, runs = run(engine, policy, 4)
+    finally:
+        hook.remove()
+    physical, alone, saved = Physical(), 0, 0
+    for result in results:
+        terms = policy.terms(result.trace.prompt_tokens)
+        physical.add(result.trace, terms, cost, result.shared_tokens)
+        alone += account([(result.trace, terms)], cost).total_macs
+        saved += result.shared_tokens
+    for ran in runs:
+        physical.add(ran.trace, ran.policy.terms(ran.trace.prompt_tokens), cost, ran.shared_tokens)
+        saved -= ran.trace.fed_tokens - ran.shared_tokens
+    assert physical.fed_tokens == sum(fed) == sum(result.trace.fed_tokens for result in results) - saved
+    assert saved > 0
+    assert physical.macs < alone
+    unshared = Physical()
+    for result in results:
+        unshared.add(result.trace, policy.terms(result.trace.prompt_tokens), cost, 0)
+    assert unshared.macs == alone
