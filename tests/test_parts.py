@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, train_tokenizer
+from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from dynamax_lm_eval.backbones.attention import AttentionPlan
+from dynamax_lm_eval.backbones import attention
+from dynamax_lm_eval.backbones.attention import AttentionPlan, ragged_attention
 from dynamax_lm_eval.backbones.fingerprint import weights_fingerprint
 from dynamax_lm_eval.backbones.state import AttentionStates, Room
 from dynamax_lm_eval.engine.sampling import Sampler, request_seed
@@ -120,3 +122,36 @@ def test_fingerprint_tells_weights_apart() -> None:
     assert weights_fingerprint(model) == weights_fingerprint(other)
     other.model.layers[3].mlp.down_proj.weight.data *= 1.01
     assert weights_fingerprint(model) != weights_fingerprint(other)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("hidden", [None, [1, 4, 21, 23]])
+@pytest.mark.parametrize(
+    "rows", [[(0, [4]), (2, [2]), (3, [5])], [(1, [3]), (2, [3])], [(2, [6]), (0, [0, 1, 2]), (3, [4])]]
+)
+def test_rows_that_decode_together_attend_as_each_alone(
+    window: int | None,
+    hidden: list[int] | None,
+    rows: list[tuple[int, list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """(row, positions fed); four rows of ten places, with gaps between those in flight and prompts among them."""
+    monkeypatch.setattr(attention, "_MOST_PADDING", 9)
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 45, 2, 8)
+    starts = np.asarray([10 * row for row, positions in rows for _ in positions])
+    positions = np.asarray([position for _, fed in rows for position in fed])
+    query = torch.randn(1, 6, len(starts), 8)
+    places = None if hidden is None else np.asarray(hidden)
+    plans = [AttentionPlan(starts, positions, places, torch.device("cpu"), spacing) for spacing in (10, None)]
+    together, apart = (
+        ragged_attention(nn.Module(), query, key, value, None, sliding_window=window, plan=plan)[0] for plan in plans
+    )
+    assert plans[0].decoding(window) is not None
+    assert plans[1].decoding(window) is None
+    assert torch.allclose(together, apart, atol=1e-6)
+
+
+def test_rows_of_very_different_lengths_are_not_padded() -> None:
+    starts, positions = np.asarray([0, 100, 200]), np.asarray([90, 1, 1])
+    assert AttentionPlan(starts, positions, None, torch.device("cpu"), 100).decoding(None) is None

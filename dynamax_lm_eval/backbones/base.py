@@ -129,8 +129,11 @@ class Backbone(ABC):
     device: torch.device
 
     @abstractmethod
-    def new_states(self, capacity: int, prefix_capacity: int = 0) -> States:
-        """Room for rows of ``capacity`` tokens in all, and for prefixes of ``prefix_capacity``."""
+    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> States:
+        """Room for rows of ``capacity`` tokens in all, and for prefixes of ``prefix_capacity``.
+
+        ``spacing``: every row gets so many tokens, so that rows that decode together can be addressed as one.
+        """
 
     @abstractmethod
     def start_pass(self, states: States, layout: RowLayout) -> ForwardPass:

@@ -63,7 +63,7 @@ class MambaBackbone(DecoderBackbone):
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
         )
 
-    def new_states(self, capacity: int, prefix_capacity: int = 0) -> MambaStates:
+    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> MambaStates:
         return MambaStates(self)
 
     def start_pass(self, states: States, layout: RowLayout) -> MambaPass:

@@ -8,7 +8,7 @@ Tokens of an arena: C; K/V heads: H_kv; head dim: P; lines of a table: R.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -51,8 +51,9 @@ class AttentionStates(States):
     early and left no state behind): a block attends to a place only if its token reached the block.
     """
 
-    def __init__(self, num_layers: int, capacity: int, prefix_capacity: int = 0) -> None:
-        """Rows have the first ``capacity`` places, prefixes the ``prefix_capacity`` after them."""
+    def __init__(self, num_layers: int, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> None:
+        """Rows have the first ``capacity`` places, ``spacing`` each; prefixes the ``prefix_capacity`` after them."""
+        self.spacing = spacing
         self.num_layers = num_layers
         self._first_of_prefixes = capacity
         self.capacity = capacity = capacity + prefix_capacity
@@ -65,7 +66,14 @@ class AttentionStates(States):
         self._prefix_room = Room(prefix_capacity)
         self._lengths: dict[int, int] = {}
 
+    def spacing_of(self, slots: Sequence[int]) -> int | None:
+        """The distance at which these rows stand; None for prefixes, which stand where there is room."""
+        return self.spacing if max(slots, default=0) < self._first_of_prefixes else None
+
     def open_row(self, capacity: int) -> int | None:
+        if self.spacing is not None:
+            assert capacity <= self.spacing
+            capacity = self.spacing
         return self._open(self._room.take(capacity), capacity)
 
     def open_prefix(self, capacity: int) -> int | None:

@@ -71,8 +71,8 @@ class TransformerBackbone(DecoderBackbone):
             lm_head=self.hidden_size * self.vocab_size,
         )
 
-    def new_states(self, capacity: int, prefix_capacity: int = 0) -> AttentionStates:
-        return AttentionStates(self.num_layers, capacity, prefix_capacity)
+    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> AttentionStates:
+        return AttentionStates(self.num_layers, capacity, prefix_capacity, spacing)
 
     def start_pass(self, states: States, layout: RowLayout) -> TransformerPass:
         assert isinstance(states, AttentionStates)
@@ -297,7 +297,11 @@ class TransformerPass(ForwardPass):
             rotary, positions, places = flight.rotary, flight.positions, flight.places
         hidden_places = self._states.hidden_from(block) if self._skip_layers else None
         plan = attention.AttentionPlan(
-            self._starts[tokens], self._layout.positions[tokens], hidden_places, self._backbone.device
+            self._starts[tokens],
+            self._layout.positions[tokens],
+            hidden_places,
+            self._backbone.device,
+            self._states.spacing_of(self._layout.slots),
         )
         self._flight = _Flight(tokens, epoch, places, positions, rotary, plan)
         return self._flight

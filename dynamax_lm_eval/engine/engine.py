@@ -86,10 +86,10 @@ class Engine:
         self.backbone = backbone
         self.classifiers = classifiers
 
-    def new_states(self, capacity: int, prefix_capacity: int = 0) -> RowStates:
-        """Room for rows of ``capacity`` tokens in all, and for prefixes of ``prefix_capacity``."""
+    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> RowStates:
+        """As :meth:`Backbone.new_states`, with room for the states of the classifiers."""
         classifiers = ClassifierStates(self.classifiers, self.backbone.device)
-        return RowStates(self.backbone.new_states(capacity, prefix_capacity), classifiers)
+        return RowStates(self.backbone.new_states(capacity, prefix_capacity, spacing), classifiers)
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""

@@ -142,12 +142,14 @@ def generate(
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
     plan = find_prefixes([(r.prompt, len(r.prompt), r.policy) for r in requests], needs, share_prefixes)
     pending = deque(plan.order)
-    capacity = sum(sorted(needs, reverse=True)[:max_rows])
-    states = engine.new_states(capacity, plan.room(capacity))
+    longest = max(needs, default=1)
+    capacity = longest * min(max_rows, len(requests))
+    states = engine.new_states(capacity, plan.room(capacity), spacing=longest)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     rows: list[_Row] = []
     while pending or rows:
         rows += _admit(requests, needs, pending, states, prefixes, len(rows), max_rows)
+        rows.sort(key=lambda row: row.slot)  # neighbours in the states are neighbours in the batch
         inputs = [row.next_input() for row in rows]
         batch = FlatBatch.build(inputs)
         sink = _LastLogits(len(rows), batch.layout.row_of)
