@@ -49,7 +49,7 @@ from dynamax_lm_eval.engine.scheduler import (
 from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.generation import GenerationSettings
+from dynamax_lm_eval.generation import GenerationSettings, StopStrings
 from dynamax_lm_eval.requests import GenerationJob
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ class DynamaxLM(HFLM):
         if not requests:
             return []
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        settings: dict[str, GenerationSettings] = {}  # most requests of a call share theirs
+        settings: dict[str, tuple[GenerationSettings, StopStrings]] = {}  # most requests of a call share theirs
         prepared = [
             GenerationJob(self, self.policy, self.args.repetition_penalty, request, eos, settings)
             for request in requests

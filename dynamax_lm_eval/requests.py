@@ -28,7 +28,7 @@ class GenerationJob:
         repetition_penalty: float | None,
         request: Any,
         eos: str,
-        known: dict[str, GenerationSettings],
+        known: dict[str, tuple[GenerationSettings, StopStrings]],
     ) -> None:
         """
         Args:
@@ -37,7 +37,7 @@ class GenerationJob:
             repetition_penalty: used unless the request names its own.
             request: the harness's instance with ``args`` (context, generation arguments).
             eos: text of the end token, always a stop.
-            known: settings of the call's earlier requests, by their arguments; added to.
+            known: settings and stops of the call's earlier requests, by their arguments; added to.
 
         Raises:
             UserError: the prompt or an argument cannot be honoured.
@@ -64,16 +64,17 @@ class GenerationJob:
         max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
         if repetition_penalty is not None:
             kwargs.setdefault("repetition_penalty", repetition_penalty)
-        arguments = json.dumps(kwargs, sort_keys=True, default=repr)
+        arguments = json.dumps([kwargs, self._stops], sort_keys=True, default=repr)
         if arguments not in known:
-            known[arguments] = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
-        settings = known[arguments]
+            settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
+            known[arguments] = settings, StopStrings(lm.tokenizer, self._stops, settings.eos_ids)
+        settings, is_finished = known[arguments]
         self.request = GenerationRequest(
             prompt=prompt,
             max_new_tokens=settings.max_new_tokens(len(prompt), max_length),
             policy=policy,
             sampler=Sampler(settings.processors(len(prompt), max_length), settings.do_sample),
-            is_finished=StopStrings(lm.tokenizer, self._stops, settings.eos_ids),
+            is_finished=is_finished,
         )
 
     def text(self, tokens: list[int]) -> str:

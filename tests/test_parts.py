@@ -114,6 +114,27 @@ def test_stop_strings_end_a_generation() -> None:
     assert not stop(tokenizer.encode("time", add_special_tokens=False))
 
 
+@pytest.mark.parametrize("stops", [["\n"], ["er", "the "], ["\n\n", "Seine"], ["é"], ["never there"], []])
+def test_stop_strings_are_found_without_decoding_every_token(stops: list[str]) -> None:
+    """As the harness looks for them: each in the text of the last tokens, at every step."""
+    tokenizer = train_tokenizer()
+    rng = random.Random(0)
+    text = "the river\n\nSeine, a fox jumps over time é nobody knows the answer"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stop = StopStrings(tokenizer, stops, frozenset({2}))
+    for _ in range(40):
+        generated: list[int] = []
+        for token in [rng.choice(ids) for _ in range(60)]:
+            generated.append(token)
+            lengths = [len(tokenizer.encode(word, add_special_tokens=False)) + 2 for word in stops]
+            found = any(
+                word in tokenizer.decode(generated[-length:]) for word, length in zip(stops, lengths, strict=True)
+            )
+            assert stop(generated) == found
+            if found:
+                break
+
+
 def test_fingerprint_tells_weights_apart() -> None:
     import copy
 
