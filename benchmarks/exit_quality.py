@@ -5,8 +5,9 @@
 Every token of the text is predicted once, through the engine, with the states that early tokens leave behind;
 all tokens but a row's first may exit. Agreement is the share of tokens whose most probable next token is that
 of the full model; bits per byte are those of the text; compute_reduction counts everything that exits cause.
-Random exits leave each layer at the rate of the trained ones and cost no classifier. Prints a Markdown table;
-the last line is JSON.
+Continuations: the first tokens of the rows are prompts, and greedy continuations are compared with the full model's,
+as the share of their tokens before the first that differs. Random exits leave each layer at the rate of the trained
+ones and cost no classifier. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from torch import nn
 from dynamax_lm_eval.compute.cost import ClassifierCost
 from dynamax_lm_eval.compute.ledger import Trace, account
 from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.scheduler import Scoring, ScoringRequest, score
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.engine.scheduler import (
+    Generation,
+    GenerationRequest,
+    Scoring,
+    ScoringRequest,
+    generate,
+    score,
+)
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import Classifier, ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -70,6 +79,27 @@ def run(
     }
 
 
+def continue_rows(
+    engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: argparse.Namespace
+) -> list[list[int]]:
+    """Greedy continuations of the rows' beginnings, whose own tokens run at full depth."""
+    policy = replace(policy, exit_scope="generated")
+    prompts = [row[: args.prompt_tokens] for row in rows if len(row) >= args.prompt_tokens][: args.continuations]
+    requests = [GenerationRequest(prompt, args.new_tokens, policy, Sampler(), lambda _: False) for prompt in prompts]
+    found: dict[int, Generation] = {}
+    generate(engine, requests, args.batch_size, found.__setitem__)
+    return [found[i].tokens for i in range(len(prompts))]
+
+
+def common_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Mean share of tokens before the first that differs."""
+    shares = [
+        next((i for i, (a, b) in enumerate(zip(mine, full, strict=True)) if a != b), len(full)) / len(full)
+        for mine, full in zip(ours, theirs, strict=True)
+    ]
+    return float(np.mean(shares)) if shares else math.nan
+
+
 def exit_rates(layers: Any, exits: tuple[int, ...]) -> list[float]:
     """Share of the tokens that reach an exit and leave there."""
     return [float((layers == layer).sum() / max(1, (layers >= layer).sum())) for layer in exits]
@@ -87,6 +117,9 @@ def main() -> None:
     parser.add_argument("--state-modes", nargs="+", default=["recompute"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--continuations", type=int, default=0, help="rows to continue")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
 
     options = TrainingOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
@@ -99,11 +132,12 @@ def main() -> None:
     exits, depth = trained.config.exit_layers, backbone.identity.num_layers
     engine = Engine(backbone.engine.backbone, classifiers)
     full = run(engine, ExitPolicy(depth), rows, {}, args.batch_size)
+    continued = continue_rows(engine, ExitPolicy(depth), rows, args)
     num_bytes = sum(len(backbone.tokenizer.decode(row[1:]).encode()) for row in rows)
 
     table: list[dict[str, Any]] = []
 
-    def add(family: str, setting: str, found: dict[str, Any]) -> None:
+    def add(family: str, setting: str, found: dict[str, Any], policy: ExitPolicy | None = None) -> None:
         agreement = found["greedy"] == full["greedy"]
         point = {
             "family": family,
@@ -113,16 +147,21 @@ def main() -> None:
             "agreement": float(agreement.mean()),
             "agreement_stderr": float(agreement.std() / np.sqrt(len(agreement))),
             "mean_exit_layer": float(found["layers"].mean()),
+            "continuation_agreement": (
+                common_share(continue_rows(engine, policy, rows, args), continued) if policy is not None else math.nan
+            ),
         }
         table.append(point)
         print(
             f"| {family} | {setting} | {point['compute_reduction']:.3f} | {point['agreement']:.3f} | "
-            f"{point['bits_per_byte']:.3f} | {point['mean_exit_layer']:.1f} |",
+            f"{point['bits_per_byte']:.3f} | {point['mean_exit_layer']:.1f} | {point['continuation_agreement']:.3f} |",
             flush=True,
         )
 
     print(
-        "| exits | setting | compute_reduction | agreement | bits per byte | mean exit layer |\n" + "| --- " * 6 + "|"
+        "| exits | setting | compute_reduction | agreement | bits per byte | mean exit layer | continuations |\n"
+        + "| --- " * 7
+        + "|"
     )
     add("full model", "", full)
     for kind, mode in product(trained.config.classifiers, args.state_modes):
@@ -140,13 +179,13 @@ def main() -> None:
             )
             learned = run(engine, policy, rows, classifiers.costs(kind), args.batch_size)
             setting = f"{mode}, threshold {threshold}"
-            add(kind, setting, learned)
+            add(kind, setting, learned, policy)
             rates = exit_rates(learned["layers"], exits)
             drawn = replace(policy, classifier="calm", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates))
             add(f"random at the rate of {kind}", setting, run_random(engine, drawn, rows, args))
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
-        add("pruning", str(count), run(engine, policy, rows, {}, args.batch_size))
+        add("pruning", str(count), run(engine, policy, rows, {}, args.batch_size), policy)
     about = {
         "benchmark": "exit_quality",
         "backbone": args.backbone,

@@ -73,7 +73,12 @@ def make_model(architecture: str, seed: int) -> Any:
         )
     else:
         config = transformers.LlamaConfig(
-            num_attention_heads=3, num_key_value_heads=1, intermediate_size=256, max_position_embeddings=2048, **sizes
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            intermediate_size=256,
+            max_position_embeddings=2048,
+            initializer_range=0.06,  # near 1/sqrt(D), as the mixers of Mamba-2 start
+            **sizes,
         )
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config)
