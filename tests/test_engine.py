@@ -469,3 +469,32 @@ class TestSelfCheck:
         model.config._attn_implementation = "sdpa"
         check_against_model(engine_for("llama"), model)
         assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("scope", ["generated", "all"])
+def test_states_are_recomputed_only_where_a_later_token_needs_them(scope: Any) -> None:
+    """K and V of a token that left: once per block, and never after the row's last token that goes there."""
+    model = tiny_model("llama")
+    engine = engine_for("llama")
+    backbone = engine.backbone
+    assert isinstance(backbone, TransformerBackbone)
+    policy = ExitPolicy(LAYERS, (2, 4), (0.5,) * 2, exit_scope=scope)
+    policy = separated_policy(model, policy, PROMPTS[0])
+    recomputed = [0] * (LAYERS + 1)
+    project = backbone.project
+
+    def count(block: int, hidden: torch.Tensor, rotary: Any) -> Any:
+        recomputed[block] += hidden.shape[1]
+        return project(block, hidden, rotary)
+
+    backbone.project = count  # type: ignore[method-assign]
+    (result,) = run_generate(engine, [policy], PROMPTS[:1], 1)
+    layers = [LAYERS] * (result.trace.fed_tokens - len(result.trace.exit_layers)) + list(result.trace.exit_layers)
+    prompt = len(PROMPTS[0])
+    for block in range(1, LAYERS + 1):
+        reached = [position for position, layer in enumerate(layers) if layer >= block]
+        last = max(reached)
+        # A pass takes the whole prompt at once, so whoever left in it counts for any of its tokens.
+        needed = [p for p, layer in enumerate(layers) if layer < block and (p < last or (last < prompt and p < prompt))]
+        assert recomputed[block] == len(needed)
+    assert 0 < sum(recomputed) <= sum(LAYERS - layer for layer in layers)

@@ -188,6 +188,18 @@ def test_recurrent_classifiers_go_on_from_shared_states(family: str, scope: Any,
     assert runs
 
 
+@pytest.mark.parametrize("pruned", [(), (4,)])
+@pytest.mark.parametrize("run", [run_generations, run_scorings])
+def test_prefixes_whose_tokens_leave_and_come_back_for_the_last_block(run: Any, pruned: tuple[int, ...]) -> None:
+    policy = ExitPolicy(LAYERS, (2, 3), (0.5,) * 2, exit_scope="all", final_block=True, pruned_blocks=frozenset(pruned))
+    policy = separated_policy(tiny_model("llama"), policy, PROMPTS[0])
+    engine = engine_for("llama", torch.float64)
+    apart, _ = run(engine, policy, 3, False)
+    shared, runs = run(engine, policy, 4)
+    assert_same(shared, apart)
+    assert runs
+
+
 @pytest.mark.parametrize("room", [0, 25, 35])
 @pytest.mark.parametrize("run", [run_generations, run_scorings])
 def test_prefixes_without_room_are_given_up(monkeypatch: pytest.MonkeyPatch, run: Any, room: int) -> None:

@@ -83,7 +83,11 @@ class States(ABC):
 
 
 class ForwardPass(ABC):
-    """One pass of a flat batch through the blocks, in order."""
+    """One pass of a flat batch through the blocks, in order.
+
+    An ``eager`` pass leaves nothing owed: every block has the states of all its tokens at the end. Others may put
+    off the states of tokens that left until a later token of their row needs them.
+    """
 
     @abstractmethod
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class ForwardPass(ABC):
     @property
     @abstractmethod
     def has_pending_states(self) -> bool:
-        """Whether later blocks still have to be given states of tokens that left."""
+        """Whether later blocks have to be given states of tokens that left before the pass ends."""
 
 
 class Backbone(ABC):
@@ -136,7 +140,7 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def start_pass(self, states: States, layout: RowLayout) -> ForwardPass:
+    def start_pass(self, states: States, layout: RowLayout, eager: bool = False) -> ForwardPass:
         """Prepares a pass; the rows' earlier tokens must be in ``states``."""
 
     def running(self) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dynamax_lm_eval.backbones import families, kernels
 from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
-from dynamax_lm_eval.backbones.decoder import DecoderBackbone, LeftTokens
+from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.loading import copy_is_impossible
 from dynamax_lm_eval.backbones.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
@@ -66,7 +66,7 @@ class MambaBackbone(DecoderBackbone):
     def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> MambaStates:
         return MambaStates(self)
 
-    def start_pass(self, states: States, layout: RowLayout) -> MambaPass:
+    def start_pass(self, states: States, layout: RowLayout, eager: bool = False) -> MambaPass:
         assert isinstance(states, MambaStates)
         return MambaPass(self, states, layout)
 
@@ -162,13 +162,13 @@ class MambaStates(States):
 
 
 class MambaPass(ForwardPass):
-    """One pass of a flat batch."""
+    """One pass of a flat batch; always eager, because a recurrence moves on one token at a time."""
 
     def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout) -> None:
         self._backbone = backbone
         self._states = states
         self._layout = layout
-        self._left = LeftTokens.none()
+        self._left = _LeftTokens.none()
         self._plan: _Plan | None = None
         # Rows whose first token is fed in this pass have no states yet.
         firsts = np.unique(layout.row_of, return_index=True)[1]
@@ -234,6 +234,45 @@ class MambaPass(ForwardPass):
 
     def _on_device(self, values: IntArray) -> Tensor:
         return torch.from_numpy(values).to(self._backbone.device)
+
+
+@dataclass(frozen=True)
+class _LeftTokens:
+    """Tokens that left and whose states later blocks recompute."""
+
+    tokens: IntArray  # (m,)
+    hidden: Tensor | None  # (1, m, D); None: there are none
+
+    @classmethod
+    def none(cls) -> _LeftTokens:
+        return cls(np.empty(0, dtype=np.int64), None)
+
+    def joined(self, tokens: IntArray, hidden: Tensor, layout: RowLayout) -> _LeftTokens:
+        """With those of the tokens (t,), hidden states (1, t, D), whose rows recompute states."""
+        modes = np.asarray(layout.state_modes)[layout.row_of[tokens]]
+        more = _LeftTokens(tokens, hidden)._chosen(modes == "recompute")
+        if self.hidden is None or more.hidden is None:
+            return more if self.hidden is None else self
+        return _LeftTokens(np.concatenate([self.tokens, more.tokens]), torch.cat([self.hidden, more.hidden], dim=1))
+
+    def at(self, block: int, layout: RowLayout) -> _LeftTokens:
+        """Those that a block (1-based) gets states of: not where it is pruned, or is a final block that runs."""
+        if self.hidden is None:
+            return self
+        rows = layout.row_of[self.tokens]
+        runs = layout.runs_block[rows, block]
+        if block == layout.runs_block.shape[1] - 1:
+            runs = runs & ~layout.final_block[rows]
+        return self._chosen(runs)
+
+    def _chosen(self, mask: Any) -> _LeftTokens:
+        if mask.all():
+            return self
+        places = np.flatnonzero(mask)
+        if self.hidden is None or len(places) == 0:
+            return _LeftTokens.none()
+        chosen = torch.from_numpy(places).to(self.hidden.device)
+        return _LeftTokens(self.tokens[places], self.hidden.index_select(1, chosen))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, States
+from dynamax_lm_eval.backbones.owed import OwedStates
 from dynamax_lm_eval.backbones.ssm import MixerState
 
 
@@ -62,6 +63,7 @@ class AttentionStates(States):
         self.layer_of: IntArray = np.full(capacity, num_layers, dtype=np.int64)
         #: Places of such tokens that block L ran on all the same.
         self.runs_last: BoolArray = np.zeros(capacity, dtype=np.bool_)
+        self.owed = OwedStates()
         self._room = Room(capacity - prefix_capacity)
         self._prefix_room = Room(prefix_capacity)
         self._lengths: dict[int, int] = {}
@@ -88,6 +90,7 @@ class AttentionStates(States):
         return start
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        assert source not in self.owed.slots, "what is copied ran in an eager pass"
         theirs, ours = slice(source, source + num_tokens), slice(slot, slot + num_tokens)
         self.layer_of[ours] = self.layer_of[theirs]
         self.runs_last[ours] = self.runs_last[theirs]
@@ -104,6 +107,7 @@ class AttentionStates(States):
         return np.flatnonzero(hidden)
 
     def close_row(self, slot: int) -> None:
+        self.owed.close_row(slot)
         if slot < self._first_of_prefixes:
             self._room.give_back(slot, self._lengths.pop(slot))
         else:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dynamax_lm_eval.backbones import attention, families
 from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
-from dynamax_lm_eval.backbones.decoder import DecoderBackbone, LeftTokens
+from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
@@ -74,9 +74,9 @@ class TransformerBackbone(DecoderBackbone):
     def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> AttentionStates:
         return AttentionStates(self.num_layers, capacity, prefix_capacity, spacing)
 
-    def start_pass(self, states: States, layout: RowLayout) -> TransformerPass:
+    def start_pass(self, states: States, layout: RowLayout, eager: bool = False) -> TransformerPass:
         assert isinstance(states, AttentionStates)
-        return TransformerPass(self, states, layout)
+        return TransformerPass(self, states, layout, eager)
 
     def readout(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._lm_head(self._final_norm(hidden))
@@ -112,7 +112,8 @@ class TransformerBackbone(DecoderBackbone):
     def verify_recompute(self, ids: Tensor) -> None:
         places = torch.arange(len(ids), device=self.device)
         for block, step in enumerate(self._steps(ids), start=1):
-            key, value = step.run.project(block, np.arange(len(ids)), step.before)
+            rotary = self.position_embeddings(places.unsqueeze(0), step.before)
+            key, value = self.project(block, step.before, rotary)
             for name, arena, ours in (
                 ("K", step.states.key_arena(block), key),
                 ("V", step.states.value_arena(block), value),
@@ -175,6 +176,13 @@ class TransformerBackbone(DecoderBackbone):
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def project(
+        self, block: int, hidden: Tensor, rotary: dict[str | None, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """K and V (1, H_kv, m, P) that ``block`` would write for hidden states (1, m, D) at these angles."""
+        described = self.blocks[block - 1]
+        return described.project(described.norm(hidden), *rotary[described.rotary_key])
+
     def _describe(self, index: int, module: nn.Module) -> _Block:
         where = f"block {index + 1} of {self.name}"
         attn: Any = families.child(module, families.ATTENTIONS, f"attention in {where}")
@@ -211,7 +219,7 @@ class _Step:
 class TransformerPass(ForwardPass):
     """One pass of a flat batch: positions, rotary angles and places are computed once for all blocks."""
 
-    def __init__(self, backbone: TransformerBackbone, states: AttentionStates, layout: RowLayout) -> None:
+    def __init__(self, backbone: TransformerBackbone, states: AttentionStates, layout: RowLayout, eager: bool) -> None:
         self._backbone = backbone
         self._states = states
         self._layout = layout
@@ -220,13 +228,15 @@ class TransformerPass(ForwardPass):
         self._positions = torch.from_numpy(layout.positions).to(backbone.device)
         self._rotary: dict[str | None, tuple[Tensor, Tensor]] | None = None
         self._flight: _Flight | None = None
-        self._left = LeftTokens.none()
+        self._eager = eager
+        self._slots = np.asarray(layout.slots, dtype=np.int64)
+        self._due: _Due | None = None
         # Exits of rows in skip mode: behind each of them the blocks see fewer tokens.
         self._skip_layers = layout.exit_layers if "skip" in layout.state_modes else ()
 
     @property
     def has_pending_states(self) -> bool:
-        return self._left.hidden is not None
+        return self._eager and len(self._states.owed) > 0
 
     @property
     def last_window(self) -> int | None:
@@ -234,7 +244,7 @@ class TransformerPass(ForwardPass):
         return self._flight.plan.last_window if self._flight is not None else None
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        self._fill(block)
+        self._pay(block, tokens)
         if len(tokens) == 0:
             return hidden
         flight = self._in_flight(block, tokens, hidden)
@@ -243,8 +253,11 @@ class TransformerPass(ForwardPass):
         return self._backbone.call_block(block, hidden, cache, flight.rotary[key], flight.positions, flight.plan)
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        self._left = self._left.joined(tokens, hidden, self._layout)
         modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
+        owed = np.flatnonzero(modes == "recompute")
+        if len(owed):
+            chosen = hidden[0] if len(owed) == len(tokens) else hidden[0].index_select(0, self._on_device(owed))
+            self._states.owed.add(self._starts[tokens[owed]], self._layout.positions[tokens[owed]], chosen, layer)
         skipped = tokens[modes == "skip"]
         if len(skipped):
             self._states.layer_of[self._places[skipped]] = layer
@@ -254,20 +267,52 @@ class TransformerPass(ForwardPass):
         if len(copied):
             self._copy(copied, layer)
 
-    def project(self, block: int, tokens: IntArray, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V (1, H_kv, m, P) that ``block`` would write for hidden states (1, m, D)."""
-        description = self._backbone.blocks[block - 1]
-        chosen = torch.from_numpy(tokens).to(hidden.device)
-        cos, sin = self._angles(hidden)[description.rotary_key]
-        normed = description.norm(hidden)
-        return description.project(normed, cos.index_select(1, chosen), sin.index_select(1, chosen))
+    def _pay(self, block: int, tokens: IntArray) -> None:
+        """Gives the block the states that it is owed of the rows in flight."""
+        owed = self._states.owed
+        if len(owed) == 0:
+            return
+        due, passed = self._due, sum(layer < block for layer in self._layout.exit_layers)
+        if due is None or due.flight is not tokens or (due.passed, due.version) != (passed, owed.version):
+            due = self._due = self._find_due(block, tokens, passed)
+        if due.hidden is None:
+            return
+        runs = self._layout.runs_block[due.rows, block]
+        if block == self._backbone.num_layers:
+            runs = runs & ~self._layout.final_block[due.rows]  # block L runs on them itself
+        if runs.any():
+            key, value = self._backbone.project(block, due.hidden, due.rotary)
+            places = due.places
+            if not runs.all():
+                chosen = self._on_device(np.flatnonzero(runs))
+                key, value, places = key.index_select(2, chosen), value.index_select(2, chosen), places[chosen]
+            self._states.write(block, places, key, value)
+        # Rows that only come back for block L have not been through those before it, unless the pass is eager.
+        owed.done[due.tokens if self._eager else due.tokens[runs]] = block
+        if block == self._backbone.num_layers:
+            owed.forget_paid(block)
 
-    def _fill(self, block: int) -> None:
-        """Gives the block the recomputed states of the tokens that left before it."""
-        left = self._left.at(block, self._layout)
-        if left.hidden is not None:
-            key, value = self.project(block, left.tokens, left.hidden)
-            self._states.write(block, self._device_places(left.tokens), key, value)
+    def _find_due(self, block: int, flight: IntArray, passed: int) -> _Due:
+        """The owed tokens of the rows in flight (of all rows of an eager pass) that ``block`` has no states of."""
+        owed = self._states.owed
+        rows = np.arange(len(self._slots)) if self._eager else np.unique(self._layout.row_of[flight])
+        row_at = {int(self._slots[row]): int(row) for row in rows}
+        row_of = np.asarray([row_at.get(slot, -1) for slot in owed.slots.tolist()], dtype=np.int64)
+        tokens = np.flatnonzero((row_of >= 0) & (owed.done < block))
+        hidden, rotary = None, {}
+        if len(tokens) and owed.hidden is not None:
+            hidden = owed.hidden.index_select(0, self._on_device(tokens)).unsqueeze(0)
+            rotary = self._backbone.position_embeddings(self._on_device(owed.positions[tokens]).unsqueeze(0), hidden)
+        return _Due(
+            flight=flight,
+            passed=passed,
+            version=owed.version,
+            tokens=tokens,
+            rows=row_of[tokens],
+            hidden=hidden,
+            rotary=rotary,
+            places=self._on_device(owed.slots[tokens] + owed.positions[tokens]),
+        )
 
     def _copy(self, tokens: IntArray, layer: int) -> None:
         rows = self._layout.row_of[tokens]
@@ -312,7 +357,10 @@ class TransformerPass(ForwardPass):
         return self._rotary
 
     def _device_places(self, tokens: IntArray) -> Tensor:
-        return torch.from_numpy(self._places[tokens]).to(self._backbone.device)
+        return self._on_device(self._places[tokens])
+
+    def _on_device(self, values: IntArray) -> Tensor:
+        return torch.from_numpy(values).to(self._backbone.device)
 
 
 @dataclass(frozen=True)
@@ -325,6 +373,23 @@ class _Flight:
     positions: Tensor  # (1, n)
     rotary: dict[str | None, tuple[Tensor, Tensor]]
     plan: attention.AttentionPlan
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Owed tokens whose states the blocks up to the next exit need.
+
+    Valid while the same tokens are in flight, no further exit has been passed, and nothing more is owed.
+    """
+
+    flight: IntArray
+    passed: int
+    version: int
+    tokens: IntArray  # (m,) among those owed
+    rows: IntArray  # (m,) their rows in the pass
+    hidden: Tensor | None  # (1, m, D); None: there are none
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    places: Tensor  # (m,)
 
 
 class _Scatter:

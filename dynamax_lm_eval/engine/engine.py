@@ -96,15 +96,17 @@ class Engine:
         self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
 
     @torch.inference_mode()
-    def forward(self, batch: FlatBatch, states: RowStates, sink: LogitsSink) -> IntArray:
+    def forward(self, batch: FlatBatch, states: RowStates, sink: LogitsSink, eager: bool = False) -> IntArray:
         """Feeds a batch and hands the logits of its wanted tokens to ``sink``.
+
+        ``eager``: no block is left without the states of a token, as it must be where others copy them.
 
         Returns:
             (N,) the number of blocks that each token ran through; the backbone's depth without an exit.
         """
         backbone = self.backbone
         with backbone.running():
-            run = backbone.start_pass(states.backbone, batch.layout)
+            run = backbone.start_pass(states.backbone, batch.layout, eager)
             hidden = backbone.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)

@@ -246,7 +246,7 @@ class PrefixStore:
             for prefix, beginning in opened
         ]
         batch = FlatBatch.build(rows)
-        layers = self._engine.forward(batch, self._states, NoLogits())
+        layers = self._engine.forward(batch, self._states, NoLogits(), eager=True)
         for (prefix, beginning), chosen in zip(opened, batch.by_row(layers), strict=True):
             prefix.layers = (*beginning.layers, *chosen)
             trace = Trace(

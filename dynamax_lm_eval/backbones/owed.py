@@ -1,0 +1,62 @@
+"""Tokens that left a Transformer early, and the K and V that its later blocks still have to be given for them.
+
+A block needs the recomputed states of a token only when a later token of the same row gets there. Until then they
+are owed; several tokens are then done in one call, and those of a row that ends first are never computed.
+m tokens that left, D hidden.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray
+
+
+class OwedStates:
+    """All tokens of the rows in flight that left and whose states some block still lacks."""
+
+    def __init__(self) -> None:
+        self._empty()
+
+    def _empty(self) -> None:
+        self.slots: IntArray = np.empty(0, dtype=np.int64)  # (m,) their rows
+        self.positions: IntArray = np.empty(0, dtype=np.int64)  # (m,)
+        #: (m,) the last block that has a state of theirs.
+        self.done: IntArray = np.empty(0, dtype=np.int64)
+        self.hidden: Tensor | None = None  # (m, D) at their exits; None: there are none
+        self.version = getattr(self, "version", 0) + 1
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def add(self, slots: IntArray, positions: IntArray, hidden: Tensor, layer: int) -> None:
+        """Tokens of rows (t,), hidden states (t, D), left after ``layer`` blocks."""
+        self.slots = np.concatenate([self.slots, slots])
+        self.positions = np.concatenate([self.positions, positions])
+        self.done = np.concatenate([self.done, np.full(len(slots), layer, dtype=np.int64)])
+        self.hidden = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
+        self.version += 1
+
+    def close_row(self, slot: int) -> None:
+        """The row has ended; nobody will ask for its states."""
+        self._keep(self.slots != slot)
+
+    def forget_paid(self, num_layers: int) -> None:
+        """Drops tokens whose states all blocks have."""
+        self._keep(self.done < num_layers)
+
+    def _keep(self, kept: BoolArray) -> None:
+        if kept.all():
+            return
+        if not kept.any():
+            self._empty()
+            return
+        assert self.hidden is not None
+        chosen = np.flatnonzero(kept)
+        self.slots, self.positions, self.done = self.slots[chosen], self.positions[chosen], self.done[chosen]
+        # Rows may be closed outside the mode of torch in which tokens ran.
+        with torch.inference_mode(self.hidden.is_inference()):
+            self.hidden = self.hidden.index_select(0, torch.from_numpy(chosen).to(self.hidden.device))
+        self.version += 1
