@@ -1,13 +1,19 @@
-"""Generation with exits off against ``--model hf``: the same requests, alternating order, medians, texts compared.
+"""Exits off against ``--model hf``: the same requests, alternating order, medians, answers compared.
 
-    python benchmarks/throughput.py --data triviaqa_dev.jsonl.gz --backbone smollm2-gguf --limit 96 --batch-sizes 16
+    python benchmarks/throughput.py --scenario triviaqa --data triviaqa_dev.jsonl.gz --limit 96 --batch-sizes 1 16
+    python benchmarks/throughput.py --scenario truthfulqa --data truthfulqa_v0.csv.gz --limit 64 --batch-sizes 16
+    python benchmarks/throughput.py --scenario choices --data triviaqa_dev.jsonl.gz --limit 64 --batch-sizes 16
 
-The last line is JSON with versions and hardware.
+triviaqa: two shots, the questions with the longest answers, stopped at a newline. truthfulqa: the harness's own
+prompt of truthfulqa_gen, up to 256 tokens. choices: log-likelihoods of four answers after five shots. The last line is
+JSON with versions and hardware.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gzip
 import json
 import resource
 import statistics
@@ -15,16 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
+import yaml
 from environment import environment
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import apply_template
 from question_task import read_questions, read_shots
 
 from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.lm import DynamaxLM
 
 
-def requests_for(args: argparse.Namespace) -> list[Instance]:
+def triviaqa(args: argparse.Namespace) -> list[Instance]:
     """Two-shot prompts, up to ``max_gen_toks`` new tokens, stopped at a newline."""
     shots = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in read_shots())
     options = {"until": ["\n"], "do_sample": False, "max_gen_toks": args.max_gen_toks}
@@ -35,15 +44,62 @@ def requests_for(args: argparse.Namespace) -> list[Instance]:
     ]
 
 
-def timed(lm: Any, requests: list[Instance]) -> tuple[float, list[str]]:
+def truthfulqa(args: argparse.Namespace) -> list[Instance]:
+    """The prompts that the harness's task makes, up to 256 new tokens."""
+    folder = Path(lm_eval.tasks.__file__).parent / "truthfulqa"
+    lines = (folder / "truthfulqa_gen.yaml").read_text(encoding="utf-8").splitlines()
+    # The file names functions; only its prompt is wanted.
+    prompt = yaml.safe_load("\n".join(line for line in lines if "!function" not in line))["doc_to_text"]
+    opener = gzip.open if args.data.suffix == ".gz" else open
+    with opener(args.data, "rt", encoding="utf-8-sig", newline="") as file:
+        questions = [row["Question"] for row in csv.DictReader(file)][: args.limit]
+    options = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 256}
+    return [
+        Instance(
+            "generate_until", {}, (apply_template(task["doc_to_text"], {"question": question}), options), i, ("q", i, 1)
+        )
+        for i, question in enumerate(questions)
+    ]
+
+
+def choices(args: argparse.Namespace) -> list[Instance]:
+    """Four answers to each question, three of them those of other questions, after five shots."""
+    rows = read_questions(args.data, args.limit + 5, longest_answers=False)
+    shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows[:5])
+    asked = rows[5:]
+    return [
+        Instance(
+            "loglikelihood",
+            {},
+            (f"{shots}Question: {row['question']}\nAnswer:", f" {asked[(i + 7 * k) % len(asked)]['answer']}"),
+            k,
+            ("q", i, 1),
+        )
+        for i, row in enumerate(asked)
+        for k in range(4)
+    ]
+
+
+SCENARIOS = {"triviaqa": triviaqa, "truthfulqa": truthfulqa, "choices": choices}
+
+
+def timed(lm: Any, requests: list[Instance]) -> tuple[float, list[Any]]:
     start = time.perf_counter()
-    texts = lm.generate_until(requests, disable_tqdm=True)
-    return time.perf_counter() - start, texts
+    answers = getattr(lm, requests[0].request_type)(requests, disable_tqdm=True)
+    return time.perf_counter() - start, answers
+
+
+def is_equal(ours: Any, theirs: Any) -> bool:
+    """The same text; or the same judgement, with log-likelihoods equal but for rounding."""
+    if isinstance(ours, str):
+        return bool(ours == theirs)
+    return bool(ours[1] == theirs[1] and abs(ours[0] - theirs[0]) < 1e-3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSON Lines (.gz) with question and aliases")
+    parser.add_argument("--scenario", choices=SCENARIOS, default="triviaqa")
+    parser.add_argument("--data", type=Path, required=True, help="the scenario's file, .gz or not")
     parser.add_argument("--backbone", default="smollm2-gguf")
     parser.add_argument("--limit", type=int, default=96)
     parser.add_argument("--max-gen-toks", type=int, default=48)
@@ -52,35 +108,36 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    requests = requests_for(args)
+    requests = SCENARIOS[args.scenario](args)
     folder = aliases.resolve(args.backbone)
     rows = []
     for batch_size in args.batch_sizes:
         options: dict[str, Any] = {"batch_size": batch_size, "device": args.device}
         models = {"hf": HFLM(folder, **options), "dynamax": DynamaxLM(folder, threshold=1, **options)}
         seconds: dict[str, list[float]] = {name: [] for name in models}
-        texts: dict[str, list[str]] = {}
+        answers: dict[str, list[Any]] = {}
         for lm in models.values():
             timed(lm, requests[:batch_size])
         for repeat in range(args.repeats):
             for name in sorted(models, reverse=bool(repeat % 2)):
-                taken, texts[name] = timed(models[name], requests)
+                taken, answers[name] = timed(models[name], requests)
                 seconds[name].append(taken)
                 print(f"batch {batch_size} {name}: {taken:.1f} s", flush=True)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        equal = sum(a == b for a, b in zip(texts["hf"], texts["dynamax"], strict=True))
+        equal = sum(map(is_equal, answers["dynamax"], answers["hf"]))
         rows.append(
             {
                 "batch_size": batch_size,
                 "seconds": seconds,
                 "median_seconds": medians,
                 "speed_up": medians["hf"] / medians["dynamax"],
-                "equal_texts": equal,
-                "texts": len(requests),
+                "equal_answers": equal,
+                "answers": len(requests),
             }
         )
     setting = {
         "benchmark": "throughput",
+        "scenario": args.scenario,
         "backbone": args.backbone,
         "max_gen_toks": args.max_gen_toks,
         "dtype": str(models["dynamax"].model.dtype),

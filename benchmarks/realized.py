@@ -1,0 +1,182 @@
+"""Savings on the clock against counted savings: decoding at fixed exit rates and at real thresholds, and scoring.
+
+    python benchmarks/realized.py --backbone smollm2-gguf --exits FOLDER --batch-sizes 1 16
+
+Decoding: rows of equal prompts' length generate a fixed number of tokens; the time of the prompts alone is taken off.
+Counted is the decode reduction with the LM head: MACs of the full model's generated tokens over those of the
+policy's, one LM-head read per token on both sides. Realised is the ratio of the times for the same number of tokens.
+Random exits leave after one layer at a fixed rate and cost a linear classifier; trained ones run at thresholds.
+Scoring: rows of random tokens, all of which may exit. Alternating order, medians; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from exit_quality import RandomExit
+from torch import nn
+
+from dynamax_lm_eval.compute.ledger import Trace, account
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.engine.scheduler import Generation, GenerationRequest, Scoring, ScoringRequest, generate, score
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.training import command
+from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+
+
+class Case:
+    """One policy with the engine that runs it."""
+
+    def __init__(self, name: str, engine: Engine, policy: ExitPolicy) -> None:
+        self.name = name
+        self.engine = engine
+        self.policy = policy
+        self.traces: list[Trace] = []
+        self.seconds: list[float] = []
+
+    def decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int) -> float:
+        """Seconds for the tokens after the first."""
+        spent = []
+        for length in (1, new_tokens):
+            found: dict[int, Generation] = {}
+            requests = [GenerationRequest(p, length, self.policy, Sampler(), lambda _: False) for p in prompts]
+            start = time.perf_counter()
+            generate(self.engine, requests, batch_size, found.__setitem__)
+            spent.append(time.perf_counter() - start)
+        self.traces = [found[i].trace for i in range(len(prompts))]
+        return spent[1] - spent[0]
+
+    def score(self, prompts: list[list[int]], batch_size: int) -> float:
+        """Seconds for predicting every token."""
+        found: dict[int, Scoring] = {}
+        policy = replace(self.policy, exit_scope="all")
+        requests = [ScoringRequest(p[:-1], 1, [[token] for token in p[1:]], policy) for p in prompts]
+        start = time.perf_counter()
+        score(self.engine, requests, batch_size, found.__setitem__)
+        self.traces = [found[i].trace for i in range(len(prompts))]
+        return time.perf_counter() - start
+
+    def macs(self) -> int:
+        """Of the eligible tokens and one LM-head read for each, everything that exits cause included."""
+        exits, kind = self.engine.classifiers, self.policy.classifier
+        costs = exits.costs(kind) if exits is not None and kind is not None else {}
+        adapters = exits.adapter_macs() if exits is not None else {}
+        cost = self.engine.backbone.cost
+        rows = [(trace, self.policy.terms(trace.prompt_tokens, costs, adapters)) for trace in self.traces]
+        record = account(rows, cost)
+        return record.spent_macs + record.eligible_tokens * cost.lm_head
+
+
+def random_exits(engine: Engine, layer: int, rate: float) -> tuple[Engine, ExitPolicy]:
+    """Leaves after ``layer`` at a rate."""
+    drawn = ExitClassifiers((), (layer,), 1, "silu", ClassifierOptions())
+    drawn.by_kind["calm"] = nn.ModuleDict({str(layer): RandomExit(1, layer)})
+    policy = ExitPolicy(
+        engine.backbone.num_layers, (layer,), (min(1 - rate, 0.999999),), confidence="classifier", classifier="calm"
+    )
+    return Engine(engine.backbone, drawn.eval()), policy
+
+
+def compare(cases: list[Case], run: Callable[[Case], float], repeats: int) -> list[dict[str, Any]]:
+    """Counted and realised factors against the first case."""
+    for case in cases:
+        case.seconds = []
+        run(case)
+    for repeat in range(repeats):
+        for case in sorted(cases, key=lambda c: c.name, reverse=bool(repeat % 2)):
+            case.seconds.append(run(case))
+    full = cases[0]
+    rows = []
+    for case in cases:
+        counted = full.macs() / case.macs()
+        realised = statistics.median(full.seconds) / statistics.median(case.seconds)
+        rows.append(
+            {
+                "case": case.name,
+                "counted": counted,
+                "realised": realised,
+                "share": realised / counted,
+                "seconds": case.seconds,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="smollm2-gguf")
+    parser.add_argument("--exits", type=Path, help="folder of trained exits")
+    parser.add_argument("--classifiers", nargs="*", default=["mamba", "calm"])
+    parser.add_argument("--thresholds", type=float, nargs="*", default=[0.6, 0.8])
+    parser.add_argument("--layers", type=int, nargs="*", default=[15, 22], help="of random exits")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 0.9], help="of random exits")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--score-tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    options = TrainingOptions(backbone=args.backbone, dataset="-", dtype=args.dtype)
+    loaded = command.load_backbone(options, RunOptions(device="cpu" if args.device == "cpu" else "auto"))
+    engine = loaded.engine
+    depth = engine.backbone.num_layers
+    cases = [Case("full model", engine, ExitPolicy(depth))]
+    for layer in args.layers:
+        cases += [Case(f"random {layer}, {rate:g}", *random_exits(engine, layer, rate)) for rate in args.rates]
+    if args.exits is not None:
+        trained = ExitCheckpoint.open(args.exits)
+        trained.check_fingerprint(loaded.identity.fingerprint)
+        classifying = Engine(engine.backbone, trained.load(engine.backbone.device))
+        layers = trained.config.exit_layers
+        for kind in args.classifiers:
+            for threshold in args.thresholds:
+                policy = ExitPolicy(
+                    depth,
+                    layers,
+                    (threshold,) * len(layers),
+                    confidence="classifier",
+                    classifier=kind,
+                    adapter=trained.config.adapter,
+                    final_block=trained.config.final_block,
+                )
+                cases.append(Case(f"{kind} {threshold:g}", classifying, policy))
+
+    generator = torch.Generator().manual_seed(0)
+    table = []
+    for batch_size in args.batch_sizes:
+        shape = (max(2, batch_size), max(args.prompt_tokens, args.score_tokens))
+        ids = torch.randint(3, engine.backbone.vocab_size, shape, generator=generator).tolist()
+        prompts = [row[: args.prompt_tokens] for row in ids]
+        texts = [row[: args.score_tokens] for row in ids]
+        for name, run in (
+            ("decoding", lambda case, p=prompts, b=batch_size: case.decode(p, args.new_tokens, b)),
+            ("scoring", lambda case, t=texts, b=batch_size: case.score(t, b)),
+        ):
+            for row in compare(cases, run, args.repeats):
+                table.append({"work": name, "batch_size": batch_size, **row})
+                print(
+                    f"| {name} | {batch_size} | {row['case']} | {row['counted']:.3f} | {row['realised']:.3f} | "
+                    f"{row['share']:.3f} |",
+                    flush=True,
+                )
+    about = {"benchmark": "realized", "backbone": args.backbone, "dtype": args.dtype}
+    print(json.dumps(about | environment(args.device) | {"rows": table}))
+
+
+if __name__ == "__main__":
+    main()
