@@ -55,9 +55,7 @@ def truthfulqa(args: argparse.Namespace) -> list[Instance]:
         questions = [row["Question"] for row in csv.DictReader(file)][: args.limit]
     options = {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 256}
     return [
-        Instance(
-            "generate_until", {}, (apply_template(task["doc_to_text"], {"question": question}), options), i, ("q", i, 1)
-        )
+        Instance("generate_until", {}, (apply_template(prompt, {"question": question}), options), i, ("q", i, 1))
         for i, question in enumerate(questions)
     ]
 
