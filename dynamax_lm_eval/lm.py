@@ -392,7 +392,7 @@ class DynamaxLM(HFLM):
             raise UserError("cannot score an empty continuation; check the task's doc_to_choice or doc_to_target")
         if len(continuation) > self.max_length:
             raise UserError(f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}")
-        self.check_ids([*context, *continuation])
+        self.engine.backbone.check_ids([*context, *continuation])
         whole = (context + continuation)[-(self.max_length + 1) :]
         if len(whole) < len(context) + len(continuation):
             logger.warning(
@@ -402,15 +402,6 @@ class DynamaxLM(HFLM):
                 self.max_length,
             )
         return whole[:-1], len(whole) - len(continuation)
-
-    def check_ids(self, ids: Sequence[int]) -> None:
-        """Raises UserError where the tokenizer made ids that the backbone has no embedding for."""
-        rows = self.engine.backbone.num_embeddings
-        if max(ids, default=0) >= rows:
-            raise UserError(
-                f"the tokenizer makes token ids up to {max(ids)}, but the backbone has only {rows} embeddings; "
-                "give the tokenizer that belongs to it with tokenizer="
-            )
 
     def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
         return account([(trace, self._terms(self.policy, trace)) for trace in traces], self.engine.backbone.cost)

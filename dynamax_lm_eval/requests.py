@@ -60,7 +60,7 @@ class GenerationJob:
         prompt: list[int] = ids[0].tolist()
         if not prompt:
             raise UserError("cannot generate after an empty prompt; add a few-shot example or a system instruction")
-        lm.check_ids(prompt)
+        lm.engine.backbone.check_ids(prompt)
         max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
         if repetition_penalty is not None:
             kwargs.setdefault("repetition_penalty", repetition_penalty)

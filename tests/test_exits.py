@@ -55,8 +55,8 @@ def varied_classifiers(config: ExitConfig | None = None) -> ExitClassifiers:
     classifiers = (config or exits_config()).build(3)
     with torch.no_grad():
         for kind in classifiers.kinds:
-            for classifier in classifiers.of(kind).values():
-                classifier.out_proj.weight.mul_(3)
+            for layer in classifiers.exit_layers:
+                classifiers.at(kind, layer).out_proj.weight.mul_(3)
     return classifiers.requires_grad_(False).eval()
 
 

@@ -527,6 +527,9 @@ class TestEvaluation:
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--dataset_split", "test"], "is a local file, which has no configuration and no splits"),
         (["--adapter", "cubic"], "adapter must be none, affine or lowrank:R"),
+        (["--classifier", "calm", "--ffn_expand", "2"], "--ffn_expand has no effect on --classifier calm"),
+        (["--classifier", "ffn", "--mamba_state", "8"], "--mamba_state has no effect on --classifier ffn"),
+        (["--dataset", "self", "--dataset_split", "test"], "have no effect with --dataset self"),
         (["--mamba_expand", "-1"], "mamba_expand must be a finite number above 0"),
     ],
 )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.compute.cost import BackboneCost
-from dynamax_lm_eval.config import StateMode
+from dynamax_lm_eval.config import StateMode, UserError
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -131,6 +131,15 @@ class Backbone(ABC):
     num_embeddings: int
     cost: BackboneCost
     device: torch.device
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raises UserError where there are token ids without an embedding."""
+        largest = max(ids, default=0)
+        if largest >= self.num_embeddings:
+            raise UserError(
+                f"the tokenizer makes token ids up to {largest}, but the backbone has only {self.num_embeddings} "
+                "embeddings; give the tokenizer that belongs to it"
+            )
 
     @abstractmethod
     def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> States:

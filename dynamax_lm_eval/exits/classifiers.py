@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,10 +242,6 @@ class ExitClassifiers(nn.Module):
         """MACs of one read-out's correction at each exit layer; empty without adapters."""
         found = {layer: self.adapter(layer) for layer in self.exit_layers}
         return {layer: adapter.macs for layer, adapter in found.items() if adapter is not None}
-
-    def of(self, kind: str) -> Mapping[int, Classifier]:
-        """All classifiers of a kind, by exit layer."""
-        return {layer: self.at(kind, layer) for layer in self.exit_layers}
 
     def costs(self, kind: str) -> dict[int, ClassifierCost]:
         """Cost of one evaluation at each exit layer."""

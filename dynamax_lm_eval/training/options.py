@@ -147,6 +147,10 @@ class TrainingOptions:
         same_text = (self.eval_dataset, self.eval_config, self.eval_split)
         if same_text == (self.dataset, self.dataset_config, self.dataset_split):
             raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
+        if self.dataset == SELF_DATASET and (self.dataset_config is not None or self.dataset_split != "train"):
+            raise UserError(
+                f"--dataset_config and --dataset_split have no effect with --dataset {SELF_DATASET}; remove them"
+            )
         if self.eval_dataset is None and (self.eval_config is not None or self.eval_split != "train"):
             raise UserError("--eval_config and --eval_split have no effect without --eval_dataset; remove them")
         for name in ("weight_decay", "seed"):
@@ -164,7 +168,10 @@ class TrainingOptions:
             )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
-        _ = self.kinds, self.classifier_options
+        sizes = dataclasses.asdict(self.classifier_options)
+        for name, default in dataclasses.asdict(ClassifierOptions()).items():
+            if (kind := name.partition("_")[0]) not in self.kinds and sizes[name] != default:
+                raise UserError(f"--{name} has no effect on --classifier {self.classifier}; add {kind} or remove it")
 
     @property
     def kinds(self) -> tuple[str, ...]:

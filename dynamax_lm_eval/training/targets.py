@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, full_depth_layout
 from dynamax_lm_eval.backbones.ssm import RaggedRows
-from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 #: Tokens of the vocabulary whose maximum is looked for first.
@@ -61,9 +60,8 @@ class FrozenPass:
         With ``final_block`` the read-outs are those of a text all of whose tokens leave at the same exit.
         """
         backbone = self.backbone
-        largest, room = max(max(row) for row in rows), self.backbone.num_embeddings
-        if largest >= room:
-            raise UserError(f"the tokenizer makes token ids up to {largest}, but the backbone has {room} embeddings")
+        for row in rows:
+            backbone.check_ids(row)
         lengths = [len(row) for row in rows]
         total = sum(lengths)
         states = backbone.new_states(total)
