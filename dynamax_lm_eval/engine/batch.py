@@ -47,6 +47,9 @@ class FlatBatch:
     thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
     wanted: BoolArray  # (N,) tokens whose logits are needed
     eligible: BoolArray  # (N,)
+    #: What gives the confidence, and whether an adapter corrects the read-out: all pairs of the batch.
+    ways: tuple[tuple[str, bool], ...]
+    way_of_row: IntArray  # (R,) index into ways
     # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
     warms: dict[int, BoolArray]
 
@@ -73,13 +76,17 @@ class FlatBatch:
             exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.active_exits})),
             final_block=np.asarray([row.policy.final_block for row in rows]),
         )
+        ways = [(row.policy.scorer, row.policy.adapter != "none") for row in rows]
+        every = tuple(sorted(set(ways)))
         return cls(
             ids=np.fromiter((token for row in rows for token in row.ids), dtype=np.int64, count=len(row_of)),
             layout=layout,
             policies=tuple(row.policy for row in rows),
-            thresholds=_thresholds(rows, layout, steps, lengths),
+            thresholds=_thresholds(rows, layout, steps),
             wanted=positions >= prompt_lengths[row_of] - 1,
             eligible=steps >= 0,
+            ways=every,
+            way_of_row=np.asarray([every.index(way) for way in ways], dtype=np.int64),
             warms=_warms(rows, layout, steps),
         )
 
@@ -94,18 +101,26 @@ class FlatBatch:
         return len(self.ids)
 
 
-def _thresholds(
-    rows: Sequence[RowInput], layout: RowLayout, steps: IntArray, lengths: Sequence[int]
-) -> dict[int, npt.NDArray[np.float32]]:
+def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, npt.NDArray[np.float32]]:
     table = {layer: np.full(len(steps), NEVER, dtype=np.float32) for layer in layout.exit_layers}
-    start = 0
-    for row, length in zip(rows, lengths, strict=True):
-        if row.policy.active_exits and steps[start + length - 1] >= 0:
-            values = row.policy.effective_thresholds(steps[start : start + length], row.max_steps)
-            for i, layer in enumerate(row.policy.exit_layers):
-                if layer in table:
-                    table[layer][start : start + length] = values[:, i]
-        start += length
+    # Rows whose tokens are compared with the same numbers are done together: all of a policy, unless it decays.
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.policy.active_exits:
+            horizon = 0 if row.policy.threshold_decay is None else row.max_steps
+            alike.setdefault((id(row.policy), horizon), []).append(i)
+    of_row = np.asarray([False] * len(rows))
+    for members in alike.values():
+        policy, max_steps = rows[members[0]].policy, rows[members[0]].max_steps
+        of_row[:] = False
+        of_row[members] = True
+        tokens = np.flatnonzero(of_row[layout.row_of] & (steps >= 0))
+        if len(tokens) == 0:
+            continue
+        values = policy.effective_thresholds(steps[tokens], max_steps)
+        for column, layer in enumerate(policy.exit_layers):
+            if layer in table:
+                table[layer][tokens] = values[:, column]
     return table
 
 

@@ -153,9 +153,8 @@ class Engine:
         if len(candidates) == 0:
             return None
         leaves = np.zeros(len(tokens), dtype=np.bool_)
-        ways = [(policy.scorer, policy.adapter != "none") for policy in batch.policies]
-        way_of = np.asarray([sorted(set(ways)).index(way) for way in ways])[batch.layout.row_of[tokens[candidates]]]
-        for i, (kind, adapted) in enumerate(sorted(set(ways))):
+        way_of = batch.way_of_row[batch.layout.row_of[tokens[candidates]]]
+        for i, (kind, adapted) in enumerate(batch.ways):
             chosen = candidates[way_of == i]
             if len(chosen) == 0:
                 continue
@@ -252,9 +251,13 @@ def _classify(
     kind: str, layer: int, batch: FlatBatch, tokens: IntArray, hidden: Tensor, classifiers: ClassifierStates
 ) -> Tensor:
     """Confidences (t,) that a classifier gives hidden states (t, D)."""
-    rows, lengths = np.unique(batch.layout.row_of[tokens], return_counts=True)
-    slots = [batch.layout.slots[row] for row in rows]
-    return confidence_of(classifiers.run(kind, layer, hidden, slots, lengths.tolist()))
+    rows = batch.layout.row_of[tokens]
+    lengths = [1] * len(rows)
+    if len(batch) > len(batch.policies):  # some row has several tokens
+        rows, counts = np.unique(rows, return_counts=True)
+        lengths = counts.tolist()
+    slots = [batch.layout.slots[row] for row in rows.tolist()]
+    return confidence_of(classifiers.run(kind, layer, hidden, slots, lengths))
 
 
 def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:

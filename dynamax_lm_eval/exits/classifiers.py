@@ -51,6 +51,13 @@ class ClassifierOptions:
                 raise UserError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
 
 
+class _RmsNorm(nn.RMSNorm):
+    """In plain operations: torch's own takes several times as long on a few tokens on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + _EPS) * self.weight
+
+
 class Classifier(nn.Module, ABC):
     """A classifier at one exit layer."""
 
@@ -59,7 +66,7 @@ class Classifier(nn.Module, ABC):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=_EPS)
+        self.norm = _RmsNorm(hidden_size, eps=_EPS)
 
     @property
     @abstractmethod
@@ -143,7 +150,7 @@ class MambaClassifier(Classifier):
         self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
         self.A_log = nn.Parameter(torch.empty(shape.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(shape.heads))
-        self.gate_norm = nn.RMSNorm(shape.inner, eps=_EPS)
+        self.gate_norm = _RmsNorm(shape.inner, eps=_EPS)
         self.out_proj = nn.Linear(shape.inner, 2)
 
     @property

@@ -26,9 +26,12 @@ class ClassifierStates:
         self._line_of: dict[int, int] = {}  # slot -> line
         self._free: list[int] = []
         self._tables: dict[tuple[str, int], StateTable] = {}
+        # The exits of a pass mostly see the same rows.
+        self._last: tuple[tuple[tuple[int, ...], tuple[int, ...]], slice | Tensor, RaggedRows] | None = None
 
     def open_row(self, slot: int) -> None:
         """A row starts; its states are those of a row that has seen nothing."""
+        self._last = None
         line = self._free.pop() if self._free else len(self._line_of)
         self._line_of[slot] = line
         for table in self._tables.values():
@@ -62,13 +65,18 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            numbers = np.asarray([self._line_of[slot] for slot in slots], dtype=np.int64)
-            lines = lines_of(numbers, self._device)
+            lines, rows = self._lines_and_rows(tuple(slots), tuple(lengths))
             table = self._table(kind, layer)
-            logits, after = classifier(hidden, RaggedRows(lengths, self._device), table.read(lines))
+            logits, after = classifier(hidden, rows, table.read(lines))
             assert after is not None
             table.write(lines, after)
             return logits
+
+    def _lines_and_rows(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[slice | Tensor, RaggedRows]:
+        if self._last is None or self._last[0] != (slots, lengths):
+            numbers = np.asarray([self._line_of[slot] for slot in slots], dtype=np.int64)
+            self._last = (slots, lengths), lines_of(numbers, self._device), RaggedRows(lengths, self._device)
+        return self._last[1:]
 
     def _table(self, kind: str, layer: int) -> StateTable:
         """The table of a classifier with a line for every open row."""
