@@ -54,7 +54,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_for(backbone: Path, texts: Path, **changes: Any) -> TrainingOptions:
-    settings = {
+    settings: dict[str, Any] = {
         "classifier": "calm,mamba",
         "max_tokens": STEPS * 128,
         "seq_len": 32,
@@ -68,6 +68,8 @@ def options_for(backbone: Path, texts: Path, **changes: Any) -> TrainingOptions:
         "learning_rate": 1e-2,
         **changes,
     }
+    if "mamba" not in settings["classifier"]:
+        del settings["mamba_state"]
     return TrainingOptions(backbone=str(backbone), dataset=str(texts), **settings)
 
 
