@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from test_exits import EXITS, exits_config, varied_classifiers
 
+from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.backbones.fingerprint import files_fingerprint
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.exits import checkpoint
@@ -164,7 +165,7 @@ def test_preset_paper(model_folder: Path, tmp_path: Path, cache: Path) -> None:
 def test_what_the_package_ships() -> None:
     """Small, in bfloat16, with credit for the text, and readable by this version."""
     folders = sorted(file.parent for file in checkpoint.shipped_home().glob("*/config.json"))
-    assert [folder.name for folder in folders] == ["smollm2-gguf"]
+    assert [folder.name for folder in folders] == ["smollm2-gguf", "tiny-llama", "tiny-mamba2"]
     for folder in folders:
         opened = checkpoint.ExitCheckpoint.open(folder)
         assert opened.config.classifiers[0] == "mamba"
@@ -177,3 +178,31 @@ def test_what_the_package_ships() -> None:
         assert "CC BY 4.0" in card
     files = [file for folder in folders for file in folder.rglob("*")]
     assert sum(file.stat().st_size for file in files) < 16e6
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mamba2"])
+def test_backbones_of_the_package_run_with_their_exits(name: str, cache: Path) -> None:
+    """Small, in bfloat16, with credit for the text; both with the same tokenizer."""
+    folder = aliases.shipped_backbones()[name]
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    other = aliases.shipped_backbones()["tiny-llama"]
+    assert (folder / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "OpenStax" in card
+    assert "CC BY 4.0" in card
+    lm = DynamaxLM(name, threshold=0.5, device="cpu", dtype="float32", batch_size=2)
+    assert lm.exits is not None
+    assert lm.exits.path == checkpoint.shipped_home() / name
+    assert lm.model.num_parameters() < 4e6
+    options = {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}
+    prompts = ["The cell membrane is", "In the nineteenth century, the United States"]
+    requests = [Instance("generate_until", {}, (p, options), i, ("t", i, 1)) for i, p in enumerate(prompts)]
+    texts = lm.generate_until(requests, disable_tqdm=True)
+    assert all(len(text.split()) > 3 for text in texts)
+    records = [lm.response_ledger.find("generate_until", request.args, 0) for request in requests]
+    assert min(layer for record in records for layers in record.exit_layers for layer in layers) < 12
+
+
+def test_what_is_shipped_is_small() -> None:
+    files = [file for file in aliases.shipped_dir().rglob("*") if "tiny-" in str(file) and file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 20e6
