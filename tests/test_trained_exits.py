@@ -194,7 +194,7 @@ def test_backbones_of_the_package_run_with_their_exits(name: str, cache: Path) -
     assert lm.exits is not None
     assert lm.exits.path == checkpoint.shipped_home() / name
     assert lm.model.num_parameters() < 4e6
-    options = {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}
+    options = {"until": [], "max_gen_toks": 24, "do_sample": False}
     prompts = ["The cell membrane is", "In the nineteenth century, the United States"]
     requests = [Instance("generate_until", {}, (p, options), i, ("t", i, 1)) for i, p in enumerate(prompts)]
     texts = lm.generate_until(requests, disable_tqdm=True)
