@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 #: Share of free memory that ``batch_size=auto`` gives to K and V; the rest is for activations and logits.
 _AUTO_MEMORY_SHARE = 0.5
+#: Rows and the prefixes beside them, in units of the rows (``PrefixPlan.room``).
+_ROOM_FOR_PREFIXES = 1.5
 
 harness.install()
 
@@ -443,7 +445,8 @@ class DynamaxLM(HFLM):
         if self.batch_size != "auto":
             return int(self.batch_size)
         backbone = self.engine.backbone
-        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / backbone.row_bytes(longest))
+        per_row = backbone.row_bytes(longest) * (_ROOM_FOR_PREFIXES if self.args.prefix_caching else 1)
+        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
         rows = max(1, min(rows, self.max_batch_size or rows))
         logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
         self.batch_sizes[0] = rows

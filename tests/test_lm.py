@@ -435,10 +435,12 @@ class TestArguments:
     def test_automatic_batch_size_follows_memory(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lm = dynamax(model_folder, batch_size="auto", max_batch_size=32)
         per_token = LAYERS * 2 * 2 * 8 * 4
-        monkeypatch.setattr("dynamax_lm_eval.lm._free_memory", lambda _: 2 * per_token * 100 * 7)
+        monkeypatch.setattr("dynamax_lm_eval.lm._free_memory", lambda _: 3 * per_token * 100 * 7)
         assert lm._rows_in_flight(100) == 7
         assert lm._rows_in_flight(1) == 32
         assert lm._rows_in_flight(10**6) == 1
+        lm.follow(replace(lm.args, prefix_caching=False))
+        assert lm._rows_in_flight(100) == 10
 
     def test_repetition_penalty_argument(self, model_folder: Path) -> None:
         by_argument = dynamax(model_folder, repetition_penalty=1.7)
