@@ -21,60 +21,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from environment import environment
-from torch import nn
+from forced_exits import RandomExit, forced, threshold_for
 
-from dynamax_lm_eval.compute.cost import ClassifierCost
-from dynamax_lm_eval.compute.ledger import Trace, account
+from dynamax_lm_eval.compute.ledger import ComputeRecord
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import (
-    Generation,
-    GenerationRequest,
-    Scoring,
-    ScoringRequest,
-    generate,
-    score,
-)
+from dynamax_lm_eval.engine.scheduler import GenerationRequest, ScoringRequest, generate_all, score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
-from dynamax_lm_eval.exits.classifiers import Classifier, ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.training import command, data
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
 
-class RandomExit(Classifier):
-    """A confidence drawn from [0, 1], whatever the hidden state; costs nothing."""
-
-    def __init__(self, hidden_size: int, seed: int) -> None:
-        super().__init__(hidden_size)
-        self._generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def macs(self) -> int:
-        return 0
-
-    def forward(self, hidden: Any, rows: Any = None, state: Any = None) -> Any:
-        drawn = torch.rand(len(hidden), generator=self._generator).clamp(1e-6, 1 - 1e-6).to(hidden.device)
-        return torch.stack([torch.zeros_like(drawn), drawn.logit()], dim=1), None
-
-
-def run(
-    engine: Engine, policy: ExitPolicy, rows: list[list[int]], costs: dict[int, ClassifierCost], batch: int
-) -> dict[str, Any]:
+def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], batch: int) -> dict[str, Any]:
     """Most probable next tokens and compute of all rows under a policy."""
     requests = [ScoringRequest(row[:-1], 1, [[token] for token in row[1:]], policy) for row in rows]
-    found: dict[int, Scoring] = {}
-    score(engine, requests, batch, found.__setitem__)
-    traces: list[Trace] = [found[i].trace for i in range(len(rows))]
-    adapters = engine.classifiers.adapter_macs() if engine.classifiers is not None else {}
-    record = account([(trace, policy.terms(1, costs, adapters)) for trace in traces], engine.backbone.cost)
-    log_probs = sum(line[0] for i in range(len(rows)) for line in found[i].log_probs)
+    found = score_all(engine, requests, batch)
+    record = ComputeRecord.sum(engine.account(scoring.trace, policy) for scoring in found)
+    log_probs = sum(line[0] for scoring in found for line in scoring.log_probs)
     return {
         "bits": -log_probs / math.log(2),
-        "greedy": np.concatenate([np.asarray(found[i].greedy_tokens) for i in range(len(rows))]),
-        "layers": np.concatenate([np.asarray(trace.exit_layers) for trace in traces]),
+        "greedy": np.concatenate([np.asarray(scoring.greedy_tokens) for scoring in found]),
+        "layers": np.concatenate([np.asarray(scoring.trace.exit_layers) for scoring in found]),
         "compute_reduction": record.compute_reduction,
     }
 
@@ -86,9 +55,7 @@ def continue_rows(
     policy = replace(policy, exit_scope="generated")
     prompts = [row[: args.prompt_tokens] for row in rows if len(row) >= args.prompt_tokens][: args.continuations]
     requests = [GenerationRequest(prompt, args.new_tokens, policy, Sampler(), lambda _: False) for prompt in prompts]
-    found: dict[int, Generation] = {}
-    generate(engine, requests, args.batch_size, found.__setitem__)
-    return [found[i].tokens for i in range(len(prompts))]
+    return [generation.tokens for generation in generate_all(engine, requests, args.batch_size)]
 
 
 def common_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
@@ -131,7 +98,7 @@ def main() -> None:
     classifiers = trained.load(backbone.engine.backbone.device)
     exits, depth = trained.config.exit_layers, backbone.identity.num_layers
     engine = Engine(backbone.engine.backbone, classifiers)
-    full = run(engine, ExitPolicy(depth), rows, {}, args.batch_size)
+    full = run(engine, ExitPolicy(depth), rows, args.batch_size)
     continued = continue_rows(engine, ExitPolicy(depth), rows, args)
     num_bytes = sum(len(backbone.tokenizer.decode(row[1:]).encode()) for row in rows)
 
@@ -166,26 +133,16 @@ def main() -> None:
     add("full model", "", full)
     for kind, mode in product(trained.config.classifiers, args.state_modes):
         for threshold in args.thresholds:
-            policy = ExitPolicy(
-                depth,
-                exits,
-                (threshold,) * len(exits),
-                confidence="classifier",
-                classifier=kind,  # type: ignore[arg-type]
-                state_mode=mode,
-                exit_scope="all",
-                final_block=trained.config.final_block,
-                adapter=trained.config.adapter,
-            )
-            learned = run(engine, policy, rows, classifiers.costs(kind), args.batch_size)
+            policy = ExitPolicy.of_exits(trained.config, kind, threshold, state_mode=mode, exit_scope="all")
+            learned = run(engine, policy, rows, args.batch_size)
             setting = f"{mode}, threshold {threshold}"
             add(kind, setting, learned, policy)
             rates = exit_rates(learned["layers"], exits)
-            drawn = replace(policy, classifier="calm", thresholds=tuple(min(1 - rate, 0.999999) for rate in rates))
+            drawn = replace(policy, classifier="calm", thresholds=tuple(map(threshold_for, rates)))
             add(f"random at the rate of {kind}", setting, run_random(engine, drawn, rows, args))
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
-        add("pruning", str(count), run(engine, policy, rows, {}, args.batch_size), policy)
+        add("pruning", str(count), run(engine, policy, rows, args.batch_size), policy)
     about = {
         "benchmark": "exit_quality",
         "backbone": args.backbone,
@@ -198,11 +155,10 @@ def main() -> None:
 
 def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
     """Random exits under the name of a stateless kind."""
-    drawn = ExitClassifiers((), policy.exit_layers, 1, "silu", ClassifierOptions())
     assert engine.classifiers is not None
-    drawn.adapters = engine.classifiers.adapters  # the same read-outs: only who leaves is left to chance
-    drawn.by_kind["calm"] = nn.ModuleDict({str(layer): RandomExit(1, layer) for layer in policy.exit_layers})
-    return run(Engine(engine.backbone, drawn.eval()), policy, rows, {}, args.batch_size)
+    exits = {layer: RandomExit(layer) for layer in policy.exit_layers}
+    # The same read-outs: only who leaves is left to chance.
+    return run(forced(engine.backbone, exits, engine.classifiers.adapters), policy, rows, args.batch_size)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from environment import environment
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import Generation, GenerationRequest, generate
+from dynamax_lm_eval.engine.scheduler import GenerationRequest, generate_all
 from dynamax_lm_eval.engine.selfcheck import check_against_model
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
@@ -42,11 +42,9 @@ def make_model(args: argparse.Namespace) -> Any:
 
 
 def ours(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    found: dict[int, Generation] = {}
     policy = ExitPolicy(engine.backbone.num_layers)
     requests = [GenerationRequest(prompt, new_tokens, policy, Sampler(), lambda _: False) for prompt in prompts]
-    generate(engine, requests, len(prompts), found.__setitem__)
-    return [found[i].tokens for i in range(len(prompts))]
+    return [generation.tokens for generation in generate_all(engine, requests, len(prompts))]
 
 
 @torch.inference_mode()

@@ -45,39 +45,33 @@ def timed(run: Any, repeats: int) -> dict[str, Any]:
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
-    from exit_quality import RandomExit
-    from torch import nn
+    from forced_exits import RandomExit, forced, logits_of
     from transformers import AutoModelForCausalLM
 
     from dynamax_lm_eval.engine.sampling import Sampler
-    from dynamax_lm_eval.engine.scheduler import Generation, GenerationRequest, generate
+    from dynamax_lm_eval.engine.scheduler import GenerationRequest, generate_all
     from dynamax_lm_eval.engine.selfcheck import checked_engine
-    from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
     from dynamax_lm_eval.exits.policy import ExitPolicy
 
     class Forced(RandomExit):
         def forward(self, hidden: Any, rows: Any = None, state: Any = None) -> Any:
             leaves = (torch.arange(len(hidden)) + self.calls) % EVERY != 0
             self.calls += 1
-            return torch.stack([torch.zeros(len(hidden)), torch.where(leaves, 9.0, -9.0)], dim=1), None
+            return logits_of(torch.where(leaves, 9.0, -9.0)), None
 
     model: Any = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     depth = model.config.num_hidden_layers
-    exits = ExitClassifiers((), (args.layer,), 1, "silu", ClassifierOptions())
-    forced = Forced(1, 0)
-    exits.by_kind["calm"] = nn.ModuleDict({str(args.layer): forced})
+    scheduled = Forced(0)
     policy = ExitPolicy(depth, (args.layer,), (0.5,), confidence="classifier", classifier="calm")
-    engine = checked_engine(model, policy, 2048, exits.eval())
+    engine = forced(checked_engine(model, policy, 2048).backbone, {args.layer: scheduled})
     requests = [
         GenerationRequest(prompt, args.new_tokens, policy, Sampler(), lambda _: False)
         for prompt in prompts_for(args, model.config.vocab_size)
     ]
 
     def run() -> list[list[int]]:
-        forced.calls = 0
-        found: dict[int, Generation] = {}
-        generate(engine, requests, len(requests), found.__setitem__)
-        return [found[i].tokens for i in range(len(requests))]
+        scheduled.calls = 0
+        return [generation.tokens for generation in generate_all(engine, requests, len(requests))]
 
     return timed(run, args.repeats)
 

@@ -5,7 +5,7 @@
 Decoding: rows of equal prompts' length generate a fixed number of tokens; the time of the prompts alone is taken off.
 Counted is the decode reduction with the LM head: MACs of the full model's generated tokens over those of the
 policy's, one LM-head read per token on both sides. Realised is the ratio of the times for the same number of tokens.
-Random exits leave after one layer at a fixed rate and cost a linear classifier; trained ones run at thresholds.
+Random exits leave after one layer at a fixed rate and cost nothing; trained ones run at thresholds.
 Scoring: rows of random tokens, all of which may exit. Alternating order, medians; the last line is JSON.
 """
 
@@ -22,15 +22,13 @@ from typing import Any
 
 import torch
 from environment import environment
-from exit_quality import RandomExit
-from torch import nn
+from forced_exits import RandomExit, forced, threshold_for
 
-from dynamax_lm_eval.compute.ledger import Trace, account
+from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import Generation, GenerationRequest, Scoring, ScoringRequest, generate, score
+from dynamax_lm_eval.engine.scheduler import GenerationRequest, ScoringRequest, generate_all, score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
-from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -50,43 +48,33 @@ class Case:
         """Seconds for the tokens after the first."""
         spent = []
         for length in (1, new_tokens):
-            found: dict[int, Generation] = {}
             requests = [GenerationRequest(p, length, self.policy, Sampler(), lambda _: False) for p in prompts]
             start = time.perf_counter()
-            generate(self.engine, requests, batch_size, found.__setitem__)
+            found = generate_all(self.engine, requests, batch_size)
             spent.append(time.perf_counter() - start)
-        self.traces = [found[i].trace for i in range(len(prompts))]
+        self.traces = [generation.trace for generation in found]
         return spent[1] - spent[0]
 
     def score(self, prompts: list[list[int]], batch_size: int) -> float:
         """Seconds for predicting every token."""
-        found: dict[int, Scoring] = {}
         policy = replace(self.policy, exit_scope="all")
         requests = [ScoringRequest(p[:-1], 1, [[token] for token in p[1:]], policy) for p in prompts]
         start = time.perf_counter()
-        score(self.engine, requests, batch_size, found.__setitem__)
-        self.traces = [found[i].trace for i in range(len(prompts))]
+        self.traces = [scoring.trace for scoring in score_all(self.engine, requests, batch_size)]
         return time.perf_counter() - start
 
     def macs(self) -> int:
         """Of the eligible tokens and one LM-head read for each, everything that exits cause included."""
-        exits, kind = self.engine.classifiers, self.policy.classifier
-        costs = exits.costs(kind) if exits is not None and kind is not None else {}
-        adapters = exits.adapter_macs() if exits is not None else {}
-        cost = self.engine.backbone.cost
-        rows = [(trace, self.policy.terms(trace.prompt_tokens, costs, adapters)) for trace in self.traces]
-        record = account(rows, cost)
-        return record.spent_macs + record.eligible_tokens * cost.lm_head
+        record = ComputeRecord.sum(self.engine.account(trace, self.policy) for trace in self.traces)
+        return record.spent_macs + record.eligible_tokens * self.engine.backbone.cost.lm_head
 
 
 def random_exits(engine: Engine, layer: int, rate: float) -> tuple[Engine, ExitPolicy]:
     """Leaves after ``layer`` at a rate."""
-    drawn = ExitClassifiers((), (layer,), 1, "silu", ClassifierOptions())
-    drawn.by_kind["calm"] = nn.ModuleDict({str(layer): RandomExit(1, layer)})
     policy = ExitPolicy(
-        engine.backbone.num_layers, (layer,), (min(1 - rate, 0.999999),), confidence="classifier", classifier="calm"
+        engine.backbone.num_layers, (layer,), (threshold_for(rate),), confidence="classifier", classifier="calm"
     )
-    return Engine(engine.backbone, drawn.eval()), policy
+    return forced(engine.backbone, {layer: RandomExit(layer)}), policy
 
 
 def compare(cases: list[Case], run: Callable[[Case], float], repeats: int) -> list[dict[str, Any]]:
@@ -142,18 +130,9 @@ def main() -> None:
         trained = ExitCheckpoint.open(args.exits)
         trained.check_fingerprint(loaded.identity.fingerprint)
         classifying = Engine(engine.backbone, trained.load(engine.backbone.device))
-        layers = trained.config.exit_layers
         for kind in args.classifiers:
             for threshold in args.thresholds:
-                policy = ExitPolicy(
-                    depth,
-                    layers,
-                    (threshold,) * len(layers),
-                    confidence="classifier",
-                    classifier=kind,
-                    adapter=trained.config.adapter,
-                    final_block=trained.config.final_block,
-                )
+                policy = ExitPolicy.of_exits(trained.config, kind, threshold)
                 cases.append(Case(f"{kind} {threshold:g}", classifying, policy))
 
     generator = torch.Generator().manual_seed(0)

@@ -33,11 +33,10 @@ from dynamax_lm_eval.backbones.fingerprint import (
     model_fingerprint,
     weights_fingerprint,
 )
-from dynamax_lm_eval.compute.cost import ExitTerms
-from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
+from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, merge
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.errors import NotFiniteError
-from dynamax_lm_eval.engine.prefixes import PrefixRun
+from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scheduler import (
     Generation,
@@ -56,8 +55,6 @@ logger = logging.getLogger(__name__)
 
 #: Share of free memory that ``batch_size=auto`` gives to K and V; the rest is for activations and logits.
 _AUTO_MEMORY_SHARE = 0.5
-#: Rows and the prefixes beside them, in units of the rows (``PrefixPlan.room``).
-_ROOM_FOR_PREFIXES = 1.5
 
 harness.install()
 
@@ -238,8 +235,7 @@ class DynamaxLM(HFLM):
             def finished(index: int, generation: Generation) -> None:
                 job = prepared[index]
                 texts[index] = job.text(generation.tokens)
-                records[index] = self._record([generation.trace])
-                self._ran(generation.trace, generation.shared_tokens)
+                records[index] = self._ran(generation.trace)
                 self.response_ledger.store("generate_until", job.args, records[index])
                 self.cache_hook.add_partial("generate_until", job.args, texts[index])
                 progress.advance(records[index])
@@ -272,9 +268,9 @@ class DynamaxLM(HFLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
-        def finished(index: int, answer: tuple[float, bool], trace: Trace) -> None:
+        def finished(index: int, answer: tuple[float, bool], record: ComputeRecord) -> None:
             answers[index] = answer
-            records[index] = self._record([trace])
+            records[index] = record
             texts = requests[index][0]
             self.response_ledger.store("loglikelihood", texts, records[index])
             self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -304,21 +300,21 @@ class DynamaxLM(HFLM):
                 owner.append(index)
 
         sums = [0.0] * len(requests)
-        traces: list[list[Trace]] = [[] for _ in requests]
+        parts: list[list[ComputeRecord]] = [[] for _ in requests]
         open_windows = Counter(owner)
         records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
         def answer(index: int) -> None:
-            records[index] = self._record(traces[index])
+            records[index] = merge(parts[index])
             args = (requests[index].args[0],)
             self.response_ledger.store("loglikelihood_rolling", args, records[index])
             self.cache_hook.add_partial("loglikelihood_rolling", args, sums[index])
             progress.advance(records[index])
 
-        def finished(window: int, result: tuple[float, bool], trace: Trace) -> None:
+        def finished(window: int, result: tuple[float, bool], record: ComputeRecord) -> None:
             index = owner[window]
             sums[index] += result[0]
-            traces[index].append(trace)
+            parts[index].append(record)
             open_windows[index] -= 1
             if not open_windows[index]:
                 answer(index)
@@ -334,7 +330,7 @@ class DynamaxLM(HFLM):
         return sums
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]], finished: Any) -> None:
-        """Scores token pairs; calls ``finished(index, (log-likelihood, is_greedy), trace)`` for each.
+        """Scores token pairs; calls ``finished(index, (log-likelihood, is_greedy), record)`` for each.
 
         Pairs with the same context that differ only in the last token share one row (unless
         ``logits_cache=False``): the split between context and continuation decides who may exit, so it is
@@ -364,7 +360,7 @@ class DynamaxLM(HFLM):
         ]
 
         def share(row: int, scoring: Scoring) -> None:
-            self._ran(scoring.trace, scoring.shared_tokens)
+            record = self._ran(scoring.trace)
             common = [line[0] for line in scoring.log_probs[:-1]]
             common_greedy = all(
                 token == target[0]
@@ -372,7 +368,7 @@ class DynamaxLM(HFLM):
             )
             for index, last in zip(members[row], scoring.log_probs[-1], strict=True):
                 greedy = common_greedy and scoring.greedy_tokens[-1] == pairs[index][1][-1]
-                finished(index, (sum(common) + last, greedy), scoring.trace)
+                finished(index, (sum(common) + last, greedy), record)
 
         longest = max((len(request.ids) for request in requests), default=1)
         try:
@@ -405,22 +401,14 @@ class DynamaxLM(HFLM):
             )
         return whole[:-1], len(whole) - len(continuation)
 
-    def _record(self, traces: Sequence[Trace]) -> ComputeRecord:
-        return account([(trace, self._terms(self.policy, trace)) for trace in traces], self.engine.backbone.cost)
-
-    def _ran(self, trace: Trace, shared_tokens: int, policy: ExitPolicy | None = None) -> None:
-        terms = self._terms(policy or self.policy, trace)
-        self.response_ledger.physical.add(trace, terms, self.engine.backbone.cost, shared_tokens)
+    def _ran(self, trace: Trace) -> ComputeRecord:
+        record = self.engine.account(trace, self.policy)
+        self.response_ledger.physical.add_row(record)
+        return record
 
     def _ran_prefixes(self, runs: Sequence[PrefixRun]) -> None:
         for run in runs:
-            self._ran(run.trace, run.shared_tokens, run.policy)
-
-    def _terms(self, policy: ExitPolicy, trace: Trace) -> ExitTerms:
-        exits, kind = self.engine.classifiers, policy.classifier
-        costs = exits.costs(kind) if exits is not None and kind is not None else {}
-        adapters = exits.adapter_macs() if exits is not None else {}
-        return policy.terms(trace.prompt_tokens, costs, adapters)
+            self.response_ledger.physical.add_prefix(self.engine.account(run.trace, run.policy), run.uses)
 
     def _preset_sets(self) -> dict[str, Any] | None:
         """What the preset decided, so that the result file tells it from what the user gave."""
@@ -445,7 +433,7 @@ class DynamaxLM(HFLM):
         if self.batch_size != "auto":
             return int(self.batch_size)
         backbone = self.engine.backbone
-        per_row = backbone.row_bytes(longest) * (_ROOM_FOR_PREFIXES if self.args.prefix_caching else 1)
+        per_row = backbone.row_bytes(longest) * (1 + ROOM_SHARE if self.args.prefix_caching else 1)
         rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
         rows = max(1, min(rows, self.max_batch_size or rows))
         logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)

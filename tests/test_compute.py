@@ -19,6 +19,7 @@ from dynamax_lm_eval.compute.ledger import (
     Trace,
     account,
     exit_histogram,
+    merge,
     reduction_stderr,
 )
 from dynamax_lm_eval.config import UserError
@@ -193,7 +194,7 @@ def test_vectorised_block_macs_equal_the_sum_over_blocks() -> None:
 
 
 def test_account_of_a_copying_run() -> None:
-    record = account([(TRACE, terms())], COST)
+    record = account(TRACE, terms(), COST)
     assert record.full_macs == blocks_at(2, 1, 2, 3, 4) + blocks_at(3, 1, 2, 3, 4)
     assert record.block_macs == blocks_at(2, 1) + blocks_at(3, 1, 2, 3, 4)
     assert record.exit_macs == 0
@@ -208,52 +209,52 @@ def test_account_of_a_copying_run() -> None:
 
 
 def test_account_of_recompute() -> None:
-    record = account([(TRACE, terms(recomputes_state=True))], COST)
+    record = account(TRACE, terms(recomputes_state=True), COST)
     assert record.recompute_macs == 20 + 30 + 40
     assert record.paper_spent == pytest.approx(5 + 3 / 6)
 
 
 def test_account_of_lm_head_reads() -> None:
     """The first token is evaluated once, and that read gives its token; the second twice, and neither does."""
-    record = account([(TRACE, terms(reads_lm_head=True))], COST)
+    record = account(TRACE, terms(reads_lm_head=True), COST)
     assert record.lm_head_macs == 2 * 1000
     assert record.paper_spent == pytest.approx(5 + 2 * 1000 / 250)
     # The last token exits at 3: two evaluations, one of them its own.
     late = replace(TRACE, exit_layers=(1, 3))
-    assert account([(late, terms(reads_lm_head=True))], COST).lm_head_macs == 1000
+    assert account(late, terms(reads_lm_head=True), COST).lm_head_macs == 1000
 
 
 def test_prompt_tokens_that_exit_pay_for_all_their_reads() -> None:
     trace = Trace(prompt_tokens=4, fed_tokens=4, tokens_given=1, exit_layers=(1, 3, 1), generated=True)
-    record = account([(trace, terms(reads_lm_head=True, first_eligible=1))], COST)
+    record = account(trace, terms(reads_lm_head=True, first_eligible=1), COST)
     assert record.lm_head_macs == (1 + 2 + 0) * 1000, "only the last prompt token gives a token"
 
 
 def test_account_of_classifiers() -> None:
-    record = account([(TRACE, terms(classifier_macs=(7, 11), classifier_paper_weights=(5, 6)))], COST)
+    record = account(TRACE, terms(classifier_macs=(7, 11), classifier_paper_weights=(5, 6)), COST)
     assert record.classifier_macs == 7 + (7 + 11)
     assert record.paper_spent == pytest.approx(5 + (5 + 5 + 6) / 250)
 
 
 def test_pruned_blocks_are_in_the_numerator_only() -> None:
     trace = replace(TRACE, exit_layers=(4, 4))
-    record = account([(trace, terms(pruned_blocks=frozenset({3}), recomputes_state=True))], COST)
+    record = account(trace, terms(pruned_blocks=frozenset({3}), recomputes_state=True), COST)
     assert record.full_macs == blocks_at(2, 1, 2, 3, 4) + blocks_at(3, 1, 2, 3, 4)
     assert record.spent_macs == blocks_at(2, 1, 2, 4) + blocks_at(3, 1, 2, 4)
     assert record.full_total_macs - record.total_macs == 4 * 300 + 2 * 3 * (1 + 2 + 3 + 4)
 
 
 def test_a_full_run_is_exactly_one_and_no_eligible_tokens_too() -> None:
-    full = account([(replace(TRACE, exit_layers=(4, 4)), terms(evaluated_layers=(), classifier_macs=()))], COST)
+    full = account(replace(TRACE, exit_layers=(4, 4)), terms(evaluated_layers=(), classifier_macs=()), COST)
     assert full.compute_reduction == full.compute_reduction_total == full.compute_reduction_paper == 1.0
-    empty = account([(Trace(2, 2, 1, (), True), terms())], COST)
+    empty = account(Trace(2, 2, 1, (), True), terms(), COST)
     assert empty.compute_reduction == 1.0
     assert empty.eligible_tokens == 0
     assert empty.mean_exit_layer is None
 
 
 def test_records_add_up_and_travel_as_json() -> None:
-    records = [account([(replace(TRACE, exit_layers=layers), terms())], COST) for layers in ((1, 4), (3, 3), (1, 1))]
+    records = [account(replace(TRACE, exit_layers=layers), terms(), COST) for layers in ((1, 4), (3, 3), (1, 1))]
     total = ComputeRecord.sum(records)
     assert total.full_macs == sum(record.full_macs for record in records)
     assert total.exit_layers == [[1, 4], [3, 3], [1, 1]]
@@ -261,10 +262,10 @@ def test_records_add_up_and_travel_as_json() -> None:
 
 
 def test_windows_of_one_text_are_one_response() -> None:
-    record = account([(TRACE, terms()), (TRACE, terms())], COST)
+    record = merge([account(TRACE, terms(), COST)] * 2)
     assert record.responses == 1
     assert record.exit_layers == [[1, 4, 1, 4]]
-    assert record.full_macs == 2 * account([(TRACE, terms())], COST).full_macs
+    assert record.full_macs == 2 * account(TRACE, terms(), COST).full_macs
 
 
 def test_stderr_of_the_ratio_agrees_with_resampling() -> None:

@@ -20,8 +20,8 @@ from dynamax_lm_eval.engine.scheduler import (
     GenerationRequest,
     Scoring,
     ScoringRequest,
-    generate,
-    score,
+    generate_all,
+    score_all,
 )
 from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute, checked_engine
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -50,25 +50,21 @@ def engine_for(family: str, *dtype: torch.dtype) -> Engine:
 def run_generate(
     engine: Engine, policies: list[ExitPolicy], prompts: list[list[int]], max_rows: int
 ) -> list[Generation]:
-    found: dict[int, Generation] = {}
     requests = [
         GenerationRequest(prompt, NEW_TOKENS, policy, Sampler(), lambda _: False)
         for prompt, policy in zip(prompts, policies, strict=True)
     ]
-    generate(engine, requests, max_rows, found.__setitem__)
-    return [found[i] for i in range(len(prompts))]
+    return generate_all(engine, requests, max_rows)
 
 
 def run_score(
     engine: Engine, policy: ExitPolicy, pairs: list[tuple[list[int], list[int]]], max_rows: int
 ) -> list[Scoring]:
-    found: dict[int, Scoring] = {}
     requests = [
         ScoringRequest([*context, *continuation[:-1]], len(context), [[t] for t in continuation], policy)
         for context, continuation in pairs
     ]
-    score(engine, requests, max_rows, found.__setitem__)
-    return [found[i] for i in range(len(pairs))]
+    return score_all(engine, requests, max_rows)
 
 
 @torch.no_grad()
@@ -275,10 +271,9 @@ def test_blocks_are_really_skipped(mode: Any) -> None:
 def test_several_last_tokens_share_one_row() -> None:
     engine = engine_for("llama")
     context, last = PROMPTS[0], [5, 9, 11]
-    found: dict[int, Scoring] = {}
-    score(engine, [ScoringRequest([*context, 7], len(context), [[7], last], FULL)], 1, found.__setitem__)
+    [found] = score_all(engine, [ScoringRequest([*context, 7], len(context), [[7], last], FULL)], 1)
     alone = run_score(engine, FULL, [(context, [7, token]) for token in last], 3)
-    assert found[0].log_probs[1] == pytest.approx([result.log_probs[1][0] for result in alone], abs=1e-6)
+    assert found.log_probs[1] == pytest.approx([result.log_probs[1][0] for result in alone], abs=1e-6)
 
 
 def test_long_rows_are_cut_into_query_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

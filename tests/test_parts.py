@@ -135,6 +135,26 @@ def test_stop_strings_are_found_without_decoding_every_token(stops: list[str]) -
                 break
 
 
+def test_tokens_that_cannot_end_a_stop_string_are_decoded_once() -> None:
+    tokenizer = train_tokenizer()
+    decoded: list[list[int]] = []
+
+    class Counting:
+        encode = staticmethod(tokenizer.encode)
+
+        @staticmethod
+        def decode(ids: list[int]) -> str:
+            decoded.append(ids)
+            text: str = tokenizer.decode(ids)
+            return text
+
+    stop = StopStrings(Counting(), ["\n\n", "~"], frozenset({2}))
+    ids = tokenizer.encode("the river Seine jumps over the river", add_special_tokens=False)
+    for end in range(1, len(ids) + 1):
+        assert not stop(ids[:end])
+    assert sorted(decoded) == [[i] for i in sorted(set(ids))], "each kind of token alone, and never a text"
+
+
 def test_fingerprint_tells_weights_apart() -> None:
     import copy
 

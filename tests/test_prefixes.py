@@ -228,17 +228,13 @@ def test_what_ran_is_counted_apart(scope: Any, run: Any) -> None:
         hook.remove()
     physical, alone, saved = Physical(), 0, 0
     for result in results:
-        terms = policy.terms(result.trace.prompt_tokens)
-        physical.add(result.trace, terms, cost, result.shared_tokens)
-        alone += account([(result.trace, terms)], cost).total_macs
-        saved += result.shared_tokens
+        record = account(result.trace, policy.terms(result.trace.prompt_tokens), cost)
+        physical.add_row(record)
+        alone += record.total_macs
+    assert physical.macs == alone
     for ran in runs:
-        physical.add(ran.trace, ran.policy.terms(ran.trace.prompt_tokens), cost, ran.shared_tokens)
-        saved -= ran.trace.fed_tokens - ran.shared_tokens
+        physical.add_prefix(account(ran.trace, ran.policy.terms(ran.trace.prompt_tokens), cost), ran.uses)
+        saved += (ran.uses - 1) * ran.trace.fed_tokens
     assert physical.fed_tokens == sum(fed) == sum(result.trace.fed_tokens for result in results) - saved
     assert saved > 0
     assert physical.macs < alone
-    unshared = Physical()
-    for result in results:
-        unshared.add(result.trace, policy.terms(result.trace.prompt_tokens), cost, 0)
-    assert unshared.macs == alone

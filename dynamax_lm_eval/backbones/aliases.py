@@ -63,8 +63,8 @@ def resolve(name: str, subfolder: str = "") -> str:
         return HUB_ALIASES[name]
     if name == SMOLLM2_GGUF:
         return str(dequantised_smollm2())
-    if name in shipped_backbones():
-        return str(shipped_backbones()[name])
+    if (shipped := shipped_backbones().get(name)) is not None:
+        return str(shipped)
     folder = Path(name).expanduser()
     if folder.is_dir():
         files = folder / subfolder

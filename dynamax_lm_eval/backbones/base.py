@@ -46,6 +46,14 @@ class RowLayout:
     exit_layers: tuple[int, ...]  # every layer at which some row may exit
     final_block: BoolArray  # (R,) rows whose tokens run block L after an exit
 
+    def is_given_states(self, block: int, rows: IntArray) -> BoolArray:
+        """(m,) Whether ``block`` is given the states of tokens of ``rows`` (m,) that left before it.
+
+        Not where it is pruned, or is a final block, which runs on them itself.
+        """
+        runs: BoolArray = self.runs_block[rows, block]
+        return runs & ~self.final_block[rows] if block == self.runs_block.shape[1] - 1 else runs
+
 
 def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_layers: int) -> RowLayout:
     """The layout of new rows with ``lengths`` tokens that run every block and never exit."""
@@ -138,7 +146,7 @@ class Backbone(ABC):
         if largest >= self.num_embeddings:
             raise UserError(
                 f"the tokenizer makes token ids up to {largest}, but the backbone has only {self.num_embeddings} "
-                "embeddings; give the tokenizer that belongs to it"
+                "embeddings; give the tokenizer that belongs to it (evaluations take tokenizer=)"
             )
 
     @abstractmethod

@@ -259,11 +259,7 @@ class _LeftTokens:
         """Those that a block (1-based) gets states of: not where it is pruned, or is a final block that runs."""
         if self.hidden is None:
             return self
-        rows = layout.row_of[self.tokens]
-        runs = layout.runs_block[rows, block]
-        if block == layout.runs_block.shape[1] - 1:
-            runs = runs & ~layout.final_block[rows]
-        return self._chosen(runs)
+        return self._chosen(layout.is_given_states(block, layout.row_of[self.tokens]))
 
     def _chosen(self, mask: Any) -> _LeftTokens:
         if mask.all():

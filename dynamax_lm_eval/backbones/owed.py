@@ -18,6 +18,7 @@ class OwedStates:
     """All tokens of the rows in flight that left and whose states some block still lacks."""
 
     def __init__(self) -> None:
+        self.version = 0
         self._empty()
 
     def _empty(self) -> None:
@@ -26,7 +27,7 @@ class OwedStates:
         #: (m,) the last block that has a state of theirs.
         self.done: IntArray = np.empty(0, dtype=np.int64)
         self.hidden: Tensor | None = None  # (m, D) at their exits; None: there are none
-        self.version = getattr(self, "version", 0) + 1
+        self.version += 1
 
     def __len__(self) -> int:
         return len(self.slots)

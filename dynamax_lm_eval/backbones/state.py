@@ -57,14 +57,14 @@ class AttentionStates(States):
         self.spacing = spacing
         self.num_layers = num_layers
         self._first_of_prefixes = capacity
-        self.capacity = capacity = capacity + prefix_capacity
+        self.capacity = capacity + prefix_capacity
         self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
         self.values: list[Tensor | None] = [None] * (num_layers + 1)
-        self.layer_of: IntArray = np.full(capacity, num_layers, dtype=np.int64)
+        self.layer_of: IntArray = np.full(self.capacity, num_layers, dtype=np.int64)
         #: Places of such tokens that block L ran on all the same.
-        self.runs_last: BoolArray = np.zeros(capacity, dtype=np.bool_)
+        self.runs_last: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
         self.owed = OwedStates()
-        self._room = Room(capacity - prefix_capacity)
+        self._room = Room(capacity)
         self._prefix_room = Room(prefix_capacity)
         self._lengths: dict[int, int] = {}
 

@@ -277,9 +277,7 @@ class TransformerPass(ForwardPass):
             due = self._due = self._find_due(block, tokens, passed)
         if due.hidden is None:
             return
-        runs = self._layout.runs_block[due.rows, block]
-        if block == self._backbone.num_layers:
-            runs = runs & ~self._layout.final_block[due.rows]  # block L runs on them itself
+        runs = self._layout.is_given_states(block, due.rows)
         if runs.any():
             key, value = self._backbone.project(block, due.hidden, due.rotary)
             places = due.places

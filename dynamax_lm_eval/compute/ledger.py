@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -125,16 +125,16 @@ class ComputeRecord:
         return cls(**data)
 
 
-def account(rows: Sequence[tuple[Trace, ExitTerms]], cost: BackboneCost) -> ComputeRecord:
-    """What one response cost. Several rows where a text was scored in windows."""
-    record = ComputeRecord.sum(_account_row(trace, terms, cost) for trace, terms in rows)
+def merge(rows: Iterable[ComputeRecord]) -> ComputeRecord:
+    """One response made of several rows: a text that was scored in windows."""
+    record = ComputeRecord.sum(rows)
     record.responses = 1
-    record.generations = int(any(trace.generated for trace, _ in rows))
-    record.exit_layers = [[layer for trace, _ in rows for layer in trace.exit_layers]]
+    record.exit_layers = [[layer for row in record.exit_layers for layer in row]]
     return record
 
 
-def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord:
+def account(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord:
+    """What one row cost, as if it ran alone."""
     depth, pruned = cost.num_layers, terms.pruned_blocks
     layers = np.asarray(trace.exit_layers, dtype=np.int64)
     full_depth = np.full_like(layers, depth)
@@ -170,6 +170,9 @@ def _account_row(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeR
         block_macs += int(cost.last_block_macs(positions[layers < depth]).sum())
 
     record = ComputeRecord(
+        responses=1,
+        generations=int(trace.generated),
+        exit_layers=[list(trace.exit_layers)],
         prompt_tokens=trace.prompt_tokens,
         fed_tokens=trace.fed_tokens,
         eligible_tokens=len(layers),
@@ -206,20 +209,15 @@ class Physical:
     fed_tokens: int = 0
     macs: int = 0
 
-    def add(self, trace: Trace, terms: ExitTerms, cost: BackboneCost, shared_tokens: int) -> None:
-        """Adds a row whose first ``shared_tokens`` tokens ran elsewhere."""
-        self.fed_tokens += trace.fed_tokens - shared_tokens
-        self.macs += _account_row(trace, terms, cost).total_macs
-        if shared_tokens:
-            beginning = replace(
-                trace,
-                fed_tokens=shared_tokens,
-                tokens_given=0,
-                exit_layers=trace.exit_layers[: max(0, shared_tokens - terms.first_eligible)],
-            )
-            # Prompt tokens that only warm a classifier are never shared, unless all of the prompt may exit.
-            warmed = terms.warmed_tokens if shared_tokens >= terms.first_eligible else 0
-            self.macs -= _account_row(beginning, replace(terms, warmed_tokens=warmed), cost).total_macs
+    def add_row(self, record: ComputeRecord) -> None:
+        """Adds a row, as if all of it ran."""
+        self.fed_tokens += record.fed_tokens
+        self.macs += record.total_macs
+
+    def add_prefix(self, record: ComputeRecord, uses: int) -> None:
+        """Adds a beginning that ran once, in place of the ``uses`` times that rows and longer ones count it."""
+        self.fed_tokens += (1 - uses) * record.fed_tokens
+        self.macs += (1 - uses) * record.total_macs
 
     @classmethod
     def sum(cls, parts: Iterable[Physical]) -> Physical:

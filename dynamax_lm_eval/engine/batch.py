@@ -109,12 +109,13 @@ def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) ->
         if row.policy.active_exits:
             horizon = 0 if row.policy.threshold_decay is None else row.max_steps
             alike.setdefault((id(row.policy), horizon), []).append(i)
-    of_row = np.asarray([False] * len(rows))
-    for members in alike.values():
+    group_of_row = np.full(len(rows), -1, dtype=np.int64)
+    for number, members in enumerate(alike.values()):
+        group_of_row[members] = number
+    group_of = np.where(steps >= 0, group_of_row[layout.row_of], -1)
+    for number, members in enumerate(alike.values()):
         policy, max_steps = rows[members[0]].policy, rows[members[0]].max_steps
-        of_row[:] = False
-        of_row[members] = True
-        tokens = np.flatnonzero(of_row[layout.row_of] & (steps >= 0))
+        tokens = np.flatnonzero(group_of == number)
         if len(tokens) == 0:
             continue
         values = policy.effective_thresholds(steps[tokens], max_steps)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, ForwardPass, IntArray, States
+from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.exits import confidence
 from dynamax_lm_eval.exits.adapters import Adapter
@@ -94,6 +95,13 @@ class Engine:
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
         self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
+
+    def account(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
+        """What a row cost under a policy, were it alone."""
+        exits, kind = self.classifiers, policy.classifier
+        costs = exits.costs(kind) if exits is not None and kind is not None else {}
+        adapters = exits.adapter_macs() if exits is not None else {}
+        return account(trace, policy.terms(trace.prompt_tokens, costs, adapters), self.backbone.cost)
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch, states: RowStates, sink: LogitsSink, eager: bool = False) -> IntArray:

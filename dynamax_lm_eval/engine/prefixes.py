@@ -19,6 +19,9 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: A prefix is run on its own where that saves at least so many tokens; below, another pass costs more.
 MIN_SAVED_TOKENS = 64
+#: Room that is reserved for prefixes beside their longest chain, as a share of the rows': enough for the prefixes of a
+#: batch whose rows share theirs in pairs.
+ROOM_SHARE = 0.5
 
 
 @dataclass(eq=False)
@@ -30,6 +33,7 @@ class Prefix:
         policy: what decides the states of its tokens.
         parent: the longest shorter prefix that it begins with.
         users: requests and longer prefixes that have not yet taken their copy.
+        uses: how many took one.
         slot: its row in the states, once it has run.
         layers: of its tokens that may exit, the number of blocks that ran, once it has run.
         given_up: there was no room for it; its users begin with ``parent``.
@@ -39,6 +43,7 @@ class Prefix:
     policy: ExitPolicy
     parent: Prefix | None
     users: int = 0
+    uses: int = 0
     slot: int | None = None
     layers: tuple[int, ...] = ()
     given_up: bool = False
@@ -59,11 +64,11 @@ class Beginning:
 
 @dataclass(frozen=True)
 class PrefixRun:
-    """What was run for a prefix beyond its parent."""
+    """A prefix that ran (beyond its parent, if it has one) and how many rows and longer prefixes took a copy of it."""
 
     policy: ExitPolicy
     trace: Trace
-    shared_tokens: int
+    uses: int
 
 
 @dataclass
@@ -85,17 +90,13 @@ class PrefixPlan:
         return 0 if prefix is None else len(prefix.ids)
 
     def room(self, rows: int) -> int:
-        """Tokens to reserve for prefixes beside ``rows`` tokens for rows.
-
-        The longest chain and half of what the rows have: enough for the prefixes of a batch whose rows share
-        theirs in pairs. Prefixes that find no room are given up.
-        """
+        """Tokens to reserve for prefixes beside ``rows`` tokens for rows. Prefixes that find no room are given up."""
         chains: dict[int, int] = {}
         for prefix in self.all:  # parents come first
             before = chains[id(prefix.parent)] if prefix.parent is not None else 0
             chains[id(prefix)] = before + len(prefix.ids)
         everything = sum(len(prefix.ids) for prefix in self.all)
-        return min(everything, rows // 2 + max(chains.values(), default=0))
+        return min(everything, int(ROOM_SHARE * rows) + max(chains.values(), default=0))
 
 
 def find_prefixes(
@@ -185,8 +186,25 @@ class PrefixStore:
         self._states = states
         self.plan = plan
         self._tokens_per_pass = tokens_per_pass
-        #: What was run, in order.
-        self.runs: list[PrefixRun] = []
+        self._ran: list[Prefix] = []
+
+    @property
+    def runs(self) -> list[PrefixRun]:
+        """What has run so far, in order."""
+        return [
+            PrefixRun(
+                prefix.policy,
+                Trace(
+                    prompt_tokens=len(prefix.ids) + 1,
+                    fed_tokens=len(prefix.ids),
+                    tokens_given=0,
+                    exit_layers=prefix.layers,
+                    generated=False,
+                ),
+                prefix.uses,
+            )
+            for prefix in self._ran
+        ]
 
     def prepare(self, requests: Sequence[int]) -> None:
         """Runs the prefixes of these requests that have not run yet, parents before those that begin with them."""
@@ -219,18 +237,19 @@ class PrefixStore:
         beginning = Beginning(len(prefix.ids), prefix.layers)
         self._states.copy_row(prefix.slot, slot, len(prefix.ids))
         prefix.users -= 1
+        prefix.uses += 1
         if prefix.users == 0:
             self._states.close_row(prefix.slot)
         return beginning
 
     def _run(self, prefixes: Sequence[Prefix]) -> None:
-        opened: list[tuple[Prefix, Beginning]] = []
+        opened: list[tuple[Prefix, int, Beginning]] = []
         for prefix in prefixes:
             slot = self._states.open_prefix(len(prefix.ids))
             if slot is None:
                 self._give_up(prefix)
             else:
-                opened.append((prefix, self._copy(prefix.parent, slot)))
+                opened.append((prefix, slot, self._copy(prefix.parent, slot)))
                 prefix.slot = slot
         if not opened:
             return
@@ -238,25 +257,18 @@ class PrefixStore:
             RowInput(
                 ids=prefix.ids[beginning.tokens :],
                 first_position=beginning.tokens,
-                slot=prefix.slot or 0,
+                slot=slot,
                 prompt_length=len(prefix.ids) + 1,
                 max_steps=1,
                 policy=prefix.policy,
             )
-            for prefix, beginning in opened
+            for prefix, slot, beginning in opened
         ]
         batch = FlatBatch.build(rows)
         layers = self._engine.forward(batch, self._states, NoLogits(), eager=True)
-        for (prefix, beginning), chosen in zip(opened, batch.by_row(layers), strict=True):
+        for (prefix, _, beginning), chosen in zip(opened, batch.by_row(layers), strict=True):
             prefix.layers = (*beginning.layers, *chosen)
-            trace = Trace(
-                prompt_tokens=len(prefix.ids) + 1,
-                fed_tokens=len(prefix.ids),
-                tokens_given=0,
-                exit_layers=prefix.layers,
-                generated=False,
-            )
-            self.runs.append(PrefixRun(prefix.policy, trace, beginning.tokens))
+            self._ran.append(prefix)
 
     def _give_up(self, prefix: Prefix) -> None:
         """Its users become its parent's, which loses one."""

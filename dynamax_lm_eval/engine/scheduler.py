@@ -226,6 +226,20 @@ def score(
     return prefixes.runs
 
 
+def generate_all(engine: Engine, requests: Sequence[GenerationRequest], max_rows: int) -> list[Generation]:
+    """As :func:`generate`: all results, in order of the requests."""
+    found: dict[int, Generation] = {}
+    generate(engine, requests, max_rows, found.__setitem__)
+    return [found[i] for i in range(len(requests))]
+
+
+def score_all(engine: Engine, requests: Sequence[ScoringRequest], max_rows: int) -> list[Scoring]:
+    """As :func:`score`: all results, in order of the requests."""
+    found: dict[int, Scoring] = {}
+    score(engine, requests, max_rows, found.__setitem__)
+    return [found[i] for i in range(len(requests))]
+
+
 def _admit(
     requests: Sequence[GenerationRequest],
     needs: Sequence[int],

@@ -140,6 +140,23 @@ class ExitPolicy:
             )
         return policy, note
 
+    @classmethod
+    def of_exits(cls, exits: ExitConfig, kind: str, threshold: float, **settings: Any) -> ExitPolicy:
+        """One threshold at all layers of trained exits, with their classifiers of this kind.
+
+        ``settings``: other attributes of the policy.
+        """
+        return cls(
+            num_layers=exits.backbone.num_layers,
+            exit_layers=exits.exit_layers,
+            thresholds=(threshold,) * len(exits.exit_layers),
+            confidence="classifier",
+            classifier=cast(ClassifierKind, kind),
+            final_block=exits.final_block,
+            adapter=exits.adapter,
+            **settings,
+        )
+
     @cached_property
     def active_exits(self) -> tuple[int, ...]:
         """Exit layers where something is evaluated: those whose threshold is below 1."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamax_lm_eval.compute.ledger import Trace, account
+from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
 from dynamax_lm_eval.config import StateMode
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
@@ -144,31 +144,20 @@ def predicted_point(
     first = np.where(exits.any(0), exits.argmax(0), len(config.exit_layers))
     right = np.vstack([seen.agrees, np.ones((1, seen.agrees.shape[1]), dtype=np.bool_)])
     layers = np.asarray([*config.exit_layers, config.backbone.num_layers])[first]
-    policy = ExitPolicy(
-        num_layers=config.backbone.num_layers,
-        exit_layers=config.exit_layers,
-        thresholds=(threshold,) * len(config.exit_layers),
-        confidence="classifier",
-        classifier=kind,  # type: ignore[arg-type]
-        state_mode=state_mode,
-        exit_scope="all",
-        final_block=config.final_block,
-        adapter=config.adapter,
-    )
+    policy = ExitPolicy.of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")
     costs = classifiers.costs(kind)
-    traces, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
+    records, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
     for length in seen.lengths:
         inside[start] = False  # the first token of a row may not exit
         trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
-        traces.append((trace, policy.terms(1, costs, classifiers.adapter_macs())))
+        records.append(account(trace, policy.terms(1, costs, classifiers.adapter_macs()), cost))
         start += length
-    record = account(traces, cost)
     return {
         "threshold": threshold,
         "share_exiting": float((layers[inside] < config.backbone.num_layers).mean()),
         "mean_exit_layer": float(layers[inside].mean()),
         "agreement": float(right[first, np.arange(len(first))][inside].mean()),
-        "compute_reduction": record.compute_reduction,
+        "compute_reduction": ComputeRecord.sum(records).compute_reduction,
     }
 
 

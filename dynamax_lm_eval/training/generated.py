@@ -8,7 +8,7 @@ from typing import Any
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler, request_seed
-from dynamax_lm_eval.engine.scheduler import Generation, GenerationRequest, generate
+from dynamax_lm_eval.engine.scheduler import GenerationRequest, generate_all
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.training.data import Documents
 from dynamax_lm_eval.training.options import TrainingOptions
@@ -43,10 +43,8 @@ def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions
                 seed = request_seed(options.seed, f"epoch {epoch}", number)
                 sampler = Sampler(do_sample=True, seed=seed)
                 requests.append(GenerationRequest([first], options.seq_len - 1, policy, sampler, is_finished))
-            found: dict[int, Generation] = {}
-            generate(engine, requests, _AT_ONCE, found.__setitem__)
-            for i in range(skip, _AT_ONCE):
-                yield [first, *found[i].tokens]
+            for generation in generate_all(engine, requests, _AT_ONCE)[skip:]:
+                yield [first, *generation.tokens]
             skip, start = 0, start + _AT_ONCE
 
     return read
