@@ -118,15 +118,18 @@ class Engine:
             hidden = backbone.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
-            returning = _Returning()
+            returning = _Tokens()
+            # One read for all: the LM head's weights are most of what a read costs.
+            read_out = _Tokens()
             for block in range(1, backbone.num_layers + 1):
                 if len(tokens) == 0 and not run.has_pending_states and not returning:
                     break
                 if block == backbone.num_layers and returning:
-                    tokens, hidden = returning.merged_with(tokens, hidden)
+                    returning.add(tokens, hidden)
+                    tokens, hidden = returning.in_order()
                 before = hidden
                 hidden = _run_block(run, batch, block, tokens, hidden)
-                leaves = self._decide(batch, block, tokens, before, hidden, states.classifiers, sink)
+                leaves = self._decide(batch, block, tokens, before, hidden, states.classifiers, sink, read_out)
                 if leaves is not None and leaves.any():
                     gone, stay = np.flatnonzero(leaves), np.flatnonzero(~leaves)
                     layer_of[tokens[gone]] = block
@@ -134,7 +137,10 @@ class Engine:
                     for_last = gone[_has_final_block(batch, tokens[gone])]
                     returning.add(tokens[for_last], _select(hidden, for_last))
                     tokens, hidden = tokens[stay], _select(hidden, stay)
-            self._read_out(batch, tokens, hidden, sink)
+            wanted = np.flatnonzero(batch.wanted[tokens])
+            read_out.add(tokens[wanted], _select(hidden, wanted))
+            if read_out:
+                self._read_out(*read_out.in_order(), sink)
         return layer_of
 
     def _decide(
@@ -146,10 +152,12 @@ class Engine:
         hidden: Tensor,
         classifiers: ClassifierStates,
         sink: LogitsSink,
+        read_out: _Tokens,
     ) -> BoolArray | None:
         """Which of the tokens in flight exit after ``block``: (n,), or None where none may.
 
-        Tokens that exit and whose logits are wanted are read out on the way, unless block L runs on them first.
+        Those whose logits are wanted are handed to ``sink`` where the decision read the LM head, else left in
+        ``read_out``; not if block L runs on them first.
         """
         thresholds = batch.thresholds.get(block)
         if thresholds is None or len(tokens) == 0:
@@ -180,7 +188,7 @@ class Engine:
                 gone = chosen[exits]
                 gone = gone[batch.wanted[tokens[gone]] & ~_has_final_block(batch, tokens[gone])]
                 if len(gone):
-                    self._read_out(batch, tokens[gone], _adapted(_select(hidden, gone), adapter), sink)
+                    read_out.add(tokens[gone], _adapted(_select(hidden, gone), adapter))
             leaves[chosen[exits]] = True
         return leaves
 
@@ -204,13 +212,9 @@ class Engine:
             sink.commit(tokens[wanted[committed]], torch.cat(reduced)[rows])
         return exits
 
-    def _read_out(self, batch: FlatBatch, tokens: IntArray, hidden: Tensor, sink: LogitsSink) -> None:
-        wanted = np.flatnonzero(batch.wanted[tokens])
-        if len(wanted) == 0:
-            return
-        for part, logits in self._logits(_select(hidden, wanted)[0]):
-            chosen = tokens[wanted[part]]
-            sink.commit(chosen, sink.reduce(chosen, logits))
+    def _read_out(self, tokens: IntArray, hidden: Tensor, sink: LogitsSink) -> None:
+        for part, logits in self._logits(hidden[0]):
+            sink.commit(tokens[part], sink.reduce(tokens[part], logits))
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits (t, V) of hidden states (T, D), in parts of bounded size."""
@@ -220,8 +224,8 @@ class Engine:
             yield part, self.backbone.readout(hidden[part])
 
 
-class _Returning:
-    """Tokens that left and come back for block L."""
+class _Tokens:
+    """Tokens that left and wait: to come back for block L, or to be read out."""
 
     def __init__(self) -> None:
         self._tokens: list[IntArray] = []
@@ -235,11 +239,13 @@ class _Returning:
             self._tokens.append(tokens)
             self._hidden.append(hidden)
 
-    def merged_with(self, tokens: IntArray, hidden: Tensor) -> tuple[IntArray, Tensor]:
-        """All tokens that block L runs on, in the order of the batch, with their hidden states (1, n, D)."""
-        every = np.concatenate([tokens, *self._tokens])
+    def in_order(self) -> tuple[IntArray, Tensor]:
+        """All of them in the order of the batch, with their hidden states (1, n, D)."""
+        if len(self._tokens) == 1:
+            return self._tokens[0], self._hidden[0]
+        every = np.concatenate(self._tokens)
         order = np.argsort(every)
-        joined = torch.cat([hidden, *self._hidden], dim=1)
+        joined = torch.cat(self._hidden, dim=1)
         return every[order], joined.index_select(1, torch.from_numpy(order).to(joined.device))
 
 
