@@ -113,12 +113,11 @@ class AttentionStates(States):
         else:
             self._prefix_room.give_back(slot - self._first_of_prefixes, self._lengths.pop(slot))
 
-    def write(self, block: int, places: Tensor, key: Tensor, value: Tensor) -> None:
-        """Stores K and V (1, H_kv, T, P) of one block at ``places`` (T,)."""
-        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)  # (T, H_kv, P)
+    def write(self, block: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores K and V (T, H_kv, P) of one block at ``places`` (T,); returns its arenas (C, H_kv, P)."""
         self._make_arenas(block, like=(key, value))
-        self.key_arena(block).index_copy_(0, places, key)
-        self.value_arena(block).index_copy_(0, places, value)
+        keys, values = self.key_arena(block), self.value_arena(block)
+        return keys.index_copy_(0, places, key), values.index_copy_(0, places, value)
 
     def copy(self, source: int, block: int, places: Tensor) -> None:
         """Gives ``block`` the K and V that block ``source`` wrote at ``places`` (T,)."""

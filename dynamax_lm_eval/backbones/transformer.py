@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from dynamax_lm_eval.backbones import attention, families
 from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
+from dynamax_lm_eval.backbones.lean import LeanBlock, turned
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
@@ -66,6 +67,7 @@ class TransformerBackbone(DecoderBackbone):
         parameters = inspect.signature(self._layers[0].forward).parameters
         self._cache_argument = "layer_past" if "layer_past" in parameters else "past_key_values"
         self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers)]
+        self.lean_blocks = [LeanBlock.of(block.module, block.head_dim) for block in self.blocks]
         self.cost = BackboneCost(
             tuple(block.cost for block in self.blocks),
             lm_head=self.hidden_size * self.vocab_size,
@@ -158,20 +160,26 @@ class TransformerBackbone(DecoderBackbone):
         self,
         block: int,
         hidden: Tensor,
-        cache: Any,
-        rotary: tuple[Tensor, Tensor],
-        positions: Tensor,
-        plan: Any,
+        states: AttentionStates,
+        flight: _Flight,
+        lean: LeanBlock | None,
     ) -> Tensor:
-        """Block ``block`` (1-based) as the family wrote it, on (1, n, D)."""
-        output: Any = self.blocks[block - 1].module(
+        """Block ``block`` (1-based) on (1, n, D), as ``lean`` does it, or else as the family wrote it."""
+        described = self.blocks[block - 1]
+        if lean is not None:
+
+            def write(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+                return states.write(block, flight.places, key, value)
+
+            return lean(hidden, *flight.turned(described.rotary_key), write, flight.plan)
+        output: Any = described.module(
             hidden,
             attention_mask=None,
-            position_ids=positions,
-            position_embeddings=rotary,
+            position_ids=flight.positions,
+            position_embeddings=flight.rotary[described.rotary_key],
             use_cache=True,
-            plan=plan,
-            **{self._cache_argument: cache},
+            plan=flight.plan,
+            **{self._cache_argument: _Scatter(states, block, flight.places)},
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -229,6 +237,7 @@ class TransformerPass(ForwardPass):
         self._rotary: dict[str | None, tuple[Tensor, Tensor]] | None = None
         self._flight: _Flight | None = None
         self._eager = eager
+        self._lean = [lean if lean is not None and lean.may_replace else None for lean in backbone.lean_blocks]
         self._slots = np.asarray(layout.slots, dtype=np.int64)
         self._due: _Due | None = None
         # Exits of rows in skip mode: behind each of them the blocks see fewer tokens.
@@ -248,9 +257,7 @@ class TransformerPass(ForwardPass):
         if len(tokens) == 0:
             return hidden
         flight = self._in_flight(block, tokens, hidden)
-        key = self._backbone.blocks[block - 1].rotary_key
-        cache = _Scatter(self._states, block, flight.places)
-        return self._backbone.call_block(block, hidden, cache, flight.rotary[key], flight.positions, flight.plan)
+        return self._backbone.call_block(block, hidden, self._states, flight, self._lean[block - 1])
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
@@ -284,7 +291,7 @@ class TransformerPass(ForwardPass):
             if not runs.all():
                 chosen = self._on_device(np.flatnonzero(runs))
                 key, value, places = key.index_select(2, chosen), value.index_select(2, chosen), places[chosen]
-            self._states.write(block, places, key, value)
+            self._states.write(block, places, key[0].transpose(0, 1), value[0].transpose(0, 1))
         # Rows that only come back for block L have not been through those before it, unless the pass is eager.
         owed.done[due.tokens if self._eager else due.tokens[runs]] = block
         if block == self._backbone.num_layers:
@@ -371,6 +378,13 @@ class _Flight:
     positions: Tensor  # (1, n)
     rotary: dict[str | None, tuple[Tensor, Tensor]]
     plan: attention.AttentionPlan
+    _turned: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def turned(self, key: str | None) -> tuple[Tensor, Tensor]:
+        """The angles as :class:`LeanBlock` wants them, made once for all blocks."""
+        if key not in self._turned:
+            self._turned[key] = turned(*self.rotary[key])
+        return self._turned[key]
 
 
 @dataclass(frozen=True)
@@ -399,5 +413,4 @@ class _Scatter:
         self._places = places
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._states.write(self._block, self._places, key, value)
-        return self._states.key_arena(self._block), self._states.value_arena(self._block)
+        return self._states.write(self._block, self._places, key[0].transpose(0, 1), value[0].transpose(0, 1))
