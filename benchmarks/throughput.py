@@ -5,8 +5,8 @@
     python benchmarks/throughput.py --scenario choices --data triviaqa_dev.jsonl.gz --limit 64 --batch-sizes 16
 
 triviaqa: two shots, the questions with the longest answers, stopped at a newline. truthfulqa: the harness's own
-prompt of truthfulqa_gen, up to 256 tokens. choices: log-likelihoods of four answers after five shots. The last line is
-JSON with versions and hardware.
+prompt of truthfulqa_gen, up to 256 tokens. choices: log-likelihoods of four answers after five shots. Peak memory is
+that of a process of its own for each side. The last line is JSON with versions and hardware.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import gzip
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,17 @@ def is_equal(ours: Any, theirs: Any) -> bool:
     return bool(ours[1] == theirs[1] and abs(ours[0] - theirs[0]) < 1e-3)
 
 
+def models_of(args: argparse.Namespace, folder: str, batch_size: int) -> dict[str, Callable[[], Any]]:
+    options: dict[str, Any] = {"batch_size": batch_size, "device": args.device, "dtype": args.dtype}
+    return {"hf": lambda: HFLM(folder, **options), "dynamax": lambda: DynamaxLM(folder, threshold=1, **options)}
+
+
+def peak_memory(name: str, batch_size: int) -> int:
+    """MiB of main memory that a process needs which answers all requests in one of the two ways."""
+    command = [sys.executable, *sys.argv, f"--memory-of={name}", "--batch-sizes", str(batch_size)]
+    return int(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=SCENARIOS, default="triviaqa")
@@ -104,14 +118,21 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--memory-of", choices=("hf", "dynamax"), help=argparse.SUPPRESS)
     args = parser.parse_args()
 
     requests = SCENARIOS[args.scenario](args)
     folder = aliases.resolve(args.backbone)
+    if args.memory_of:
+        lm = models_of(args, folder, args.batch_sizes[0])[args.memory_of]()
+        timed(lm, requests)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return
     rows = []
     for batch_size in args.batch_sizes:
-        options: dict[str, Any] = {"batch_size": batch_size, "device": args.device}
-        models = {"hf": HFLM(folder, **options), "dynamax": DynamaxLM(folder, threshold=1, **options)}
+        memory = {name: peak_memory(name, batch_size) for name in ("hf", "dynamax")}
+        models = {name: make() for name, make in models_of(args, folder, batch_size).items()}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         answers: dict[str, list[Any]] = {}
         for lm in models.values():
@@ -131,15 +152,18 @@ def main() -> None:
                 "speed_up": medians["hf"] / medians["dynamax"],
                 "equal_answers": equal,
                 "answers": len(requests),
+                "peak_mib": memory,
             }
+        )
+        print(
+            f"batch {batch_size}: {rows[-1]['speed_up']:.2f} times as fast, {equal}/{len(requests)} equal", flush=True
         )
     setting = {
         "benchmark": "throughput",
         "scenario": args.scenario,
         "backbone": args.backbone,
         "max_gen_toks": args.max_gen_toks,
-        "dtype": str(models["dynamax"].model.dtype),
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "dtype": args.dtype,
     }
     print(json.dumps(setting | environment(args.device) | {"rows": rows}))
 

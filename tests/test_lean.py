@@ -10,6 +10,7 @@ from conftest import LAYERS, TRANSFORMERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.lean import LeanBlock
+from dynamax_lm_eval.backbones.linear import applied
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scheduler import GenerationRequest, ScoringRequest, generate_all, score_all
@@ -67,3 +68,23 @@ def test_hooks_are_called(part: str) -> None:
     finally:
         hook.remove()
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 4, 96, 97])
+def test_linear_layers(num_tokens: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 40, bias=bias)
+    x = torch.randn(num_tokens, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(applied(layer, x), layer(x))
+        torch.testing.assert_close(applied(layer, x.unsqueeze(0)), layer(x).unsqueeze(0))
+
+
+def test_layers_that_are_more_than_linear_are_called() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    layer, x = Doubled(24, 40), torch.randn(8, 24)
+    torch.testing.assert_close(applied(layer, x), layer(x))

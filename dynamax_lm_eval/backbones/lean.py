@@ -1,7 +1,7 @@
 """Blocks of the Llama kind in fewer operations than their family's own code takes.
 
 While few tokens are in flight, the host spends as long on starting operations as the machine on computing them.
-Norms, rotary embedding and the order of things are computed here; quantised layers and adapters are called as they
+Norms, rotary embedding and plain linear layers are computed here; quantised layers and adapters are called as they
 are. Whether that gives what the family gives is checked at load, as for every backbone.
 
 n tokens in flight, D hidden, H heads, H_kv K/V heads, P head dim.
@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamax_lm_eval.backbones.attention import AttentionPlan, ragged_attention
+from dynamax_lm_eval.backbones.linear import applied
 
 #: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
 _FAMILIES = {"Llama": False, "Mistral": True, "Qwen2": False, "Qwen3": False}
@@ -34,12 +35,12 @@ class LeanBlock:
         self._window = window
         self._scaling = attn.scaling
         self._norms = (module.input_layernorm, module.post_attention_layernorm)
-        self._projections = [_entry(part) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        self._projections = (attn.q_proj, attn.k_proj, attn.v_proj)
         self._head_norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else None
-        self._output = _entry(attn.o_proj)
-        self._mlp = module.mlp
-        linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj)
-        self._passed_over = [vars(part) for part in (module, attn, *self._norms, *linears)]
+        self._output = attn.o_proj
+        self._gate, self._up, self._down = module.mlp.gate_proj, module.mlp.up_proj, module.mlp.down_proj
+        self._activation = module.mlp.act_fn
+        self._passed_over = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
 
     @classmethod
     def of(cls, module: Any, head_dim: int) -> LeanBlock | None:
@@ -48,7 +49,8 @@ class LeanBlock:
         if family not in _FAMILIES or not type(module).__module__.startswith("transformers.models."):
             return None
         attn = module.self_attn
-        parts = {"self_attn": "Attention", "input_layernorm": "RMSNorm", "post_attention_layernorm": "RMSNorm"}
+        parts = {"self_attn": "Attention", "mlp": "MLP"}
+        parts |= {"input_layernorm": "RMSNorm", "post_attention_layernorm": "RMSNorm"}
         if any(type(getattr(module, name)).__name__ != family + kind for name, kind in parts.items()):
             return None
         window = getattr(attn.config, "sliding_window", None) if _FAMILIES[family] else None
@@ -65,7 +67,7 @@ class LeanBlock:
         """The block's output (1, n, D) for its input (1, n, D) and angles (1, n, 1, P) as of :func:`turned`."""
         normed = _normed(self._norms[0], hidden)
         query, key, value = (
-            project(normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
+            applied(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
         )  # (1, n, heads, P)
         if self._head_norms is not None:
             query, key = self._head_norms[0](query), self._head_norms[1](key)
@@ -74,8 +76,10 @@ class LeanBlock:
         keys, values = write(rotated[0, :, heads:], value[0])
         query = rotated[:, :, :heads].transpose(1, 2)
         attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self._window, plan)
-        hidden = self._output(attended.flatten(2)).add_(hidden)
-        return self._mlp(_normed(self._norms[1], hidden)).add_(hidden)  # type: ignore[no-any-return]
+        hidden = hidden + applied(self._output, attended.flatten(2))
+        normed = _normed(self._norms[1], hidden)
+        gated = self._activation(applied(self._gate, normed)).mul_(applied(self._up, normed))
+        return hidden + applied(self._down, gated)
 
 
 def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,11 +87,6 @@ def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     half = sin.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return cos.unsqueeze(2), signed.unsqueeze(2)
-
-
-def _entry(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What computes a linear layer: of a plain one its function itself, which saves the module's bookkeeping."""
-    return linear.forward if type(linear) is nn.Linear else linear
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

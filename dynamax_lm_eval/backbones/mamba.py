@@ -20,6 +20,7 @@ from dynamax_lm_eval.backbones import families, kernels
 from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
+from dynamax_lm_eval.backbones.linear import applied
 from dynamax_lm_eval.backbones.loading import copy_is_impossible
 from dynamax_lm_eval.backbones.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
@@ -72,7 +73,7 @@ class MambaBackbone(DecoderBackbone):
 
     def readout(self, hidden: Tensor) -> Tensor:
         normed = self._final_norm(hidden)
-        logits: Tensor = self._lm_head(normed.to(self._lm_head.weight.dtype))
+        logits = applied(self._lm_head, normed.to(self._lm_head.weight.dtype)).contiguous()
         return logits.float()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:

@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.kernels import ScanKernels
+from dynamax_lm_eval.backbones.linear import applied
 from dynamax_lm_eval.backbones.ssm import MixerShape, MixerState, RaggedRows, causal_conv, channel_scan, selective_scan
 from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE, BlockCost
 from dynamax_lm_eval.config import UserError
@@ -118,7 +119,7 @@ class Mamba2Mixer(Mixer):
         return self.shape.heads, self.shape.head_dim, self.shape.state
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        projected = self.module.in_proj(normed)
+        projected = applied(self.module.in_proj, normed).contiguous()
         return projected[:, : self.inner], projected[:, self.inner :]
 
     def project_update(self, normed: Tensor) -> Tensor:
@@ -140,8 +141,7 @@ class Mamba2Mixer(Mixer):
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         normed = self.module.norm(scanned, gate)
-        projected: Tensor = self.module.out_proj(normed.to(gate.dtype))
-        return projected
+        return applied(self.module.out_proj, normed.to(gate.dtype))
 
 
 class Mamba1Mixer(Mixer):
@@ -158,7 +158,7 @@ class Mamba1Mixer(Mixer):
         return self.inner, self._sizes[1]
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        projected = self.module.in_proj(normed)
+        projected = applied(self.module.in_proj, normed).contiguous()
         return projected[:, self.inner :], projected[:, : self.inner]
 
     def project_update(self, normed: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ class Mamba1Mixer(Mixer):
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         module = self.module
         x, conv = self._convolve(update, rows, None if state is None else state.conv)
-        parts = module.x_proj(x).split(self._sizes, dim=-1)
+        parts = applied(module.x_proj, x).split(self._sizes, dim=-1)
         dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
         steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
         before = None if state is None else state.ssm
@@ -176,8 +176,7 @@ class Mamba1Mixer(Mixer):
         return torch.addcmul(read, x.float(), module.D.float()), MixerState(conv, ssm)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
-        projected: Tensor = self.module.out_proj((scanned * self._activation(gate.float())).to(gate.dtype))
-        return projected
+        return applied(self.module.out_proj, (scanned * self._activation(gate.float())).to(gate.dtype))
 
 
 def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> Mixer:

@@ -25,6 +25,7 @@ from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, Sta
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.lean import LeanBlock, turned
+from dynamax_lm_eval.backbones.linear import applied
 from dynamax_lm_eval.backbones.state import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.config import StateMode, UserError
@@ -81,7 +82,7 @@ class TransformerBackbone(DecoderBackbone):
         return TransformerPass(self, states, layout, eager)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._lm_head(self._final_norm(hidden))
+        logits = applied(self._lm_head, self._final_norm(hidden)).contiguous()
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
