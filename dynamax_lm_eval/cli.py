@@ -6,7 +6,7 @@ import argparse
 import difflib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments[1:])
     if arguments[:1] == ["train"]:
         return _train(arguments[1:])
+    if arguments[:1] == ["sweep"]:
+        return _sweep(arguments[1:])
+    if arguments[:1] == ["report"]:
+        return _report(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="dynamax-lm-eval",
         description=_DESCRIPTION,
@@ -45,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("run", help="evaluate: lm_eval with --model dynamax and our tasks (all its options)")
     commands.add_parser("train", help="train exits for a backbone (all its options: dynamax-lm-eval train --help)")
+    commands.add_parser(
+        "sweep", help="evaluate many policies in one run (all its options: dynamax-lm-eval sweep --help)"
+    )
+    commands.add_parser("report", help="tables, plots and one HTML page of sweeps (dynamax-lm-eval report FOLDER...)")
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
     options = parser.parse_args(arguments)
@@ -67,26 +75,93 @@ On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or
 
 
 def _train(arguments: list[str]) -> int:
-    from transformers import HfArgumentParser
-
     from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
-    kinds: Any = (TrainingOptions, RunOptions)
-    parser = HfArgumentParser(
-        kinds,
-        prog="dynamax-lm-eval train",
-        description=_TRAIN_DESCRIPTION,
-        allow_abbrev=False,
-    )
-    try:
-        options, run, *unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        if unknown and unknown[0]:
-            raise UserError(_unknown_option(unknown[0][0], parser))
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+    def train() -> None:
+        options, run = _parsed("train", _TRAIN_DESCRIPTION, arguments, TrainingOptions, RunOptions)
         from dynamax_lm_eval.training.command import train
 
         train(options, run)
+
+    return _status(train)
+
+
+_SWEEP_DESCRIPTION = """\
+Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, and always the full
+model. The backbone is loaded once, prompts run once, and points decode together. Each point gets the harness's own
+result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was stopped goes on when
+it is started again. Options may come from a YAML file: --config sweep.yaml; those on the command line win. Several
+processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ... Pictures:
+dynamax-lm-eval report."""
+
+
+def _sweep(arguments: list[str]) -> int:
+    from dynamax_lm_eval.sweep.options import SweepOptions, read_yaml
+
+    def sweep() -> None:
+        files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        files.add_argument("--config", type=Path)
+        file, given = files.parse_known_args(arguments)
+        if file.config is not None:
+            try:
+                stored = read_yaml(file.config.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise UserError(f"--config {file.config} cannot be read: {error.strerror}") from error
+            pairs = [[f"--{name}", str(value)] for name, value in stored.items() if value is not None]
+            given = [*(part for pair in pairs for part in pair), *given]
+        (options,) = _parsed("sweep", _SWEEP_DESCRIPTION, given, SweepOptions)
+        _autoload.register()
+        from dynamax_lm_eval.sweep.command import sweep
+
+        folder = sweep(options)
+        sys.stdout.write(f"{folder}\n")
+
+    return _status(sweep)
+
+
+_REPORT_DESCRIPTION = """\
+Show what sweeps found: points.csv and points.parquet (one row per point, task and metric), report.md with intervals,
+plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts."""
+
+
+def _report(arguments: list[str]) -> int:
+    def report() -> None:
+        folders: list[str] = []
+        rest = list(arguments)
+        while rest and not rest[0].startswith("-"):
+            folders.append(rest.pop(0))
+        from dynamax_lm_eval.reports.options import ReportOptions
+
+        (options,) = _parsed("report FOLDER...", _REPORT_DESCRIPTION, ["--folders", *folders, *rest], ReportOptions)
+        from dynamax_lm_eval.reports.command import report
+
+        sys.stdout.write(f"{report(options)}\n")
+
+    return _status(report)
+
+
+def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -> tuple[Any, ...]:
+    """The options of a subcommand as instances of these dataclasses."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        kinds,
+        prog=f"dynamax-lm-eval {command}",
+        description=description,
+        allow_abbrev=False,
+    )
+    *options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise UserError(_unknown_option(unknown[0], parser))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return tuple(options)
+
+
+def _status(command: Callable[[], None]) -> int:
+    """Runs a subcommand; what the user got wrong ends in one line on stderr and status 2."""
+    try:
+        command()
     except UserError as error:
         sys.stderr.write(f"dynamax-lm-eval: error: {' '.join(str(error).split())}\n")
         return 2

@@ -19,6 +19,7 @@ StateMode = Literal["recompute", "copy", "skip"]
 ExitScope = Literal["generated", "all"]
 Preset = Literal["paper"]
 MambaKernels = Literal["auto", "torch"]
+PruneStrategy = Literal["deepest", "angular"]
 
 
 class UserError(ValueError):
@@ -49,8 +50,13 @@ class DynamaxArgs:
     final_block: bool | None = None
     #: What a token leaves behind in the blocks it skipped; None: ``recompute`` (a preset may say otherwise).
     state_mode: StateMode | None = None
-    #: N: the N blocks before the last one are disabled; a tuple names blocks (1-based).
+    #: N: N blocks are disabled, those that ``prune_strategy`` chooses; a tuple names blocks (1-based).
     prune_layers: int | tuple[int, ...] = 0
+    #: ``deepest``: the N blocks before the last one; ``angular``: the N blocks in a row that turn the hidden state
+    #: least, as ``prune_profile`` says. None: deepest.
+    prune_strategy: PruneStrategy | None = None
+    #: File of ``dynamax-lm-eval prune-profile``.
+    prune_profile: str | None = None
     #: Which tokens may exit.
     exit_scope: ExitScope = "generated"
     #: transformers' repetition penalty for every generation that does not set its own.
@@ -63,6 +69,11 @@ class DynamaxArgs:
     mamba_kernels: MambaKernels | None = None
     #: What several requests begin with runs once.
     prefix_caching: bool = True
+    #: A generation counts as degenerate where it ends in an n-gram of up to so many tokens, at least three times in
+    #: a row; 0 counts none.
+    degenerate_ngram: int = 8
+    #: ... and over at least so many tokens.
+    degenerate_tokens: int = 16
 
 
 #: What ``preset=paper`` sets where the user does not (its state mode depends on the backbone). The paper names no
@@ -143,6 +154,7 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
             parsed[name] = _PARSERS[name](name, value)
     if not parsed.get("exits_check", True) and "exits" not in parsed:
         raise UserError("exits_check=false has no effect without exits=: exits are looked up by the weights they fit")
+    check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
     if parsed.get("preset") == "paper":
         parsed = {**PAPER_PRESET, **parsed}
     return DynamaxArgs(**parsed), passed_on
@@ -198,6 +210,19 @@ def resolve_pruned_blocks(requested: int | tuple[int, ...], num_layers: int) -> 
     if len(requested) >= num_layers:
         raise UserError(f"prune_layers disables all {num_layers} blocks; leave at least one")
     return frozenset(requested)
+
+
+def check_pruning(strategy: str | None, profile: str | None, layers: int | tuple[int, ...]) -> None:
+    """Raises UserError where these arguments do not go together."""
+    if strategy == "angular" and profile is None:
+        raise UserError(
+            "prune_strategy=angular needs prune_profile=, a file of block distances; make it: dynamax-lm-eval "
+            "prune-profile --backbone ..."
+        )
+    if profile is not None and strategy != "angular":
+        raise UserError("prune_profile has no effect without prune_strategy=angular; add it, or remove prune_profile")
+    if strategy is not None and (not isinstance(layers, int) or layers == 0):
+        raise UserError(f"prune_strategy={strategy} needs prune_layers=N, the number of blocks that it chooses")
 
 
 def resolve_thresholds(threshold: tuple[float, ...], exit_layers: tuple[int, ...]) -> tuple[float, ...]:
@@ -354,6 +379,10 @@ _PARSERS: dict[str, Any] = {
     "preset": _choice(Preset),
     "mamba_kernels": _choice(MambaKernels),
     "prefix_caching": _flag,
+    "degenerate_ngram": _count,
+    "degenerate_tokens": _count,
+    "prune_strategy": _choice(PruneStrategy),
+    "prune_profile": _text,
     "exit_layers": _exit_layers,
     "state_mode": _choice(StateMode),
     "prune_layers": _prune_layers,

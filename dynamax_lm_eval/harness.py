@@ -235,7 +235,15 @@ def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, 
     for name, samples in results.get("samples", {}).items():
         for sample in samples:
             responses = by_task[name][sample["doc_id"]]
-            sample["compute_reduction"] = ComputeRecord.sum(responses).compute_reduction
+            total = ComputeRecord.sum(responses)
+            sample["compute_reduction"] = total.compute_reduction
+            sample["macs"] = {
+                "eligible_full": total.full_macs,
+                "eligible": total.spent_macs,
+                "total_full": total.full_total_macs,
+                "total": total.total_macs,
+            }
+            sample["degenerate"] = total.degenerate
             sample["exit_layers"] = [layers for record in responses for layers in record.exit_layers]
 
     everything = [record for documents in per_document.values() for record in documents]
@@ -271,6 +279,7 @@ def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, An
     if total.generations:
         values["generated_tokens"] = total.generated_tokens / total.generations
         values["token_limit_share"] = total.hit_limit / total.generations
+        values["degenerate_rate"] = total.degenerate / total.generations
     return {f"{metric},{name}": value for name in filters for metric, value in values.items()}
 
 
@@ -297,6 +306,7 @@ def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
         "generations": total.generations,
         "mean_generated_tokens": total.generated_tokens / total.generations if total.generations else None,
         "token_limit_share": total.hit_limit / total.generations if total.generations else None,
+        "degenerate_rate": total.degenerate / total.generations if total.generations else None,
         "macs": {
             "eligible_full": total.full_macs,
             "eligible_blocks": total.block_macs,

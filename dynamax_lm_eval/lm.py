@@ -10,8 +10,9 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from dynamax_lm_eval.engine.scheduler import (
 from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.generation import GenerationSettings, StopStrings
+from dynamax_lm_eval.generation import GenerationSettings, StopStrings, ends_in_repetition
 from dynamax_lm_eval.requests import GenerationJob
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,20 @@ logger = logging.getLogger(__name__)
 #: Share of free memory that ``batch_size=auto`` gives to K and V; the rest is for activations and logits.
 _AUTO_MEMORY_SHARE = 0.5
 
+#: Token ids of a context and its continuation.
+TokenPair = tuple[list[int], list[int]]
+#: Gets the index of a pair, (log-likelihood, is_greedy), and the compute.
+ScoringSink = Callable[[int, tuple[float, bool], ComputeRecord], None]
+
 harness.install()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how a request is answered, beside the request itself."""
+
+    policy: ExitPolicy
+    repetition_penalty: float | None
 
 
 @register_model("dynamax")
@@ -131,11 +145,20 @@ class DynamaxLM(HFLM):
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
 
+    @property
+    def setting(self) -> Setting:
+        """Of the requests that come now."""
+        return Setting(self.policy, self.args.repetition_penalty)
+
+    def is_degenerate(self, tokens: Sequence[int]) -> bool:
+        """Whether a generation ends in repetition, as the arguments define it."""
+        return ends_in_repetition(tokens, self.args.degenerate_ngram, self.args.degenerate_tokens)
+
     def _policy_for(self, args: DynamaxArgs, config: Any) -> tuple[ExitPolicy, str | None]:
         policy, note = ExitPolicy.from_args(
             args,
             int(config.get_text_config().num_hidden_layers),
-            self.exits.config if self.exits is not None else None,
+            self.exits.config if self.exits is not None and checkpoint.might_be_needed(args) else None,
             recurrent_backbone=loading.is_recurrent(config),
         )
         if note:
@@ -188,6 +211,7 @@ class DynamaxLM(HFLM):
             "repetition_penalty": self.args.repetition_penalty,
             "exits": self._exits_fingerprint,
             "policy": self.policy.describe(),
+            "degenerate": [self.args.degenerate_ngram, self.args.degenerate_tokens],
         }
 
     def get_model_info(self) -> dict[str, Any]:
@@ -215,42 +239,58 @@ class DynamaxLM(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of ``generate_until`` requests; each is cached as soon as it is finished."""
-        if not requests:
-            return []
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        settings: dict[str, tuple[GenerationSettings, StopStrings]] = {}  # most requests of a call share theirs
-        prepared = [
-            GenerationJob(self, self.policy, self.args.repetition_penalty, request, eos, settings)
-            for request in requests
-        ]
-        self._seed_samplers(prepared)
         texts: list[str] = [""] * len(requests)
         records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
+
+        def finished(index: int, text: str, _tokens: list[int], record: ComputeRecord) -> None:
+            texts[index], records[index] = text, record
+            args = requests[index].args
+            self.response_ledger.store("generate_until", args, record)
+            self.cache_hook.add_partial("generate_until", args, text)
+
+        self.answer_generations([(self.setting, request) for request in requests], finished, disable_tqdm)
+        self.response_ledger.keep("generate_until", zip((r.args for r in requests), records, strict=True))
+        return texts
+
+    def answer_generations(
+        self,
+        asked: Sequence[tuple[Setting, Any]],
+        finished: Callable[[int, str, list[int], ComputeRecord], None],
+        disable_tqdm: bool = False,
+    ) -> None:
+        """Answers ``generate_until`` requests of the harness, each under a setting of its own.
+
+        ``finished`` gets the index, the text, the generated tokens and the compute of each as soon as it is done.
+        """
+        if not asked:
+            return
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        known: dict[str, tuple[GenerationSettings, StopStrings]] = {}  # most requests of a call share theirs
+        prepared = [
+            GenerationJob(self, setting.policy, setting.repetition_penalty, request, eos, known)
+            for setting, request in asked
+        ]
+        self._seed_samplers([setting for setting, _ in asked], prepared)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
-        with (
-            self._timed("generate_until"),
-            self._progress(len(requests), "generate_until", disable_tqdm) as progress,
-        ):
+        with self._timed("generate_until"), self._progress(len(asked), "generate_until", disable_tqdm) as progress:
 
-            def finished(index: int, generation: Generation) -> None:
+            def answer(index: int, generation: Generation) -> None:
                 job = prepared[index]
-                texts[index] = job.text(generation.tokens)
-                records[index] = self._ran(generation.trace)
-                self.response_ledger.store("generate_until", job.args, records[index])
-                self.cache_hook.add_partial("generate_until", job.args, texts[index])
-                progress.advance(records[index])
+                record = self._ran(generation.trace, job.request.policy)
+                if self.is_degenerate(generation.tokens):
+                    record.degenerate = 1
+                finished(index, job.text(generation.tokens), generation.tokens, record)
+                progress.advance(record)
 
-            with _naming_document(requests):
+            with _naming_document([request for _, request in asked]):
                 prefixes = generate(
                     self.engine,
                     [job.request for job in prepared],
                     self._rows_in_flight(longest),
-                    finished,
+                    answer,
                     self.args.prefix_caching,
                 )
         self._ran_prefixes(prefixes)
-        self.response_ledger.keep("generate_until", zip((job.args for job in prepared), records, strict=True))
-        return texts
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
@@ -274,15 +314,31 @@ class DynamaxLM(HFLM):
             texts = requests[index][0]
             self.response_ledger.store("loglikelihood", texts, records[index])
             self.cache_hook.add_partial("loglikelihood", texts, answer)
-            progress.advance(records[index])
 
-        with (
-            self._timed("loglikelihood"),
-            self._progress(len(requests), "loglikelihood", disable_tqdm) as progress,
-        ):
-            self._score([(context, continuation) for _, context, continuation in requests], finished)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        self.answer_scorings([self.policy] * len(pairs), pairs, finished, disable_tqdm)
         self.response_ledger.keep("loglikelihood", zip((texts for texts, _, _ in requests), records, strict=True))
         return answers
+
+    def answer_scorings(
+        self,
+        policies: Sequence[ExitPolicy],
+        pairs: Sequence[TokenPair],
+        finished: ScoringSink,
+        disable_tqdm: bool = False,
+    ) -> None:
+        """Scores (context, continuation) token pairs, each under a policy of its own.
+
+        ``finished`` gets the index, (log-likelihood, is_greedy) and the compute of each as soon as it is done.
+        """
+        kind = "loglikelihood"
+        with self._timed(kind), self._progress(len(pairs), kind, disable_tqdm) as progress:
+
+            def answer(index: int, result: tuple[float, bool], record: ComputeRecord) -> None:
+                finished(index, result, record)
+                progress.advance(record)
+
+            self._score(policies, pairs, answer)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of the model's length."""
@@ -325,11 +381,11 @@ class DynamaxLM(HFLM):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     answer(index)
             with _naming_document(requests, owner):
-                self._score(windows, finished)
+                self._score([self.policy] * len(windows), windows, finished)
         self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
         return sums
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], finished: Any) -> None:
+    def _score(self, policies: Sequence[ExitPolicy], pairs: Sequence[TokenPair], finished: ScoringSink) -> None:
         """Scores token pairs; calls ``finished(index, (log-likelihood, is_greedy), record)`` for each.
 
         Pairs with the same context that differ only in the last token share one row (unless
@@ -337,13 +393,13 @@ class DynamaxLM(HFLM):
         part of what must be equal.
         """
         groups: dict[Any, list[int]] = {}
-        fed: list[tuple[list[int], int]] = []
-        for index, (context, continuation) in enumerate(pairs):
+        fed: list[tuple[list[int], int, ExitPolicy]] = []
+        for index, (policy, (context, continuation)) in enumerate(zip(policies, pairs, strict=True)):
             ids, context_length = self._fit(context, continuation)
-            key = (tuple(ids), context_length) if self.logits_cache else index
+            key = (tuple(ids), context_length, policy) if self.logits_cache else index
             if key not in groups:
                 groups[key] = []
-                fed.append((ids, context_length))
+                fed.append((ids, context_length, policy))
             groups[key].append(index)
         members = list(groups.values())
         requests = [
@@ -354,13 +410,13 @@ class DynamaxLM(HFLM):
                     *([token] for token in ids[context_length:]),
                     [pairs[index][1][-1] for index in group],
                 ],
-                policy=self.policy,
+                policy=policy,
             )
-            for (ids, context_length), group in zip(fed, members, strict=True)
+            for (ids, context_length, policy), group in zip(fed, members, strict=True)
         ]
 
         def share(row: int, scoring: Scoring) -> None:
-            record = self._ran(scoring.trace)
+            record = self._ran(scoring.trace, requests[row].policy)
             common = [line[0] for line in scoring.log_probs[:-1]]
             common_greedy = all(
                 token == target[0]
@@ -401,8 +457,8 @@ class DynamaxLM(HFLM):
             )
         return whole[:-1], len(whole) - len(continuation)
 
-    def _ran(self, trace: Trace) -> ComputeRecord:
-        record = self.engine.account(trace, self.policy)
+    def _ran(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
+        record = self.engine.account(trace, policy)
         self.response_ledger.physical.add_row(record)
         return record
 
@@ -421,12 +477,13 @@ class DynamaxLM(HFLM):
             "repetition_penalty": self.args.repetition_penalty,
         }
 
-    def _seed_samplers(self, jobs: Sequence[GenerationJob]) -> None:
-        repeats: Counter[str] = Counter()
-        for job in jobs:
+    def _seed_samplers(self, settings: Sequence[Setting], jobs: Sequence[GenerationJob]) -> None:
+        repeats: Counter[tuple[Setting, str]] = Counter()
+        for setting, job in zip(settings, jobs, strict=True):
             if job.request.sampler.do_sample:
-                job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, repeats[job.key])
-                repeats[job.key] += 1
+                occurrence = repeats[setting, job.key]
+                job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, occurrence)
+                repeats[setting, job.key] += 1
 
     def _rows_in_flight(self, longest: int) -> int:
         """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""

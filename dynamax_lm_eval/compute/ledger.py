@@ -55,6 +55,8 @@ class ComputeRecord:
     generations: int = 0
     generated_tokens: int = 0
     hit_limit: int = 0
+    #: Generations that end in repetition.
+    degenerate: int = 0
     #: Block MACs of the whole backbone for the eligible tokens: the numerator of compute_reduction.
     full_macs: int = 0
     #: Block MACs spent on the eligible tokens.

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dynamax_lm_eval import config
+from dynamax_lm_eval import config, pruning
 from dynamax_lm_eval.backbones.loading import copy_is_impossible
 from dynamax_lm_eval.compute.cost import ClassifierCost, ExitTerms
 from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, ExitScope, StateMode, UserError
@@ -76,7 +76,7 @@ class ExitPolicy:
             UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
                 not match the exits, or the exits are not what was asked for.
         """
-        pruned = config.resolve_pruned_blocks(args.prune_layers, num_layers)
+        pruned = pruning.resolve(args, num_layers)
         confidence = args.confidence or ("classifier" if exits is not None else "softmax")
         classifier, final_block = None, bool(args.final_block)
         if confidence == "classifier" and exits is not None:
@@ -110,6 +110,7 @@ class ExitPolicy:
         dropped = sorted(pruned.intersection(exit_layers))
         if args.exit_layers is None and dropped:
             exit_layers = tuple(layer for layer in exit_layers if layer not in pruned)
+        if args.exit_layers is None and dropped and any(threshold < 1 for threshold in args.threshold):
             note = f"default exits {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}"
         policy = cls(
             num_layers=num_layers,

@@ -1,0 +1,85 @@
+"""Which blocks pruning disables, and the file of block distances that ``prune_strategy=angular`` reads.
+
+Gromov et al. 2024 (arXiv 2403.17887): the angular distance between the input of block l and that of block l + n,
+arccos(x_l . x_{l+n} / |x_l| |x_{l+n}|) / pi, at the last token of a text and averaged over texts, says how much blocks
+l .. l + n - 1 do; those of the least distance are disabled. Knows files and numbers; runs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dynamax_lm_eval import config
+from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.files import write_text
+
+FORMAT = "dynamax-prune-profile"
+
+
+@dataclass(frozen=True)
+class PruneProfile:
+    """Distances of one backbone.
+
+    Attributes:
+        backbone: as the user named it.
+        fingerprint: of its weights.
+        num_layers: L.
+        distances: distances[n - 1][l - 1] is that of blocks l .. l + n - 1, for n = 1 .. L - 1; in [0, 1].
+        texts: how many were averaged over.
+        tokens: of each text.
+        dataset: where they are from.
+    """
+
+    backbone: str
+    fingerprint: str
+    num_layers: int
+    distances: list[list[float]]
+    texts: int
+    tokens: int
+    dataset: str
+
+    def blocks(self, count: int) -> frozenset[int]:
+        """The ``count`` blocks in a row (1-based) with the least distance; the first of equals."""
+        if not 1 <= count <= len(self.distances):
+            raise UserError(
+                f"prune_layers={count} must be at most {len(self.distances)} for this backbone of {self.num_layers} "
+                "blocks"
+            )
+        row = self.distances[count - 1]
+        first = row.index(min(row)) + 1
+        return frozenset(range(first, first + count))
+
+    def save(self, path: Path) -> None:
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> PruneProfile:
+        """Raises UserError where the file is missing or is no such profile."""
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"prune_profile={str(path)!r} cannot be read: {error}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise UserError(f"prune_profile={str(path)!r} is no file of dynamax-lm-eval prune-profile")
+        return cls(**data)
+
+
+def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
+    """The blocks (1-based) that a run disables on a backbone of ``num_layers`` blocks.
+
+    Raises:
+        UserError: there are no such blocks, or the profile is of another backbone.
+    """
+    if args.prune_strategy != "angular":
+        return config.resolve_pruned_blocks(args.prune_layers, num_layers)
+    assert args.prune_profile is not None and isinstance(args.prune_layers, int)
+    profile = PruneProfile.load(Path(args.prune_profile).expanduser())
+    if profile.num_layers != num_layers:
+        raise UserError(
+            f"prune_profile={args.prune_profile!r} is of {profile.backbone!r} with {profile.num_layers} blocks; this "
+            f"backbone has {num_layers}; make one: dynamax-lm-eval prune-profile --backbone ..."
+        )
+    return profile.blocks(args.prune_layers)

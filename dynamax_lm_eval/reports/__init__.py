@@ -1,0 +1,1 @@
+"""Tables, plots and one HTML page from the folders that sweeps write."""

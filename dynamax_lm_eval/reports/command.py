@@ -1,0 +1,111 @@
+"""``dynamax-lm-eval report``: everything that is shown of sweeps, from the folders that they wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.reports import collect, page, plots, statistics
+from dynamax_lm_eval.reports.collect import TaskResults
+from dynamax_lm_eval.reports.options import ReportOptions
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = (
+    "line",
+    "value",
+    "score",
+    "score_stderr",
+    "compute_reduction",
+    "compute_vs_full",
+    "mean_exit_layer",
+    "generated_tokens",
+    "degenerate_rate",
+    "consistency_exact",
+    "consistency_rouge_l",
+    "valid",
+)
+
+
+def report(options: ReportOptions) -> Path:
+    """Writes tables, plots and the page; returns their folder.
+
+    Raises:
+        UserError: there is nothing to report, or a package is missing.
+    """
+    missing = [name for name in ("plotly", "tabulate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"reports need {' and '.join(missing)}; run: pip install 'dynamax-lm-eval[report]'")
+    folders = [Path(folder).expanduser() for folder in options.folders]
+    results = collect.read(folders, options.max_degenerate)
+    chosen = _chosen_metrics(options, results)
+    output = Path(options.output).expanduser() if options.output else folders[0] / "report"
+    output.mkdir(parents=True, exist_ok=True)
+
+    table = collect.tidy(results)
+    write_text(output / "points.csv", table.to_csv(index=False))
+    table.to_parquet(output / "points.parquet", index=False)
+    parts = ["# Early exits: score against compute\n"]
+    for task in results:
+        metric = chosen[task.task]
+        files = plots.plot(task, metric, output / plots.file_stem(task, metric))
+        logger.info("%s: %s", task.title, files[0])
+        parts += _sections(task, metric, table, files[0].name, options)
+    write_text(output / "report.md", "\n".join(parts))
+    write_text(output / "report.html", page.render(results, chosen, options.samples))
+    return output
+
+
+def _chosen_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:
+    """The metric (with its filter) that each task is shown by."""
+    asked = {}
+    for pair in filter(None, (options.metrics or "").split(",")):
+        named, equals, metric = pair.partition("=")
+        if not equals:
+            raise UserError(f"--metrics must be task=metric pairs separated by commas, got {pair!r}")
+        asked[named.strip()] = metric.strip()
+    chosen = {}
+    for task in results:
+        known = task.metrics
+        if not known:
+            raise UserError(f"{task.title} has no metric to show")
+        name = asked.pop(task.task, known[0].partition(",")[0])
+        found = [metric for metric in known if metric.partition(",")[0] == name]
+        if not found:
+            names = ", ".join(metric.partition(",")[0] for metric in known)
+            raise UserError(f"--metrics: {task.task} has no metric {name!r}; it has {names}")
+        chosen[task.task] = found[0]
+    if asked:
+        raise UserError(f"--metrics: there is no task {', '.join(asked)} in these folders")
+    return chosen
+
+
+def _sections(task: TaskResults, metric: str, table: pd.DataFrame, figure: str, options: ReportOptions) -> list[str]:
+    name, _, harness_filter = metric.partition(",")
+    of_task = (table["backbone"] == task.backbone) & (table["task"] == task.task)
+    shown = table[of_task & (table["metric"] == name) & (table["filter"] == harness_filter)]
+    columns = [column for column in _COLUMNS if column in shown and not shown[column].isna().all()]
+    parts = [
+        f"## {task.title}\n",
+        f"{len(task.full.samples)} documents, metric {name}.\n",
+        f"![{task.title}]({figure})\n",
+    ]
+    parts.append(_markdown(shown[columns]))
+    for axis, label in statistics.AXES.items():
+        found = statistics.summary(task, metric, axis, options.bootstrap, options.seed)
+        if len(found):
+            parts += [f"### {label.capitalize()}\n", "With 95 % intervals over documents:\n", _markdown(found)]
+        paired = statistics.against_pruning(task, metric, axis, options.bootstrap, options.seed)
+        if len(paired):
+            parts += [f"Score minus that of a pruned model at its {label}, paired over documents:\n", _markdown(paired)]
+    return parts
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    return str(table.to_markdown(index=False, floatfmt=".3f", missingval="")) + "\n"

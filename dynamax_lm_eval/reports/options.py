@@ -1,0 +1,27 @@
+"""The options of ``dynamax-lm-eval report``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report shows."""
+
+    folders: list[str] = field(metadata={"help": "folders that sweeps wrote, or folders of such folders"})
+    output: str | None = field(default=None, metadata={"help": "where to write; default: report in the first folder"})
+    metrics: str | None = field(
+        default=None,
+        metadata={"help": "task=metric pairs separated by commas; default: each task's first metric"},
+    )
+    max_degenerate: float = field(
+        default=0.1,
+        metadata={
+            "help": "points whose degenerate_rate is more than this above the full model's are kept in the data, "
+            "marked invalid, and left out of lines"
+        },
+    )
+    bootstrap: int = field(default=1000, metadata={"help": "draws of documents for intervals"})
+    seed: int = field(default=0, metadata={"help": "of these draws"})
+    samples: int = field(default=12, metadata={"help": "documents shown per point on the page"})

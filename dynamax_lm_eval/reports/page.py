@@ -1,0 +1,130 @@
+"""One HTML page that needs nothing else: curves, the points behind them, and texts with their exit layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamax_lm_eval.reports.collect import PointResult, TaskResults
+from dynamax_lm_eval.reports.plots import COLOURS, coordinates
+from dynamax_lm_eval.reports.statistics import AXES, front
+
+_ASSETS = Path(__file__).parent / "assets"
+#: Characters of a prompt's end that are shown.
+_PROMPT_SHOWN = 300
+
+
+def render(results: Sequence[TaskResults], chosen: Mapping[str, str], samples: int) -> str:
+    """The page as a text; ``chosen`` is the metric that each task begins with, ``samples`` documents per point."""
+    from plotly.offline import get_plotlyjs
+
+    data = {
+        "axes": AXES,
+        "colours": COLOURS,
+        "tasks": [_task(task, chosen[task.task], samples) for task in results],
+    }
+    parts = {
+        "STYLE": (_ASSETS / "page.css").read_text(encoding="utf-8"),
+        "PLOTLY": get_plotlyjs(),
+        "SCRIPT": (_ASSETS / "page.js").read_text(encoding="utf-8"),
+        "DATA": as_script(data),
+    }
+    page = (_ASSETS / "page.html").read_text(encoding="utf-8")
+    for name, text in parts.items():
+        page = page.replace(f"<!-- {name} -->", text, 1)
+    return page
+
+
+def as_script(data: Any) -> str:
+    """JSON that may stand inside a script element, whatever texts it holds."""
+    text = json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def differing_samples(full: PointResult, point: PointResult, count: int) -> list[dict[str, Any]]:
+    """The first documents whose answers are not the full model's."""
+    found: list[dict[str, Any]] = []
+    for i, (theirs, ours) in enumerate(zip(full.answers, point.answers, strict=True)):
+        if theirs != ours and len(found) < count:
+            sample = point.samples[i]
+            prompt = str(sample["arguments"]["gen_args_0"]["arg_0"])
+            found.append(
+                {
+                    "document": sample["doc_id"],
+                    "prompt": ("… " if len(prompt) > _PROMPT_SHOWN else "") + prompt[-_PROMPT_SHOWN:],
+                    "full": str(theirs),
+                    "ours": str(ours),
+                    "target": str(sample["target"])[:_PROMPT_SHOWN],
+                    "tokens": strip(point, i),
+                }
+            )
+    return found
+
+
+def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
+    """Each generated token of a document and the number of blocks that gave it; None where nothing was generated.
+
+    The first one comes from the prompt's last token: at full depth, unless prompts may exit.
+    """
+    pieces = point.pieces[document]
+    if pieces is None:
+        return None
+    depth = int(point.policy["num_layers"])
+    layers = [layer for response in point.samples[document]["exit_layers"][:1] for layer in response]
+    by_token = ([depth, *layers] if point.policy["exit_scope"] == "generated" else layers)[-len(pieces) :]
+    by_token = [depth] * (len(pieces) - len(by_token)) + by_token
+    return list(zip(pieces, by_token, strict=True))
+
+
+def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
+    return {
+        "title": task.title,
+        "documents": len(task.full.samples),
+        "depth": int(task.full.policy["num_layers"]),
+        "metric": metric,
+        "metrics": {name: name.partition(",")[0] for name in task.metrics},
+        "lines": [*task.lines()],
+        "points": [_point(task, point, samples) for point in task.points],
+        "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
+    }
+
+
+def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any]:
+    layers = [layer for sample in point.samples for response in sample["exit_layers"] for layer in response]
+    return {
+        "name": point.name,
+        "family": point.family,
+        "line": point.line,
+        "value": point.value,
+        "valid": point.valid,
+        "scores": point.scores,
+        "at": {axis: coordinates(task, point, task.metrics[0], axis)[0] for axis in AXES},
+        "degenerate": point.compute["degenerate_rate"],
+        "tokens": point.compute["mean_generated_tokens"],
+        "mean_exit_layer": float(np.mean(layers)) if layers else None,
+        "consistency": point.consistency,
+        "samples": differing_samples(task.full, point, samples),
+    }
+
+
+def _front(task: TaskResults, metric: str, axis: str) -> list[int]:
+    """Places of the points that no other surpasses, among all points."""
+    shown = [i for i, point in enumerate(task.points) if point.valid]
+    places = [coordinates(task, task.points[i], metric, axis)[:2] for i in shown]
+    return [shown[i] for i in front(places)]
+
+
+def _without_nan(data: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _without_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_without_nan(value) for value in data]
+    return data

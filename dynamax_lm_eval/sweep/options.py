@@ -1,0 +1,203 @@
+"""The options of ``dynamax-lm-eval sweep``, and the grid of points that they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, get_args
+
+import yaml
+
+from dynamax_lm_eval import config
+from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, StateMode, UserError
+
+#: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
+CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(Confidence) if name != "classifier"))
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """A grid of policies, the tasks to answer under each of them, and how to run them."""
+
+    backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
+    tasks: str = field(metadata={"help": "tasks of the harness, separated by commas"})
+    output: str = field(metadata={"help": "folder for everything that the sweep writes; a restart goes on there"})
+    thresholds: str = _option("0.5:0.95:0.05", "first:last:step, or numbers separated by commas")
+    confidences: str | None = _option(
+        None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
+    )
+    state_modes: str = _option("recompute", "separated by commas: recompute, copy, skip")
+    prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
+    prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
+    model_args: str = _option("", "further model arguments for all points: exit_scope=all,repetition_penalty=1.1,...")
+    limit: int | None = _option(None, "documents of each task; default: all")
+    num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
+    batch_size: int = _option(32, "rows in flight, whatever policies they belong to")
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    include_path: str | None = _option(None, "folder with tasks of your own")
+    metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")
+    apply_chat_template: bool = _option(False, "wrap prompts in the tokenizer's chat template")
+    system_instruction: str | None = _option(None, "put before every prompt")
+    seed: int = _option(1234, "of few-shot examples and of sampling")
+
+    def __post_init__(self) -> None:
+        for name in ("backbone", "tasks", "output"):
+            if not getattr(self, name).strip():
+                raise UserError(f"--{name} must not be empty")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit must be at least 1, got {self.limit}")
+        given = self.shared_arguments
+        varied = {"backbone", "pretrained", "threshold", "confidence", "classifier", "state_mode", "prune_layers"}
+        if clash := sorted(varied.union({"prune_strategy", "prune_profile", "batch_size", "device"}) & set(given)):
+            raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep has options for them")
+
+    @property
+    def task_names(self) -> list[str]:
+        return _items(self.tasks)
+
+    @property
+    def shared_arguments(self) -> dict[str, Any]:
+        """``--model_args`` by name."""
+        return _pairs("--model_args", self.model_args)
+
+    @property
+    def metadata_given(self) -> dict[str, Any]:
+        """``--metadata`` by name."""
+        text = (self.metadata or "").strip()
+        if not text.startswith("{"):
+            return _pairs("--metadata", text)
+        try:
+            found = yaml.safe_load(text)  # JSON is YAML
+        except yaml.YAMLError as error:
+            raise UserError(f"--metadata is not valid JSON: {error}") from error
+        return dict(found)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy of the grid.
+
+    Attributes:
+        name: of its folder; tells it from all others of the sweep.
+        family: ``full``, ``exits`` or ``pruning``.
+        line: points of one line differ in one number only and are joined in plots.
+        value: that number: the threshold, or how many blocks are pruned.
+        args: the model arguments that it stands for.
+    """
+
+    name: str
+    family: str
+    line: str
+    value: float
+    args: DynamaxArgs
+
+
+def parse_thresholds(text: str) -> list[float]:
+    """``0.5:0.95:0.05`` or ``0.5,0.7`` as rising numbers; UserError where they are none or outside [0, 1)."""
+    try:
+        if ":" in text:
+            first, last, step = (float(part) for part in text.split(":"))
+            if not step > 0:
+                raise ValueError
+            count = math.floor((last - first) / step + 1e-9) + 1
+            values = [round(first + i * step, 10) for i in range(count)]
+        else:
+            values = [float(part) for part in _items(text)]
+    except ValueError:
+        raise UserError(f"--thresholds must be first:last:step or numbers like 0.5,0.7, got {text!r}") from None
+    if not values or not all(0 <= value < 1 for value in values):
+        raise UserError(f"--thresholds must lie in [0, 1), got {text!r}; the full model is always part of a sweep")
+    return sorted(set(values))
+
+
+def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...]) -> list[Point]:
+    """All points, the full model first.
+
+    Args:
+        options: of the sweep.
+        full: the arguments of the full model, with everything that all points share.
+        kinds: of the trained exits at hand.
+
+    Raises:
+        UserError: an option names something that does not exist.
+    """
+    points = [Point("full", "full", "full model", 1.0, full)]
+    asked = _items(options.confidences) if options.confidences is not None else list(kinds) or ["softmax"]
+    modes = _items(options.state_modes)
+    thresholds = parse_thresholds(options.thresholds)
+    for what, given, known in (("confidences", asked, CONFIDENCES), ("state_modes", modes, get_args(StateMode))):
+        wrong = [name for name in given if name not in known]
+        if wrong or not given:
+            raise UserError(f"--{what} must name some of {', '.join(known)}, got {', '.join(wrong) or 'none'}")
+    for confidence, mode in product(asked, modes):
+        is_kind = confidence in get_args(ClassifierKind)
+        chosen = {"confidence": "classifier", "classifier": confidence} if is_kind else {"confidence": confidence}
+        line = f"{confidence}, {mode}"
+        for threshold in thresholds:
+            changed: dict[str, Any] = {**chosen, "state_mode": mode, "threshold": (threshold,)}
+            name = f"{confidence}-{mode}-{threshold:g}"
+            points.append(Point(name, "exits", line, threshold, replace(full, **changed)))
+    counts = [_whole(text) for text in _items(options.prune)]
+    strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]
+    if options.prune_profile is not None:
+        if not counts:
+            raise UserError("--prune_profile has no effect without --prune; add it, or remove --prune_profile")
+        angular = {"prune_strategy": "angular", "prune_profile": options.prune_profile}
+        strategies.append(("pruning, angular", angular))
+    for line, changed in strategies:
+        for count in sorted(set(counts) - {0}):
+            name = f"{line.replace(', ', '-')}-{count}"
+            points.append(Point(name, "pruning", line, count, replace(full, prune_layers=count, **changed)))
+    return points
+
+
+def read_yaml(text: str) -> dict[str, Any]:
+    """The options in a YAML file; lists may stand for what the command line separates by commas."""
+    data = yaml.safe_load(text)
+    if not isinstance(data, Mapping):
+        raise UserError("the file of --config must hold options by name, e.g. `backbone: mistral`")
+    known = {item.name for item in dataclasses.fields(SweepOptions)}
+    options: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in known:
+            raise UserError(config._unknown_name("option", str(name), known))
+        if isinstance(value, Mapping):
+            value = ",".join(f"{key}={item}" for key, item in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = ",".join(str(item) for item in value)
+        elif name in ("thresholds", "prune", "tasks") and value is not None:
+            value = str(value)
+        options[str(name)] = value
+    return options
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _pairs(option: str, text: str) -> dict[str, Any]:
+    pairs = {}
+    for item in _items(text):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"{option} must be name=value pairs separated by commas, got {item!r}")
+        pairs[name.strip()] = yaml.safe_load(value)
+    return pairs
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"--prune must be whole numbers separated by commas, got {text!r}")
+    return int(text)
