@@ -1,4 +1,4 @@
-"""The command ``dynamax-lm-eval``: ``run`` (the harness with our model and tasks), ``train``, ``tasks``."""
+"""The command ``dynamax-lm-eval``: ``run`` is the harness with our model and tasks; the rest is our own."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ examples:
   dynamax-lm-eval run --model_args backbone=mistral,threshold=0.8 --tasks triviaqa --output_path out
   dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.98 --tasks trivia_demo
   dynamax-lm-eval train --backbone smollm2-gguf --classifier mamba,calm --dataset texts.jsonl.gz
+  dynamax-lm-eval sweep --backbone smollm2-gguf --tasks trivia_demo --prune 1,2,4 --output out/sweep
+  dynamax-lm-eval report out/sweep
   dynamax-lm-eval tasks
 
 `run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _sweep(arguments[1:])
     if arguments[:1] == ["report"]:
         return _report(arguments[1:])
+    if arguments[:1] == ["prune-profile"]:
+        return _prune_profile(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="dynamax-lm-eval",
         description=_DESCRIPTION,
@@ -53,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep", help="evaluate many policies in one run (all its options: dynamax-lm-eval sweep --help)"
     )
     commands.add_parser("report", help="tables, plots and one HTML page of sweeps (dynamax-lm-eval report FOLDER...)")
+    commands.add_parser("prune-profile", help="measure which blocks to prune (dynamax-lm-eval prune-profile --help)")
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
     options = parser.parse_args(arguments)
@@ -138,6 +143,22 @@ def _report(arguments: list[str]) -> int:
         sys.stdout.write(f"{report(options)}\n")
 
     return _status(report)
+
+
+_PROFILE_DESCRIPTION = """\
+Measure how much blocks in a row turn the hidden state (angular distance, Gromov et al. 2024), on text. The file that
+this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps."""
+
+
+def _prune_profile(arguments: list[str]) -> int:
+    def measure() -> None:
+        from dynamax_lm_eval.training import prune_profile
+
+        (options,) = _parsed("prune-profile", _PROFILE_DESCRIPTION, arguments, prune_profile.ProfileOptions)
+        measured = prune_profile.profile(options)
+        sys.stdout.write(f"{prune_profile.table(measured)}{options.output}\n")
+
+    return _status(measure)
 
 
 def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -> tuple[Any, ...]:

@@ -63,6 +63,14 @@ class LeanBlock:
             "forward" in part or part["_forward_hooks"] or part["_forward_pre_hooks"] for part in self._passed_over
         )
 
+    def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (m, H_kv, P) that the block would write for (1, m, D) at angles as of :func:`turned`."""
+        normed = _normed(self._norms[0], hidden)
+        key, value = (applied(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections[1:])
+        if self._head_norms is not None:
+            key = self._head_norms[1](key)
+        return _rotated(key, cos, sin)[0], value[0]
+
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan) -> Tensor:
         """The block's output (1, n, D) for its input (1, n, D) and angles (1, n, 1, P) as of :func:`turned`."""
         normed = _normed(self._norms[0], hidden)

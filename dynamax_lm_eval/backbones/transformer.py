@@ -11,9 +11,9 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -116,13 +116,12 @@ class TransformerBackbone(DecoderBackbone):
         places = torch.arange(len(ids), device=self.device)
         for block, step in enumerate(self._steps(ids), start=1):
             rotary = self.position_embeddings(places.unsqueeze(0), step.before)
-            key, value = self.project(block, step.before, rotary)
+            key, value = step.run.project(block, step.before, rotary)
             for name, arena, ours in (
                 ("K", step.states.key_arena(block), key),
                 ("V", step.states.value_arena(block), value),
             ):
-                theirs = arena[places]
-                if not is_close(ours[0].transpose(0, 1), theirs):
+                if not is_close(ours, arena[places]):
                     raise UserError(
                         f"{self.name}: the {name} that state recompute projects in block {block} differs from what the "
                         f"block writes; use state_mode=skip or copy"
@@ -150,12 +149,12 @@ class TransformerBackbone(DecoderBackbone):
         finally:
             config._attn_implementation = before
 
-    def position_embeddings(self, positions: Tensor, like: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    def position_embeddings(self, positions: Tensor, like: Tensor) -> Angles:
         """(cos, sin) of shape (1, N, P) for positions (1, N), by rotary key."""
         if not self._rotary_per_type:
-            return {None: self._rotary(like, positions)}
+            return Angles({None: self._rotary(like, positions)})
         keys = {block.rotary_key for block in self.blocks}
-        return {key: self._rotary(like, positions, key) for key in keys}
+        return Angles({key: self._rotary(like, positions, key) for key in keys})
 
     def call_block(
         self,
@@ -172,7 +171,7 @@ class TransformerBackbone(DecoderBackbone):
             def write(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
                 return states.write(block, flight.places, key, value)
 
-            return lean(hidden, *flight.turned(described.rotary_key), write, flight.plan)
+            return lean(hidden, *flight.rotary.turned(described.rotary_key), write, flight.plan)
         output: Any = described.module(
             hidden,
             attention_mask=None,
@@ -184,13 +183,6 @@ class TransformerBackbone(DecoderBackbone):
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
-
-    def project(
-        self, block: int, hidden: Tensor, rotary: dict[str | None, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """K and V (1, H_kv, m, P) that ``block`` would write for hidden states (1, m, D) at these angles."""
-        described = self.blocks[block - 1]
-        return described.project(described.norm(hidden), *rotary[described.rotary_key])
 
     def _describe(self, index: int, module: nn.Module) -> _Block:
         where = f"block {index + 1} of {self.name}"
@@ -216,6 +208,20 @@ class TransformerBackbone(DecoderBackbone):
         )
 
 
+class Angles(dict[str | None, tuple[Tensor, Tensor]]):
+    """(cos, sin) of shape (1, n, P) by rotary key."""
+
+    def __init__(self, angles: Mapping[str | None, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(angles)
+        self._turned: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    def turned(self, key: str | None) -> tuple[Tensor, Tensor]:
+        """The angles as :class:`LeanBlock` wants them, made once for all blocks."""
+        if key not in self._turned:
+            self._turned[key] = turned(*self[key])
+        return self._turned[key]
+
+
 @dataclass(frozen=True)
 class _Step:
     """One block has run on one row."""
@@ -235,7 +241,7 @@ class TransformerPass(ForwardPass):
         self._starts = np.asarray(layout.slots, dtype=np.int64)[layout.row_of]  # (N,)
         self._places = self._starts + layout.positions  # (N,)
         self._positions = torch.from_numpy(layout.positions).to(backbone.device)
-        self._rotary: dict[str | None, tuple[Tensor, Tensor]] | None = None
+        self._rotary: Angles | None = None
         self._flight: _Flight | None = None
         self._eager = eager
         self._lean = [lean if lean is not None and lean.may_replace else None for lean in backbone.lean_blocks]
@@ -287,16 +293,24 @@ class TransformerPass(ForwardPass):
             return
         runs = self._layout.is_given_states(block, due.rows)
         if runs.any():
-            key, value = self._backbone.project(block, due.hidden, due.rotary)
+            key, value = self.project(block, due.hidden, due.rotary)
             places = due.places
             if not runs.all():
                 chosen = self._on_device(np.flatnonzero(runs))
-                key, value, places = key.index_select(2, chosen), value.index_select(2, chosen), places[chosen]
-            self._states.write(block, places, key[0].transpose(0, 1), value[0].transpose(0, 1))
+                key, value, places = key.index_select(0, chosen), value.index_select(0, chosen), places[chosen]
+            self._states.write(block, places, key, value)
         # Rows that only come back for block L have not been through those before it, unless the pass is eager.
         owed.done[due.tokens if self._eager else due.tokens[runs]] = block
         if block == self._backbone.num_layers:
             owed.forget_paid(block)
+
+    def project(self, block: int, hidden: Tensor, rotary: Angles) -> tuple[Tensor, Tensor]:
+        """K and V (m, H_kv, P) that ``block`` would write for hidden states (1, m, D) at these angles."""
+        described, lean = self._backbone.blocks[block - 1], self._lean[block - 1]
+        if lean is not None:
+            return lean.states(hidden, *rotary.turned(described.rotary_key))
+        key, value = described.project(described.norm(hidden), *rotary[described.rotary_key])
+        return key[0].transpose(0, 1), value[0].transpose(0, 1)
 
     def _find_due(self, block: int, flight: IntArray, passed: int) -> _Due:
         """The owed tokens of the rows in flight (of all rows of an eager pass) that ``block`` has no states of."""
@@ -305,7 +319,7 @@ class TransformerPass(ForwardPass):
         row_at = {int(self._slots[row]): int(row) for row in rows}
         row_of = np.asarray([row_at.get(slot, -1) for slot in owed.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (owed.done < block))
-        hidden, rotary = None, {}
+        hidden, rotary = None, Angles({})
         if len(tokens) and owed.hidden is not None:
             hidden = owed.hidden.index_select(0, self._on_device(tokens)).unsqueeze(0)
             rotary = self._backbone.position_embeddings(self._on_device(owed.positions[tokens]).unsqueeze(0), hidden)
@@ -338,10 +352,12 @@ class TransformerPass(ForwardPass):
             return flight
         if flight is None or flight.tokens is not tokens:
             chosen = torch.from_numpy(tokens).to(self._backbone.device)
-            rotary = {
-                key: (cos.index_select(1, chosen), sin.index_select(1, chosen))
-                for key, (cos, sin) in self._angles(hidden).items()
-            }
+            rotary = Angles(
+                {
+                    key: (cos.index_select(1, chosen), sin.index_select(1, chosen))
+                    for key, (cos, sin) in self._angles(hidden).items()
+                }
+            )
             positions = self._positions.index_select(0, chosen).unsqueeze(0)
             places = self._device_places(tokens)
         else:
@@ -357,7 +373,7 @@ class TransformerPass(ForwardPass):
         self._flight = _Flight(tokens, epoch, places, positions, rotary, plan)
         return self._flight
 
-    def _angles(self, like: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    def _angles(self, like: Tensor) -> Angles:
         if self._rotary is None:
             self._rotary = self._backbone.position_embeddings(self._positions.unsqueeze(0), like)
         return self._rotary
@@ -377,15 +393,8 @@ class _Flight:
     epoch: int  # exits passed by rows in skip mode, and whether this is a final block
     places: Tensor  # (n,)
     positions: Tensor  # (1, n)
-    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    rotary: Angles
     plan: attention.AttentionPlan
-    _turned: dict[str | None, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def turned(self, key: str | None) -> tuple[Tensor, Tensor]:
-        """The angles as :class:`LeanBlock` wants them, made once for all blocks."""
-        if key not in self._turned:
-            self._turned[key] = turned(*self.rotary[key])
-        return self._turned[key]
 
 
 @dataclass(frozen=True)
@@ -401,7 +410,7 @@ class _Due:
     tokens: IntArray  # (m,) among those owed
     rows: IntArray  # (m,) their rows in the pass
     hidden: Tensor | None  # (1, m, D); None: there are none
-    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    rotary: Angles
     places: Tensor  # (m,)
 
 

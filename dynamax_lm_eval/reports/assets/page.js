@@ -29,7 +29,7 @@ function drawChart() {
   const best = shown.fronts[metric][axis].map((i) => shown.points[i]);
   traces.push({ x: best.map((p) => p.at[axis]), y: best.map(score), mode: "lines", hoverinfo: "skip", showlegend: false,
     line: { color: "rgba(140,140,140,.3)", width: 10 } });
-  const annotations = [];
+  const ends = [];
   shown.lines.forEach((line, i) => {
     const points = shown.points.filter((p) => p.line === line && p.valid).sort((a, b) => a.at[axis] - b.at[axis]);
     if (!points.length) return;
@@ -45,14 +45,14 @@ function drawChart() {
       marker: { color: colour, symbol: symbols[i % symbols.length], size: 9 },
     });
     const last = points[points.length - 1];
-    if (!narrow) annotations.push({ x: last.at[axis], y: score(last), text: line, showarrow: false, xanchor: "left", xshift: 8,
-      font: { color: colour, size: 12 } });
+    ends.push({ height: score(last), text: line, colour });
   });
   traces.push({ x: [1], y: [score(full)], name: "full model", mode: "markers", customdata: ["full"],
     text: [`<b>full model</b><br>score ${number(score(full))} ± ${number(full.scores[metric][1])}`],
     hovertemplate: "%{text}<extra></extra>", marker: { color: "#000", symbol: "star", size: 15 } });
+  const annotations = narrow ? [] : nameLines(ends, traces);
   const layout = {
-    margin: { l: 60, r: narrow ? 10 : 150, t: 10, b: narrow ? 120 : 55 }, hovermode: "closest", showlegend: narrow,
+    margin: { l: 60, r: narrow ? 10 : 160, t: 10, b: narrow ? 120 : 55 }, hovermode: "closest", showlegend: narrow,
     legend: { orientation: "h", y: -0.22, font: { size: 11 } }, annotations,
     xaxis: { title: { text: `${data.axes[axis]} (times)` }, gridcolor: "#e5e8eb", zeroline: false },
     yaxis: { title: { text: shown.metrics[metric] }, gridcolor: "#e5e8eb", zeroline: false },
@@ -66,6 +66,18 @@ function drawChart() {
   chart.on("plotly_click", (event) => {
     const name = event.points[0].customdata;
     if (name) choose(name);
+  });
+}
+
+// Names right of the plot, at the height of each line's end, moved apart where they would touch.
+function nameLines(ends, traces) {
+  const heights = traces.flatMap((trace) => trace.y);
+  const gap = Math.max(Math.max(...heights) - Math.min(...heights), 1e-6) * 0.05;
+  let place = -Infinity;
+  return ends.sort((a, b) => a.height - b.height).map((end) => {
+    place = Math.max(end.height, place + gap);
+    return { x: 1, xref: "paper", xanchor: "left", xshift: 6, y: place, text: end.text, showarrow: false,
+      font: { color: end.colour, size: 12 } };
   });
 }
 
