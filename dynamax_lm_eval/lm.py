@@ -90,6 +90,7 @@ class DynamaxLM(HFLM):
         name = loaded.name_or_path or type(loaded).__name__ if loaded is not None else pretrained
         given = kwargs if name is None else {**kwargs, "pretrained": name}
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
+        self._loaded = self.args
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
@@ -137,8 +138,10 @@ class DynamaxLM(HFLM):
             UserError: the policy cannot be had with them, or names others.
         """
         for name in ("backbone", "exits", "mamba_kernels"):
-            if getattr(args, name) != getattr(self.args, name):
-                raise UserError(f"{name} is loaded already and cannot change: {getattr(self.args, name)!r}")
+            if name == "exits" and args.exits is None and not checkpoint.might_be_needed(args):
+                continue  # it uses none
+            if getattr(args, name) != getattr(self._loaded, name):
+                raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
         policy, note = self._policy_for(args, self.model.config)
         check_policy(self.engine, policy)
         self.args, self.policy, self._policy_note = args, policy, note

@@ -12,6 +12,7 @@ from conftest import FAMILIES, LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_mo
 from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone, attention, make_backbone
+from dynamax_lm_eval.backbones.lean import LeanBlock
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
@@ -427,12 +428,18 @@ class TestSelfCheck:
             TransformerBackbone(model)
 
     def test_refuses_a_wrong_projection(self) -> None:
-        engine = engine_for("llama")
+        engine = engine_for("phi3")
         block = engine.backbone.blocks[1]  # type: ignore[attr-defined]
         wrong = replace(block, project=lambda h, c, s: tuple(2 * x for x in block.project(h, c, s)))
         engine.backbone.blocks[1] = wrong  # type: ignore[attr-defined]
         with pytest.raises(UserError, match="block 2"):
             check_state_recompute(engine)
+
+    def test_refuses_a_wrong_projection_of_a_lean_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = LeanBlock.states
+        monkeypatch.setattr(LeanBlock, "states", lambda *args: tuple(2 * x for x in right(*args)))
+        with pytest.raises(UserError, match="block 1"):
+            check_state_recompute(engine_for("llama"))
 
     def test_refuses_weights_that_are_not_finite(self) -> None:
         import copy

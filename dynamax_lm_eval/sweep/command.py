@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -60,10 +61,13 @@ def sweep(options: SweepOptions) -> Path:
     tasks = _tasks(options)
     _check_folder(folder, options)
     lm = _load(options, given)
-    kinds = lm.exits.config.classifiers if lm.exits is not None else ()
-    every = grid(options, replace(lm.args, threshold=(1.0,)), kinds)
+    kinds: tuple[str, ...] = ()
+    adapters = False
+    if lm.exits is not None:
+        kinds, adapters = lm.exits.config.classifiers, lm.exits.config.adapter != "none"
+    every = grid(options, replace(lm.args, threshold=(1.0,)), kinds, adapters)
     _check(lm, every)
-    rank, world_size = _process()
+    rank, world_size = process()
     mine = every[rank::world_size]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,16 +99,20 @@ def _load(options: SweepOptions, given: dict[str, Any]) -> SweepLM:
 
 def _tasks(options: SweepOptions) -> TaskManager:
     """The harness's tasks and our own; refuses unknown names before weights load."""
-    paths = [str(dynamax_lm_eval.tasks_dir())]
-    if options.include_path:
-        paths.append(options.include_path)
-    manager = TaskManager(include_path=paths, metadata=options.metadata_given)
+    manager = _task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
         raise UserError(
             f"--tasks: there is no task {', '.join(unknown)}; see `lm_eval ls tasks`, or add --include_path"
         )
     return manager
+
+
+@functools.cache
+def _task_manager(include_path: str | None, metadata: str) -> TaskManager:
+    """Made once: it reads the files of all the harness's tasks."""
+    paths = [str(dynamax_lm_eval.tasks_dir()), *([include_path] if include_path else [])]
+    return TaskManager(include_path=paths, metadata=json.loads(metadata))
 
 
 def _check_folder(folder: Path, options: SweepOptions) -> None:
@@ -129,7 +137,7 @@ def _check(lm: SweepLM, points: Sequence[Point]) -> None:
             raise UserError(f"point {point.name}: {error}") from error
 
 
-def _process() -> tuple[int, int]:
+def process() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun and accelerate tell."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

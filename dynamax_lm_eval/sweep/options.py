@@ -122,13 +122,14 @@ def parse_thresholds(text: str) -> list[float]:
     return sorted(set(values))
 
 
-def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...]) -> list[Point]:
+def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapters: bool = False) -> list[Point]:
     """All points, the full model first.
 
     Args:
         options: of the sweep.
         full: the arguments of the full model, with everything that all points share.
         kinds: of the trained exits at hand.
+        adapters: whether these exits have adapters, which training-free confidences use where exits are named.
 
     Raises:
         UserError: an option names something that does not exist.
@@ -143,7 +144,11 @@ def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...]) -> li
             raise UserError(f"--{what} must name some of {', '.join(known)}, got {', '.join(wrong) or 'none'}")
     for confidence, mode in product(asked, modes):
         is_kind = confidence in get_args(ClassifierKind)
-        chosen = {"confidence": "classifier", "classifier": confidence} if is_kind else {"confidence": confidence}
+        chosen: dict[str, Any] = {"confidence": "classifier" if is_kind else confidence}
+        if is_kind:
+            chosen["classifier"] = confidence
+        elif not adapters:
+            chosen["exits"] = None
         line = f"{confidence}, {mode}"
         for threshold in thresholds:
             changed: dict[str, Any] = {**chosen, "state_mode": mode, "threshold": (threshold,)}

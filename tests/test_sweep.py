@@ -1,0 +1,266 @@
+"""Sweeps: the points are what direct runs give, survive kills, and are shared by processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import yaml
+from lm_eval.tasks import TaskManager
+from test_lm import TASKS
+from test_trained_exits import save_exits
+
+from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.generation import ends_in_repetition
+from dynamax_lm_eval.lm import DynamaxLM
+from dynamax_lm_eval.sweep import command
+from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
+from dynamax_lm_eval.sweep.model import SweepLM
+from dynamax_lm_eval.sweep.options import SweepOptions, grid, parse_thresholds, read_yaml
+from dynamax_lm_eval.sweep.store import Response, ResponseStore
+
+FULL = DynamaxArgs(backbone="b", threshold=(1.0,))
+
+
+@pytest.fixture(scope="module")
+def exits_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_exits(model_folder, tmp_path_factory.mktemp("exits") / "exits")
+
+
+def options_for(model_folder: Path, output: Path, **changed: Any) -> SweepOptions:
+    given: dict[str, Any] = {
+        "backbone": str(model_folder),
+        "tasks": "tiny_generate,tiny_choice",
+        "output": str(output),
+        "thresholds": "0.3,0.6",
+        "confidences": "state",
+        "state_modes": "recompute,skip",
+        "prune": "1",
+        "include_path": str(TASKS),
+        "device": "cpu",
+        "batch_size": 5,
+    }
+    return SweepOptions(**{**given, **changed})
+
+
+def results_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Per point: the tasks' results without what differs between runs."""
+    found = {}
+    for point in finished_points(folder):
+        data = json.loads((point["folder"] / point["results"]).read_text())
+        found[point["point"]] = data["results"]
+    return found
+
+
+def test_points_are_what_direct_runs_give(model_folder: Path, exits_folder: Path, tmp_path: Path) -> None:
+    shared = f"exits={exits_folder},repetition_penalty=1.2"
+    options = options_for(
+        model_folder, tmp_path, confidences="calm,mamba,state", model_args=shared, thresholds="0.4", limit=4
+    )
+    command.sweep(options)
+    swept = results_of(tmp_path)
+    assert len(swept) == 1 + 3 * 2 + 1
+    common: dict[str, Any] = {"exits": str(exits_folder), "repetition_penalty": 1.2, "batch_size": 2, "device": "cpu"}
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    for name, arguments in {
+        "full": {"threshold": 1},
+        "mamba-skip-0.4": {"threshold": 0.4, "classifier": "mamba", "state_mode": "skip"},
+        "calm-recompute-0.4": {"threshold": 0.4, "classifier": "calm"},
+        "pruning-deepest-1": {"threshold": 1, "prune_layers": 1},
+    }.items():
+        lm = DynamaxLM(str(model_folder), **common, **arguments)
+        direct = lm_eval.simple_evaluate(
+            lm, tasks=["tiny_generate", "tiny_choice"], task_manager=manager, bootstrap_iters=0, limit=4
+        )
+        assert direct is not None
+        for task, metrics in direct["results"].items():
+            for metric, value in metrics.items():
+                if isinstance(value, float) and "stderr" not in metric:
+                    assert swept[name][task][metric] == pytest.approx(value), (name, task, metric)
+
+
+def test_a_stopped_sweep_goes_on(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = command.sweep(options_for(model_folder, tmp_path / "whole"))
+    options = options_for(model_folder, tmp_path / "stopped")
+    answered: list[str] = []
+    add = ResponseStore.add
+
+    def killed(self: ResponseStore, key: str, response: Response) -> None:
+        add(self, key, response)
+        answered.append(key)
+        if len(answered) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResponseStore, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command.sweep(options)
+    stopped = Path(options.output)
+    assert finished_points(stopped) == []
+    cut = next(file for file in stopped.rglob(RESPONSES_NAME) if len(file.read_text().splitlines()) > 1)
+    cut.write_text(cut.read_text() + '{"key": "half of a li')  # what a kill may leave
+
+    def counted(self: ResponseStore, key: str, response: Response) -> None:
+        add(self, key, response)
+        answered.append(key)
+
+    monkeypatch.setattr(ResponseStore, "add", counted)
+    command.sweep(options)
+    lines = sum(len(file.read_text().splitlines()) - 1 for file in whole.rglob(RESPONSES_NAME))
+    assert len(answered) == lines, "nothing was answered twice"
+    assert results_of(stopped) == results_of(whole)
+    answered.clear()
+    command.sweep(options)
+    assert not answered, "everything is done"
+
+
+def test_a_sweep_may_grow_but_not_change(model_folder: Path, tmp_path: Path) -> None:
+    options = options_for(model_folder, tmp_path, thresholds="0.3", prune="", limit=2)
+    command.sweep(options)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(POINT_NAME)}
+    command.sweep(replace(options, thresholds="0.3,0.6", prune="2"))
+    assert len(finished_points(tmp_path)) == 1 + 4 + 1
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()), "what was done stays"
+    command.sweep(replace(options, limit=3))
+    assert all(path.stat().st_mtime_ns != time for path, time in before.items()), "with more documents it is redone"
+    with pytest.raises(UserError, match="seed"):
+        command.sweep(replace(options, seed=2))
+
+
+def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = command.sweep(options_for(model_folder, tmp_path / "whole", limit=2))
+    options = options_for(model_folder, tmp_path / "shared", limit=2)
+    counts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(command, "process", lambda rank=rank: (rank, 2))
+        counts.append(len(finished_points(command.sweep(options))))
+    assert counts == [3, 6]
+    assert results_of(Path(options.output)) == results_of(whole)
+
+
+def test_rolling_texts_are_replayed(model_folder: Path, tmp_path: Path) -> None:
+    options = options_for(model_folder, tmp_path, tasks="tiny_rolling", thresholds="0.3", prune="", state_modes="skip")
+    first = results_of(command.sweep(options))
+    for path in tmp_path.rglob(POINT_NAME):
+        path.unlink()
+    assert results_of(command.sweep(options)) == first
+
+
+def test_all_points_are_answered_in_one_batch(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    answer = SweepLM.answer_generations
+
+    def counted(self: SweepLM, asked: Any, *args: Any) -> None:
+        calls.append(len(asked))
+        answer(self, asked, *args)
+
+    monkeypatch.setattr(SweepLM, "answer_generations", counted)
+    options = options_for(model_folder, tmp_path, tasks="tiny_generate", limit=3)
+    command.sweep(options)
+    assert calls[0] == 6 * 3
+    assert not any(calls[1:])
+
+
+def test_thresholds() -> None:
+    assert parse_thresholds("0.5:0.95:0.05") == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    assert parse_thresholds("0.7, 0.2") == [0.2, 0.7]
+    for wrong in ("0.5:0.9:0", "a", "1", "0.5:1:0.5", ""):
+        with pytest.raises(UserError, match="--thresholds"):
+            parse_thresholds(wrong)
+
+
+def test_grid() -> None:
+    options = SweepOptions(
+        "b", "t", "o", thresholds="0.5", confidences="mamba,softmax", state_modes="skip", prune="0,2,1"
+    )
+    points = grid(options, FULL, ("mamba",))
+    assert [point.name for point in points] == [
+        "full",
+        "mamba-skip-0.5",
+        "softmax-skip-0.5",
+        "pruning-deepest-1",
+        "pruning-deepest-2",
+    ]
+    assert points[1].args == replace(
+        FULL, confidence="classifier", classifier="mamba", state_mode="skip", threshold=(0.5,)
+    )
+    assert points[4].args == replace(FULL, prune_layers=2)
+
+
+def test_yaml() -> None:
+    text = "backbone: b\ntasks: [a, b]\noutput: o\nthresholds: [0.5, 0.7]\nprune: 2\nmodel_args: {exit_scope: all}\n"
+    options = SweepOptions(**read_yaml(text))
+    assert options.task_names == ["a", "b"]
+    assert parse_thresholds(options.thresholds) == [0.5, 0.7]
+    assert options.shared_arguments == {"exit_scope": "all"}
+    with pytest.raises(UserError, match="thresholds"):
+        read_yaml("treshold: 1")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--tasks", "tiny_nothing"], "tiny_nothing"),
+        (["--confidences", "calm,guess"], "guess"),
+        (["--state_modes", "forget"], "forget"),
+        (["--prune", "two"], "--prune"),
+        (["--model_args", "threshold=0.5"], "threshold"),
+        (["--model_args", "treshold=0.5"], "treshold"),
+        (["--limit", "0"], "--limit"),
+        (["--prune", "40"], "prune_layers=40"),
+        (["--tresholds", "0.5"], "--thresholds"),
+        (["--prune_profile", "nowhere.json", "--prune", "1"], "nowhere.json"),
+    ],
+)
+def test_refusals(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: list[str], message: str
+) -> None:
+    given = ["--backbone", str(model_folder), "--tasks", "tiny_generate", "--output", str(tmp_path / "out")]
+    given += ["--include_path", str(TASKS), "--device", "cpu", "--confidences", "state"]
+    assert main(["sweep", *given, *changed]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_reads_a_file(model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    given = {"backbone": str(model_folder), "tasks": ["tiny_generate"], "output": str(tmp_path / "out"), "limit": 2}
+    given |= {"thresholds": [0.5], "confidences": ["state"], "device": "cpu", "include_path": str(TASKS)}
+    file.write_text(yaml.safe_dump(given))
+    assert main(["sweep", "--config", str(file), "--limit", "1"]) == 0
+    stored = yaml.safe_load((tmp_path / "out" / SWEEP_NAME).read_text())
+    assert stored["limit"] == 1
+    assert stored["confidences"] == "state"
+    assert SweepOptions(**stored).task_names == ["tiny_generate"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3, *[9] * 16], True),
+        ([1, 2, 3, *[9] * 15], False),
+        ([1, *[7, 8] * 8], True),
+        ([1, *[7, 8] * 8, 2], True),  # then a stop string
+        ([1, *[7, 8] * 8, 2, 3], False),
+        ([*[4, 5, 6, 7, 8] * 3, 4], True),
+        ([*range(8)] * 3, True),
+        ([*range(9)] * 3, False),  # longer than the longest n-gram
+        ([*range(8)] * 2, False),  # twice is not three times
+        ([*[1, 1, 2] * 6], True),
+        ([*range(100)], False),
+        ([], False),
+    ],
+)
+def test_repetition(tokens: list[int], expected: bool) -> None:
+    assert ends_in_repetition(tokens, 8, 16) == expected
+
+
+def test_repetition_can_be_switched_off() -> None:
+    assert not ends_in_repetition([9] * 100, 0, 16)
