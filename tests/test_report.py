@@ -1,0 +1,237 @@
+"""Reports: what is shown is what the result files say, and the statistics are right on known cases."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_sweep import options_for
+
+from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.reports import collect, page, plots, statistics
+from dynamax_lm_eval.reports.collect import PointResult, TaskResults
+from dynamax_lm_eval.reports.consistency import consistency, token_f1
+from dynamax_lm_eval.sweep import command
+from dynamax_lm_eval.sweep.files import POINT_NAME, finished_points
+
+
+@pytest.fixture(scope="module")
+def swept(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return command.sweep(options_for(model_folder, tmp_path_factory.mktemp("sweep") / "out"))
+
+
+@pytest.fixture(scope="module")
+def reported(swept: Path) -> Path:
+    assert main(["report", str(swept), "--metrics", "tiny_choice=acc", "--bootstrap", "50"]) == 0
+    return swept / "report"
+
+
+def page_data(folder: Path) -> Any:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'<script type="application/json" id="data">\n(.*?)\n</script>', text, re.DOTALL)
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+def test_the_table_holds_what_the_result_files_say(swept: Path, reported: Path) -> None:
+    table = pd.read_csv(reported / "points.csv")
+    pd.testing.assert_frame_equal(table, pd.read_parquet(reported / "points.parquet"), check_dtype=False)
+    assert len(table) == 6 * 2
+    for point in finished_points(swept):
+        data = json.loads((point["folder"] / point["results"]).read_text())
+        for task, metric in (("tiny_generate", "exact_match"), ("tiny_choice", "acc")):
+            (row,) = table[(table["point"] == point["point"]) & (table["task"] == task)].to_dict("records")
+            assert row["metric"] == metric
+            assert row["score"] == data["results"][task][f"{metric},none"]
+            assert row["compute_reduction"] == data["compute"]["by_task"][task]["compute_reduction"]
+            full = json.loads(next(p for p in finished_points(swept) if p["point"] == "full")["folder"].joinpath(
+                next(p for p in finished_points(swept) if p["point"] == "full")["results"]
+            ).read_text())
+            macs = [run["compute"]["by_task"][task]["macs"]["total"] for run in (full, data)]
+            assert row["compute_vs_full"] == pytest.approx(macs[0] / macs[1])
+
+
+def test_what_is_plotted_is_in_the_result_files(reported: Path) -> None:
+    table = pd.read_csv(reported / "points.csv").set_index(["task", "point"])
+    tasks = page_data(reported)["tasks"]
+    assert len(tasks) == 2
+    for task in tasks:
+        name = task["title"].partition(": ")[2]
+        assert [point["name"] for point in task["points"]][0] == "full"
+        for point in task["points"]:
+            row = table.loc[(name, point["name"])]
+            assert point["scores"][task["metric"]][0] == row["score"]
+            assert point["at"]["compute_reduction"] == row["compute_reduction"]
+            assert point["at"]["compute_vs_full"] == pytest.approx(row["compute_vs_full"])
+
+
+def test_files_of_a_report(reported: Path) -> None:
+    names = {path.name for path in reported.iterdir()}
+    assert {"points.csv", "points.parquet", "report.md", "report.html"} < names
+    assert sum(name.endswith(".png") for name in names) == sum(name.endswith(".svg") for name in names) == 2
+    text = (reported / "report.html").read_text(encoding="utf-8")
+    body = text[: text.index("plotly.js v")] + text[text.index('<script type="application/json"') :]
+    assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", body)
+
+
+def test_the_page_shows_the_layers_of_every_token(swept: Path, reported: Path) -> None:
+    (task,) = [task for task in collect.read([swept], 0.1) if task.task == "tiny_generate"]
+    point = next(point for point in task.points if point.name == "state-skip-0.3")
+    shown = page.strip(point, 0)
+    assert shown is not None
+    assert "".join(text for text, _ in shown).startswith(point.answers[0][:3])
+    assert [layer for _, layer in shown[1:]] == point.samples[0]["exit_layers"][0]
+    assert shown[0][1] == 6, "the first token comes from the prompt"
+
+
+def test_texts_cannot_leave_their_script() -> None:
+    text = page.as_script({"text": "</script><script>alert(1)</script>", "nan": math.nan})
+    assert "<" not in text
+    assert json.loads(text) == {"text": "</script><script>alert(1)</script>", "nan": None}
+
+
+def test_consistency() -> None:
+    found = consistency(["The cat sat", "yes", ""], ["the cat lay down", "yes ", ""])
+    assert found["exact"] == pytest.approx(2 / 3)
+    f1 = 2 * 2 / (3 + 4)
+    assert found["token_f1"] == pytest.approx((f1 + 1 + 1) / 3)
+    assert found["rouge_l"] == pytest.approx((f1 + 1 + 1) / 3)
+    assert token_f1("a b", "c") == 0
+    assert consistency([1, 2, 0], [1, 0, 0]) == {"exact": pytest.approx(2 / 3)}
+
+
+def test_degenerate_points_are_marked_and_left_out(swept: Path, tmp_path: Path) -> None:
+    (task,) = [task for task in collect.read([swept], 0.1) if task.task == "tiny_generate"]
+    assert all(point.valid for point in task.points)
+    for path in swept.rglob(POINT_NAME):
+        point = json.loads(path.read_text())
+        home = tmp_path / path.parent.name
+        home.mkdir()
+        for name in (POINT_NAME, "responses.jsonl", point["results"], *point["samples"].values()):
+            (home / name).parent.mkdir(exist_ok=True)
+            (home / name).write_text((path.parent / name).read_text())
+        if point["point"] == "state-skip-0.3":
+            data = json.loads((home / point["results"]).read_text())
+            data["compute"]["by_task"]["tiny_generate"]["degenerate_rate"] = 0.4
+            (home / point["results"]).write_text(json.dumps(data))
+    (task,) = [task for task in collect.read([tmp_path], 0.3) if task.task == "tiny_generate"]
+    assert [point.name for point in task.points if not point.valid] == ["state-skip-0.3"]
+    table = collect.tidy([task])
+    assert not table.set_index("point").loc["state-skip-0.3", "valid"], "it stays in the data"
+    (task,) = [task for task in collect.read([tmp_path], 0.5) if task.task == "tiny_generate"]
+    assert all(point.valid for point in task.points)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["--metrics", "tiny_generate=bleu"], "bleu"),
+        (["--metrics", "tiny_other=acc"], "tiny_other"),
+        (["--metrics", "acc"], "--metrics"),
+        (["--metric", "a=b"], "--metrics"),
+    ],
+)
+def test_refusals(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    folders = [] if arguments == ["nowhere"] else [str(swept)]
+    assert main(["report", *folders, *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# Statistics on points that are made by hand.
+
+
+def point(name: str, line: str, scores: Sequence[float], reduction: float, family: str = "exits") -> PointResult:
+    """Documents that cost 100 MACs at full depth and save by the same factor."""
+    spent = 100 / reduction
+    macs = {"eligible_full": 100, "eligible": spent, "total_full": 100, "total": spent}
+    return PointResult(
+        name=name,
+        family=family,
+        line=line,
+        value=reduction,
+        policy={},
+        scores={"acc,none": (float(np.mean(scores)), 0.0)},
+        compute={"compute_reduction": reduction, "degenerate_rate": 0.0},
+        samples=[{"acc": score, "macs": macs} for score in scores],
+        answers=[],
+        pieces=[],
+    )
+
+
+def made(n: int = 40) -> TaskResults:
+    """The full model is right everywhere; exits lose a tenth at 1.5, and pruning half at 1.25."""
+    right = [1.0] * n
+    return TaskResults(
+        "b",
+        "t",
+        [
+            point("full", "full model", right, 1.0, "full"),
+            point("e", "calm, skip", [0.0] * (n // 10) + [1.0] * (n - n // 10), 1.5),
+            point("p", "pruning, deepest", [0.0, 1.0] * (n // 2), 1.25, "pruning"),
+        ],
+    )
+
+
+def test_scores_at_reductions_lie_between_points() -> None:
+    x, y = np.asarray([1.5, 1.0]), np.asarray([0.9, 1.0])
+    assert statistics.at_reduction(x, y, 1.25) == pytest.approx(0.95)
+    assert math.isnan(statistics.at_reduction(x, y, 1.6))
+    assert statistics.mean_until(x, y, 1.5) == pytest.approx(0.95)
+    assert statistics.mean_until(x, y, 1.25) == pytest.approx(0.975)
+    assert math.isnan(statistics.mean_until(x, y, 1.6))
+
+
+def test_summary_and_intervals() -> None:
+    found = statistics.summary(made(), "acc,none", "compute_reduction", count=2000)
+    rows = found.set_index(["line", "what"])
+    assert rows.loc[("calm, skip", "score at 1.2"), "value"] == pytest.approx(1 - 0.1 * 0.4)
+    assert rows.loc[("calm, skip", "mean score up to 1.25"), "value"] == pytest.approx(0.975)
+    assert rows.loc[("pruning, deepest", "mean score up to 1.25"), "value"] == pytest.approx(0.75)
+    # At 1.5 the score is a mean of 40 draws with success 0.9: the bootstrap's spread is the binomial one.
+    at_end = rows.loc[("calm, skip", "score at 1.5")]
+    spread = 1.96 * math.sqrt(0.9 * 0.1 / 40)
+    assert at_end["high"] - at_end["low"] == pytest.approx(2 * spread, rel=0.2)
+
+
+def test_differences_from_pruning_are_paired() -> None:
+    found = statistics.against_pruning(made(), "acc,none", "compute_vs_full", count=500)
+    (row,) = found.to_dict("records")
+    assert row["pruning"] == "p"
+    assert row["reduction"] == pytest.approx(1.25)
+    assert row["value"] == pytest.approx(0.95 - 0.5)
+    assert row["low"] < row["value"] < row["high"]
+    # The same documents in both: where pruning is the exits themselves, nothing is left to chance.
+    task = made()
+    same = replace(task.points[1], name="same", family="pruning", line="pruning, deepest")
+    twins = TaskResults("b", "t", [task.points[0], task.points[1], same])
+    (row,) = statistics.against_pruning(twins, "acc,none", "compute_reduction", count=200).to_dict("records")
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((0, 0, 0))
+
+
+def test_metrics_that_are_no_means_have_no_intervals() -> None:
+    task = made()
+    for item in task.points:
+        item.scores["acc,none"] = (7.0, 0.0)
+    assert len(statistics.summary(task, "acc,none", "compute_reduction")) == 0
+
+
+def test_front() -> None:
+    assert statistics.front([(1.0, 0.9), (1.2, 0.8), (1.1, 0.7), (1.3, 0.8), (1.4, 0.1)]) == [0, 3, 4]
+
+
+def test_labels_of_figures(tmp_path: Path) -> None:
+    files = plots.plot(made(), "acc,none", tmp_path / plots.file_stem(made(), "acc,none"))
+    svg = next(file for file in files if file.suffix == ".svg").read_text()
+    assert "full model" in svg
+    assert "calm, skip" in svg
