@@ -99,7 +99,7 @@ def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + (-x2, x1) sin for halves x1, x2 of the last dimension; rounded where the families round."""
-    return (x * cos).add_(torch.roll(x, x.shape[-1] // 2, -1).mul_(sin))
+    return (x * cos).add_(torch.roll(x, x.shape[-1] // 2, -1) * sin)
 
 
 def _normed(norm: Any, hidden: Tensor) -> Tensor:

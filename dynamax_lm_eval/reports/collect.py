@@ -32,6 +32,7 @@ class PointResult:
 
     Attributes:
         scores: metric -> (value, standard error or NaN).
+        higher_is_better: metric without its filter -> what the task says.
         samples: the harness's samples, in order of document.
         answers: each document's text or chosen answer.
         compute: the task's entry in ``compute.by_task``.
@@ -48,6 +49,7 @@ class PointResult:
     samples: list[dict[str, Any]]
     answers: list[Any]
     pieces: list[list[str] | None]
+    higher_is_better: dict[str, bool] = field(default_factory=dict)
     consistency: dict[str, float] = field(default_factory=dict)
     valid: bool = True
 
@@ -85,6 +87,10 @@ class TaskResults:
     def metrics(self) -> list[str]:
         """The task's own metrics."""
         return list(self.full.scores)
+
+    def higher_is_better(self, metric: str) -> bool:
+        """As the task says; true where it says nothing."""
+        return self.full.higher_is_better.get(metric.partition(",")[0], True)
 
     def lines(self) -> dict[str, list[PointResult]]:
         """Points by line, in order of their value."""
@@ -194,6 +200,7 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             samples=samples,
             answers=[_answer(sample) for sample in samples],
             pieces=[pieces.get(_key(sample)) for sample in samples],
+            higher_is_better=data.get("higher_is_better", {}).get(task) or {},
         )
         found.append((str(data["config"]["model_name"]), task, result))
     return found

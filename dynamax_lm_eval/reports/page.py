@@ -88,6 +88,7 @@ def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
         "depth": int(task.full.policy["num_layers"]),
         "metric": metric,
         "metrics": {name: name.partition(",")[0] for name in task.metrics},
+        "higher_is_better": {name: task.higher_is_better(name) for name in task.metrics},
         "lines": [*task.lines()],
         "points": [_point(task, point, samples) for point in task.points],
         "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
@@ -116,7 +117,7 @@ def _front(task: TaskResults, metric: str, axis: str) -> list[int]:
     """Places of the points that no other surpasses, among all points."""
     shown = [i for i, point in enumerate(task.points) if point.valid]
     places = [coordinates(task, task.points[i], metric, axis)[:2] for i in shown]
-    return [shown[i] for i in front(places)]
+    return [shown[i] for i in front(places, task.higher_is_better(metric))]
 
 
 def _without_nan(data: Any) -> Any:

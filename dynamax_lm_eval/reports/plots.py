@@ -43,6 +43,8 @@ def plot(task: TaskResults, metric: str, stem: Path) -> list[Path]:
         panel.set_xlabel(f"{label} (times)")
         panel.grid(visible=True, color="0.9", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
+    if not task.higher_is_better(metric):
+        axes[0].invert_yaxis()
     axes[0].set_ylabel(metric.partition(",")[0])
     left_out = [point.name for point in task.points if not point.valid]
     note = f"; {len(left_out)} degenerate points left out" if left_out else ""
@@ -81,7 +83,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str) -> None:
             zorder=3,
         )
         ends.append((x[-1], y[-1], name, colour))
-    best = [everything[i] for i in front(everything)]
+    best = [everything[i] for i in front(everything, task.higher_is_better(metric))]
     panel.plot(*zip(*best, strict=True), color="0.75", linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
     _name_lines(panel, ends, baseline)
 
@@ -89,7 +91,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str) -> None:
 def _name_lines(panel: Any, ends: Sequence[tuple[float, float, str, str]], baseline: float) -> None:
     """Names right of the plot, at the height of each line's end, moved apart where they would touch."""
     low, high = panel.get_ylim()
-    gap = (high - low) * 0.045
+    gap = (high - low) * 0.045  # the axis is turned around after this, where less is better
     wanted = [(baseline, None, "full model", "black"), *((y, x, name, colour) for x, y, name, colour in ends)]
     right = panel.get_xlim()[1]
     place = low - gap

@@ -113,8 +113,10 @@ def against_pruning(task: TaskResults, metric: str, axis: str, count: int = 1000
     return pd.DataFrame(rows)
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
+def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> list[int]:
     """Indices of the points (reduction, score) that no other surpasses in both, by rising reduction."""
+    if not higher_is_better:
+        points = [(reduction, -score) for reduction, score in points]
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
     best, kept = -np.inf, []
     for i in order:

@@ -55,7 +55,7 @@ function drawChart() {
     margin: { l: 60, r: narrow ? 10 : 160, t: 10, b: narrow ? 120 : 55 }, hovermode: "closest", showlegend: narrow,
     legend: { orientation: "h", y: -0.22, font: { size: 11 } }, annotations,
     xaxis: { title: { text: `${data.axes[axis]} (times)` }, gridcolor: "#e5e8eb", zeroline: false },
-    yaxis: { title: { text: shown.metrics[metric] }, gridcolor: "#e5e8eb", zeroline: false },
+    yaxis: { title: { text: shown.metrics[metric] }, autorange: shown.higher_is_better[metric] ? true : "reversed", gridcolor: "#e5e8eb", zeroline: false },
     shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: score(full), y1: score(full),
       line: { color: "#555", width: 1, dash: "dot" } }],
     font: { family: "system-ui, sans-serif", color: "#1b1f24" },
