@@ -52,9 +52,11 @@ def test_the_table_holds_what_the_result_files_say(swept: Path, reported: Path) 
             assert row["metric"] == metric
             assert row["score"] == data["results"][task][f"{metric},none"]
             assert row["compute_reduction"] == data["compute"]["by_task"][task]["compute_reduction"]
-            full = json.loads(next(p for p in finished_points(swept) if p["point"] == "full")["folder"].joinpath(
-                next(p for p in finished_points(swept) if p["point"] == "full")["results"]
-            ).read_text())
+            full = json.loads(
+                next(p for p in finished_points(swept) if p["point"] == "full")["folder"]
+                .joinpath(next(p for p in finished_points(swept) if p["point"] == "full")["results"])
+                .read_text()
+            )
             macs = [run["compute"]["by_task"][task]["macs"]["total"] for run in (full, data)]
             assert row["compute_vs_full"] == pytest.approx(macs[0] / macs[1])
 
@@ -65,7 +67,7 @@ def test_what_is_plotted_is_in_the_result_files(reported: Path) -> None:
     assert len(tasks) == 2
     for task in tasks:
         name = task["title"].partition(": ")[2]
-        assert [point["name"] for point in task["points"]][0] == "full"
+        assert task["points"][0]["name"] == "full"
         for point in task["points"]:
             row = table.loc[(name, point["name"])]
             assert point["scores"][task["metric"]][0] == row["score"]
