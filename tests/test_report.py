@@ -41,6 +41,17 @@ def page_data(folder: Path) -> Any:
     return json.loads(found.group(1))
 
 
+def data_equal(swept: Path, point: dict[str, Any]) -> float:
+    """Share of logged texts that are those of the full model."""
+
+    def texts(of: dict[str, Any]) -> list[str]:
+        lines = (of["folder"] / of["samples"]["tiny_generate"]).read_text().splitlines()
+        return [sample["resps"][0][0].strip() for sample in map(json.loads, lines)]
+
+    (whole,) = [p for p in finished_points(swept) if p["point"] == "full"]
+    return float(np.mean([a == b for a, b in zip(texts(whole), texts(point), strict=True)]))
+
+
 def test_the_table_holds_what_the_result_files_say(swept: Path, reported: Path) -> None:
     table = pd.read_csv(reported / "points.csv")
     pd.testing.assert_frame_equal(table, pd.read_parquet(reported / "points.parquet"), check_dtype=False)
@@ -58,6 +69,8 @@ def test_the_table_holds_what_the_result_files_say(swept: Path, reported: Path) 
                 .read_text()
             )
             macs = [run["compute"]["by_task"][task]["macs"]["total"] for run in (full, data)]
+            if task == "tiny_generate":
+                assert row["consistency_exact"] == data_equal(swept, point)
             assert row["compute_vs_full"] == pytest.approx(macs[0] / macs[1])
 
 
@@ -78,7 +91,7 @@ def test_what_is_plotted_is_in_the_result_files(reported: Path) -> None:
 def test_files_of_a_report(reported: Path) -> None:
     names = {path.name for path in reported.iterdir()}
     assert {"points.csv", "points.parquet", "report.md", "report.html"} < names
-    assert sum(name.endswith(".png") for name in names) == sum(name.endswith(".svg") for name in names) == 2
+    assert sum(name.endswith(".png") for name in names) == sum(name.endswith(".svg") for name in names) == 3
     text = (reported / "report.html").read_text(encoding="utf-8")
     body = text[: text.index("plotly.js v")] + text[text.index('<script type="application/json"') :]
     assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", body)
@@ -102,12 +115,12 @@ def test_texts_cannot_leave_their_script() -> None:
 
 def test_consistency() -> None:
     found = consistency(["The cat sat", "yes", ""], ["the cat lay down", "yes ", ""])
-    assert found["exact"] == pytest.approx(2 / 3)
+    assert found["exact"] == [0, 1, 1]
     f1 = 2 * 2 / (3 + 4)
-    assert found["token_f1"] == pytest.approx((f1 + 1 + 1) / 3)
-    assert found["rouge_l"] == pytest.approx((f1 + 1 + 1) / 3)
+    assert found["token_f1"] == pytest.approx([f1, 1, 1])
+    assert found["rouge_l"] == pytest.approx([f1, 1, 1])
     assert token_f1("a b", "c") == 0
-    assert consistency([1, 2, 0], [1, 0, 0]) == {"exact": pytest.approx(2 / 3)}
+    assert consistency([1, 2, 0], [1, 0, 0]) == {"exact": [1, 0, 1]}
 
 
 def test_degenerate_points_are_marked_and_left_out(swept: Path, tmp_path: Path) -> None:

@@ -50,8 +50,14 @@ class PointResult:
     answers: list[Any]
     pieces: list[list[str] | None]
     higher_is_better: dict[str, bool] = field(default_factory=dict)
-    consistency: dict[str, float] = field(default_factory=dict)
+    #: Likeness to the full model's answers: name -> one number per document.
+    likeness: dict[str, list[float]] = field(default_factory=dict)
     valid: bool = True
+
+    @property
+    def consistency(self) -> dict[str, float]:
+        """Means of the likeness."""
+        return {name: float(np.mean(values)) for name, values in self.likeness.items()}
 
     def macs(self, name: str) -> Floats:
         """MACs of every document (n,)."""
@@ -60,6 +66,8 @@ class PointResult:
     def per_document(self, metric: str) -> Floats | None:
         """The metric of every document (n,), where the task's value is their mean."""
         name = metric.partition(",")[0]
+        if metric in self.likeness:
+            return np.asarray(self.likeness[metric])
         values = [sample.get(name) for sample in self.samples]
         if not all(isinstance(value, (int, float)) for value in values):
             return None
@@ -85,7 +93,7 @@ class TaskResults:
 
     @property
     def metrics(self) -> list[str]:
-        """The task's own metrics."""
+        """The task's own metrics, then the likeness to the full model's answers."""
         return list(self.full.scores)
 
     def higher_is_better(self, metric: str) -> bool:
@@ -168,9 +176,11 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "mean_exit_layer": point.compute["mean_exit_layer"],
                 "generated_tokens": point.compute["mean_generated_tokens"],
                 "degenerate_rate": point.compute["degenerate_rate"],
-                **{f"consistency_{name}": value for name, value in point.consistency.items()},
+                **point.consistency,
             }
             for metric, (value, stderr) in point.scores.items():
+                if metric in point.likeness:
+                    continue  # it has columns of its own
                 name, _, harness_filter = metric.partition(",")
                 score = {"metric": name, "filter": harness_filter, "score": value, "score_stderr": stderr}
                 rows.append({**common, **score, **compute})
@@ -243,5 +253,9 @@ def _pieces(path: Path) -> dict[str, list[str]]:
 def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: float) -> None:
     usual = full.compute.get("degenerate_rate") or 0.0
     for point in (full, *others):
-        point.consistency = consistency(full.answers, point.answers)
+        found = consistency(full.answers, point.answers)
+        point.likeness = {f"consistency_{name}": values for name, values in found.items()}
+        for name, values in point.likeness.items():
+            spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+            point.scores[name] = (float(np.mean(values)), spread)
         point.valid = (point.compute.get("degenerate_rate") or 0.0) <= usual + max_degenerate

@@ -17,6 +17,8 @@ from dynamax_lm_eval.reports.options import ReportOptions
 
 logger = logging.getLogger(__name__)
 
+#: Shown beside each task's own metric.
+_LIKENESS = "consistency_rouge_l"
 _COLUMNS = (
     "line",
     "value",
@@ -53,10 +55,13 @@ def report(options: ReportOptions) -> Path:
     table.to_parquet(output / "points.parquet", index=False)
     parts = ["# Early exits: score against compute\n"]
     for task in results:
-        metric = chosen[task.task]
-        files = plots.plot(task, metric, output / plots.file_stem(task, metric))
-        logger.info("%s: %s", task.title, files[0])
-        parts += _sections(task, metric, table, files[0].name, options)
+        parts.append(f"## {task.title}\n")
+        for metric in dict.fromkeys((chosen[task.task], _LIKENESS)):
+            if metric in task.metrics:
+                files = plots.plot(task, metric, output / plots.file_stem(task, metric))
+                logger.info("%s: %s", task.title, files[0])
+                parts += _figure(task, metric, files[0].name, options)
+        parts += ["### All points\n", _markdown(_points(task, chosen[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
     write_text(output / "report.html", page.render(results, chosen, options.samples))
     return output
@@ -86,25 +91,29 @@ def _chosen_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> d
     return chosen
 
 
-def _sections(task: TaskResults, metric: str, table: pd.DataFrame, figure: str, options: ReportOptions) -> list[str]:
-    name, _, harness_filter = metric.partition(",")
-    of_task = (table["backbone"] == task.backbone) & (table["task"] == task.task)
-    shown = table[of_task & (table["metric"] == name) & (table["filter"] == harness_filter)]
-    columns = [column for column in _COLUMNS if column in shown and not shown[column].isna().all()]
-    parts = [
-        f"## {task.title}\n",
-        f"{len(task.full.samples)} documents, metric {name}.\n",
-        f"![{task.title}]({figure})\n",
-    ]
-    parts.append(_markdown(shown[columns]))
+def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions) -> list[str]:
+    """A plot and the numbers that belong to it."""
+    name = metric.partition(",")[0]
+    parts = [f"### {name}, {len(task.full.samples)} documents\n", f"![{task.title}, {name}]({figure})\n"]
     for axis, label in statistics.AXES.items():
         found = statistics.summary(task, metric, axis, options.bootstrap, options.seed)
         if len(found):
-            parts += [f"### {label.capitalize()}\n", "With 95 % intervals over documents:\n", _markdown(found)]
+            parts += [f"Against {label}, with 95 % intervals over documents:\n", _markdown(found)]
         paired = statistics.against_pruning(task, metric, axis, options.bootstrap, options.seed)
         if len(paired):
             parts += [f"Score minus that of a pruned model at its {label}, paired over documents:\n", _markdown(paired)]
     return parts
+
+
+def _points(task: TaskResults, metric: str, table: pd.DataFrame) -> pd.DataFrame:
+    """The table of a task's points."""
+    of_task = table[(table["backbone"] == task.backbone) & (table["task"] == task.task)]
+    name, _, harness_filter = metric.partition(",")
+    if metric in task.full.likeness:
+        shown = of_task.drop_duplicates("point")
+    else:
+        shown = of_task[(of_task["metric"] == name) & (of_task["filter"] == harness_filter)]
+    return shown[[column for column in _COLUMNS if column in shown and not shown[column].isna().all()]]
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -7,26 +7,25 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
 _WORD = re.compile(r"\w+")
 
 
-def consistency(full: Sequence[Any], ours: Sequence[Any]) -> dict[str, float]:
-    """Means over documents of ``exact`` equality and, for texts, of ``token_f1`` and ``rouge_l`` (F-measure).
+def consistency(full: Sequence[Any], ours: Sequence[Any]) -> dict[str, list[float]]:
+    """For each document ``exact`` equality and, for texts, ``token_f1`` and ``rouge_l`` (F-measure).
 
     Answers that are no texts (chosen continuations) have ``exact`` only. Surrounding white space does not count. The
     tokens of token_f1 are lower-cased words; two texts without any are equal.
     """
     pairs = list(zip(full, ours, strict=True))
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
-        return {"exact": float(np.mean([a == b for a, b in pairs]))} if pairs else {}
+        return {"exact": [float(a == b) for a, b in pairs]} if pairs else {}
     scorer = RougeScorer(["rougeL"])
     return {
-        "exact": float(np.mean([a.strip() == b.strip() for a, b in pairs])),
-        "token_f1": float(np.mean([token_f1(a, b) for a, b in pairs])),
-        "rouge_l": float(np.mean([_rouge_l(scorer, a, b) for a, b in pairs])),
+        "exact": [float(a.strip() == b.strip()) for a, b in pairs],
+        "token_f1": [token_f1(a, b) for a, b in pairs],
+        "rouge_l": [_rouge_l(scorer, a, b) for a, b in pairs],
     }
 
 

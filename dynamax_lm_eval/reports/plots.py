@@ -12,7 +12,7 @@ from dynamax_lm_eval.reports.statistics import AXES, front
 
 #: Told apart by lightness, dash and marker together; colours of Okabe and Ito (2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C564B", "#7F7F7F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p")
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
 
@@ -63,7 +63,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str) -> None:
     everything = [(1.0, baseline)]
     ends: list[tuple[float, float, str, str]] = []
     for i, (name, points) in enumerate(task.lines().items()):
-        shown = sorted(coordinates(task, point, metric, axis) for point in points if point.valid)
+        shown = [coordinates(task, point, metric, axis) for point in points if point.valid]
         if not shown:
             continue
         x, y, errors = (list(column) for column in zip(*shown, strict=True))
@@ -82,7 +82,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str) -> None:
             alpha=0.9,
             zorder=3,
         )
-        ends.append((x[-1], y[-1], name, colour))
+        ends.append((*max(zip(x, y, strict=True)), name, colour))
     best = [everything[i] for i in front(everything, task.higher_is_better(metric))]
     panel.plot(*zip(*best, strict=True), color="0.75", linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
     _name_lines(panel, ends, baseline)

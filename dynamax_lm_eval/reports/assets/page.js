@@ -1,7 +1,8 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "triangle-left", "triangle-right"];
+const symbols = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "triangle-left", "triangle-right",
+  "hexagon", "pentagon"];
 const dashes = ["solid", "dash", "dashdot", "dot", "longdash", "longdashdot"];
 let chosen = null;
 
@@ -31,20 +32,20 @@ function drawChart() {
     line: { color: "rgba(140,140,140,.3)", width: 10 } });
   const ends = [];
   shown.lines.forEach((line, i) => {
-    const points = shown.points.filter((p) => p.line === line && p.valid).sort((a, b) => a.at[axis] - b.at[axis]);
+    const points = shown.points.filter((p) => p.line === line && p.valid).sort((a, b) => a.value - b.value);
     if (!points.length) return;
     const colour = data.colours[i % data.colours.length];
     traces.push({
       x: points.map((p) => p.at[axis]), y: points.map(score), name: line, mode: "lines+markers",
       customdata: points.map((p) => p.name),
       text: points.map((p) => `<b>${line}</b>, ${setting(p)}<br>score ${number(score(p))} ± ${number(p.scores[metric][1])}` +
-        `<br>${data.axes[axis]} ${number(p.at[axis])}<br>same texts ${number(p.consistency.exact)}`),
+        `<br>${data.axes[axis]} ${number(p.at[axis])}<br>same texts ${number(p.consistency.consistency_exact)}`),
       hovertemplate: "%{text}<extra></extra>",
       error_y: { type: "data", array: points.map((p) => p.scores[metric][1] || 0), thickness: 0.7, width: 2 },
       line: { color: colour, dash: dashes[i % dashes.length], width: 1.8 },
       marker: { color: colour, symbol: symbols[i % symbols.length], size: 9 },
     });
-    const last = points[points.length - 1];
+    const last = points.reduce((a, b) => (b.at[axis] > a.at[axis] ? b : a));
     ends.push({ height: score(last), text: line, colour });
   });
   traces.push({ x: [1], y: [score(full)], name: "full model", mode: "markers", customdata: ["full"],
@@ -95,7 +96,7 @@ function drawTable() {
     name.append(button);
     const cells = [number(point.scores[metric][0]), number(point.scores[metric][1]),
       ...Object.keys(data.axes).map((axis) => number(point.at[axis])), number(point.mean_exit_layer, 1), number(point.tokens, 1),
-      number(point.degenerate, 2), number(point.consistency.exact), number(point.consistency.rouge_l)];
+      number(point.degenerate, 2), number(point.consistency.consistency_exact), number(point.consistency.consistency_rouge_l)];
     row.append(name, ...cells.map((text) => element("td", text)));
     row.classList.toggle("invalid", !point.valid);
     if (!point.valid) row.title = "too many of its texts repeat themselves; left out of the lines";
@@ -136,7 +137,7 @@ function drawDetails() {
   const facts = { [shown.metrics[metric]]: `${number(point.scores[metric][0])} ± ${number(point.scores[metric][1])}` };
   for (const [axis, label] of Object.entries(data.axes)) facts[label] = number(point.at[axis]);
   facts["mean exit layer"] = point.mean_exit_layer === null ? "nothing could exit" : `${number(point.mean_exit_layer, 1)} of ${shown.depth}`;
-  facts["texts equal to the full model's"] = number(point.consistency.exact);
+  facts["texts equal to the full model's"] = number(point.consistency.consistency_exact);
   if (!point.valid) facts["left out"] = "too many texts repeat themselves";
   for (const [key, value] of Object.entries(facts)) list.append(element("dt", key), element("dd", value));
   details.append(list);
