@@ -13,6 +13,7 @@ from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone, attention, make_backbone
 from dynamax_lm_eval.backbones.lean import LeanBlock
+from dynamax_lm_eval.backbones.transformer import TransformerPass
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.sampling import Sampler
@@ -474,22 +475,20 @@ class TestSelfCheck:
 
 
 @pytest.mark.parametrize("scope", ["generated", "all"])
-def test_states_are_recomputed_only_where_a_later_token_needs_them(scope: Any) -> None:
+def test_states_are_recomputed_only_where_a_later_token_needs_them(scope: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """K and V of a token that left: once per block, and never after the row's last token that goes there."""
     model = tiny_model("llama")
     engine = engine_for("llama")
-    backbone = engine.backbone
-    assert isinstance(backbone, TransformerBackbone)
     policy = ExitPolicy(LAYERS, (2, 4), (0.5,) * 2, exit_scope=scope)
     policy = separated_policy(model, policy, PROMPTS[0])
     recomputed = [0] * (LAYERS + 1)
-    project = backbone.project
+    project = TransformerPass.project
 
-    def count(block: int, hidden: torch.Tensor, rotary: Any) -> Any:
+    def count(run: TransformerPass, block: int, hidden: torch.Tensor, rotary: Any) -> Any:
         recomputed[block] += hidden.shape[1]
-        return project(block, hidden, rotary)
+        return project(run, block, hidden, rotary)
 
-    backbone.project = count  # type: ignore[method-assign]
+    monkeypatch.setattr(TransformerPass, "project", count)
     (result,) = run_generate(engine, [policy], PROMPTS[:1], 1)
     layers = [LAYERS] * (result.trace.fed_tokens - len(result.trace.exit_layers)) + list(result.trace.exit_layers)
     prompt = len(PROMPTS[0])

@@ -96,7 +96,9 @@ def test_results_keep_the_rules_of_leaderboards(model_folder: Path, manager: Tas
             if "," in key and "_stderr" not in key:
                 assert isinstance(value, (int, float)), (task, key)
         metrics = [key for key in row if "," in key]
-        compute = [key.startswith(("compute_", "mean_exit", "generated_", "token_limit")) for key in metrics]
+        compute = [
+            key.startswith(("compute_", "mean_exit", "generated_", "token_limit", "degenerate")) for key in metrics
+        ]
         assert compute == sorted(compute), "compute stands last"
         for name in ("compute_reduction", "compute_reduction_total", "compute_reduction_paper"):
             assert results["higher_is_better"][task][name] is True
