@@ -135,8 +135,16 @@ def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypa
     whole = command.sweep(options_for(model_folder, tmp_path / "whole", limit=2))
     options = options_for(model_folder, tmp_path / "shared", limit=2)
     counts = []
+    start = SweepLM.start
     for rank in (0, 1):
         monkeypatch.setattr(command, "process", lambda rank=rank: (rank, 2))
+
+        def launched(self: SweepLM, points: Any, rank: int = rank) -> None:
+            monkeypatch.setenv("LOCAL_RANK", str(rank))  # as launchers set it, but after the model has loaded alone
+            start(self, points)
+
+        monkeypatch.setattr(SweepLM, "start", launched)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
         counts.append(len(finished_points(command.sweep(options))))
     assert counts == [3, 6]
     assert results_of(Path(options.output)) == results_of(whole)

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -161,24 +162,38 @@ def _asked(options: SweepOptions) -> dict[str, Any]:
     return {"tasks": options.task_names, "limit": options.limit}
 
 
+@contextmanager
+def _as_only_process() -> Iterator[None]:
+    """The harness gives results to the process whose LOCAL_RANK is 0; here each has results of its own."""
+    before = os.environ.get("LOCAL_RANK")
+    if before is not None:
+        os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+
+
 def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: TaskManager) -> dict[str, Any]:
     lm.replay(point)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says the same for every point
-    results = lm_eval.simple_evaluate(
-        lm,
-        tasks=options.task_names,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        task_manager=tasks,
-        log_samples=True,
-        apply_chat_template=options.apply_chat_template,
-        system_instruction=options.system_instruction,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-        metadata=options.metadata_given or None,
-    )
+    with _as_only_process():
+        results = lm_eval.simple_evaluate(
+            lm,
+            tasks=options.task_names,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            task_manager=tasks,
+            log_samples=True,
+            apply_chat_template=options.apply_chat_template,
+            system_instruction=options.system_instruction,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+            metadata=options.metadata_given or None,
+        )
     assert results is not None, "every process evaluates its points alone"
     found = dict(results)
     # What ran, and how long it took, belongs to all points that were answered together.
