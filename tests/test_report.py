@@ -120,6 +120,7 @@ def test_consistency() -> None:
     assert found["token_f1"] == pytest.approx([f1, 1, 1])
     assert found["rouge_l"] == pytest.approx([f1, 1, 1])
     assert token_f1("a b", "c") == 0
+    assert consistency([None, None], [None, None]) == {}
     assert consistency([1, 2, 0], [1, 0, 0]) == {"exact": [1, 0, 1]}
 
 

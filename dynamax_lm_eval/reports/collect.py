@@ -228,11 +228,12 @@ def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def _answer(sample: dict[str, Any]) -> Any:
-    """A document's first text, or which of its continuations is the most probable, or a log-likelihood."""
+    """A document's first text, or which of its continuations is the most probable; None for whole texts."""
     responses = [response[0] for response in sample["resps"]]
     if isinstance(responses[0], list):  # (log-likelihood, is_greedy) of each continuation
         return int(np.argmax([float(response[0]) for response in responses]))
-    return responses[0]
+    generated = isinstance(sample["arguments"]["gen_args_0"].get("arg_1"), dict)
+    return responses[0] if generated else None
 
 
 def _key(sample: dict[str, Any]) -> str:

@@ -15,10 +15,11 @@ _WORD = re.compile(r"\w+")
 def consistency(full: Sequence[Any], ours: Sequence[Any]) -> dict[str, list[float]]:
     """For each document ``exact`` equality and, for texts, ``token_f1`` and ``rouge_l`` (F-measure).
 
-    Answers that are no texts (chosen continuations) have ``exact`` only. Surrounding white space does not count. The
-    tokens of token_f1 are lower-cased words; two texts without any are equal.
+    Answers that are no texts (chosen continuations) have ``exact`` only, and what is no answer (None) nothing.
+    Surrounding white space does not count. The tokens of token_f1 are lower-cased words; two texts without any are
+    equal.
     """
-    pairs = list(zip(full, ours, strict=True))
+    pairs = [(a, b) for a, b in zip(full, ours, strict=True) if a is not None]
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
         return {"exact": [float(a == b) for a, b in pairs]} if pairs else {}
     scorer = RougeScorer(["rougeL"])
