@@ -137,7 +137,8 @@ def _report(arguments: list[str]) -> int:
             folders.append(rest.pop(0))
         from dynamax_lm_eval.reports.options import ReportOptions
 
-        (options,) = _parsed("report FOLDER...", _REPORT_DESCRIPTION, ["--folders", *folders, *rest], ReportOptions)
+        named = ["--folders", *folders] if folders else []
+        (options,) = _parsed("report FOLDER...", _REPORT_DESCRIPTION, [*named, *rest], ReportOptions)
         from dynamax_lm_eval.reports.command import report
 
         sys.stdout.write(f"{report(options)}\n")

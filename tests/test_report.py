@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_degenerate_points_are_marked_and_left_out(swept: Path, tmp_path: Path) 
     assert not table.set_index("point").loc["state-skip-0.3", "valid"], "it stays in the data"
     (task,) = [task for task in collect.read([tmp_path], 0.5) if task.task == "tiny_generate"]
     assert all(point.valid for point in task.points)
+
+
+def test_texts_may_hold_any_line_separator(swept: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept, folder)
+    (task,) = [task for task in collect.read([folder], 0.1) if task.task == "tiny_generate"]
+    (whole,) = [point for point in finished_points(folder) if point["point"] == "full"]
+    path = whole["folder"] / whole["samples"]["tiny_generate"]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    sample = json.loads(lines[0])
+    sample["resps"][0][0] = "one\u2028two\x85three"
+    path.write_text("\n".join([json.dumps(sample, ensure_ascii=False), *lines[1:]]), encoding="utf-8")
+    (after,) = [task for task in collect.read([folder], 0.1) if task.task == "tiny_generate"]
+    assert sample["resps"][0][0] in after.full.answers
+    assert len(after.full.answers) == len(task.full.answers)
+
+
+def test_help_needs_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "--help"])
+    assert ended.value.code == 0
+    assert "--max_degenerate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

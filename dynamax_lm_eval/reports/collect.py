@@ -107,6 +107,15 @@ class TaskResults:
             found.setdefault(point.line, []).append(point)
         return {name: sorted(points, key=lambda point: point.value) for name, points in found.items()}
 
+    def valid_lines(self) -> dict[str, list[PointResult]]:
+        """Lines without their invalid points; those that have no others are left out."""
+        lines = {name: [point for point in points if point.valid] for name, points in self.lines().items()}
+        return {name: points for name, points in lines.items() if points}
+
+    def reduction(self, point: PointResult, axis: str) -> float:
+        """Where a point lies on a compute axis (one of ``statistics.AXES``)."""
+        return self.vs_full(point) if axis == "compute_vs_full" else float(point.compute["compute_reduction"])
+
     def vs_full(self, point: PointResult) -> float:
         """MACs of the full model's run over those of this one, prompts included."""
         return float(self.full.macs("total").sum() / point.macs("total").sum())
@@ -193,8 +202,7 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
     pieces = _pieces(folder / RESPONSES_NAME)
     found = []
     for task, file in point["samples"].items():
-        lines = (folder / file).read_text(encoding="utf-8").splitlines()
-        samples = [json.loads(line) for line in lines]
+        samples = _json_lines(folder / file)
         first_filter = samples[0]["filter"]
         samples = sorted(
             (sample for sample in samples if sample["filter"] == first_filter), key=lambda sample: sample["doc_id"]
@@ -243,12 +251,15 @@ def _key(sample: dict[str, Any]) -> str:
 
 def _pieces(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n")[1:]:
-        if line:
-            data = json.loads(line)
-            if data.get("pieces") is not None:
-                found.setdefault(data["key"].partition(":")[0], data["pieces"])
+    for data in _json_lines(path)[1:]:
+        if data.get("pieces") is not None:
+            found.setdefault(data["key"].partition(":")[0], data["pieces"])
     return found
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    # str.splitlines also breaks at separators that texts may hold, U+2028 among them.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: float) -> None:
