@@ -133,7 +133,7 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
         if name in REFUSED_ARGUMENTS and _is_set(value):
             raise UserError(f"{name}={value!r} cannot be honoured: {REFUSED_ARGUMENTS[name]}")
         if name not in known and name not in REFUSED_ARGUMENTS:
-            raise UserError(_unknown_name("model argument", name, known))
+            raise UserError(unknown_name("model argument", name, known, "dynamax's own are", OWN_ARGUMENTS))
     passed_on = {name: value for name, value in passed_on.items() if name not in REFUSED_ARGUMENTS}
     if passed_on.get("backend", "default") == "seq2seq":
         raise UserError("backend=seq2seq cannot be honoured: early exit needs a decoder-only (causal) backbone")
@@ -247,9 +247,10 @@ def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({stored.get(name)!r}, now {now.get(name)!r})" for name in names)
 
 
-def _unknown_name(what: str, name: str, known: Collection[str]) -> str:
+def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, shown: Collection[str]) -> str:
+    """The error message: the nearest known name, or else those of ``shown``, introduced by ``shown_as``."""
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"dynamax's own are: {', '.join(OWN_ARGUMENTS)}"
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"{shown_as}: {', '.join(shown)}"
     return f"unknown {what} {name!r}; {hint}"
 
 

@@ -196,10 +196,15 @@ class DynamaxLM(HFLM):
             self.response_ledger.leave_database()
         super().set_cache_hook(cache_hook)
 
+    @property
+    def weights(self) -> str:
+        """Fingerprint of the backbone's weights as they are now."""
+        return weights_fingerprint(self.model)
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""
         return {
-            "weights": weights_fingerprint(self.model),
+            "weights": self.weights,
             "config": config_fingerprint(self.model.config),
             "dtype": str(self.model.dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),

@@ -207,6 +207,10 @@ def test_yaml() -> None:
     assert options.task_names == ["a", "b"]
     assert parse_thresholds(options.thresholds) == [0.5, 0.7]
     assert options.shared_arguments == {"exit_scope": "all"}
+    lists = SweepOptions(**read_yaml("backbone: b\ntasks: a\noutput: o\nmodel_args: {exit_layers: [2, 4], top: x}\n"))
+    assert lists.shared_arguments == {"exit_layers": [2, 4], "top": "x"}
+    for metadata in ('{"depth": 2}', "depth=2"):
+        assert SweepOptions("b", "a", "o", metadata=metadata).metadata_given == {"depth": 2}
     with pytest.raises(UserError, match="thresholds"):
         read_yaml("treshold: 1")
 
@@ -220,6 +224,8 @@ def test_yaml() -> None:
         (["--prune", "two"], "--prune"),
         (["--model_args", "threshold=0.5"], "threshold"),
         (["--model_args", "treshold=0.5"], "treshold"),
+        (["--model_args", "exit_scope"], "--model_args"),
+        (["--metadata", "{depth"], "--metadata"),
         (["--limit", "0"], "--limit"),
         (["--prune", "40"], "prune_layers=40"),
         (["--tresholds", "0.5"], "--thresholds"),

@@ -86,6 +86,8 @@ class Engine:
         """``classifiers``: the trained exits that policies with ``confidence=classifier`` use."""
         self.backbone = backbone
         self.classifiers = classifiers
+        #: State recompute was seen to make the states that the blocks make.
+        self.recomputes_states = False
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> RowStates:
         """As :meth:`Backbone.new_states`, with room for the states of the classifiers."""

@@ -64,7 +64,7 @@ class Beginning:
 
 @dataclass(frozen=True)
 class PrefixRun:
-    """A prefix that ran (beyond its parent, if it has one) and how many rows and longer prefixes took a copy of it."""
+    """A prefix that ran, accounted as a whole, and how many rows and longer prefixes took a copy of it."""
 
     policy: ExitPolicy
     trace: Trace

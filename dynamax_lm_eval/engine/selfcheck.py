@@ -60,9 +60,10 @@ def checked_engine(
 def check_policy(engine: Engine, policy: ExitPolicy) -> None:
     """Raises UserError where the backbone cannot follow the policy, or makes other states than its blocks do."""
     engine.check_policy(policy)
-    if policy.active_exits and policy.state_mode == "recompute":
+    if policy.active_exits and policy.state_mode == "recompute" and not engine.recomputes_states:
         try:
             check_state_recompute(engine)
+            engine.recomputes_states = True
         except UserError:
             raise
         except Exception as error:

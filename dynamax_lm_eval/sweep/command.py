@@ -22,9 +22,10 @@ from lm_eval.tasks import TaskManager
 import dynamax_lm_eval
 from dynamax_lm_eval.config import ClassifierKind, UserError, changed_settings
 from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.lm import Setting
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
-from dynamax_lm_eval.sweep.options import Point, SweepOptions, grid
+from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid
 from dynamax_lm_eval.sweep.store import ResponseStore
 
 logger = logging.getLogger(__name__)
@@ -67,14 +68,16 @@ def sweep(options: SweepOptions) -> Path:
     if lm.exits is not None:
         kinds, adapters = lm.exits.config.classifiers, lm.exits.config.adapter != "none"
     every = grid(options, replace(lm.args, threshold=(1.0,)), kinds, adapters)
-    _check(lm, every)
     rank, world_size = process()
-    mine = every[rank::world_size]
+    answered = _resolve(lm, every)[rank::world_size]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        resolved = {**options.to_json(), "confidences": ",".join(dict.fromkeys(_scorers(every)))}
+        resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_text(folder / SWEEP_NAME, yaml.safe_dump(resolved, sort_keys=False))
-    points = _open(lm, folder, mine)
+    points = [
+        SweepPoint(point, setting, ResponseStore(folder / "points" / point.name / RESPONSES_NAME, identity))
+        for point, setting, identity in answered
+    ]
     waiting = [point for point in points if not _is_done(folder, point, options)]
     if done := len(points) - len(waiting):
         logger.info("%d of %d points are done already", done, len(points))
@@ -91,8 +94,7 @@ def sweep(options: SweepOptions) -> Path:
 
 def _load(options: SweepOptions, given: dict[str, Any]) -> SweepLM:
     """The backbone with the exits that it has, whatever the full model needs."""
-    asked = options.confidences
-    if asked is None or any(kind in asked for kind in get_args(ClassifierKind)):
+    if options.confidences is None or set(confidences_of(options, ())).intersection(get_args(ClassifierKind)):
         # Exits are looked up where something may exit; the grid decides what does.
         given = {**given, "threshold": 0.5}
     return SweepLM(**given)
@@ -129,27 +131,25 @@ def _check_folder(folder: Path, options: SweepOptions) -> None:
         raise UserError(f"{folder} holds a sweep that differs in {changed}; choose another --output")
 
 
-def _check(lm: SweepLM, points: Sequence[Point]) -> None:
-    """Refuses points that the backbone cannot run, before any of them is answered."""
+def _resolve(lm: SweepLM, points: Sequence[Point]) -> list[tuple[Point, Setting, dict[str, Any]]]:
+    """Each point with what it means for requests and the identity of its answers.
+
+    Raises:
+        UserError: the backbone cannot run one of them; before any is answered.
+    """
+    resolved = []
     for point in points:
         try:
-            lm.setting_of(point.args)
+            lm.follow(point.args)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from error
+        resolved.append((point, lm.setting, lm.identity()))
+    return resolved
 
 
 def process() -> tuple[int, int]:
     """This process's number and how many there are, as torchrun and accelerate tell."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _open(lm: SweepLM, folder: Path, points: Sequence[Point]) -> list[SweepPoint]:
-    opened = []
-    for point in points:
-        setting = lm.setting_of(point.args)
-        store = ResponseStore(folder / "points" / point.name / RESPONSES_NAME, lm.identity())
-        opened.append(SweepPoint(point, setting, store))
-    return opened
 
 
 def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
@@ -247,7 +247,3 @@ def _summary(results: dict[str, Any]) -> str:
         first = f"{keys[0].partition(',')[0]} {metrics[keys[0]]:.3f}" if keys else "no metric"
         parts.append(f"{task} {first}" + ("" if reduction is None else f", compute_reduction {reduction:.3f}"))
     return "; ".join(parts)
-
-
-def _scorers(points: Sequence[Point]) -> list[str]:
-    return [point.line.partition(",")[0] for point in points if point.family == "exits"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.compute.ledger import ComputeRecord
-from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.lm import DynamaxLM, Setting
 from dynamax_lm_eval.sweep.options import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
@@ -35,10 +35,10 @@ class SweepLM(DynamaxLM):
         self._points: list[SweepPoint] = []
         self._present: SweepPoint | None = None
 
-    def setting_of(self, args: DynamaxArgs) -> Setting:
-        """What ``args`` mean for requests; afterwards the model stands at them, as :meth:`follow` leaves it."""
-        self.follow(args)
-        return self.setting
+    @functools.cached_property
+    def weights(self) -> str:
+        # They stay as they are while a sweep runs, and every point asks for them.
+        return super().weights
 
     def start(self, points: Sequence[SweepPoint]) -> None:
         """Requests that come from now on are answered under these points."""

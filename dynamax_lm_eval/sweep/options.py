@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, get_args
 
 import yaml
+from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
-from dynamax_lm_eval import config
-from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, StateMode, UserError
+from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, StateMode, UserError, unknown_name
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
 CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(Confidence) if name != "classifier"))
@@ -72,14 +72,11 @@ class SweepOptions:
     @property
     def metadata_given(self) -> dict[str, Any]:
         """``--metadata`` by name."""
-        text = (self.metadata or "").strip()
-        if not text.startswith("{"):
-            return _pairs("--metadata", text)
         try:
-            found = yaml.safe_load(text)  # JSON is YAML
-        except yaml.YAMLError as error:
-            raise UserError(f"--metadata is not valid JSON: {error}") from error
-        return dict(found)
+            found = try_parse_json(self.metadata)
+        except ValueError as error:
+            raise UserError(f"--metadata: {error}") from error
+        return found if isinstance(found, dict) else _pairs("--metadata", found or "")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -122,6 +119,13 @@ def parse_thresholds(text: str) -> list[float]:
     return sorted(set(values))
 
 
+def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
+    """Those that were asked for; else all ``kinds`` of the trained exits at hand, or ``softmax`` without any."""
+    if options.confidences is None:
+        return list(kinds) or ["softmax"]
+    return list(dict.fromkeys(_items(options.confidences)))
+
+
 def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapters: bool = False) -> list[Point]:
     """All points, the full model first.
 
@@ -135,7 +139,7 @@ def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapt
         UserError: an option names something that does not exist.
     """
     points = [Point("full", "full", "full model", 1.0, full)]
-    asked = _items(options.confidences) if options.confidences is not None else list(kinds) or ["softmax"]
+    asked = confidences_of(options, kinds)
     modes = _items(options.state_modes)
     thresholds = parse_thresholds(options.thresholds)
     for what, given, known in (("confidences", asked, CONFIDENCES), ("state_modes", modes, get_args(StateMode))):
@@ -173,11 +177,11 @@ def read_yaml(text: str) -> dict[str, Any]:
     data = yaml.safe_load(text)
     if not isinstance(data, Mapping):
         raise UserError("the file of --config must hold options by name, e.g. `backbone: mistral`")
-    known = {item.name for item in dataclasses.fields(SweepOptions)}
+    known = [item.name for item in dataclasses.fields(SweepOptions)]
     options: dict[str, Any] = {}
     for name, value in data.items():
         if name not in known:
-            raise UserError(config._unknown_name("option", str(name), known))
+            raise UserError(unknown_name("option", str(name), known, "options are", known))
         if isinstance(value, Mapping):
             value = ",".join(f"{key}={item}" for key, item in value.items())
         elif isinstance(value, (list, tuple)):
@@ -193,13 +197,10 @@ def _items(text: str) -> list[str]:
 
 
 def _pairs(option: str, text: str) -> dict[str, Any]:
-    pairs = {}
-    for item in _items(text):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"{option} must be name=value pairs separated by commas, got {item!r}")
-        pairs[name.strip()] = yaml.safe_load(value)
-    return pairs
+    try:
+        return {name.strip(): value for name, value in key_val_to_dict(text).items()}
+    except ValueError as error:
+        raise UserError(f"{option} must be name=value pairs separated by commas: {error}") from error
 
 
 def _whole(text: str) -> int:

@@ -34,7 +34,6 @@ class ResponseStore:
         Raises:
             UserError: it holds responses of another identity.
         """
-        self._path = path
         self._responses: dict[str, Response] = {}
         identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
