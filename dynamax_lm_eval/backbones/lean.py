@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.attention import AttentionPlan, ragged_attention
-from dynamax_lm_eval.backbones.linear import applied
+from dynamax_lm_eval.backbones.linear import applied, is_changed
 
 #: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
 _FAMILIES = {"Llama": False, "Mistral": True, "Qwen2": False, "Qwen3": False}
@@ -59,9 +59,7 @@ class LeanBlock:
     @property
     def may_replace(self) -> bool:
         """False where somebody has hooked or replaced what this block would pass over."""
-        return not any(
-            "forward" in part or part["_forward_hooks"] or part["_forward_pre_hooks"] for part in self._passed_over
-        )
+        return not any(is_changed(part) for part in self._passed_over)
 
     def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """K and V (m, H_kv, P) that the block would write for (1, m, D) at angles as of :func:`turned`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,18 +13,17 @@ from torch import Tensor, nn
 _FEW = range(4, 97)
 
 
+def is_changed(attributes: Mapping[str, Any]) -> bool:
+    """Whether somebody has hooked or replaced the forward of a module with these attributes, its ``vars``."""
+    return bool("forward" in attributes or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
+
+
 def applied(linear: Any, x: Tensor) -> Tensor:
     """What the module ``linear`` makes of x (1, n, in) or (n, in); anything but a plain layer is called as it is.
 
     The result need not be contiguous.
     """
-    attributes = vars(linear)
-    if (
-        type(linear) is not nn.Linear
-        or attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or "forward" in attributes
-    ):
+    if type(linear) is not nn.Linear or is_changed(vars(linear)):
         called: Tensor = linear(x)
         return called
     weight, bias = linear.weight, linear.bias

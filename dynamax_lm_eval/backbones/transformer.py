@@ -156,22 +156,9 @@ class TransformerBackbone(DecoderBackbone):
         keys = {block.rotary_key for block in self.blocks}
         return Angles({key: self._rotary(like, positions, key) for key in keys})
 
-    def call_block(
-        self,
-        block: int,
-        hidden: Tensor,
-        states: AttentionStates,
-        flight: _Flight,
-        lean: LeanBlock | None,
-    ) -> Tensor:
-        """Block ``block`` (1-based) on (1, n, D), as ``lean`` does it, or else as the family wrote it."""
+    def call_block(self, block: int, hidden: Tensor, scatter: _Scatter, flight: _Flight) -> Tensor:
+        """Block ``block`` (1-based) on (1, n, D), as its family wrote it."""
         described = self.blocks[block - 1]
-        if lean is not None:
-
-            def write(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-                return states.write(block, flight.places, key, value)
-
-            return lean(hidden, *flight.rotary.turned(described.rotary_key), write, flight.plan)
         output: Any = described.module(
             hidden,
             attention_mask=None,
@@ -179,7 +166,7 @@ class TransformerBackbone(DecoderBackbone):
             position_embeddings=flight.rotary[described.rotary_key],
             use_cache=True,
             plan=flight.plan,
-            **{self._cache_argument: _Scatter(states, block, flight.places)},
+            **{self._cache_argument: scatter},
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
@@ -264,7 +251,12 @@ class TransformerPass(ForwardPass):
         if len(tokens) == 0:
             return hidden
         flight = self._in_flight(block, tokens, hidden)
-        return self._backbone.call_block(block, hidden, self._states, flight, self._lean[block - 1])
+        scatter = _Scatter(self._states, block, flight.places)
+        lean = self._lean[block - 1]
+        if lean is None:
+            return self._backbone.call_block(block, hidden, scatter, flight)
+        angles = flight.rotary.turned(self._backbone.blocks[block - 1].rotary_key)
+        return lean(hidden, *angles, scatter.write, flight.plan)
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
@@ -422,5 +414,10 @@ class _Scatter:
         self._block = block
         self._places = places
 
+    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """For K and V (n, H_kv, P)."""
+        return self._states.write(self._block, self._places, key, value)
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self._states.write(self._block, self._places, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        """For K and V (1, H_kv, n, P), as blocks of transformers call it."""
+        return self.write(key[0].transpose(0, 1), value[0].transpose(0, 1))

@@ -110,8 +110,10 @@ class ExitPolicy:
         dropped = sorted(pruned.intersection(exit_layers))
         if args.exit_layers is None and dropped:
             exit_layers = tuple(layer for layer in exit_layers if layer not in pruned)
-        if args.exit_layers is None and dropped and any(threshold < 1 for threshold in args.threshold):
-            note = f"default exits {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}"
+            if any(threshold < 1 for threshold in args.threshold):
+                note = (
+                    f"default exits {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}"
+                )
         policy = cls(
             num_layers=num_layers,
             exit_layers=exit_layers,

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dynamax_lm_eval.reports.collect import PointResult, TaskResults
 from dynamax_lm_eval.reports.plots import COLOURS, coordinates
 from dynamax_lm_eval.reports.statistics import AXES, front
@@ -96,7 +94,6 @@ def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
 
 
 def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any]:
-    layers = [layer for sample in point.samples for response in sample["exit_layers"] for layer in response]
     return {
         "name": point.name,
         "family": point.family,
@@ -104,10 +101,10 @@ def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any
         "value": point.value,
         "valid": point.valid,
         "scores": point.scores,
-        "at": {axis: coordinates(task, point, task.metrics[0], axis)[0] for axis in AXES},
+        "at": {axis: task.reduction(point, axis) for axis in AXES},
         "degenerate": point.compute["degenerate_rate"],
         "tokens": point.compute["mean_generated_tokens"],
-        "mean_exit_layer": float(np.mean(layers)) if layers else None,
+        "mean_exit_layer": point.compute["mean_exit_layer"],
         "consistency": point.consistency,
         "samples": differing_samples(task.full, point, samples),
     }

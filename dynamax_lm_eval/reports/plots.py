@@ -18,8 +18,7 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)), (0,
 
 def coordinates(task: TaskResults, point: PointResult, metric: str, axis: str) -> tuple[float, float, float]:
     """(reduction, score, its standard error or NaN)."""
-    reduction = task.vs_full(point) if axis == "compute_vs_full" else float(point.compute["compute_reduction"])
-    return (reduction, *point.scores[metric])
+    return (task.reduction(point, axis), *point.scores[metric])
 
 
 def file_stem(task: TaskResults, metric: str) -> str:

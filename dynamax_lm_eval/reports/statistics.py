@@ -73,10 +73,11 @@ def summary(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: 
     Every line begins at the full model. Columns ``low`` and ``high`` are a 95 % interval of the draws in which the
     number exists; empty without draws or where the metric is no mean over documents.
     """
-    lines = {name: [p for p in points if p.valid] for name, points in task.lines().items()}
-    lines = {name: points for name, points in lines.items() if points}
     try:
-        drawn = {name: draw(task, [task.full, *points], metric, axis, count, seed) for name, points in lines.items()}
+        drawn = {
+            name: draw(task, [task.full, *points], metric, axis, count, seed)
+            for name, points in task.valid_lines().items()
+        }
     except ValueError:
         return pd.DataFrame()
     reached = {name: float(d.reductions[:, 0].max()) for name, d in drawn.items()}
@@ -94,11 +95,11 @@ def summary(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: 
 
 def against_pruning(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: int = 0) -> pd.DataFrame:
     """For each line of exits and each pruned model: the difference of scores at the pruned model's compute."""
-    lines = {name: [p for p in points if p.valid] for name, points in task.lines().items()}
+    lines = task.valid_lines()
     pruned = [point for points in lines.values() for point in points if point.family == "pruning"]
     rows = []
     for name, points in lines.items():
-        if not pruned or not points or points[0].family != "exits":
+        if not pruned or points[0].family != "exits":
             continue
         try:
             found = draw(task, [task.full, *points, *pruned], metric, axis, count, seed)

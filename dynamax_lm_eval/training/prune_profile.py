@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from dynamax_lm_eval.training import data
 from dynamax_lm_eval.training.command import load_backbone
 from dynamax_lm_eval.training.options import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, RunOptions, TrainingOptions
 from dynamax_lm_eval.training.targets import FrozenPass
-
-logger = logging.getLogger(__name__)
 
 #: Texts that run together.
 _AT_ONCE = 8
@@ -73,8 +70,8 @@ def profile(options: ProfileOptions) -> PruneProfile:
         dataset_split=options.dataset_split,
         text_column=options.text_column,
         seq_len=options.seq_len,
-        micro_batch_tokens=max(options.seq_len, 2),
-        batch_tokens=max(options.seq_len, 2),
+        micro_batch_tokens=options.seq_len,
+        batch_tokens=options.seq_len,
         dtype=options.dtype,
     )
     loaded = load_backbone(reading, RunOptions(device=options.device))
