@@ -22,6 +22,7 @@ examples:
   dynamax-lm-eval train --backbone smollm2-gguf --classifier mamba,calm --dataset texts.jsonl.gz
   dynamax-lm-eval sweep --backbone smollm2-gguf --tasks trivia_demo --prune 1,2,4 --output out/sweep
   dynamax-lm-eval report out/sweep
+  dynamax-lm-eval calibrate --backbone smollm2-gguf --tasks trivia_demo --tolerance 0.2 --output out/calibrated
   dynamax-lm-eval tasks
 
 `run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(arguments[1:])
     if arguments[:1] == ["prune-profile"]:
         return _prune_profile(arguments[1:])
+    if arguments[:1] == ["exit-thresholds"]:
+        return _exit_thresholds(arguments[1:])
+    if arguments[:1] == ["calibrate"]:
+        return _calibrate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="dynamax-lm-eval",
         description=_DESCRIPTION,
@@ -58,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands.add_parser("report", help="tables, plots and one HTML page of sweeps (dynamax-lm-eval report FOLDER...)")
     commands.add_parser("prune-profile", help="measure which blocks to prune (dynamax-lm-eval prune-profile --help)")
+    commands.add_parser("calibrate", help="choose a threshold with a guarantee (dynamax-lm-eval calibrate --help)")
+    commands.add_parser(
+        "exit-thresholds", help="search thresholds per exit on text (dynamax-lm-eval exit-thresholds --help)"
+    )
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
     options = parser.parse_args(arguments)
@@ -160,6 +169,45 @@ def _prune_profile(arguments: list[str]) -> int:
         sys.stdout.write(f"{prune_profile.table(measured)}{options.output}\n")
 
     return _status(measure)
+
+
+_SEARCH_DESCRIPTION = """\
+Choose thresholds for each exit together. One pass over text records the confidence at every exit and whether the exit
+agrees with the full model; thresholds are searched in that record. The file that this writes holds a path of
+thresholds by rising savings, for calibrate --per_exit FILE, and how much they gain over one threshold for all."""
+
+
+def _exit_thresholds(arguments: list[str]) -> int:
+    def find() -> None:
+        from dynamax_lm_eval.calibration import exit_thresholds
+
+        (options,) = _parsed("exit-thresholds", _SEARCH_DESCRIPTION, arguments, exit_thresholds.SearchOptions)
+        found = exit_thresholds.search(options)
+        sys.stdout.write(f"{exit_thresholds.table(found)}{options.output}\n")
+
+    return _status(find)
+
+
+_CALIBRATE_DESCRIPTION = """\
+Choose a threshold that keeps a promise: the expected loss per document is at most TOLERANCE, and that holds with
+probability 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
+Candidates are tested from the most careful one down; none that failed is ever chosen. Half of the task's documents
+decide, the others test. The certificate is written to OUTPUT and beside the exits; runs use it with
+threshold=calibrated or threshold=FILE, and refuse what it does not cover."""
+
+
+def _calibrate(arguments: list[str]) -> int:
+    from dynamax_lm_eval.calibration.options import CalibrateOptions
+
+    def calibrate() -> None:
+        (options,) = _parsed("calibrate", _CALIBRATE_DESCRIPTION, arguments, CalibrateOptions)
+        _autoload.register()
+        from dynamax_lm_eval.calibration.command import calibrate, summary
+
+        certificate, path = calibrate(options)
+        sys.stdout.write(summary(certificate, path, options))
+
+    return _status(calibrate)
 
 
 def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -> tuple[Any, ...]:

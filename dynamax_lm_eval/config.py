@@ -20,6 +20,7 @@ ExitScope = Literal["generated", "all"]
 Preset = Literal["paper"]
 MambaKernels = Literal["auto", "torch"]
 PruneStrategy = Literal["deepest", "angular"]
+BudgetStrategy = Literal["online", "two_pass"]
 
 
 class UserError(ValueError):
@@ -34,6 +35,18 @@ class DynamaxArgs:
     backbone: str
     #: Confidence at or above which a token exits; one number, or one per exit layer. 1 never exits.
     threshold: tuple[float, ...] = (0.8,)
+    #: Certificate whose thresholds are used: a file of ``dynamax-lm-eval calibrate``, or ``calibrated``: the one that
+    #: was made for this backbone, exits and policy. ``threshold=`` takes the same words.
+    certificate: str | None = None
+    #: True: use the certificate for other tasks than its own, without any guarantee.
+    certificate_any_task: bool = False
+    #: compute_reduction that the run is held to, by a threshold that follows what was spent so far.
+    target_reduction: float | None = None
+    #: Milliseconds per generated token that the run is held to, in the same way; depends on the machine.
+    target_latency_ms: float | None = None
+    #: How ``target_reduction`` is reached: ``online``, or ``two_pass``: one threshold, from a sample of the documents.
+    #: None: online.
+    budget: BudgetStrategy | None = None
     #: What is compared with the threshold; None: ``classifier`` where trained exits are known, else ``softmax``.
     confidence: Confidence | None = None
     #: Kind of exit classifier; None: the first of the checkpoint.
@@ -75,6 +88,9 @@ class DynamaxArgs:
     #: ... and over at least so many tokens.
     degenerate_tokens: int = 16
 
+
+#: In place of a file: the certificate that fits.
+CALIBRATED = "calibrated"
 
 #: What ``preset=paper`` sets where the user does not (its state mode depends on the backbone). The paper names no
 #: value for its repetition penalty.
@@ -148,12 +164,17 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     if not isinstance(backbone, str) or not backbone.strip():
         raise UserError(f"backbone must be an alias, a Hub id or a folder, got {backbone!r}; e.g. backbone=mistral")
 
+    if _names_certificate(own.get("threshold")):
+        if own.get("certificate") is not None:
+            raise UserError("threshold and certificate both name a certificate; give one")
+        own["certificate"] = own.pop("threshold")
     parsed: dict[str, Any] = {"backbone": backbone}
     for name, value in own.items():
         if value is not None:
             parsed[name] = _PARSERS[name](name, value)
     if not parsed.get("exits_check", True) and "exits" not in parsed:
         raise UserError("exits_check=false has no effect without exits=: exits are looked up by the weights they fit")
+    _check_threshold_source(parsed)
     check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
     if parsed.get("preset") == "paper":
         parsed = {**PAPER_PRESET, **parsed}
@@ -239,6 +260,25 @@ def resolve_thresholds(threshold: tuple[float, ...], exit_layers: tuple[int, ...
             f"{list(exit_layers)}; give one number, or one per exit layer"
         )
     return threshold
+
+
+def _names_certificate(threshold: Any) -> bool:
+    return isinstance(threshold, str) and (threshold == CALIBRATED or threshold.endswith(".json"))
+
+
+def _check_threshold_source(parsed: Mapping[str, Any]) -> None:
+    """Thresholds come from one place: the user, a certificate, or a budget."""
+    sources = ("threshold", "certificate", "target_reduction", "target_latency_ms")
+    given = [name for name in sources if name in parsed]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} each decide the threshold; give one of them")
+    if parsed.get("certificate_any_task") and "certificate" not in parsed:
+        raise UserError("certificate_any_task has no effect without threshold=calibrated or a certificate's file")
+    if "budget" in parsed and "target_reduction" not in parsed:
+        raise UserError(f"budget={parsed['budget']} needs target_reduction, the budget; add it, or remove budget")
+    budget = next((name for name in sources[2:] if name in parsed), None)
+    if budget is not None and "threshold_decay" in parsed:
+        raise UserError(f"threshold_decay and {budget} both move the threshold; remove one of them")
 
 
 def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -351,6 +391,20 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
+def _reduction(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 1 < number < math.inf:
+        raise UserError(f"{name} must be a finite number above 1, got {number:g}; threshold=1 is the full model")
+    return number
+
+
+def _milliseconds(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0 < number < math.inf:
+        raise UserError(f"{name} must be a finite number above 0, got {number:g}")
+    return number
+
+
 def _not_negative(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0 <= number < math.inf:
@@ -371,6 +425,11 @@ def _choice(kind: Any) -> Any:
 
 _PARSERS: dict[str, Any] = {
     "threshold": _threshold,
+    "certificate": _text,
+    "certificate_any_task": _flag,
+    "target_reduction": _reduction,
+    "target_latency_ms": _milliseconds,
+    "budget": _choice(BudgetStrategy),
     "confidence": _choice(Confidence),
     "classifier": _choice(ClassifierKind),
     "exits": _text,

@@ -18,6 +18,8 @@ from typing import Any
 
 import lm_eval.evaluator
 from lm_eval.api.model import hash_args
+from lm_eval.evaluator_utils import get_sample_size
+from lm_eval.utils import handle_non_serializable, hash_string
 
 from dynamax_lm_eval.compute.ledger import (
     ACCOUNTING,
@@ -148,6 +150,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(ledger, ResponseLedger):
             return original(*args, **kwargs)
         task_dict = kwargs["task_dict"] if "task_dict" in kwargs else args[1]
+        _announce(lm, dict(_tasks(task_dict)), kwargs)
         ledger.start_run()
         try:
             results = original(*args, **kwargs)
@@ -169,6 +172,25 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         return results
 
     return evaluate
+
+
+def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> None:
+    """Tells the model what will be asked, so that it can refuse before anything runs."""
+    limit, samples = options.get("limit"), options.get("samples") or {}
+
+    def documents(name: str) -> list[str]:
+        task = tasks[name]
+        chosen = task.doc_iterator(limit=get_sample_size(task, limit), samples=samples.get(name))
+        return [document_hash(document) for _, document in chosen]
+
+    settings = {name: options.get(name) for name in ("apply_chat_template", "system_instruction")}
+    lm.begin_run(tasks, documents, settings)
+
+
+def document_hash(document: Any) -> str:
+    """The harness's ``doc_hash`` of a document."""
+    text = json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return str(hash_string(text))
 
 
 #: Task name -> document id -> records of its responses, in the harness's order.

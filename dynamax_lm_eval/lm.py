@@ -10,9 +10,10 @@ import inspect
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from dynamax_lm_eval.backbones.fingerprint import (
     model_fingerprint,
     weights_fingerprint,
 )
+from dynamax_lm_eval.calibration import certificate as certificates
+from dynamax_lm_eval.calibration.certificate import Certificate
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, merge
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.errors import NotFiniteError
@@ -50,6 +53,7 @@ from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.generation import GenerationSettings, StopStrings, ends_in_repetition
+from dynamax_lm_eval.pacing import Pacing
 from dynamax_lm_eval.requests import GenerationJob
 
 logger = logging.getLogger(__name__)
@@ -98,16 +102,15 @@ class DynamaxLM(HFLM):
             raise UserError(
                 f"mamba_kernels has no effect on {config.model_type!r}, which has no Mamba blocks; remove it"
             )
-        fingerprint = None
-        if checkpoint.might_be_needed(self.args):  # runs without exits need not read the weights twice
-            fingerprint = (
-                model_fingerprint(loaded)
-                if loaded is not None
-                else files_fingerprint(source, passed_on) or fetched_files_fingerprint(source, passed_on)
-            )
-        if fingerprint is not None and (changed := passed_on.get("peft") or passed_on.get("delta")):
-            fingerprint = f"{fingerprint} changed by {changed}"  # not the weights that exits were trained for
+        self._weights_from = (loaded, source, dict(passed_on))
+        # Runs without exits need not read the weights twice.
+        needed = checkpoint.might_be_needed(self.args) or self.args.certificate is not None
+        fingerprint = self._files_fingerprint() if needed else None
         self.exits = checkpoint.for_run(self.args, config, fingerprint)
+        self.certificate, self._certificate_path = self._certificate_for(config, fingerprint)
+        self._guaranteed: dict[str, bool] = {}
+        #: Settings of the tasks of the present evaluation, as certificates bind them.
+        self.run_settings: dict[str, dict[str, Any]] = {}
         self.policy, self._policy_note = self._policy_for(self.args, config)
 
         if passed_on.get("peft"):
@@ -118,6 +121,7 @@ class DynamaxLM(HFLM):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        self._check_alone()
         self.response_ledger = harness.ResponseLedger()
         classifiers, self._exits_fingerprint = None, None
         if self.exits is not None:
@@ -129,7 +133,54 @@ class DynamaxLM(HFLM):
             self.engine = checked_engine(
                 self.model, self.policy, self.max_length, classifiers, self.args.mamba_kernels or "auto"
             )
+        if self.certificate is not None:
+            self.certificate.check_model(self.identity())
+        self.pacing = Pacing(self.args, self.policy, self.engine)
+        #: Of the requests whose tokens are scored next.
+        self._documents: list[tuple[str, Any]] = []
         self._warn_of_read_cost()
+
+    def _certificate_for(self, config: Any, fingerprint: str | None) -> tuple[Certificate | None, Path | None]:
+        """The certificate of the run, if it names one; its thresholds become those of the run."""
+        if self.args.certificate is None:
+            return None, None
+        policy, _ = self._policy_for(self.args, config)
+        path, certificate = certificates.resolve(
+            self.args.certificate, self.args.backbone, fingerprint, self.exits, policy.describe()
+        )
+        logger.info("%s: thresholds %s; %s", path, certificate.thresholds, certificate.promise)
+        if not certificate.certifies_exits:
+            logger.warning("%s certifies no exit: this run is the full model", path)
+        self.args = replace(self.args, threshold=tuple(certificate.thresholds))
+        return certificate, path
+
+    def _check_alone(self) -> None:
+        if self._world_size > 1 and Pacing.wanted(self.args):
+            raise UserError(
+                "target_reduction and target_latency_ms follow one sequence of documents and cannot be shared by "
+                f"{self._world_size} processes; run one"
+            )
+
+    def begin_run(
+        self, tasks: Mapping[str, Any], documents: Callable[[str], list[str]], settings: Mapping[str, Any]
+    ) -> None:
+        """Called before tasks are evaluated.
+
+        Args:
+            tasks: of the harness, by name.
+            documents: gives the hashes of the documents of each that will be evaluated.
+            settings: ``apply_chat_template`` and ``system_instruction`` of the run.
+
+        Raises:
+            UserError: the certificate does not allow this run.
+        """
+        self.run_settings = {name: certificates.run_settings(task, **settings) for name, task in tasks.items()}
+        self.pacing.start_run()
+        if self.certificate is not None:
+            self._guaranteed = {
+                name: self.certificate.check_task(name, found, documents(name), self.args.certificate_any_task)
+                for name, found in self.run_settings.items()
+            }
 
     def follow(self, args: DynamaxArgs) -> None:
         """Answers later requests as ``args`` say, with the backbone and the exits that are loaded.
@@ -137,6 +188,7 @@ class DynamaxLM(HFLM):
         Raises:
             UserError: the policy cannot be had with them, or names others.
         """
+        assert args.certificate is None and not Pacing.wanted(args), "only thresholds that are known can be followed"
         for name in ("backbone", "exits", "mamba_kernels"):
             if name == "exits" and args.exits is None and not checkpoint.might_be_needed(args):
                 continue  # it uses none
@@ -191,6 +243,11 @@ class DynamaxLM(HFLM):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
+            if self.pacing.has_budget:
+                raise UserError(
+                    "--use_cache and target_reduction or target_latency_ms exclude each other: an answer depends on "
+                    "what ran before it"
+                )
             self.response_ledger.use_database(cache_hook.dbdict, self.identity())
         else:
             self.response_ledger.leave_database()
@@ -200,6 +257,21 @@ class DynamaxLM(HFLM):
     def weights(self) -> str:
         """Fingerprint of the backbone's weights as they are now."""
         return weights_fingerprint(self.model)
+
+    def backbone_fingerprint(self) -> str:
+        """Fingerprint of the backbone's weight files, by which exits and certificates are found."""
+        return self._files_fingerprint() or model_fingerprint(self.model)
+
+    def _files_fingerprint(self) -> str | None:
+        """Of weight files, which are downloaded where they are not here; None where there are none."""
+        loaded, source, options = self._weights_from
+        if loaded is not None:
+            found: str | None = model_fingerprint(loaded)
+        else:
+            found = files_fingerprint(source, options) or fetched_files_fingerprint(source, options)
+        if found is not None and (changed := options.get("peft") or options.get("delta")):
+            found = f"{found} changed by {changed}"  # not the weights that exits were trained for
+        return found
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""
@@ -237,26 +309,48 @@ class DynamaxLM(HFLM):
                 "exits_config": self.exits.config.to_json() if self.exits is not None else None,
                 "preset": self.args.preset,
                 "preset_sets": self._preset_sets(),
-                "policy": self.policy.describe(),
+                "policy": self._described_policy(),
                 "policy_note": self._policy_note,
+                "budget": self.pacing.describe(),
+                "certificate": self._described_certificate(),
                 "confidence_chosen_by": "user" if self.args.confidence is not None else "default",
                 "repetition_penalty": self.args.repetition_penalty,
                 "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
             },
         }
 
+    def _described_policy(self) -> dict[str, Any]:
+        described = self.policy.describe()
+        if self.pacing.has_budget:
+            described["thresholds"] = None  # they are in the budget's trajectory
+        return described
+
+    def _described_certificate(self) -> dict[str, Any] | None:
+        if self.certificate is None:
+            return None
+        return {"path": str(self._certificate_path), "guarantee": self._guaranteed, **self.certificate.summary()}
+
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of ``generate_until`` requests; each is cached as soon as it is finished."""
         texts: list[str] = [""] * len(requests)
         records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
-        def finished(index: int, text: str, _tokens: list[int], record: ComputeRecord) -> None:
-            texts[index], records[index] = text, record
-            args = requests[index].args
-            self.response_ledger.store("generate_until", args, record)
-            self.cache_hook.add_partial("generate_until", args, text)
+        def answer(asked: Sequence[tuple[ExitPolicy, int]], keep: bool) -> list[ComputeRecord]:
+            found = [ComputeRecord()] * len(asked)
 
-        self.answer_generations([(self.setting, request) for request in requests], finished, disable_tqdm)
+            def finished(place: int, text: str, _tokens: list[int], record: ComputeRecord) -> None:
+                found[place], index = record, asked[place][1]
+                if keep:
+                    texts[index], records[index] = text, record
+                    args = requests[index].args
+                    self.response_ledger.store("generate_until", args, record)
+                    self.cache_hook.add_partial("generate_until", args, text)
+
+            settings = [(Setting(policy, self.args.repetition_penalty), requests[index]) for policy, index in asked]
+            self.answer_generations(settings, finished, disable_tqdm)
+            return found
+
+        self.pacing.run([_document(request) for request in requests], self.policy, answer)
         self.response_ledger.keep("generate_until", zip((r.args for r in requests), records, strict=True))
         return texts
 
@@ -302,6 +396,7 @@ class DynamaxLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
+        self._documents = [_document(request) for request in requests]
         with _naming_document(requests):
             answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return answers
@@ -316,15 +411,25 @@ class DynamaxLM(HFLM):
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
-        def finished(index: int, answer: tuple[float, bool], record: ComputeRecord) -> None:
-            answers[index] = answer
-            records[index] = record
-            texts = requests[index][0]
-            self.response_ledger.store("loglikelihood", texts, records[index])
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        def answer(asked: Sequence[tuple[ExitPolicy, int]], keep: bool) -> list[ComputeRecord]:
+            found = [ComputeRecord()] * len(asked)
 
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        self.answer_scorings([self.policy] * len(pairs), pairs, finished, disable_tqdm)
+            def finished(place: int, scored: tuple[float, bool], record: ComputeRecord) -> None:
+                found[place], index = record, asked[place][1]
+                if keep:
+                    answers[index], records[index] = scored, record
+                    texts = requests[index][0]
+                    self.response_ledger.store("loglikelihood", texts, record)
+                    self.cache_hook.add_partial("loglikelihood", texts, scored)
+
+            pairs = [requests[index][1:] for _, index in asked]
+            self.answer_scorings([policy for policy, _ in asked], pairs, finished, disable_tqdm)
+            return found
+
+        # Called directly, requests say nothing of documents: each is one.
+        documents, self._documents = self._documents or [("", i) for i in range(len(requests))], []
+        assert len(documents) == len(requests)
+        self.pacing.run(documents, self.policy, answer)
         self.response_ledger.keep("loglikelihood", zip((texts for texts, _, _ in requests), records, strict=True))
         return answers
 
@@ -350,9 +455,38 @@ class DynamaxLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of the model's length."""
-        windows: list[tuple[list[int], list[int]]] = []
+        kind = "loglikelihood_rolling"
+        values = [0.0] * len(requests)
+        records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
+
+        def answer(asked: Sequence[tuple[ExitPolicy, int]], keep: bool) -> list[ComputeRecord]:
+            found = [ComputeRecord()] * len(asked)
+
+            def finished(place: int, value: float, record: ComputeRecord) -> None:
+                found[place], index = record, asked[place][1]
+                if keep:
+                    values[index], records[index] = value, record
+                    args = (requests[index].args[0],)
+                    self.response_ledger.store(kind, args, record)
+                    self.cache_hook.add_partial(kind, args, value)
+
+            self._answer_rolling([(policy, requests[index]) for policy, index in asked], finished, disable_tqdm)
+            return found
+
+        self.pacing.run([_document(request) for request in requests], self.policy, answer)
+        self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
+        return values
+
+    def _answer_rolling(
+        self,
+        asked: Sequence[tuple[ExitPolicy, Any]],
+        finished: Callable[[int, float, ComputeRecord], None],
+        disable_tqdm: bool,
+    ) -> None:
+        """Scores whole texts, each under a policy of its own; ``finished`` gets index, log-likelihood and compute."""
+        windows: list[TokenPair] = []
         owner: list[int] = []
-        for index, request in enumerate(requests):
+        for index, (_, request) in enumerate(asked):
             rolling = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
@@ -363,19 +497,16 @@ class DynamaxLM(HFLM):
                 windows.append(window)
                 owner.append(index)
 
-        sums = [0.0] * len(requests)
-        parts: list[list[ComputeRecord]] = [[] for _ in requests]
+        sums = [0.0] * len(asked)
+        parts: list[list[ComputeRecord]] = [[] for _ in asked]
         open_windows = Counter(owner)
-        records: list[ComputeRecord] = [ComputeRecord()] * len(requests)
 
         def answer(index: int) -> None:
-            records[index] = merge(parts[index])
-            args = (requests[index].args[0],)
-            self.response_ledger.store("loglikelihood_rolling", args, records[index])
-            self.cache_hook.add_partial("loglikelihood_rolling", args, sums[index])
-            progress.advance(records[index])
+            record = merge(parts[index])
+            finished(index, sums[index], record)
+            progress.advance(record)
 
-        def finished(window: int, result: tuple[float, bool], record: ComputeRecord) -> None:
+        def scored(window: int, result: tuple[float, bool], record: ComputeRecord) -> None:
             index = owner[window]
             sums[index] += result[0]
             parts[index].append(record)
@@ -384,14 +515,12 @@ class DynamaxLM(HFLM):
                 answer(index)
 
         kind = "loglikelihood_rolling"
-        with self._timed(kind), self._progress(len(requests), kind, disable_tqdm) as progress:
-            for index in range(len(requests)):
+        with self._timed(kind), self._progress(len(asked), kind, disable_tqdm) as progress:
+            for index in range(len(asked)):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     answer(index)
-            with _naming_document(requests, owner):
-                self._score([self.policy] * len(windows), windows, finished)
-        self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
-        return sums
+            with _naming_document([request for _, request in asked], owner):
+                self._score([asked[index][0] for index in owner], windows, scored)
 
     def _score(self, policies: Sequence[ExitPolicy], pairs: Sequence[TokenPair], finished: ScoringSink) -> None:
         """Scores token pairs; calls ``finished(index, (log-likelihood, is_greedy), record)`` for each.
@@ -548,6 +677,11 @@ class Progress:
         if self._spent:
             self._bar.set_postfix_str(f"compute_reduction={self._full / self._spent:.3f}", refresh=False)
         self._bar.update(1)
+
+
+def _document(request: Any) -> tuple[str, Any]:
+    """Task and document of a request of the harness."""
+    return str(request.task_name), request.doc_id
 
 
 @contextmanager

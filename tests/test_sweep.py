@@ -176,8 +176,10 @@ def test_all_points_are_answered_in_one_batch(
 
 
 def test_thresholds() -> None:
-    assert parse_thresholds("0.5:0.95:0.05") == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
-    assert parse_thresholds("0.7, 0.2") == [0.2, 0.7]
+    found = [value for (value,) in parse_thresholds("0.5:0.95:0.05")]
+    assert found == [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    assert parse_thresholds("0.7, 0.2") == [(0.2,), (0.7,)]
+    assert parse_thresholds("0.9, 0.8+1+0.2, 0.1:0.2:0.1") == [(0.1,), (0.2,), (0.8, 1.0, 0.2), (0.9,)]
     for wrong in ("0.5:0.9:0", "a", "1", "0.5:1:0.5", ""):
         with pytest.raises(UserError, match="--thresholds"):
             parse_thresholds(wrong)
@@ -205,7 +207,7 @@ def test_yaml() -> None:
     text = "backbone: b\ntasks: [a, b]\noutput: o\nthresholds: [0.5, 0.7]\nprune: 2\nmodel_args: {exit_scope: all}\n"
     options = SweepOptions(**read_yaml(text))
     assert options.task_names == ["a", "b"]
-    assert parse_thresholds(options.thresholds) == [0.5, 0.7]
+    assert parse_thresholds(options.thresholds) == [(0.5,), (0.7,)]
     assert options.shared_arguments == {"exit_scope": "all"}
     lists = SweepOptions(**read_yaml("backbone: b\ntasks: a\noutput: o\nmodel_args: {exit_layers: [2, 4], top: x}\n"))
     assert lists.shared_arguments == {"exit_layers": [2, 4], "top": "x"}

@@ -41,9 +41,8 @@ def report(options: ReportOptions) -> Path:
     Raises:
         UserError: there is nothing to report, or a package is missing.
     """
-    missing = [name for name in ("plotly", "tabulate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"reports need {' and '.join(missing)}; run: pip install 'dynamax-lm-eval[report]'")
+    if importlib.util.find_spec("plotly") is None:
+        raise UserError("reports need plotly; run: pip install 'dynamax-lm-eval[report]'")
     folders = [Path(folder).expanduser() for folder in options.folders]
     results = collect.read(folders, options.max_degenerate)
     chosen = _chosen_metrics(options, results)

@@ -38,6 +38,7 @@ _FREE = frozenset(
         "device",
         "tasks",
         "limit",
+        "samples",
         "thresholds",
         "confidences",
         "state_modes",
@@ -48,21 +49,20 @@ _FREE = frozenset(
 )
 
 
-def sweep(options: SweepOptions) -> Path:
+def sweep(options: SweepOptions, lm: SweepLM | None = None) -> Path:
     """Runs a sweep, or what is missing of it; returns its folder.
+
+    Args:
+        options: of the sweep.
+        lm: the model, where it was loaded before (by :func:`load`, for the same backbone and model arguments).
 
     Raises:
         UserError: an option cannot be honoured, or the folder holds another sweep.
     """
     folder = Path(options.output).expanduser()
-    given = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
-    given |= {
-        "batch_size": options.batch_size,
-        "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    }
-    tasks = _tasks(options)
+    tasks = load_tasks(options)
     _check_folder(folder, options)
-    lm = _load(options, given)
+    lm = load(options) if lm is None else lm
     kinds: tuple[str, ...] = ()
     adapters = False
     if lm.exits is not None:
@@ -84,7 +84,7 @@ def sweep(options: SweepOptions) -> Path:
     lm.start(waiting)
     for number, point in enumerate(waiting, start=1):
         results = _evaluate(lm, point, options, tasks)
-        _save(folder, point, options, results)
+        _save(folder, point, options, results, lm.run_settings)
         line = _summary(results)
         logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, line)
     for point in points:
@@ -92,15 +92,20 @@ def sweep(options: SweepOptions) -> Path:
     return folder
 
 
-def _load(options: SweepOptions, given: dict[str, Any]) -> SweepLM:
+def load(options: SweepOptions) -> SweepLM:
     """The backbone with the exits that it has, whatever the full model needs."""
+    given: dict[str, Any] = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
+    given |= {
+        "batch_size": options.batch_size,
+        "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
     if options.confidences is None or set(confidences_of(options, ())).intersection(get_args(ClassifierKind)):
         # Exits are looked up where something may exit; the grid decides what does.
         given = {**given, "threshold": 0.5}
     return SweepLM(**given)
 
 
-def _tasks(options: SweepOptions) -> TaskManager:
+def load_tasks(options: SweepOptions) -> TaskManager:
     """The harness's tasks and our own; refuses unknown names before weights load."""
     manager = _task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
@@ -159,7 +164,9 @@ def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
 
 def _asked(options: SweepOptions) -> dict[str, Any]:
     """What a finished point must have been asked to be finished."""
-    return {"tasks": options.task_names, "limit": options.limit}
+    asked = {"tasks": options.task_names, "limit": options.limit}
+    samples = options.samples_given
+    return asked if samples is None else {**asked, "samples": samples}
 
 
 @contextmanager
@@ -184,6 +191,7 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
             tasks=options.task_names,
             num_fewshot=options.num_fewshot,
             limit=options.limit,
+            samples=options.samples_given,
             task_manager=tasks,
             log_samples=True,
             apply_chat_template=options.apply_chat_template,
@@ -203,8 +211,11 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     return found
 
 
-def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[str, Any]) -> None:
-    """The harness's own files, then the line that says that they are whole."""
+def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[str, Any], run: dict[str, Any]) -> None:
+    """The harness's own files, then the line that says that they are whole.
+
+    ``run``: settings of the tasks, as certificates bind them.
+    """
     home = folder / "points" / point.point.name
     samples = results.pop("samples")
     tracker = EvaluationTracker(output_path=str(home))
@@ -231,6 +242,7 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
         "value": point.point.value,
         "policy": point.setting.policy.describe(),
         "asked": _asked(options),
+        "run": run,
         "results": summary,
         "samples": files,
         "finished": time.time(),

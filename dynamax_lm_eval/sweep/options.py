@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
+from pathlib import Path
+from statistics import mean
 from typing import Any, get_args
 
 import yaml
@@ -16,6 +19,29 @@ from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, Stat
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
 CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(Confidence) if name != "classifier"))
+
+
+#: Model arguments that a sweep decides.
+_VARIED = frozenset(
+    [
+        "backbone",
+        "pretrained",
+        "threshold",
+        "certificate",
+        "certificate_any_task",
+        "target_reduction",
+        "target_latency_ms",
+        "budget",
+        "confidence",
+        "classifier",
+        "state_mode",
+        "prune_layers",
+        "prune_strategy",
+        "prune_profile",
+        "batch_size",
+        "device",
+    ]
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -29,7 +55,9 @@ class SweepOptions:
     backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
     tasks: str = field(metadata={"help": "tasks of the harness, separated by commas"})
     output: str = field(metadata={"help": "folder for everything that the sweep writes; a restart goes on there"})
-    thresholds: str = _option("0.5:0.95:0.05", "first:last:step, or numbers separated by commas")
+    thresholds: str = _option(
+        "0.5:0.95:0.05", "first:last:step and numbers, separated by commas; 0.9+0.8+0.7 is one for each exit"
+    )
     confidences: str | None = _option(
         None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
     )
@@ -38,6 +66,7 @@ class SweepOptions:
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
     model_args: str = _option("", "further model arguments for all points: exit_scope=all,repetition_penalty=1.1,...")
     limit: int | None = _option(None, "documents of each task; default: all")
+    samples: str | None = _option(None, 'JSON, or a file of it, with documents by task: {"triviaqa": [0, 7]}')
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
     batch_size: int = _option(32, "rows in flight, whatever policies they belong to")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
@@ -55,10 +84,11 @@ class SweepOptions:
             raise UserError(f"--batch_size must be at least 1, got {self.batch_size}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit must be at least 1, got {self.limit}")
+        if self.limit is not None and self.samples is not None:
+            raise UserError("--limit and --samples both choose documents; give one")
         given = self.shared_arguments
-        varied = {"backbone", "pretrained", "threshold", "confidence", "classifier", "state_mode", "prune_layers"}
-        if clash := sorted(varied.union({"prune_strategy", "prune_profile", "batch_size", "device"}) & set(given)):
-            raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep has options for them")
+        if clash := sorted(_VARIED & set(given)):
+            raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep decides them")
 
     @property
     def task_names(self) -> list[str]:
@@ -68,6 +98,24 @@ class SweepOptions:
     def shared_arguments(self) -> dict[str, Any]:
         """``--model_args`` by name."""
         return _pairs("--model_args", self.model_args)
+
+    @property
+    def samples_given(self) -> dict[str, list[int]] | None:
+        """``--samples`` by task, in rising order."""
+        if self.samples is None:
+            return None
+        text, path = self.samples, Path(self.samples).expanduser()
+        try:
+            if not text.lstrip().startswith("{"):
+                text = path.read_text(encoding="utf-8")
+            found = {task: sorted({int(i) for i in chosen}) for task, chosen in json.loads(text).items()}
+        except OSError as error:
+            raise UserError(f"--samples {self.samples} cannot be read: {error.strerror}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f'--samples must be JSON like {{"task": [0, 7]}}: {error}') from error
+        if missing := [task for task in self.task_names if not found.get(task)]:
+            raise UserError(f"--samples has no documents for {', '.join(missing)}")
+        return found
 
     @property
     def metadata_given(self) -> dict[str, Any]:
@@ -90,7 +138,7 @@ class Point:
         name: of its folder; tells it from all others of the sweep.
         family: ``full``, ``exits`` or ``pruning``.
         line: points of one line differ in one number only and are joined in plots.
-        value: that number: the threshold, or how many blocks are pruned.
+        value: that number: the threshold (the mean of several), or how many blocks are pruned.
         args: the model arguments that it stands for.
     """
 
@@ -101,22 +149,33 @@ class Point:
     args: DynamaxArgs
 
 
-def parse_thresholds(text: str) -> list[float]:
-    """``0.5:0.95:0.05`` or ``0.5,0.7`` as rising numbers; UserError where they are none or outside [0, 1)."""
+def parse_thresholds(text: str) -> list[tuple[float, ...]]:
+    """``0.5:0.95:0.05`` or ``0.5,0.7+0.8`` as tuples of one number, or of one per exit, by rising mean.
+
+    Raises:
+        UserError: they are no numbers or lie outside [0, 1), where 1 is allowed for some of several exits.
+    """
     try:
-        if ":" in text:
-            first, last, step = (float(part) for part in text.split(":"))
-            if not step > 0:
-                raise ValueError
-            count = math.floor((last - first) / step + 1e-9) + 1
-            values = [round(first + i * step, 10) for i in range(count)]
-        else:
-            values = [float(part) for part in _items(text)]
+        values: list[tuple[float, ...]] = []
+        for item in _items(text):
+            if ":" in item:
+                first, last, step = (float(part) for part in item.split(":"))
+                if not step > 0:
+                    raise ValueError
+                count = math.floor((last - first) / step + 1e-9) + 1
+                values += [(round(first + i * step, 10),) for i in range(count)]
+            else:
+                values.append(tuple(float(part) for part in item.split("+")))
     except ValueError:
         raise UserError(f"--thresholds must be first:last:step or numbers like 0.5,0.7, got {text!r}") from None
-    if not values or not all(0 <= value < 1 for value in values):
+    if not values or not all(0 <= min(value) < 1 and max(value) <= 1 for value in values):
         raise UserError(f"--thresholds must lie in [0, 1), got {text!r}; the full model is always part of a sweep")
-    return sorted(set(values))
+    return sorted(set(values), key=lambda value: (mean(value), value))
+
+
+def name_of(thresholds: Sequence[float]) -> str:
+    """As a user would write them."""
+    return "+".join(f"{threshold:g}" for threshold in thresholds)
 
 
 def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
@@ -155,9 +214,10 @@ def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapt
             chosen["exits"] = None
         line = f"{confidence}, {mode}"
         for threshold in thresholds:
-            changed: dict[str, Any] = {**chosen, "state_mode": mode, "threshold": (threshold,)}
-            name = f"{confidence}-{mode}-{threshold:g}"
-            points.append(Point(name, "exits", line, threshold, replace(full, **changed)))
+            changed: dict[str, Any] = {**chosen, "state_mode": mode, "threshold": threshold}
+            name = f"{confidence}-{mode}-{name_of(threshold)}"
+            of_line = line if len(threshold) == 1 else f"{line}, per exit"
+            points.append(Point(name, "exits", of_line, mean(threshold), replace(full, **changed)))
     counts = [_whole(text) for text in _items(options.prune)]
     strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]
     if options.prune_profile is not None:

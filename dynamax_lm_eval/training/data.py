@@ -113,8 +113,12 @@ class MicroBatches:
             logger.info("All text was seen %d times; going on with it in another order", epoch + 1)
 
 
-def held_out(documents: Documents, num_tokens: int, seq_len: int) -> tuple[list[list[int]], int]:
+def held_out(
+    documents: Documents, num_tokens: int, seq_len: int, option: str = "--eval_tokens"
+) -> tuple[list[list[int]], int]:
     """Rows of ``num_tokens`` tokens (or one less) of the first documents, and how many documents these are.
+
+    ``option``: the user's name for ``num_tokens``.
 
     Raises:
         UserError: there is less text than that.
@@ -130,7 +134,9 @@ def held_out(documents: Documents, num_tokens: int, seq_len: int) -> tuple[list[
                 total += len(row)
             if total >= num_tokens - 1:
                 return rows, count
-    raise UserError(f"there are only {total} tokens of text, and --eval_tokens={num_tokens} are to be held out")
+    raise UserError(
+        f"there are only {total} tokens of text, and {option}={num_tokens} are wanted; lower it, or give more text"
+    )
 
 
 def without_first(documents: Documents, count: int) -> Documents:

@@ -1,0 +1,1 @@
+"""Thresholds with a guarantee: tests, certificates, the command that makes them."""

@@ -1,0 +1,253 @@
+"""Certificates: what was promised of a threshold, for which model and task, and whether a run is covered by it.
+
+A certificate is a JSON file. It binds everything that decides what a model answers except the thresholds themselves,
+the task with its settings, and the documents that it was made from, which no run may be judged on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamax_lm_eval.backbones.aliases import cache_dir
+from dynamax_lm_eval.config import CALIBRATED, UserError, changed_settings
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, shipped_home
+from dynamax_lm_eval.files import write_text
+
+logger = logging.getLogger(__name__)
+
+FORMAT, FORMAT_VERSION = "dynamax-certificate", 1
+
+#: Parts of a model's identity that change no answer, or hold a place on one machine.
+_UNBOUND = frozenset({"tokenizer", "degenerate", "policy"})
+#: Parts of a policy that a certificate decides.
+_DECIDED = frozenset({"thresholds"})
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Thresholds and what is known of them.
+
+    Attributes:
+        method: ``ltt`` (learn then test) or ``crc`` (conformal risk control).
+        bound: of the p-values; None for crc.
+        loss: ``metric`` or ``consistency``.
+        measured_by: the metric, or the likeness to the full model's answers.
+        tolerance: the most that may be lost per document, in expectation.
+        level: probability of a worse threshold; None for crc.
+        thresholds: one, or one per exit; [1] where no candidate passed.
+        candidates: all thresholds of the grid, in the order of testing.
+        scores: p-value (ltt) or bound (crc) of those that were looked at.
+        losses: mean loss of every candidate on the calibration documents.
+        compute_reduction: of ``thresholds`` on the calibration documents: what to expect.
+        task: the task's name.
+        run: settings of the task, see :func:`run_settings`.
+        model: what of the model is bound, see :func:`binding`.
+        fingerprint: of the backbone's weight files.
+        seed: of the split into documents for calibration and for tests.
+        calibration_documents: their hashes.
+        test: what the thresholds did on the documents that were kept apart; None where that was not run.
+        created: date, for people.
+        version: of this package.
+    """
+
+    method: str
+    bound: str | None
+    loss: str
+    measured_by: str
+    tolerance: float
+    level: float | None
+    thresholds: list[float]
+    candidates: list[list[float]]
+    scores: list[float]
+    losses: list[float]
+    compute_reduction: float
+    task: str
+    run: dict[str, Any]
+    model: dict[str, Any]
+    fingerprint: str
+    seed: int
+    calibration_documents: list[str] = field(repr=False)
+    test: dict[str, Any] | None
+    created: str
+    version: str
+
+    @property
+    def promise(self) -> str:
+        """In words."""
+        lost = f"the expected {self.loss} loss ({self.measured_by}) per document is at most {self.tolerance:g}"
+        if self.level is None:
+            return f"{lost}, averaged over calibration samples"
+        return f"with probability {1 - self.level:g} over calibration samples, {lost}"
+
+    @property
+    def certifies_exits(self) -> bool:
+        """False where no candidate passed: the thresholds are those of the full model."""
+        return any(threshold < 1 for threshold in self.thresholds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, "promise": self.promise, **asdict(self)}
+
+    def summary(self) -> dict[str, Any]:
+        """For result files: all but the documents."""
+        data = self.to_json()
+        data["calibration_documents"] = len(self.calibration_documents)
+        return data
+
+    @classmethod
+    def load(cls, path: Path) -> Certificate:
+        """Raises UserError where the file is missing, damaged, or no certificate."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"threshold={str(path)!r} cannot be read: {error}") from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise UserError(f"threshold={str(path)!r} is no certificate of dynamax-lm-eval calibrate")
+        if (version := data.pop("format_version", None)) != FORMAT_VERSION:
+            raise UserError(
+                f"threshold={str(path)!r} has format_version {version!r} and this version of dynamax reads "
+                f"{FORMAT_VERSION}; calibrate again, or update dynamax-lm-eval"
+            )
+        data.pop("promise", None)
+        try:
+            found = cls(**data)
+            tuple(float(threshold) for threshold in found.thresholds)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"threshold={str(path)!r} is damaged: {error}") from error
+        return found
+
+    def save(self, path: Path) -> None:
+        write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
+
+    def check_policy(self, policy: Mapping[str, Any]) -> None:
+        """Raises UserError where the policy (``ExitPolicy.describe``) is not the certified one, thresholds aside."""
+        self._check(_policy_binding(policy), {name for name in self.model if name.startswith("policy.")})
+
+    def check_model(self, identity: Mapping[str, Any]) -> None:
+        """The same for the whole identity (``DynamaxLM.identity``)."""
+        self._check(binding(identity), set(self.model))
+
+    def _check(self, now: Mapping[str, Any], names: Iterable[str]) -> None:
+        stored = {name: self.model.get(name) for name in {*names, *now}}
+        if changed := changed_settings(stored, _as_json(now)):
+            raise UserError(
+                f"this certificate was made for another model or policy, it differs in {changed}; give the same "
+                "arguments as in calibration, or calibrate for these: dynamax-lm-eval calibrate ..."
+            )
+
+    def check_task(self, name: str, run: Mapping[str, Any], documents: Sequence[str], any_task: bool) -> bool:
+        """Whether the promise holds for these documents (hashes) of a task.
+
+        Raises:
+            UserError: the task or its settings are others (unless ``any_task``), or documents are among those that
+                the threshold was chosen on.
+        """
+        used = set(self.calibration_documents).intersection(documents)
+        if used:
+            raise UserError(
+                f"{len(used)} of the {len(documents)} documents of {name} are among those that this threshold was "
+                "chosen on; evaluate others: --samples test_samples.json, which calibrate wrote beside its certificate"
+            )
+        changed = "" if name == self.task else f"task ({self.task!r}, now {name!r})"
+        changed = changed or changed_settings(self.run, _as_json(run))
+        if changed and not any_task:
+            raise UserError(
+                f"this certificate promises nothing here, it differs in {changed}; calibrate on {name}, or add "
+                "certificate_any_task=true to use its thresholds without a guarantee"
+            )
+        if changed:
+            logger.warning("No guarantee for %s: the certificate differs in %s", name, changed)
+        return not changed
+
+
+def binding(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a model's identity a certificate depends on, flat."""
+    bound = {name: value for name, value in identity.items() if name not in _UNBOUND}
+    return dict(_as_json({**bound, **_policy_binding(identity["policy"])}))
+
+
+def _policy_binding(policy: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"policy.{name}": value for name, value in policy.items() if name not in _DECIDED}
+
+
+def run_settings(task: Any, apply_chat_template: Any, system_instruction: str | None) -> dict[str, Any]:
+    """What of a run of a task decides its documents' losses."""
+    config = task.config
+    return dict(
+        _as_json(
+            {
+                "num_fewshot": config.num_fewshot or 0,
+                "output_type": config.output_type,
+                "generation_kwargs": config.generation_kwargs,
+                "version": task.VERSION,
+                "apply_chat_template": apply_chat_template or False,
+                "system_instruction": system_instruction,
+            }
+        )
+    )
+
+
+def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
+    """Says what it is for; another promise on the same task has another name."""
+    promise = [certificate.method, certificate.loss, f"{certificate.tolerance:g}"]
+    promise += [f"{certificate.level:g}"] if certificate.level is not None else []
+    name = "-".join([certificate.task, scorer, state_mode, *promise])
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".json"
+
+
+def home(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None) -> Path:
+    """Where certificates of a backbone are kept: beside its exits, or else among the user's own files."""
+    if exits is not None and shipped_home() not in exits.path.parents and os.access(exits.path, os.W_OK):
+        return exits.path / "certificates"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(backbone).name)
+    return cache_dir() / "certificates" / f"{name}-{(fingerprint or 'unknown')[:12]}"
+
+
+def resolve(
+    named: str, backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None, policy: Mapping[str, Any]
+) -> tuple[Path, Certificate]:
+    """The certificate that ``threshold=`` names: a file, or for ``calibrated`` the one that was made for this policy.
+
+    Args:
+        named: as the user gave it.
+        backbone: as the user gave it.
+        fingerprint: of the backbone's weight files.
+        exits: trained exits at hand.
+        policy: as ``ExitPolicy.describe`` gives it; thresholds do not matter.
+
+    Raises:
+        UserError: there is none, or several, or it is for another policy.
+    """
+    if named != CALIBRATED:
+        path = Path(named).expanduser()
+        certificate = Certificate.load(path)
+        certificate.check_policy(policy)
+        return path, certificate
+    found, others = [], []
+    for path in sorted(home(backbone, fingerprint, exits).glob("*.json")):
+        certificate = Certificate.load(path)
+        if certificate.fingerprint != fingerprint:
+            continue
+        try:
+            certificate.check_policy(policy)
+        except UserError as error:
+            others.append(f"{path.name}: {error}")
+        else:
+            found.append((path, certificate))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(str(path) for path, _ in found)
+        raise UserError(f"threshold={CALIBRATED}: several certificates fit, name one: threshold=FILE with {names}")
+    reason = others[0] if others else "none was made for this backbone; run dynamax-lm-eval calibrate"
+    raise UserError(f"threshold={CALIBRATED}: there is no certificate that fits. {reason}")
+
+
+def _as_json(data: Any) -> Any:
+    """As it will be when read back."""
+    return json.loads(json.dumps(data, sort_keys=True, default=str))

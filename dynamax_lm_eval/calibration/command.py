@@ -1,0 +1,243 @@
+"""``dynamax-lm-eval calibrate``: a threshold with a promise, and the file that says so."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+import dynamax_lm_eval
+from dynamax_lm_eval.calibration.certificate import Certificate, binding, file_name, home
+from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
+from dynamax_lm_eval.calibration.options import CalibrateOptions
+from dynamax_lm_eval.calibration.testing import Selection, conformal_risk_control, fewest_documents, learn_then_test
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.harness import document_hash
+from dynamax_lm_eval.reports import collect
+from dynamax_lm_eval.reports.collect import PointResult, TaskResults
+from dynamax_lm_eval.sweep.command import load, load_tasks, process, sweep
+from dynamax_lm_eval.sweep.files import finished_points
+from dynamax_lm_eval.sweep.model import SweepLM
+from dynamax_lm_eval.sweep.options import SweepOptions, name_of, parse_thresholds
+
+logger = logging.getLogger(__name__)
+
+CERTIFICATE_NAME = "certificate.json"
+TABLE_NAME = "candidates.md"
+#: For --samples of a run: the documents that the threshold was not chosen on.
+TEST_SAMPLES_NAME = "test_samples.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which documents do what; indices in the task's order."""
+
+    calibration: list[int]
+    test: list[int]
+
+
+def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
+    """Tests the candidates and writes the certificate; returns it and its file beside the exits.
+
+    Raises:
+        UserError: an option cannot be honoured, or the task has no such loss.
+    """
+    if process()[1] > 1:
+        raise UserError("calibrate is one process; run it without torchrun")
+    candidates = _candidates(options)
+    text = ",".join(name_of(thresholds) for thresholds in candidates)
+    manager = load_tasks(options.sweep("calibration", text))
+    hashes = _document_hashes(manager, options)
+    split = split_documents(hashes, options.share, options.seed)
+    _warn_of_few(options, len(split.calibration))
+    folder = Path(options.output).expanduser()
+
+    first = options.sweep("calibration", text, _samples(options, split.calibration))
+    lm = load(first)
+    task, points = _answered(first, lm, candidates)
+    run = finished_points(folder / "calibration")[0]["run"][options.tasks]
+    model = _binding(lm, points)
+    kind = LossKind.chosen(options.loss, options.metric if options.loss == "metric" else options.likeness, task)
+    losses = loss_matrix(kind, task, points)
+    if options.method == "ltt":
+        found = learn_then_test(losses, options.tolerance, options.level, _bound(options))
+    else:
+        found = conformal_risk_control(losses, options.tolerance)
+    chosen = list(candidates[found.chosen]) if found.chosen is not None else [1.0]
+
+    tested = None
+    if options.test and found.chosen is not None:
+        second = options.sweep("test", name_of(chosen), _samples(options, split.test))
+        tested = _tested(kind, *_answered(second, lm, [tuple(chosen)]))
+    elif options.test:
+        logger.warning("No candidate passed: the certified threshold is 1, the full model, which loses nothing")
+
+    certificate = Certificate(
+        method=options.method,
+        bound=options.bound if options.method == "ltt" else None,
+        loss=kind.name,
+        measured_by=kind.measured_by,
+        tolerance=options.tolerance,
+        level=options.level if options.method == "ltt" else None,
+        thresholds=chosen,
+        candidates=[list(thresholds) for thresholds in candidates],
+        scores=list(found.scores),
+        losses=losses.mean(axis=1).tolist(),
+        compute_reduction=_reduction(points[found.chosen]) if found.chosen is not None else 1.0,
+        task=options.tasks,
+        run=run,
+        model=model,
+        fingerprint=lm.backbone_fingerprint(),
+        seed=options.seed,
+        calibration_documents=sorted({hashes[i] for i in split.calibration}),
+        test=tested,
+        created=date.today().isoformat(),
+        version=dynamax_lm_eval.__version__,
+    )
+    certificate.save(folder / CERTIFICATE_NAME)
+    write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
+    kept = home(options.backbone, certificate.fingerprint, lm.exits)
+    kept.mkdir(parents=True, exist_ok=True)
+    kept = kept / file_name(certificate, points[0].line.partition(",")[0], options.state_mode)
+    certificate.save(kept)
+    write_text(folder / TABLE_NAME, table(candidates, points, losses, found))
+    return certificate, kept
+
+
+def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> str:
+    """What was found and how to use it, for people."""
+    folder = Path(options.output).expanduser()
+    lines = [(folder / TABLE_NAME).read_text(encoding="utf-8")]
+    if certificate.certifies_exits:
+        at, reduction = name_of(certificate.thresholds), certificate.compute_reduction
+        lines.append(f"threshold {at}: {certificate.promise}; expected compute_reduction {reduction:.3f}\n")
+    else:
+        lines.append(f"threshold 1: no candidate passed at tolerance {certificate.tolerance:g}, so nothing may exit\n")
+    if certificate.test is not None:
+        tested = certificate.test
+        lines.append(
+            f"on {tested['documents']} other documents: mean loss {tested['mean_loss']:.4f} "
+            f"(standard error {tested['mean_loss_stderr'] or 0:.4f}), compute_reduction "
+            f"{tested['compute_reduction']:.3f}\n"
+        )
+    policy = certificate.model
+    given = [f"backbone={options.backbone}", f"threshold={path}"]
+    given += [f"{name}={policy[f'policy.{name}']}" for name in ("confidence", "classifier", "state_mode")]
+    arguments = ",".join([*(item for item in given if not item.endswith("=None")), *filter(None, [options.model_args])])
+    lines.append(
+        f"use it: dynamax-lm-eval run --model_args {arguments} --tasks {certificate.task} "
+        f"--samples {folder / TEST_SAMPLES_NAME}\n"
+    )
+    return "\n".join(lines)
+
+
+def split_documents(hashes: Sequence[str], share: float, seed: int) -> Split:
+    """Splits documents at random, equal ones to the same side.
+
+    Raises:
+        UserError: one side would be empty.
+    """
+    distinct = list(dict.fromkeys(hashes))
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    count = round(share * len(distinct))
+    if not 0 < count < len(distinct):
+        raise UserError(f"--share {share:g} of {len(distinct)} documents leaves none to calibrate or none to test")
+    chosen = {distinct[i] for i in order[:count]}
+    return Split(
+        [i for i, found in enumerate(hashes) if found in chosen],
+        [i for i, found in enumerate(hashes) if found not in chosen],
+    )
+
+
+def table(candidates: Sequence[Sequence[float]], points: Sequence[PointResult], losses: Any, found: Selection) -> str:
+    """Every candidate with its loss, its score and what became of it, as Markdown."""
+    rows = []
+    for i, thresholds in enumerate(candidates):
+        verdict = "not tested" if i >= len(found.scores) else "passed"
+        if i == len(found.scores) - 1 and found.chosen != i:
+            verdict = "failed"
+        score = found.scores[i] if i < len(found.scores) else None
+        verdict = "chosen" if i == found.chosen else verdict
+        rows.append([name_of(thresholds), float(losses[i].mean()), score, _reduction(points[i]), verdict])
+    headers = ["thresholds", "mean loss", "p-value or bound", "compute_reduction", "verdict"]
+    text = tabulate(rows, headers, tablefmt="github", floatfmt=".4f", missingval="")
+    return f"{text}\n"
+
+
+def _candidates(options: CalibrateOptions) -> list[tuple[float, ...]]:
+    """In the order of testing: the most careful first."""
+    if options.per_exit is not None:
+        from dynamax_lm_eval.calibration.search import ThresholdPath
+
+        return ThresholdPath.load(Path(options.per_exit).expanduser()).thresholds
+    return parse_thresholds(options.thresholds)[::-1]
+
+
+def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:
+    names = options.sweep("calibration", "0.5").task_names
+    tasks = manager.load(names)["tasks"]
+    if list(tasks) != [options.tasks]:
+        raise UserError(f"--tasks must name one task, and {options.tasks!r} is {', '.join(tasks)}; calibrate each")
+    documents = list(tasks[options.tasks].eval_docs)[: options.limit]
+    return [document_hash(document) for document in documents]
+
+
+def _samples(options: CalibrateOptions, documents: list[int]) -> str:
+    return json.dumps({options.tasks: documents})
+
+
+def _bound(options: CalibrateOptions) -> Any:
+    return options.bound
+
+
+def _warn_of_few(options: CalibrateOptions, count: int) -> None:
+    level = options.level if options.method == "ltt" else None
+    fewest = fewest_documents(options.tolerance, level, _bound(options))
+    if count < fewest:
+        logger.warning(
+            "%d documents cannot certify tolerance %g, even if none of them lost anything: that takes %d. Raise "
+            "--limit, --share, --tolerance or --level",
+            count,
+            options.tolerance,
+            fewest,
+        )
+
+
+def _answered(
+    options: SweepOptions, lm: SweepLM, candidates: Sequence[tuple[float, ...]]
+) -> tuple[TaskResults, list[PointResult]]:
+    """Runs a sweep; its results, and the points of the candidates in their order."""
+    (task,) = collect.read([sweep(options, lm)], max_degenerate=1.0)
+    known = {tuple(point.policy["thresholds"]): point for point in task.points[1:]}
+    exits = len(task.points[1].policy["exit_layers"])
+    return task, [known[thresholds if len(thresholds) > 1 else thresholds * exits] for thresholds in candidates]
+
+
+def _binding(lm: SweepLM, points: Sequence[PointResult]) -> dict[str, Any]:
+    return binding({**lm.identity(), "policy": points[0].policy})
+
+
+def _reduction(point: PointResult) -> float:
+    return float(point.compute["compute_reduction"])
+
+
+def _tested(kind: LossKind, task: TaskResults, points: Sequence[PointResult]) -> dict[str, Any]:
+    """What the certified thresholds did on documents that they were not chosen on."""
+    (point,) = points
+    losses = kind.of(task, point)
+    n = len(losses)
+    return {
+        "documents": n,
+        "mean_loss": float(losses.mean()),
+        "mean_loss_stderr": float(losses.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+        "compute_reduction": _reduction(point),
+        "compute_vs_full": task.vs_full(point),
+    }

@@ -1,0 +1,106 @@
+"""The options of ``dynamax-lm-eval calibrate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamax_lm_eval.calibration.testing import BOUNDS
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.sweep.options import SweepOptions
+
+METHODS = ("ltt", "crc")
+LOSSES = ("consistency", "metric")
+LIKENESSES = ("rouge_l", "token_f1", "exact")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What is to be promised, on which documents, for which policy."""
+
+    backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
+    tasks: str = field(metadata={"help": "one task of the harness; the promise holds for documents like its own"})
+    output: str = field(metadata={"help": "folder for answers and the certificate; a restart goes on there"})
+    tolerance: float = _option(0.1, "the most that may be lost per document, in expectation; losses lie in [0, 1]")
+    level: float = _option(0.05, "probability that the promise is broken (method ltt)")
+    method: str = _option(
+        "ltt", "ltt: learn then test, a bound with probability 1 - level; crc: conformal risk control, a mean"
+    )
+    bound: str = _option("betting", f"of ltt: {' or '.join(BOUNDS)}")
+    loss: str = _option(
+        "consistency",
+        "consistency: 1 - likeness to the full model's answer; metric: how much the task's metric falls below the "
+        "full model's on the same document, 0 where it does not",
+    )
+    likeness: str | None = _option(
+        None, f"of consistency: {', '.join(LIKENESSES)}; default: rouge_l, or exact for chosen answers"
+    )
+    metric: str | None = _option(None, "of loss metric: one of the task's, in [0, 1]; default: its first")
+    thresholds: str = _option(
+        "0.5:0.95:0.05,0.97,0.99",
+        "candidates, tested from the highest mean down: first:last:step and numbers, "
+        "separated by commas; 0.9+0.8+0.7 is one for each exit",
+    )
+    per_exit: str | None = _option(
+        None, "file of dynamax-lm-eval exit-thresholds: its thresholds per exit are the candidates instead"
+    )
+    confidence: str | None = _option(None, "calm, ffn, mamba, softmax, entropy or state; default: the exits' first")
+    state_mode: str = _option("recompute", "recompute, copy or skip")
+    share: float = _option(0.5, "of the documents that calibrate; the others test")
+    test: bool = _option(True, "run the certified thresholds on the other documents as well")
+    seed: int = _option(0, "of the split of documents")
+    limit: int | None = _option(None, "documents of the task in all; default: all")
+    model_args: str = _option("", "further model arguments: exit_scope=all,repetition_penalty=1.1,...")
+    num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
+    batch_size: int = _option(32, "rows in flight")
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    include_path: str | None = _option(None, "folder with tasks of your own")
+    metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")
+    apply_chat_template: bool = _option(False, "wrap prompts in the tokenizer's chat template")
+    system_instruction: str | None = _option(None, "put before every prompt")
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("method", METHODS),
+            ("bound", BOUNDS),
+            ("loss", LOSSES),
+            ("likeness", (*LIKENESSES, None)),
+        ):
+            if getattr(self, name) not in known:
+                choices = ", ".join(str(choice) for choice in known if choice is not None)
+                raise UserError(f"--{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("tolerance", "level", "share"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"--{name} must be in (0, 1), got {getattr(self, name):g}")
+        if self.metric is not None and self.loss != "metric":
+            raise UserError("--metric has no effect without --loss metric; add it, or remove --metric")
+        if self.likeness is not None and self.loss != "consistency":
+            raise UserError("--likeness has no effect without --loss consistency; add it, or remove --likeness")
+        if self.limit is not None and self.limit < 2:
+            raise UserError(f"--limit must be at least 2, got {self.limit}: one document each to calibrate and to test")
+        self.sweep("t", "0.5")  # what it shares with a sweep is checked there
+
+    def sweep(self, folder: str, thresholds: str, samples: str | None = None) -> SweepOptions:
+        """The sweep over candidates that this asks for."""
+        return SweepOptions(
+            backbone=self.backbone,
+            tasks=self.tasks,
+            output=str(Path(self.output).expanduser() / folder),
+            thresholds=thresholds,
+            confidences=self.confidence,
+            state_modes=self.state_mode,
+            model_args=self.model_args,
+            samples=samples,
+            num_fewshot=self.num_fewshot,
+            batch_size=self.batch_size,
+            device=self.device,
+            include_path=self.include_path,
+            metadata=self.metadata,
+            apply_chat_template=self.apply_chat_template,
+            system_instruction=self.system_instruction,
+        )

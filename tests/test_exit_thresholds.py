@@ -1,0 +1,163 @@
+"""Thresholds per exit: the search finds what trying everything finds, and its file leads to a calibration."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_lm import TASKS
+from test_trained_exits import save_exits
+
+from dynamax_lm_eval.calibration import command
+from dynamax_lm_eval.calibration.exit_thresholds import SearchOptions, compared, exit_costs, search
+from dynamax_lm_eval.calibration.options import CalibrateOptions
+from dynamax_lm_eval.calibration.search import (
+    Recorded,
+    ThresholdPath,
+    agreement_at,
+    best_path,
+    exits_at,
+    improved,
+    outcome,
+)
+from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.scheduler import ScoringRequest, score_all
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+
+def made(tokens: int, exits: int, seed: int = 0, texts: int = 20) -> Recorded:
+    """Exits of unequal worth: the first is often wrong where it is sure, later ones less."""
+    generator = np.random.default_rng(seed)
+    ease = generator.random(tokens)
+    confidence = np.clip(ease + generator.normal(0, 0.2, (exits, tokens)), 0, 0.999)
+    right = generator.random((exits, tokens)) < ease * np.linspace(0.7, 1, exits)[:, None]
+    agrees = np.vstack([right, np.ones((1, tokens))]).astype(np.float64)
+    return Recorded(confidence, agrees, np.linspace(0.5, 1, exits + 1), np.arange(tokens) * texts // tokens)
+
+
+def test_tokens_leave_at_the_first_exit_that_is_sure_enough() -> None:
+    recorded = Recorded(
+        np.array([[0.2, 0.8, 0.9], [0.9, 0.8, 0.1]]),
+        np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+        np.array([0.5, 0.7, 1.0]),
+        np.zeros(3, dtype=np.int64),
+    )
+    assert exits_at(recorded, np.array([0.85, 0.8])).tolist() == [1, 1, 0]
+    assert exits_at(recorded, np.array([1.0, 1.0])).tolist() == [2, 2, 2], "1 never exits"
+    agreement, fraction = outcome(recorded, np.array([0.85, 0.8]))
+    assert (agreement, fraction) == (pytest.approx(2 / 3), pytest.approx((0.7 + 0.7 + 0.5) / 3))
+
+
+@pytest.mark.parametrize("price", [0.2, 1.0, 3.0])
+def test_no_single_threshold_can_be_changed_for_the_better(price: float) -> None:
+    recorded = made(400, 3)
+
+    def worth(thresholds: np.ndarray) -> float:  # type: ignore[type-arg]
+        agreement, fraction = outcome(recorded, thresholds)
+        return agreement - price * fraction
+
+    found = improved(recorded, price, np.ones(3))
+    for e, k in product(range(3), range(201)):
+        changed = found.copy()
+        changed[e] = k / 200
+        assert worth(changed) <= worth(found) + 1e-9
+
+
+def test_the_path_is_as_good_as_any_shared_threshold_on_what_was_searched() -> None:
+    recorded = made(3000, 4)
+    path = best_path(recorded, np.geomspace(0.05, 20, 60))
+    points = [outcome(recorded, np.asarray(thresholds)) for thresholds in path]
+    fractions = [fraction for _, fraction in points]
+    assert fractions == sorted(fractions, reverse=True), "from the most careful on"
+    for threshold in np.linspace(0.3, 0.95, 14):
+        agreement, fraction = outcome(recorded, np.full(4, threshold))
+        best = agreement_at(points, fraction)
+        assert np.isnan(best) or best >= agreement - 0.005, "up to the straight lines between points"
+
+
+def test_gains_are_measured_on_other_texts() -> None:
+    found = compared(made(6000, 3), seed=0)
+    assert found["gains"]
+    for gain in found["gains"]:
+        assert gain["gain"] == pytest.approx(gain["per_exit"] - gain["shared"])
+        assert gain["gain_stderr"] > 0
+    again = compared(made(6000, 3), seed=0)
+    assert found == again
+
+
+def test_costs_are_those_of_the_engine(model_folder: Path, tmp_path: Path) -> None:
+    """A text all of whose tokens leave at one exit, as the engine runs and accounts it."""
+    from test_trained_exits import model
+
+    lm = model(model_folder, exits=str(save_exits(model_folder, tmp_path / "exits")))
+    assert lm.exits is not None
+    engine: Engine = lm.engine
+    policy = ExitPolicy.of_exits(lm.exits.config, "calm", 0.5, exit_scope="all")
+    costs = exit_costs(engine, policy, 12)
+    forced = ExitPolicy.of_exits(lm.exits.config, "calm", 0.0, exit_scope="all")
+    (scoring,) = score_all(engine, [ScoringRequest(list(range(12)), 1, [[0]] * 12, forced)], 1)
+    assert costs[0] == pytest.approx(1 / engine.account(scoring.trace, forced).compute_reduction)
+    assert costs[-1] > 1, "classifiers were asked at every exit for nothing"
+    assert list(costs) == sorted(costs)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    sentences = ["the quick brown fox jumps over the lazy dog", "a stitch in time saves nine", "who wrote Hamlet?"]
+    path.write_text("".join(json.dumps({"text": " ".join(sentences[i % 3 :] * 4)}) + "\n" for i in range(40)))
+    return path
+
+
+def test_the_file_leads_to_a_calibration(
+    model_folder: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exits = save_exits(model_folder, tmp_path / "exits")
+    file = tmp_path / "path.json"
+    given = ["--backbone", str(model_folder), "--exits", str(exits), "--dataset", str(texts), "--tokens", "600"]
+    given += ["--classifier", "calm", "--seq_len", "32", "--device", "cpu", "--output", str(file)]
+    assert main(["exit-thresholds", *given]) == 0
+    assert "agreement, per exit" in capsys.readouterr().out
+    path = ThresholdPath.load(file)
+    assert path.scorer == "calm"
+    assert all(len(thresholds) == len(path.exit_layers) for thresholds in path.thresholds)
+    assert main(["exit-thresholds", *given]) == 2, "it is not written over"
+
+    options = CalibrateOptions(
+        backbone=str(model_folder),
+        tasks="tiny_generate",
+        output=str(tmp_path / "out"),
+        per_exit=str(file),
+        confidence="calm",
+        tolerance=0.99,
+        level=0.9,
+        model_args=f"exits={exits}",
+        include_path=str(TASKS),
+        device="cpu",
+        test=False,
+    )
+    certificate, _ = command.calibrate(options)
+    assert certificate.candidates == [list(thresholds) for thresholds in path.thresholds]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokens": 3}, "--tokens"),
+        ({"classifier": "guess"}, "--classifier"),
+        ({"state_mode": "forget"}, "--state_mode"),
+        ({"output": "no/such/folder/x.json"}, "there is no folder"),
+        ({}, "--tokens=50000"),
+        ({"exits": None}, "no exits"),
+    ],
+)
+def test_refusals(model_folder: Path, tmp_path: Path, texts: Path, changed: dict[str, str], message: str) -> None:
+    exits = save_exits(model_folder, tmp_path / "exits")
+    given = {"exits": str(exits), "output": str(tmp_path / "x.json"), **changed}
+    with pytest.raises(UserError, match=message):
+        search(SearchOptions(backbone=str(model_folder), dataset=str(texts), device="cpu", **given))  # type: ignore[arg-type]
