@@ -1,0 +1,109 @@
+"""What calibration promises and what it keeps, over many random splits of the documents of one sweep.
+
+    dynamax-lm-eval sweep --backbone smollm2-gguf --tasks truthfulqa_gen_1shot --confidences calm \\
+        --thresholds 0.75:0.95:0.05 --output sweep
+    python benchmarks/calibration.py --sweep sweep
+
+The sweep answered all documents at all candidates, so every split into documents that choose and documents that test
+is a matter of numbers. Per method and tolerance: how often each threshold is chosen; expected compute_reduction (on
+the documents that chose) and realised (on the others), means over splits; mean test loss and the share of splits where
+it is above the tolerance. Splits of the same documents overlap, and a test loss is itself an estimate: the share
+above the tolerance is a description, not a test of the promise. Prints a Markdown table; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from environment import environment
+from tabulate import tabulate
+
+from dynamax_lm_eval.calibration.command import split_documents
+from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
+from dynamax_lm_eval.calibration.testing import Floats, conformal_risk_control, learn_then_test
+from dynamax_lm_eval.reports import collect
+from dynamax_lm_eval.reports.collect import PointResult
+
+METHODS: dict[str, Any] = {
+    "ltt, betting": lambda losses, tolerance, level: learn_then_test(losses, tolerance, level, "betting"),
+    "ltt, hoeffding-bentkus": lambda losses, tolerance, level: learn_then_test(
+        losses, tolerance, level, "hoeffding-bentkus"
+    ),
+    "crc": lambda losses, tolerance, _level: conformal_risk_control(losses, tolerance),
+}
+
+
+def reduction(points: list[PointResult], chosen: int | None, documents: list[int]) -> float:
+    """compute_reduction of a candidate on some documents; of the full model where none was chosen."""
+    if chosen is None:
+        return 1.0
+    full, spent = (points[chosen].macs(name)[documents].sum() for name in ("eligible_full", "eligible"))
+    return float(full / spent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--sweep", type=Path, required=True, help="folder of a sweep of one task with one line of exits"
+    )
+    parser.add_argument("--line", help="the line of exits; default: the sweep's only one")
+    parser.add_argument("--loss", default="consistency,metric", help="losses, separated by commas")
+    parser.add_argument("--metric", help="of loss metric; default: the task's first")
+    parser.add_argument("--tolerances", default="0.05,0.1")
+    parser.add_argument("--level", type=float, default=0.05)
+    parser.add_argument("--splits", type=int, default=50)
+    parser.add_argument("--share", type=float, default=0.5)
+    args = parser.parse_args()
+
+    (task,) = collect.read([args.sweep], max_degenerate=1.0)
+    lines = {name: points for name, points in task.lines().items() if points[0].family == "exits"}
+    points = lines[args.line] if args.line else next(iter(lines.values()))
+    points = points[::-1]  # the most careful first
+    hashes = [sample["doc_hash"] for sample in task.full.samples]
+    rows = []
+    for loss in args.loss.split(","):
+        kind = LossKind.chosen(loss, args.metric if loss == "metric" else None, task)
+        losses: Floats = loss_matrix(kind, task, points)
+        for tolerance, (method, select) in product(map(float, args.tolerances.split(",")), METHODS.items()):
+            found = []
+            for seed in range(args.splits):
+                split = split_documents(hashes, args.share, seed)
+                chosen = select(losses[:, split.calibration], tolerance, args.level).chosen
+                lost = 0.0 if chosen is None else float(losses[chosen, split.test].mean())
+                found.append(
+                    (
+                        1.0 if chosen is None else points[chosen].value,
+                        reduction(points, chosen, split.calibration),
+                        reduction(points, chosen, split.test),
+                        lost,
+                    )
+                )
+            thresholds, expected, realised, test_loss = (np.asarray(column) for column in zip(*found, strict=True))
+            counts = Counter(thresholds.tolist())
+            rows.append(
+                {
+                    "loss": kind.measured_by.partition(",")[0],
+                    "tolerance": tolerance,
+                    "method": method,
+                    "thresholds": ", ".join(f"{value:g}: {counts[value]}" for value in sorted(counts)),
+                    "expected": float(expected.mean()),
+                    "realised": float(realised.mean()),
+                    "test loss": float(test_loss.mean()),
+                    "largest": float(test_loss.max()),
+                    "above": float((test_loss > tolerance).mean()),
+                }
+            )
+    print(f"{task.title}, {len(hashes)} documents, {args.splits} splits, level {args.level:g}\n")
+    print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f"))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    print(json.dumps({"benchmark": "calibration", **settings, "results": rows, **environment("cpu")}))
+
+
+if __name__ == "__main__":
+    main()
