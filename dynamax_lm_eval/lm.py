@@ -347,10 +347,10 @@ class DynamaxLM(HFLM):
                     self.cache_hook.add_partial("generate_until", args, text)
 
             settings = [(Setting(policy, self.args.repetition_penalty), requests[index]) for policy, index in asked]
-            self.answer_generations(settings, finished, disable_tqdm)
+            self.answer_generations(settings, finished, disable_tqdm or self.pacing.in_blocks)
             return found
 
-        self.pacing.run([_document(request) for request in requests], self.policy, answer)
+        self.pacing.run([_document(request) for request in requests], self.policy, answer, disable_tqdm)
         self.response_ledger.keep("generate_until", zip((r.args for r in requests), records, strict=True))
         return texts
 
@@ -423,13 +423,14 @@ class DynamaxLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", texts, scored)
 
             pairs = [requests[index][1:] for _, index in asked]
-            self.answer_scorings([policy for policy, _ in asked], pairs, finished, disable_tqdm)
+            hidden = disable_tqdm or self.pacing.in_blocks
+            self.answer_scorings([policy for policy, _ in asked], pairs, finished, hidden)
             return found
 
         # Called directly, requests say nothing of documents: each is one.
         documents, self._documents = self._documents or [("", i) for i in range(len(requests))], []
         assert len(documents) == len(requests)
-        self.pacing.run(documents, self.policy, answer)
+        self.pacing.run(documents, self.policy, answer, disable_tqdm)
         self.response_ledger.keep("loglikelihood", zip((texts for texts, _, _ in requests), records, strict=True))
         return answers
 
@@ -470,10 +471,11 @@ class DynamaxLM(HFLM):
                     self.response_ledger.store(kind, args, record)
                     self.cache_hook.add_partial(kind, args, value)
 
-            self._answer_rolling([(policy, requests[index]) for policy, index in asked], finished, disable_tqdm)
+            hidden = disable_tqdm or self.pacing.in_blocks
+            self._answer_rolling([(policy, requests[index]) for policy, index in asked], finished, hidden)
             return found
 
-        self.pacing.run([_document(request) for request in requests], self.policy, answer)
+        self.pacing.run([_document(request) for request in requests], self.policy, answer, disable_tqdm)
         self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
         return values
 

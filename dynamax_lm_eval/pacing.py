@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tqdm import tqdm
+
 from dynamax_lm_eval.budget import SAMPLE_DOCUMENTS, SAMPLE_THRESHOLDS, Budget, Curve, LatencyBudget, Spent, blocks_of
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace
 from dynamax_lm_eval.config import DynamaxArgs, UserError
@@ -60,6 +62,11 @@ class Pacing:
         """Whether these arguments name a budget."""
         return args.target_reduction is not None or args.target_latency_ms is not None
 
+    @property
+    def in_blocks(self) -> bool:
+        """Requests run in several calls, each too short for a progress bar of its own."""
+        return self.has_budget and self._args.budget != "two_pass"
+
     def describe(self) -> dict[str, Any] | None:
         """For result files: what was asked for, and the thresholds of every block of every task so far."""
         if not self.has_budget:
@@ -77,13 +84,16 @@ class Pacing:
         """Forgets earlier evaluations."""
         self._trajectories = {}
 
-    def run(self, documents: Sequence[tuple[str, Any]], policy: ExitPolicy, answer: Answer) -> None:
+    def run(
+        self, documents: Sequence[tuple[str, Any]], policy: ExitPolicy, answer: Answer, disable_tqdm: bool = False
+    ) -> None:
         """Answers all requests.
 
         Args:
             documents: task and document of every request.
             policy: of the run; a budget replaces its thresholds.
             answer: runs some of them.
+            disable_tqdm: shows no progress over blocks.
         """
         if not self.has_budget:
             answer([(policy, i) for i in range(len(documents))], True)
@@ -100,14 +110,16 @@ class Pacing:
             if self._args.budget == "two_pass":
                 self._two_passes(task, own, policy, run)
             else:
-                self._blocks(task, own, policy, run)
+                self._blocks(task, own, policy, run, disable_tqdm)
 
-    def _blocks(self, task: str, documents: Sequence[Any], policy: ExitPolicy, answer: Answer) -> None:
+    def _blocks(
+        self, task: str, documents: Sequence[Any], policy: ExitPolicy, answer: Answer, disable_tqdm: bool
+    ) -> None:
         args, curve, count = self._args, Curve(self._cheapest), len(set(documents))
         latency = None if args.target_latency_ms is None else LatencyBudget(args.target_latency_ms / 1e3, curve, count)
         budget = latency or Budget(1 / (args.target_reduction or 1), curve, count)
         self._trajectories[task] = budget.trajectory
-        for block in blocks_of(documents):
+        for block in tqdm(blocks_of(documents), desc=f"Running {task} to a budget, in blocks", disable=disable_tqdm):
             threshold = budget.threshold()
             start = time.perf_counter()
             total = _sum(answer([(_at(policy, threshold), i) for i in block], True))
