@@ -177,6 +177,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> None:
     """Tells the model what will be asked, so that it can refuse before anything runs."""
     limit, samples = options.get("limit"), options.get("samples") or {}
+    if not isinstance(samples, Mapping):  # what the harness makes of a path that does not exist
+        raise UserError(f'--samples must be a file, or JSON like {{"task": [0, 7]}}, got {samples!r}')
 
     def documents(name: str) -> list[str]:
         task = tasks[name]

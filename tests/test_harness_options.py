@@ -63,6 +63,16 @@ def test_prompts_and_texts_are_those_of_hf(chat_folder: Path, manager: TaskManag
     assert len(ours["samples"]["tiny_shots"]) == options.get("limit", 8)
 
 
+def test_samples_that_are_no_file(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="--samples"):
+        lm_eval.simple_evaluate(
+            dynamax(model_folder),
+            tasks=["tiny_generate"],
+            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+            samples="nowhere.json",
+        )
+
+
 def test_tags_write_out_and_integrity_of_the_row(
     model_folder: Path, manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
