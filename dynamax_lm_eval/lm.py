@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from dynamax_lm_eval.backbones.fingerprint import (
     weights_fingerprint,
 )
 from dynamax_lm_eval.calibration import certificate as certificates
-from dynamax_lm_eval.calibration.certificate import Certificate
+from dynamax_lm_eval.calibration.certificate import CertifiedRun
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, merge
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.errors import NotFiniteError
@@ -107,8 +106,7 @@ class DynamaxLM(HFLM):
         needed = checkpoint.might_be_needed(self.args) or self.args.certificate is not None
         fingerprint = self._files_fingerprint() if needed else None
         self.exits = checkpoint.for_run(self.args, config, fingerprint)
-        self.certificate, self._certificate_path = self._certificate_for(config, fingerprint)
-        self._guaranteed: dict[str, bool] = {}
+        self.certified = self._certified_run(config, fingerprint)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
         self.policy, self._policy_note = self._policy_for(self.args, config)
@@ -133,26 +131,23 @@ class DynamaxLM(HFLM):
             self.engine = checked_engine(
                 self.model, self.policy, self.max_length, classifiers, self.args.mamba_kernels or "auto"
             )
-        if self.certificate is not None:
-            self.certificate.check_model(self.identity())
+        if self.certified is not None:
+            self.certified.certificate.check_model(self.identity())
         self.pacing = Pacing(self.args, self.policy, self.engine)
         #: Of the requests whose tokens are scored next.
         self._documents: list[tuple[str, Any]] = []
         self._warn_of_read_cost()
 
-    def _certificate_for(self, config: Any, fingerprint: str | None) -> tuple[Certificate | None, Path | None]:
+    def _certified_run(self, config: Any, fingerprint: str | None) -> CertifiedRun | None:
         """The certificate of the run, if it names one; its thresholds become those of the run."""
         if self.args.certificate is None:
-            return None, None
+            return None
         policy, _ = self._policy_for(self.args, config)
         path, certificate = certificates.resolve(
             self.args.certificate, self.args.backbone, fingerprint, self.exits, policy.describe()
         )
-        logger.info("%s: thresholds %s; %s", path, certificate.thresholds, certificate.promise)
-        if not certificate.certifies_exits:
-            logger.warning("%s certifies no exit: this run is the full model", path)
         self.args = replace(self.args, threshold=tuple(certificate.thresholds))
-        return certificate, path
+        return CertifiedRun(path, certificate, self.args.certificate_any_task)
 
     def _check_alone(self) -> None:
         if self._world_size > 1 and Pacing.wanted(self.args):
@@ -176,11 +171,8 @@ class DynamaxLM(HFLM):
         """
         self.run_settings = {name: certificates.run_settings(task, **settings) for name, task in tasks.items()}
         self.pacing.start_run()
-        if self.certificate is not None:
-            self._guaranteed = {
-                name: self.certificate.check_task(name, found, documents(name), self.args.certificate_any_task)
-                for name, found in self.run_settings.items()
-            }
+        if self.certified is not None:
+            self.certified.check_tasks(self.run_settings, documents)
 
     def follow(self, args: DynamaxArgs) -> None:
         """Answers later requests as ``args`` say, with the backbone and the exits that are loaded.
@@ -312,7 +304,7 @@ class DynamaxLM(HFLM):
                 "policy": self._described_policy(),
                 "policy_note": self._policy_note,
                 "budget": self.pacing.describe(),
-                "certificate": self._described_certificate(),
+                "certificate": self.certified.describe() if self.certified is not None else None,
                 "confidence_chosen_by": "user" if self.args.confidence is not None else "default",
                 "repetition_penalty": self.args.repetition_penalty,
                 "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
@@ -324,11 +316,6 @@ class DynamaxLM(HFLM):
         if self.pacing.has_budget:
             described["thresholds"] = None  # they are in the budget's trajectory
         return described
-
-    def _described_certificate(self) -> dict[str, Any] | None:
-        if self.certificate is None:
-            return None
-        return {"path": str(self._certificate_path), "guarantee": self._guaranteed, **self.certificate.summary()}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of ``generate_until`` requests; each is cached as soon as it is finished."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,36 @@ class Certificate:
         if changed:
             logger.warning("No guarantee for %s: the certificate differs in %s", name, changed)
         return not changed
+
+
+class CertifiedRun:
+    """A run whose thresholds come from a certificate."""
+
+    def __init__(self, path: Path, certificate: Certificate, any_task: bool) -> None:
+        """``any_task``: other tasks than the certificate's may be run, without a guarantee."""
+        self.path = path
+        self.certificate = certificate
+        self._any_task = any_task
+        self._guaranteed: dict[str, bool] = {}
+        logger.info("%s: thresholds %s; %s", path, certificate.thresholds, certificate.promise)
+        if not certificate.certifies_exits:
+            logger.warning("%s certifies no exit: this run is the full model", path)
+
+    def check_tasks(self, settings: Mapping[str, Mapping[str, Any]], documents: Callable[[str], Sequence[str]]) -> None:
+        """Raises UserError where the certificate does not allow a task; notes for which tasks its promise holds.
+
+        Args:
+            settings: of each task, see :func:`run_settings`.
+            documents: gives the hashes of a task's documents.
+        """
+        self._guaranteed = {
+            name: self.certificate.check_task(name, run, documents(name), self._any_task)
+            for name, run in settings.items()
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """For result files."""
+        return {"path": str(self.path), "guarantee": self._guaranteed, **self.certificate.summary()}
 
 
 def binding(identity: Mapping[str, Any]) -> dict[str, Any]:
