@@ -33,7 +33,7 @@ from dynamax_lm_eval.calibration.testing import (
 )
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME
+from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME, ExitCheckpoint
 from dynamax_lm_eval.lm import DynamaxLM
 
 Floats = npt.NDArray[np.float64]
@@ -309,6 +309,15 @@ def test_an_impossible_tolerance_gives_the_full_model(
     assert found["results"]["tiny_generate"]["compute_reduction,none"] == 1
 
 
+def test_one_confidence_is_calibrated(model_folder: Path, exits_folder: Path, tmp_path: Path) -> None:
+    options = options_for(model_folder, exits_folder, tmp_path / "out", confidence=None, thresholds="0.9", test=False)
+    certificate, _ = command.calibrate(options)
+    kinds = ExitCheckpoint.open(exits_folder).config.classifiers
+    assert certificate.model["policy.classifier"] == kinds[0]
+    names = sorted(path.name for path in (tmp_path / "out" / "calibration" / "points").iterdir())
+    assert names == sorted(["full", f"{kinds[0]}-recompute-0.9"])
+
+
 def test_a_restart_answers_nothing_twice(
     model_folder: Path, exits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +325,9 @@ def test_a_restart_answers_nothing_twice(
     first, _ = command.calibrate(options)
     monkeypatch.setattr(DynamaxLM, "answer_generations", _never)
     again, _ = command.calibrate(replace(options, method="crc"))
+    monkeypatch.undo()
+    mamba, _ = command.calibrate(replace(options, confidence="mamba"))
+    assert mamba.model["policy.classifier"] == "mamba", "another line in the same folder is told apart"
     assert again.losses == first.losses
     assert again.level is None and again.bound is None
 
@@ -328,6 +340,7 @@ def _never(_self: Any, asked: Any, *_args: Any, **_kwargs: Any) -> None:
     ("changed", "message"),
     [
         (["--tolerance", "0"], "tolerance"),
+        (["--confidence", "state,softmax"], "--confidence"),
         (["--level", "1"], "level"),
         (["--share", "0"], "share"),
         (["--bound", "guess"], "bound"),

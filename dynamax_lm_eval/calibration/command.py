@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,10 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     _warn_of_few(options, len(split.calibration))
     folder = Path(options.output).expanduser()
 
+    lm = load(options.sweep("calibration", text))
+    if options.confidence is None:
+        options = replace(options, confidence=lm.exits.config.classifiers[0] if lm.exits is not None else "softmax")
     first = options.sweep("calibration", text, _samples(options, split.calibration))
-    lm = load(first)
     task, points = _answered(first, lm, candidates)
     run = finished_points(folder / "calibration")[0]["run"][options.tasks]
     model = _binding(lm, points)
@@ -216,9 +218,9 @@ def _answered(
 ) -> tuple[TaskResults, list[PointResult]]:
     """Runs a sweep; its results, and the points of the candidates in their order."""
     (task,) = collect.read([sweep(options, lm)], max_degenerate=1.0)
-    known = {tuple(point.policy["thresholds"]): point for point in task.points[1:]}
-    exits = len(task.points[1].policy["exit_layers"])
-    return task, [known[thresholds if len(thresholds) > 1 else thresholds * exits] for thresholds in candidates]
+    known = {point.name: point for point in task.points}
+    line = f"{options.confidences}-{options.state_modes}"
+    return task, [known[f"{line}-{name_of(thresholds)}"] for thresholds in candidates]
 
 
 def _binding(lm: SweepLM, points: Sequence[PointResult]) -> dict[str, Any]:

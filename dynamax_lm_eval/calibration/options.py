@@ -77,6 +77,9 @@ class CalibrateOptions:
         for name in ("tolerance", "level", "share"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in (0, 1), got {getattr(self, name):g}")
+        for name in ("confidence", "state_mode"):
+            if "," in (getattr(self, name) or ""):
+                raise UserError(f"--{name} must be one, got {getattr(self, name)!r}; calibrate each")
         if self.metric is not None and self.loss != "metric":
             raise UserError("--metric has no effect without --loss metric; add it, or remove --metric")
         if self.likeness is not None and self.loss != "consistency":
