@@ -189,6 +189,7 @@ class DynamaxLM(HFLM):
         policy, note = self._policy_for(args, self.model.config)
         check_policy(self.engine, policy)
         self.args, self.policy, self._policy_note = args, policy, note
+        self.certified, self.pacing = None, Pacing(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
 

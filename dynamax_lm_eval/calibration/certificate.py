@@ -214,7 +214,7 @@ def run_settings(task: Any, apply_chat_template: Any, system_instruction: str | 
                 "num_fewshot": config.num_fewshot or 0,
                 "output_type": config.output_type,
                 "generation_kwargs": config.generation_kwargs,
-                "version": task.VERSION,
+                "version": getattr(task, "VERSION", None),
                 "apply_chat_template": apply_chat_template or False,
                 "system_instruction": system_instruction,
             }
