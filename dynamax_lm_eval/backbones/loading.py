@@ -107,7 +107,7 @@ def _why_not(source: str, backbone: str, chosen: Mapping[str, Any], trusted: boo
     """Why a configuration could not be read, as one line."""
     what = f"backbone={backbone!r}"
     try:
-        stored, _ = transformers.PreTrainedConfig.get_config_dict(source, **chosen)
+        stored: Any = transformers.PreTrainedConfig.get_config_dict(source, **chosen)[0]
     except Exception:
         if Path(source).is_dir():
             return f"{what}: its configuration could not be read ({described(error)})"
@@ -115,6 +115,8 @@ def _why_not(source: str, backbone: str, chosen: Mapping[str, Any], trusted: boo
             f"{what} is neither an alias ({', '.join(aliases.known())}), nor a folder, "
             f"nor a model that could be had from the Hub: {' '.join(str(error).split())}"
         )
+    if not isinstance(stored, dict):
+        return f"{what}: its config.json is no mapping"
     model_type = stored.get("model_type")
     is_known = model_type in transformers.CONFIG_MAPPING
     has_code = "AutoConfig" in (stored.get("auto_map") or {})
@@ -145,7 +147,10 @@ def _needs_trust(what: str) -> str:
 
 def _check_no_adapter(source: str, backbone: str, chosen: Mapping[str, Any]) -> None:
     """Raises UserError for a PEFT adapter in a backbone's place, which transformers would apply on its own."""
-    file = find_adapter_config_file(source, **chosen)
+    try:
+        file = find_adapter_config_file(source, **chosen)
+    except (OSError, ValueError):
+        return  # reading the configuration will say what is wrong
     if file is None:
         return
     try:
