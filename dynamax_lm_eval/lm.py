@@ -38,6 +38,7 @@ from dynamax_lm_eval.calibration import certificate as certificates
 from dynamax_lm_eval.calibration.certificate import CertifiedRun
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, merge
 from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.errors import NotFiniteError
 from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
 from dynamax_lm_eval.engine.sampling import request_seed
@@ -48,7 +49,7 @@ from dynamax_lm_eval.engine.scheduler import (
     generate,
     score,
 )
-from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine
+from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine, engine_without_weights
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.generation import GenerationSettings, StopStrings, ends_in_repetition
@@ -83,6 +84,9 @@ class DynamaxLM(HFLM):
     ``backbone`` (or ``pretrained``) is an alias, a Hub id, a folder, or from Python a loaded model.
     """
 
+    #: HFLM's: what loads the model; it sets it by the kind of model.
+    AUTO_MODEL_CLASS: Any = None
+
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         """Checks every argument, then loads the backbone and compares the layer loop with its forward.
 
@@ -94,6 +98,9 @@ class DynamaxLM(HFLM):
         given = kwargs if name is None else {**kwargs, "pretrained": name}
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
         self._loaded = self.args
+        passed_on["trust_remote_code"] = loading.trusts_remote_code(passed_on)
+        if loaded is None:
+            _check_harness_arguments(passed_on)
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
@@ -102,6 +109,7 @@ class DynamaxLM(HFLM):
                 f"mamba_kernels has no effect on {config.model_type!r}, which has no Mamba blocks; remove it"
             )
         self._weights_from = (loaded, source, dict(passed_on))
+        draft = None if loaded is not None else self._engine_without_weights(config, passed_on)
         # Runs without exits need not read the weights twice.
         needed = checkpoint.might_be_needed(self.args) or self.args.certificate is not None
         fingerprint = self._files_fingerprint() if needed else None
@@ -110,10 +118,12 @@ class DynamaxLM(HFLM):
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
         self.policy, self._policy_note = self._policy_for(self.args, config)
+        if draft is not None:
+            draft.check_policy(self.policy)
 
         if passed_on.get("peft"):
             loading.check_peft(passed_on["peft"])
-        with _naming_backbone(self.args.backbone):
+        with loading.naming(f"backbone={self.args.backbone!r}"):
             super().__init__(pretrained=loaded if loaded is not None else source, **passed_on)
         if hasattr(self, "accelerator"):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
@@ -137,6 +147,10 @@ class DynamaxLM(HFLM):
         #: Of the requests whose tokens are scored next.
         self._documents: list[tuple[str, Any]] = []
         self._warn_of_read_cost()
+
+    def _engine_without_weights(self, config: Any, options: Mapping[str, Any]) -> Engine | None:
+        length = options.get("max_length") or getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+        return engine_without_weights(config, options, int(length), self.args.mamba_kernels or "auto")
 
     def _certified_run(self, config: Any, fingerprint: str | None) -> CertifiedRun | None:
         """The certificate of the run, if it names one; its thresholds become those of the run."""
@@ -224,6 +238,11 @@ class DynamaxLM(HFLM):
         lm: DynamaxLM = super().create_from_arg_obj(arg_dict, additional_config)
         return lm
 
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
+        name = f"tokenizer={tokenizer!r}" if tokenizer else f"the tokenizer of backbone={self.args.backbone!r}"
+        with loading.naming(name):
+            super()._create_tokenizer(pretrained, tokenizer, *args, **kwargs)
+
     def _create_model(self, *args: Any, quantization_config: Any = None, **kwargs: Any) -> None:
         # transformers 5 takes these as a configuration only; HFLM still passes them one by one.
         given = {name: kwargs.pop(name) for name in arguments.QUANTIZATION_ARGUMENTS if name in kwargs}
@@ -232,7 +251,22 @@ class DynamaxLM(HFLM):
             quantization_config = configuration(**given)
         elif any(name.startswith("bnb_") for name in given):
             raise UserError(f"{', '.join(sorted(given))}: needs load_in_4bit=True to have a meaning")
-        super()._create_model(*args, quantization_config=quantization_config, **kwargs)
+        others = [name for name in ("peft", "delta", "autogptq", "gptqmodel") if kwargs.get(name)]
+        backbone = f"backbone={self.args.backbone!r}"
+
+        def name_of(loaded_from: str) -> str:
+            return f"delta={loaded_from!r}" if loaded_from == kwargs.get("delta") else backbone
+
+        # HFLM loads the backbone, and the weights of a delta, through this attribute.
+        auto_class = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = loading.CompleteModels(auto_class, name_of)
+        try:
+            with loading.naming(", ".join(f"{name}={kwargs[name]!r}" for name in others) or backbone):
+                super()._create_model(*args, quantization_config=quantization_config, **kwargs)
+                if kwargs.get("peft"):
+                    loading.check_adapter_weights(self._model, kwargs["peft"], kwargs["revision"])
+        finally:
+            self.AUTO_MODEL_CLASS = auto_class
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
@@ -675,18 +709,6 @@ def _document(request: Any) -> tuple[str, Any]:
 
 
 @contextmanager
-def _naming_backbone(backbone: str) -> Iterator[None]:
-    """Turns whatever goes wrong while files are read into one line; the cause stays attached."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"backbone={backbone!r} could not be loaded ({type(error).__name__}): {reason}") from error
-
-
-@contextmanager
 def _naming_document(requests: Sequence[Any], owner: Sequence[int] | None = None) -> Iterator[None]:
     """Turns an error of one computation (of request ``owner[index]``) into one that names its document."""
     try:
@@ -697,6 +719,24 @@ def _naming_document(requests: Sequence[Any], owner: Sequence[int] | None = None
             f"the model computed logits that are not finite for document {request.doc_id} of task "
             f"{request.task_name!r}; try dtype=float32, or check the weights"
         ) from error
+
+
+def _check_harness_arguments(passed_on: Mapping[str, Any]) -> None:
+    """Raises UserError for arguments of HFLM with which it would fail only while or after it loads weights."""
+    if (backend := passed_on.get("backend", "default")) not in ("default", "causal"):
+        raise UserError(f"backend must be default or causal, got {backend!r}")
+    if not isinstance(device := passed_on.get("device", "cuda"), str):
+        raise UserError(f"device must be a name such as cpu or cuda:0, got {device!r}")
+    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
+        value = passed_on.get(name)
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        automatic = value is None or (name == "dtype" and value == "auto")
+        if not automatic and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError(f"{name} must be a floating-point type such as float32 or bfloat16, got {value!r}")
+    if not isinstance(template := passed_on.get("chat_template_args") or {}, Mapping):
+        raise UserError(f"chat_template_args must be a mapping of names to values, got {template!r}")
+    if passed_on.get("enable_thinking") and passed_on.get("think_end_token") is None:
+        raise UserError("enable_thinking=True needs think_end_token=, the text or token id that ends a thought")
 
 
 def _harness_arguments() -> frozenset[str]:

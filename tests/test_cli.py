@@ -82,6 +82,7 @@ def test_bad_arguments_end_in_one_line(
         ("{llama},mamba_kernels=torch", "mamba_kernels has no effect on 'llama'"),
         ("{mamba},state_mode=copy", "state_mode=copy is not possible on a Mamba backbone"),
         ("no-such-owner/no-such-model", "nor a model that could be had from the Hub"),
+        ("no such name", "nor a model that could be had from the Hub"),
     ],
 )
 def test_bad_backbones(

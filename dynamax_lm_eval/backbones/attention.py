@@ -210,8 +210,11 @@ def ragged_attention(
 
     Raises:
         UserError: the family uses an attention that is not computed here.
+        TypeError: the block was not run by the engine, or keeps the plan to itself.
     """
-    assert plan is not None and attention_mask is None, "called outside a pass of the engine"
+    if plan is None:
+        raise TypeError(f"the plan of the batch did not reach {type(module).__name__}: its block does not hand it on")
+    assert attention_mask is None, "the plan says who attends to what"
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses attention with {name}, which dynamax does not support")

@@ -25,14 +25,13 @@ class DecoderBackbone(Backbone):
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: Any = self.model.config.get_text_config()
         self.name = type(self.model).__name__
-        path, self._layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
-        self._decoder: nn.Module = self.model.get_submodule(path)
+        self._decoder, self._layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
         self.num_layers = len(self._layers)
         self.hidden_size = int(self.config.hidden_size)
         self._embeddings: nn.Module = self.model.get_input_embeddings()
         self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
         self._lm_head: Any = self.model.get_output_embeddings()
-        self._final_norm = families.child(self._decoder, final_norms, f"a final norm in {self.name}")
+        self._final_norm = families.child(self._decoder, final_norms, f"final norm in {self.name}")
         # Not the configuration's: added tokens may have resized the head.
         self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
         self.device = next(self._layers[0].parameters()).device

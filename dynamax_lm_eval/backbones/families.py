@@ -23,11 +23,17 @@ ATTENTIONS = ("self_attn", "attention", "attn")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def find_layers(model: Any, depth: int, name: str) -> tuple[str, nn.ModuleList]:
-    """Path of the decoder that holds the list of ``depth`` blocks, and the list."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return path.rpartition(".")[0], module
+def find_layers(model: Any, depth: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder that holds the list of ``depth`` blocks, and the list.
+
+    The model's own word for its text decoder comes first, since a vision tower may be as deep. Lists of single layers
+    (norms or embeddings, one per block) are passed over.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for root in (decoder, model) if isinstance(decoder, nn.Module) else (model,):
+        for path, module in root.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) == depth and all(any(m.children()) for m in module):
+                return root.get_submodule(path.rpartition(".")[0]), module
     raise UserError(f"{name} has no list of {depth} blocks; its architecture is not supported")
 
 
@@ -43,6 +49,8 @@ def child(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
 def linear_macs(module: nn.Module, name: str) -> int:
     """MACs per token of all linear layers in a module, quantised ones and adapters included.
 
+    Vectors cost nothing, in whatever shape they are stored: norms, and what IA3 scales activations by.
+
     Raises:
         UserError: the module holds matrices outside linear layers, which cannot be counted (experts, say).
     """
@@ -53,7 +61,8 @@ def linear_macs(module: nn.Module, name: str) -> int:
         if hasattr(leaf, "in_features") and hasattr(leaf, "out_features") and not any(leaf.children())
     }
     for path, parameter in module.named_parameters():
-        if parameter.ndim > 1 and path.rpartition(".")[0] not in linears:
+        is_matrix = parameter.ndim > 1 and parameter.numel() > max(parameter.shape)
+        if is_matrix and path.rpartition(".")[0] not in linears:
             raise UserError(
                 f"{name} has weights in its blocks that the cost model cannot count ({path}); "
                 "this architecture is not supported"
@@ -87,8 +96,13 @@ def check_rope(config: Any, max_length: int | None) -> None:
 
 def kv_modules(attn: nn.Module) -> list[nn.Module]:
     """The modules that state recompute calls; a fused one makes queries as well, and all of it is counted."""
-    names = ("k_proj", "v_proj") if hasattr(attn, "k_proj") else ("qkv_proj", "query_key_value")
-    return [getattr(attn, name) for name in names if hasattr(attn, name)]
+    names = ("k_proj", "v_proj") if _has(attn, "k_proj") else ("qkv_proj", "query_key_value")
+    return [getattr(attn, name) for name in names if _has(attn, name)]
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    """Whether it has all these submodules; blocks that share the K and V of others hold None instead."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
 def kv_projector(
@@ -97,10 +111,11 @@ def kv_projector(
     """How this attention makes K and V of normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
 
     Modules are called, their weights are not read: quantised layers, adapters and hooks keep working.
+
+    Raises:
+        UserError: the modules, the head dimension or the rotary function are not those of a known layout.
     """
-    rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None or head_dim == 0:
-        raise UserError(f"{name}: no rotary embedding or head dimension found; this architecture is not supported")
+    attention = type(attn).__name__
 
     def separate(hidden: Tensor) -> tuple[Tensor, Tensor]:
         key = attn.k_proj(hidden).unflatten(-1, (kv_heads, head_dim))
@@ -116,14 +131,26 @@ def kv_projector(
         _, key, value = attn.query_key_value(hidden).unflatten(-1, (heads, 3 * head_dim)).chunk(3, dim=-1)
         return key, value
 
-    if hasattr(attn, "k_proj") and hasattr(attn, "v_proj"):
+    if _has(attn, "k_proj", "v_proj"):
         split = separate
-    elif hasattr(attn, "qkv_proj"):
+    elif _has(attn, "qkv_proj"):
         split = joined
-    elif hasattr(attn, "query_key_value"):
+    elif _has(attn, "query_key_value"):
         split = interleaved
     else:
-        raise UserError(f"{name}: its K/V projection has an unknown layout; this architecture is not supported")
+        modules = ", ".join(part for part, _ in attn.named_children())
+        raise UserError(
+            f"{name}: how {attention} makes K and V is not known (its modules are {modules}); "
+            "this architecture is not supported"
+        )
+    if head_dim == 0:
+        raise UserError(f"{name}: {attention} does not say its head_dim; this architecture is not supported")
+    rotate = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise UserError(
+            f"{name}: how {attention} applies rotary position embeddings is not known (its family has no function "
+            "apply_rotary_pos_emb); this architecture is not supported"
+        )
 
     def project(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         key, value = split(hidden)

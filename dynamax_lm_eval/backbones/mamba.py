@@ -120,8 +120,8 @@ class MambaBackbone(DecoderBackbone):
 
     def _describe(self, number: int, module: nn.Module) -> _Block:
         where = f"block {number} of {self.name}"
-        mixer = families.child(module, ("mixer",), f"a mixer in {where}")
-        norm = families.child(module, ("norm",), f"the norm before the mixer in {where}")
+        mixer = families.child(module, ("mixer",), f"mixer in {where}")
+        norm = families.child(module, ("norm",), f"norm before the mixer in {where}")
         return _Block(norm, make_mixer(mixer, where, self._kernels), bool(getattr(module, "residual_in_fp32", False)))
 
 

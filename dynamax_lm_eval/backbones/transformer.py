@@ -64,7 +64,8 @@ class TransformerBackbone(DecoderBackbone):
         families.check_rope(self.config, max_length)
 
         # The configuration object that the blocks look their attention function up in.
-        self._block_config: Any = families.child(self._layers[0], families.ATTENTIONS, "attention").config
+        attn: Any = families.child(self._layers[0], families.ATTENTIONS, f"attention in {self.name}")
+        self._block_config: Any = attn.config
         parameters = inspect.signature(self._layers[0].forward).parameters
         self._cache_argument = "layer_past" if "layer_past" in parameters else "past_key_values"
         self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers)]
@@ -174,7 +175,7 @@ class TransformerBackbone(DecoderBackbone):
     def _describe(self, index: int, module: nn.Module) -> _Block:
         where = f"block {index + 1} of {self.name}"
         attn: Any = families.child(module, families.ATTENTIONS, f"attention in {where}")
-        norm = families.child(module, ("input_layernorm",), f"the norm before attention in {where}")
+        norm = families.child(module, ("input_layernorm",), f"norm before attention in {where}")
         head_dim = int(getattr(attn, "head_dim", 0) or getattr(attn, "head_size", 0))
         heads = int(self.config.num_attention_heads)
         kv_heads = int(getattr(self.config, "num_key_value_heads", None) or heads)

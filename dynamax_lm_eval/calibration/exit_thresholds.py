@@ -67,6 +67,7 @@ class SearchOptions:
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
     device: str = field(default="auto", metadata={"help": "cpu, or auto: a GPU where there is one"})
     seed: int = field(default=0, metadata={"help": "of the split of texts"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "let the backbone's folder run its own code"})
     overwrite: bool = field(default=False, metadata={"help": "write over an existing file"})
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ def search(options: SearchOptions) -> ThresholdPath:
         batch_tokens=options.seq_len,
         dtype=options.dtype,
     )
-    loaded = load_backbone(reading, RunOptions(device=options.device))
+    loaded = load_backbone(reading, RunOptions(device=options.device, trust_remote_code=options.trust_remote_code))
     identity = loaded.identity
     exits = (
         checkpoint.resolve(options.exits)

@@ -6,12 +6,14 @@ scaled embeddings, another mask) shows as a difference, and the model is refused
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones import make_backbone
+from dynamax_lm_eval.backbones import loading, make_backbone
 from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.backbones.compare import differences, is_close
 from dynamax_lm_eval.config import MambaKernels, UserError
@@ -20,9 +22,36 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
+_BLOCK_BY_BLOCK = "block by block"
 _LENGTHS = (11, 4)
 #: Tokens of the first row that are fed at once; the others follow one by one.
 _PREFILL = 7
+#: Characters of an exception that are worth a line.
+_LONGEST_REASON = 240
+
+
+def engine_without_weights(
+    config: Any, options: Mapping[str, Any], max_length: int, mamba_kernels: MambaKernels = "auto"
+) -> Engine | None:
+    """The engine that a configuration leads to, judged by its structure and cost before weights are read.
+
+    Args:
+        config: of the backbone.
+        options: the arguments that the model will be loaded with (trust_remote_code, revision).
+        max_length: longest row that will be run.
+        mamba_kernels: as for :func:`checked_engine`.
+
+    Returns:
+        None where it cannot be known before the model is loaded. Policies can be checked with it, nothing can be run.
+
+    Raises:
+        UserError: whatever its weights, the model cannot be run block by block.
+    """
+    model = loading.model_without_weights(config, options)
+    if model is None:
+        return None
+    with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
+        return Engine(make_backbone(model, max_length, mamba_kernels))
 
 
 def checked_engine(
@@ -44,15 +73,10 @@ def checked_engine(
     Raises:
         UserError: the model cannot be run block by block, or not under this policy; says why.
     """
-    name = type(model).__name__
-    try:
+    with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
         engine = Engine(make_backbone(model, max_length, mamba_kernels), classifiers)
         engine.check_policy(policy)
         check_against_model(engine, model)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_cannot_run(name, "block by block", error)) from error
     check_policy(engine, policy)
     return engine
 
@@ -61,14 +85,9 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
     """Raises UserError where the backbone cannot follow the policy, or makes other states than its blocks do."""
     engine.check_policy(policy)
     if policy.active_exits and policy.state_mode == "recompute" and not engine.recomputes_states:
-        try:
+        with _naming_model(engine.backbone.name, "with state_mode=recompute (skip and copy may work)"):
             check_state_recompute(engine)
-            engine.recomputes_states = True
-        except UserError:
-            raise
-        except Exception as error:
-            what = "with state_mode=recompute (skip and copy may work)"
-            raise UserError(_cannot_run(engine.backbone.name, what, error)) from error
+        engine.recomputes_states = True
 
 
 @torch.no_grad()
@@ -108,9 +127,16 @@ def check_state_recompute(engine: Engine) -> None:
     engine.backbone.verify_recompute(ids.to(engine.backbone.device))
 
 
-def _cannot_run(name: str, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200]
-    return f"{name} is not supported: it cannot be used {what} ({type(error).__name__}: {reason})"
+@contextmanager
+def _naming_model(name: str, what: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a model is tried into one line; the cause stays attached."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = loading.described(error)[:_LONGEST_REASON]
+        raise UserError(f"{name} is not supported: it cannot be used {what} ({reason})") from error
 
 
 def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | None]]) -> Tensor:

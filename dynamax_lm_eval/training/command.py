@@ -20,7 +20,7 @@ import dynamax_lm_eval
 from dynamax_lm_eval.backbones import aliases, loading
 from dynamax_lm_eval.backbones.fingerprint import files_fingerprint, model_fingerprint
 from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.engine.selfcheck import checked_engine
+from dynamax_lm_eval.engine.selfcheck import checked_engine, engine_without_weights
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -211,10 +211,14 @@ def _data(options: TrainingOptions, backbone: FrozenBackbone) -> tuple[data.Docu
 
 def _read_config(options: TrainingOptions, run: RunOptions) -> Any:
     """The backbone's configuration, before any weights."""
-    load_options = {"revision": run.revision, "trust_remote_code": run.trust_remote_code}
-    config = loading.load_config(aliases.resolve(options.backbone), options.backbone, load_options)
+    config = loading.load_config(aliases.resolve(options.backbone), options.backbone, _load_options(run))
     loading.check_architecture(config)
     return config
+
+
+def _load_options(run: RunOptions) -> dict[str, Any]:
+    """Arguments of transformers' ``from_pretrained``."""
+    return {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
 
 
 def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.device | None = None) -> FrozenBackbone:
@@ -227,14 +231,13 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
         device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
     config, source = _read_config(options, run), aliases.resolve(options.backbone)
     dtype = _dtype(options.dtype, device)
-    shared: dict[str, Any] = {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
-    try:
+    shared = _load_options(run)
+    engine_without_weights(config, shared, options.seq_len)
+    name = f"--backbone {options.backbone!r}"
+    with loading.naming(f"the tokenizer of {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **shared)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--backbone {options.backbone!r} could not be loaded: {' '.join(str(error).split())}"
-        ) from error
+    models = loading.CompleteModels(transformers.AutoModelForCausalLM, lambda _: name)
+    model = models.from_pretrained(source, dtype=dtype, **shared)
     model = model.to(device).eval().requires_grad_(False)
     # Rows are cut by --seq_len; the tokenizer's own limit is none of this run's.
     tokenizer.model_max_length = int(1e30)

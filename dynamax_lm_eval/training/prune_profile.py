@@ -44,6 +44,7 @@ class ProfileOptions:
     seq_len: int = field(default=256, metadata={"help": "tokens of each; the last one's states are compared"})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
     device: str = field(default="auto", metadata={"help": "cpu, or auto: a GPU where there is one"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "let the backbone's folder run its own code"})
     overwrite: bool = field(default=False, metadata={"help": "write over an existing file"})
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ def profile(options: ProfileOptions) -> PruneProfile:
         batch_tokens=options.seq_len,
         dtype=options.dtype,
     )
-    loaded = load_backbone(reading, RunOptions(device=options.device))
+    loaded = load_backbone(reading, RunOptions(device=options.device, trust_remote_code=options.trust_remote_code))
     documents = data.text_documents(reading, options.dataset, loaded.tokenizer)
     rows = _rows(documents, options)
     parts = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
