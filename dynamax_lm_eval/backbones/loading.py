@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -61,6 +62,28 @@ def check_architecture(config: Any) -> None:
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
         raise UserError(f"{model_type!r} is not a causal language model of transformers")
+
+
+def check_device(device: Any) -> None:
+    """Raises UserError where a device, as the harness names it, does not exist on this machine."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        found += ["mps", "mps:0"]
+    for kind in ("npu", "xpu", "hpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found += [f"{kind}:{i}" for i in range(module.device_count())]
+    if device not in found:
+        raise UserError(f"device={device!r} does not exist here; give one of {', '.join(found)} (--device, device=)")
+
+
+def check_token_ids(ids: Mapping[str, Any], vocabulary: int) -> None:
+    """Raises UserError where an argument names a token by an id that a vocabulary of this size does not have."""
+    for name, value in ids.items():
+        if isinstance(value, int) and value >= vocabulary:
+            raise UserError(f"{name}={value} is no token of this backbone, whose ids are 0 to {vocabulary - 1}")
 
 
 def check_peft(adapter: str) -> None:
