@@ -108,7 +108,7 @@ class GenerationSettings:
             config, _ = model._prepare_generation_config(
                 None, use_cache=True, pad_token_id=pad_token_id, **_as_hf_passes(kwargs)
             )
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise self._not_valid(error) from error
         _check_merged(config, kwargs)
         self.config: GenerationConfig = config
