@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -18,6 +18,7 @@ ClassifierKind = Literal["calm", "ffn", "mamba"]
 StateMode = Literal["recompute", "copy", "skip"]
 ExitScope = Literal["generated", "all"]
 Preset = Literal["paper"]
+Backend = Literal["default", "causal"]
 MambaKernels = Literal["auto", "torch"]
 PruneStrategy = Literal["deepest", "angular"]
 BudgetStrategy = Literal["online", "two_pass"]
@@ -126,6 +127,11 @@ FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
 REFUSED_ARGUMENTS = {
     "attn_implementation": "dynamax runs its own attention over ragged batches; remove attn_implementation",
     "device_map": "the blocks of a dynamax backbone must be on one device; remove device_map",
+    "max_cpu_memory": "it only acts on blocks spread over devices, and these are on one device; remove max_cpu_memory",
+    "max_memory_per_gpu": (
+        "it only acts on blocks spread over devices, and these are on one device; remove max_memory_per_gpu"
+    ),
+    "offload_folder": "it only acts on blocks spread over devices, and these are on one device; remove offload_folder",
     "parallelize": "the blocks of a dynamax backbone must be on one device; remove parallelize",
     "tp_plan": "tensor parallelism is not supported by dynamax; remove tp_plan",
     "torch_dtype": "it was renamed in transformers 5; write dtype= instead",
@@ -155,6 +161,10 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
         raise UserError("backend=seq2seq cannot be honoured: early exit needs a decoder-only (causal) backbone")
 
     _check_batch_size(passed_on.get("batch_size", 1))
+    for name, parse in _HARNESS_PARSERS.items():
+        if passed_on.get(name) is not None:
+            passed_on[name] = parse(name, passed_on[name])
+    _check_harness_combinations(passed_on)
 
     pretrained = passed_on.pop("pretrained", None)
     backbone = own.pop("backbone", None)
@@ -299,9 +309,19 @@ def _is_set(value: Any) -> bool:
 
 
 def _check_batch_size(value: Any) -> None:
-    text = str(value)
-    if isinstance(value, bool) or not (text.partition(":")[0] == "auto" or (text.isdigit() and int(text) >= 1)):
+    size, _, schedule = str(value).partition(":")
+    is_auto = size == "auto" and (not schedule or schedule.replace(".", "", 1).isdigit())
+    if isinstance(value, bool) or not (is_auto or (str(value).isdecimal() and int(value) >= 1)):
         raise UserError(f"batch_size must be a whole number of at least 1, or auto, got {value!r}")
+
+
+def _check_harness_combinations(args: Mapping[str, Any]) -> None:
+    """What ``HFLM`` would only notice after the weights have been loaded."""
+    for first, second in (("peft", "delta"), ("autogptq", "gptqmodel")):
+        if args.get(first) and args.get(second):
+            raise UserError(f"{first} and {second} exclude each other; give one")
+    if args.get("enable_thinking") and args.get("think_end_token") is None:
+        raise UserError("enable_thinking=true needs think_end_token=, the token after which the answer begins; add it")
 
 
 def _number(name: str, value: Any) -> float:
@@ -370,6 +390,47 @@ def _count(name: str, value: Any) -> int:
     return number
 
 
+def _whole(least: int) -> Callable[[str, Any], int]:
+    """A parser of whole numbers, also in text; other than ``_integer`` it refuses 64.0, which is no length."""
+
+    def parse(name: str, value: Any) -> int:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_number or (isinstance(value, str) and value.strip().isdecimal())) or int(value) < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        return int(value)
+
+    return parse
+
+
+def _dtype(name: str, value: Any) -> Any:
+    """A torch dtype (known by its name: torch is not imported here) or its name, as text without ``torch.``."""
+    text = str(value).removeprefix("torch.")
+    if text not in _DTYPES and not (text == "auto" and name == "dtype"):
+        auto = "auto, " if name == "dtype" else ""
+        raise UserError(f"{name} must be one of {auto}{', '.join(_DTYPES)}, got {value!r}")
+    return text if isinstance(value, str) else value
+
+
+def _think_end_token(name: str, value: Any) -> str | int:
+    if isinstance(value, str) and value:
+        return int(value) if value.isdecimal() else value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise UserError(f"{name} must be a token's text or its id, got {value!r}")
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} must be a mapping of names to values, got {value!r}")
+    return value
+
+
+def _location(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a file, a folder or a Hub id, got {value!r}")
+    return value
+
+
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -422,6 +483,23 @@ def _choice(kind: Any) -> Any:
 
     return parse
 
+
+#: dtypes of weights and of a softmax, by the names that torch has for them.
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
+
+#: How arguments of ``HFLM`` that it takes as they come are checked; None is left to it.
+_HARNESS_PARSERS: dict[str, Any] = {
+    "backend": _choice(Backend),
+    "max_length": _whole(1),
+    "max_batch_size": _whole(1),
+    "prefix_token_id": _whole(0),
+    "think_end_token": _think_end_token,
+    "chat_template_args": _mapping,
+    **dict.fromkeys(("dtype", "softmax_dtype", "mixed_precision_dtype"), _dtype),
+    **dict.fromkeys(("subfolder", "peft", "delta", "gguf_file"), _location),
+    **dict.fromkeys(("truncation", "logits_cache", "trust_remote_code", "use_fast_tokenizer", "gptqmodel"), _flag),
+    **dict.fromkeys(("add_bos_token", "enable_thinking"), _flag),
+}
 
 _PARSERS: dict[str, Any] = {
     "threshold": _threshold,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,7 @@ from dynamax_lm_eval.calibration.certificate import CertifiedRun
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, merge
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.errors import NotFiniteError
+from dynamax_lm_eval.engine.errors import NotFiniteError, RequestError
 from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scheduler import (
@@ -63,6 +64,8 @@ _AUTO_MEMORY_SHARE = 0.5
 
 #: Token ids of a context and its continuation.
 TokenPair = tuple[list[int], list[int]]
+#: Name of a task, and id of a document in it.
+Document = tuple[str, Any]
 #: Gets the index of a pair, (log-likelihood, is_greedy), and the compute.
 ScoringSink = Callable[[int, tuple[float, bool], ComputeRecord], None]
 
@@ -108,6 +111,11 @@ class DynamaxLM(HFLM):
             raise UserError(
                 f"mamba_kernels has no effect on {config.model_type!r}, which has no Mamba blocks; remove it"
             )
+        if loaded is None and not _is_launched() and passed_on.get("device") is not None:
+            loading.check_device(passed_on["device"])  # HFLM takes another where it does not know one
+        self._token_arguments = {name: passed_on.get(name) for name in ("prefix_token_id", "think_end_token")}
+        if not passed_on.get("peft"):  # an adapter may bring tokens of its own
+            loading.check_token_ids(self._token_arguments, config.get_text_config().vocab_size)
         self._weights_from = (loaded, source, dict(passed_on))
         draft = None if loaded is not None else self._engine_without_weights(config, passed_on)
         # Runs without exits need not read the weights twice.
@@ -141,11 +149,12 @@ class DynamaxLM(HFLM):
             self.engine = checked_engine(
                 self.model, self.policy, self.max_length, classifiers, self.args.mamba_kernels or "auto"
             )
+        loading.check_token_ids(self._token_arguments, self.engine.backbone.num_embeddings)
         if self.certified is not None:
             self.certified.certificate.check_model(self.identity())
         self.pacing = Pacing(self.args, self.policy, self.engine)
-        #: Of the requests whose tokens are scored next.
-        self._documents: list[tuple[str, Any]] = []
+        #: Of the requests whose tokens are scored next (task and document of each).
+        self._documents: list[Document] = []
         self._warn_of_read_cost()
 
     def _engine_without_weights(self, config: Any, options: Mapping[str, Any]) -> Engine | None:
@@ -251,6 +260,10 @@ class DynamaxLM(HFLM):
             quantization_config = configuration(**given)
         elif any(name.startswith("bnb_") for name in given):
             raise UserError(f"{', '.join(sorted(given))}: needs load_in_4bit=True to have a meaning")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "device='cuda' (the harness's default) does not exist here; give --device cpu, or device=cpu"
+            )
         others = [name for name in ("peft", "delta", "autogptq", "gptqmodel") if kwargs.get(name)]
         backbone = f"backbone={self.args.backbone!r}"
 
@@ -388,12 +401,13 @@ class DynamaxLM(HFLM):
         """
         if not asked:
             return
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        end = self.eot_token_id
+        eos = None if end is None else self.tok_decode(end, skip_special_tokens=False)
         known: dict[str, tuple[GenerationSettings, StopStrings]] = {}  # most requests of a call share theirs
-        prepared = [
-            GenerationJob(self, setting.policy, setting.repetition_penalty, request, eos, known)
-            for setting, request in asked
-        ]
+        prepared = []
+        for setting, request in asked:
+            with _of_document(_document(request)):
+                prepared.append(GenerationJob(self, setting.policy, setting.repetition_penalty, request, eos, known))
         self._seed_samplers([setting for setting, _ in asked], prepared)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
         with self._timed("generate_until"), self._progress(len(asked), "generate_until", disable_tqdm) as progress:
@@ -406,7 +420,7 @@ class DynamaxLM(HFLM):
                 finished(index, job.text(generation.tokens), generation.tokens, record)
                 progress.advance(record)
 
-            with _naming_document([request for _, request in asked]):
+            try:
                 prefixes = generate(
                     self.engine,
                     [job.request for job in prepared],
@@ -414,14 +428,77 @@ class DynamaxLM(HFLM):
                     answer,
                     self.args.prefix_caching,
                 )
+            except RequestError as error:
+                raise _naming_document(error, _document(asked[error.index][1])) from error
         self._ran_prefixes(prefixes)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
+        if self.enable_thinking:
+            tasks = sorted({str(request.task_name) for request in requests})
+            raise UserError(f"enable_thinking=true is for generations only, and {', '.join(tasks)} asks for scores")
+        encoded = []
+        for request in tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm):
+            with _of_document(_document(request)):
+                encoded.append((request.args, *self._encode(*request.args)))
         self._documents = [_document(request) for request in requests]
-        with _naming_document(requests):
-            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return answers
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode(self, context: str, continuation: str) -> TokenPair:
+        """Token ids of a context and of its continuation, as the harness splits them.
+
+        The harness's own ``hf`` ends in an assertion in two cases that have an answer: a context that is made of
+        spaces, which belong to the continuation, counts as empty; and where one token holds the end of the context and
+        all of the continuation, the continuation is encoded alone.
+
+        Raises:
+            UserError: there is nothing to score, or nothing to score it after.
+        """
+        if context:
+            pair: TokenPair = self._encode_pair(context, continuation)
+            if all(pair):
+                return pair
+            continuation_with_spaces = context[len(context.rstrip()) :] + continuation
+        else:
+            pair, continuation_with_spaces = ([], []), continuation
+        alone = self.tok_encode(continuation_with_spaces, add_special_tokens=False) if continuation else []
+        if not alone:
+            what = "an empty continuation" if not continuation else f"the continuation {continuation!r}, without tokens"
+            raise UserError(f"cannot score {what}; check the task's doc_to_choice or doc_to_target")
+        if pair[0]:
+            return pair[0], alone
+        prefix = self._needed_prefix()
+        if alone[0] != prefix:
+            return [prefix], alone
+        if len(alone) == 1:
+            raise UserError(
+                f"cannot score the continuation {continuation!r} after an empty context: it is the token that stands "
+                "for the context; give another, prefix_token_id="
+            )
+        return alone[:1], alone[1:]
+
+    def _needed_prefix(self) -> int:
+        """The token that stands before what has no context; UserError where the tokenizer has none for it."""
+        prefix: int | None = self.prefix_token_id
+        if prefix is None:
+            raise UserError(
+                "the context is empty and the tokenizer has neither a BOS nor an EOS token to stand for it; name a "
+                "token by its id: prefix_token_id="
+            )
+        return prefix
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        if self.prefix_token_id is None and add_special_tokens is None:
+            # HFLM would look for the text of a token that there is not; a tokenizer adds its tokens by default.
+            add_special_tokens = self.add_bos_token is None or self.add_bos_token
+        ids: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        return ids
 
     def _loglikelihood_tokens(
         self,
@@ -446,24 +523,31 @@ class DynamaxLM(HFLM):
 
             pairs = [requests[index][1:] for _, index in asked]
             hidden = disable_tqdm or self.pacing.in_blocks
-            self.answer_scorings([policy for policy, _ in asked], pairs, finished, hidden)
+            named = [documents[index] for _, index in asked]
+            self.answer_scorings([policy for policy, _ in asked], pairs, named, finished, hidden)
             return found
 
-        # Called directly, requests say nothing of documents: each is one.
-        documents, self._documents = self._documents or [("", i) for i in range(len(requests))], []
-        assert len(documents) == len(requests)
+        documents = self._documents_of(requests)
         self.pacing.run(documents, self.policy, answer, disable_tqdm)
         self.response_ledger.keep("loglikelihood", zip((texts for texts, _, _ in requests), records, strict=True))
         return answers
+
+    def _documents_of(self, requests: Sequence[Any]) -> list[Document]:
+        """Task and document of each request whose tokens are scored now."""
+        # Called directly, requests say nothing of documents: each is one.
+        documents, self._documents = self._documents or [("", i) for i in range(len(requests))], []
+        assert len(documents) == len(requests)
+        return documents
 
     def answer_scorings(
         self,
         policies: Sequence[ExitPolicy],
         pairs: Sequence[TokenPair],
+        documents: Sequence[Document],
         finished: ScoringSink,
         disable_tqdm: bool = False,
     ) -> None:
-        """Scores (context, continuation) token pairs, each under a policy of its own.
+        """Scores (context, continuation) token pairs of documents, each under a policy of its own.
 
         ``finished`` gets the index, (log-likelihood, is_greedy) and the compute of each as soon as it is done.
         """
@@ -474,7 +558,7 @@ class DynamaxLM(HFLM):
                 finished(index, result, record)
                 progress.advance(record)
 
-            self._score(policies, pairs, answer)
+            self._score(policies, pairs, documents, answer)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of the model's length."""
@@ -511,11 +595,11 @@ class DynamaxLM(HFLM):
         windows: list[TokenPair] = []
         owner: list[int] = []
         for index, (_, request) in enumerate(asked):
+            with _of_document(_document(request)):
+                tokens = self.tok_encode(request.args[0])
+                prefix = self._needed_prefix() if tokens else 0
             rolling = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
+                token_list=tokens, prefix_token=prefix, max_seq_len=self.max_length, context_len=1
             )
             for window in map(utils.make_disjoint_window, rolling):
                 windows.append(window)
@@ -543,11 +627,17 @@ class DynamaxLM(HFLM):
             for index in range(len(asked)):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     answer(index)
-            with _naming_document([request for _, request in asked], owner):
-                self._score([asked[index][0] for index in owner], windows, scored)
+            documents = [_document(asked[index][1]) for index in owner]
+            self._score([asked[index][0] for index in owner], windows, documents, scored)
 
-    def _score(self, policies: Sequence[ExitPolicy], pairs: Sequence[TokenPair], finished: ScoringSink) -> None:
-        """Scores token pairs; calls ``finished(index, (log-likelihood, is_greedy), record)`` for each.
+    def _score(
+        self,
+        policies: Sequence[ExitPolicy],
+        pairs: Sequence[TokenPair],
+        documents: Sequence[Document],
+        finished: ScoringSink,
+    ) -> None:
+        """Scores token pairs of documents; calls ``finished(index, (log-likelihood, is_greedy), record)`` for each.
 
         Pairs with the same context that differ only in the last token share one row (unless
         ``logits_cache=False``): the split between context and continuation decides who may exit, so it is
@@ -556,7 +646,8 @@ class DynamaxLM(HFLM):
         groups: dict[Any, list[int]] = {}
         fed: list[tuple[list[int], int, ExitPolicy]] = []
         for index, (policy, (context, continuation)) in enumerate(zip(policies, pairs, strict=True)):
-            ids, context_length = self._fit(context, continuation)
+            with _of_document(documents[index]):
+                ids, context_length = self._fit(context, continuation)
             key = (tuple(ids), context_length, policy) if self.logits_cache else index
             if key not in groups:
                 groups[key] = []
@@ -597,16 +688,21 @@ class DynamaxLM(HFLM):
                 self.softmax_dtype,
                 self.args.prefix_caching,
             )
-        except NotFiniteError as error:
-            raise NotFiniteError(members[error.index][0]) from error
+        except RequestError as error:
+            raise _naming_document(error, documents[members[error.index][0]]) from error
         self._ran_prefixes(prefixes)
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """Tokens to feed and how many of them are context, cut from the left to the model's length."""
         if not continuation:
             raise UserError("cannot score an empty continuation; check the task's doc_to_choice or doc_to_target")
+        if not context:
+            raise UserError("cannot score a continuation without a token before it; give one, prefix_token_id=")
         if len(continuation) > self.max_length:
-            raise UserError(f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}")
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens is longer than max_length={self.max_length}; "
+                "shorten it, or give max_length="
+            )
         self.engine.backbone.check_ids([*context, *continuation])
         whole = (context + continuation)[-(self.max_length + 1) :]
         if len(whole) < len(context) + len(continuation):
@@ -703,22 +799,37 @@ class Progress:
         self._bar.update(1)
 
 
-def _document(request: Any) -> tuple[str, Any]:
+def _document(request: Any) -> Document:
     """Task and document of a request of the harness."""
     return str(request.task_name), request.doc_id
 
 
 @contextmanager
-def _naming_document(requests: Sequence[Any], owner: Sequence[int] | None = None) -> Iterator[None]:
-    """Turns an error of one computation (of request ``owner[index]``) into one that names its document."""
+def _of_document(document: Document) -> Iterator[None]:
+    """Puts task and document before errors of what one request asks for."""
     try:
         yield
-    except NotFiniteError as error:
-        request = requests[error.index if owner is None else owner[error.index]]
-        raise UserError(
-            f"the model computed logits that are not finite for document {request.doc_id} of task "
-            f"{request.task_name!r}; try dtype=float32, or check the weights"
-        ) from error
+    except UserError as error:
+        task, doc_id = document
+        if not task:
+            raise
+        raise UserError(f"document {doc_id} of task {task!r}: {error}") from error
+
+
+def _naming_document(error: RequestError, document: Document) -> UserError:
+    """An error of one computation as one that names its document."""
+    task, doc_id = document
+    where = f"for document {doc_id} of task {task!r}"
+    if isinstance(error, NotFiniteError):
+        return UserError(
+            f"the model computed logits that are not finite {where}; try dtype=float32, or check the weights"
+        )
+    return UserError(f"the generation arguments cannot be followed {where}: {error}; check their values")
+
+
+def _is_launched() -> bool:
+    """Whether this is one of several processes, whose devices the launcher gives them."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def _check_harness_arguments(passed_on: Mapping[str, Any]) -> None:

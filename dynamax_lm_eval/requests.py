@@ -27,7 +27,7 @@ class GenerationJob:
         policy: ExitPolicy,
         repetition_penalty: float | None,
         request: Any,
-        eos: str,
+        eos: str | None,
         known: dict[str, tuple[GenerationSettings, StopStrings]],
     ) -> None:
         """
@@ -36,7 +36,7 @@ class GenerationJob:
             policy: when the request's tokens exit.
             repetition_penalty: used unless the request names its own.
             request: the harness's instance with ``args`` (context, generation arguments).
-            eos: text of the end token, always a stop.
+            eos: text of the end token, always a stop; None where the tokenizer has none.
             known: settings and stops of the call's earlier requests, by their arguments; added to.
 
         Raises:
@@ -48,8 +48,14 @@ class GenerationJob:
         self.key = json.dumps([request.task_name, request.doc_id, request.idx, request.args], default=str)
         context, gen_kwargs = request.args
         # A deep copy: `until` must not be changed in place, it is part of the cache's key.
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
-        self._stops = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        try:
+            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, lm.max_gen_toks))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"generation arguments {gen_kwargs!r} are not valid: {error}") from error
+        until = kwargs.pop("until", None)
+        if not all(isinstance(stop, str) for stop in until):
+            raise UserError(f"until must be a text or a list of texts, got {until!r}")
+        self._stops = handle_stop_sequences(until, eos=eos)
         max_gen_toks = kwargs.pop("max_gen_toks")
         if not 1 <= max_gen_toks < lm.max_length:
             raise UserError(
@@ -69,11 +75,12 @@ class GenerationJob:
             settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
             known[arguments] = settings, StopStrings(lm.tokenizer, self._stops, settings.eos_ids)
         settings, is_finished = known[arguments]
+        max_new_tokens, processors = settings.for_prompt(prompt, max_length)
         self.request = GenerationRequest(
             prompt=prompt,
-            max_new_tokens=settings.max_new_tokens(len(prompt), max_length),
+            max_new_tokens=max_new_tokens,
             policy=policy,
-            sampler=Sampler(settings.processors(len(prompt), max_length), settings.do_sample),
+            sampler=Sampler(processors, settings.do_sample),
             is_finished=is_finished,
         )
 

@@ -273,6 +273,28 @@ def check_weights(what: str, missing: Collection[str], unexpected: Collection[st
         logger.warning("%s: %d weights in its files are not used: %s", what, len(unexpected), _grouped(unexpected))
 
 
+def check_device(device: Any) -> None:
+    """Raises UserError where a device, as the harness names it, does not exist on this machine."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        found += ["mps", "mps:0"]
+    for kind in ("npu", "xpu", "hpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found += [f"{kind}:{i}" for i in range(module.device_count())]
+    if device not in found:
+        raise UserError(f"device={device!r} does not exist here; give one of {', '.join(found)} (--device, device=)")
+
+
+def check_token_ids(ids: Mapping[str, Any], vocabulary: int) -> None:
+    """Raises UserError where an argument names a token by an id that a vocabulary of this size does not have."""
+    for name, value in ids.items():
+        if isinstance(value, int) and value >= vocabulary:
+            raise UserError(f"{name}={value} is no token of this backbone, whose ids are 0 to {vocabulary - 1}")
+
+
 def check_peft(adapter: str) -> None:
     """Raises UserError for adapters whose positions or compute would not be what is counted."""
     try:

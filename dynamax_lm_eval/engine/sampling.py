@@ -32,7 +32,11 @@ class Sampler:
         return not self.do_sample and not self.processors
 
     def next_token(self, ids: list[int], logits: Tensor) -> int:
-        """The next token after ``ids`` (prompt and generated), given logits (V,) in float32."""
+        """The next token after ``ids`` (prompt and generated), given logits (V,) in float32.
+
+        Raises:
+            ValueError: no token can be drawn. Processors raise errors of their own.
+        """
         scores = logits.unsqueeze(0)
         if self.processors:
             context: Any = torch.tensor([ids], device=logits.device)
@@ -44,6 +48,8 @@ class Sampler:
             self._generator = torch.Generator().manual_seed(self.seed)
         draw = torch.rand((), generator=self._generator, dtype=torch.float64).item()
         cumulative = torch.softmax(scores[0].cpu().double(), dim=-1).cumsum(-1)
+        if not cumulative[-1] > 0:  # NaN, where every token is ruled out
+            raise ValueError("they rule out every token")
         token = torch.searchsorted(cumulative, draw * cumulative[-1:], right=True)
         # `right` steps over tokens of probability 0; the last one that has any is the upper end.
         last = int((cumulative < cumulative[-1]).sum())

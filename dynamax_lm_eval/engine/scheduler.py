@@ -20,7 +20,7 @@ from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.compute.ledger import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
-from dynamax_lm_eval.engine.errors import NotFiniteError
+from dynamax_lm_eval.engine.errors import ChoiceError, NotFiniteError
 from dynamax_lm_eval.engine.prefixes import Beginning, PrefixPlan, PrefixRun, PrefixStore, find_prefixes
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -288,7 +288,12 @@ def _open(states: RowStates, length: int) -> int:
 
 
 def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
-    """The next token of every row, from logits (R, V); NotFiniteError where they are not numbers."""
+    """The next token of every row, from logits (R, V).
+
+    Raises:
+        NotFiniteError: the logits of a row are not numbers.
+        ChoiceError: its sampler cannot choose.
+    """
     best = logits.max(dim=-1)
     greedy = best.indices.tolist()
     tokens: list[int] = []
@@ -299,7 +304,10 @@ def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
         if sampler.is_plain_greedy:
             tokens.append(greedy[i])
         else:
-            tokens.append(sampler.next_token([*row.request.prompt, *row.generated], logits[i]))
+            try:
+                tokens.append(sampler.next_token([*row.request.prompt, *row.generated], logits[i]))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise ChoiceError(row.index, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     return tokens
 
 

@@ -76,7 +76,9 @@ class SweepLM(DynamaxLM):
 
         pairs = [(context, continuation) for _, context, continuation in requests]
         policies = [point.setting.policy for point, _ in asked]
-        self.answer_scorings(policies, [pairs[i] for _, i in asked], finished, disable_tqdm)
+        documents = self._documents_of(requests)
+        named = [documents[i] for _, i in asked]
+        self.answer_scorings(policies, [pairs[i] for _, i in asked], named, finished, disable_tqdm)
         return [(float(r.answer[0]), bool(r.answer[1])) for r in self._replayed("loglikelihood", texts, keys)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
