@@ -25,13 +25,16 @@ from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
-from dynamax_lm_eval import harness
+from dynamax_lm_eval import harness, pruning
 from dynamax_lm_eval.backbones import aliases, loading
 from dynamax_lm_eval.backbones.fingerprint import (
+    Fingerprints,
     config_fingerprint,
-    fetched_files_fingerprint,
-    files_fingerprint,
-    model_fingerprint,
+    fetched_files_fingerprints,
+    files_fingerprints,
+    generation_settings,
+    model_fingerprints,
+    tokenizer_fingerprint,
     weights_fingerprint,
 )
 from dynamax_lm_eval.calibration import certificate as certificates
@@ -103,13 +106,15 @@ class DynamaxLM(HFLM):
             )
         self._weights_from = (loaded, source, dict(passed_on))
         # Runs without exits need not read the weights twice.
-        needed = checkpoint.might_be_needed(self.args) or self.args.certificate is not None
-        fingerprint = self._files_fingerprint() if needed else None
-        self.exits = checkpoint.for_run(self.args, config, fingerprint)
-        self.certified = self._certified_run(config, fingerprint)
+        needed = checkpoint.might_be_needed(self.args) or self.args.certificate or self.args.prune_profile
+        self._fingerprints = self._files_fingerprints() if needed else None
+        self.exits = checkpoint.for_run(self.args, config, self._fingerprints)
+        self.certified = self._certified_run(config, self._fingerprints.current if self._fingerprints else None)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
         self.policy, self._policy_note = self._policy_for(self.args, config)
+        if self._fingerprints is not None:
+            self._check_prune_profile(self.args)
 
         if passed_on.get("peft"):
             loading.check_peft(passed_on["peft"])
@@ -121,11 +126,11 @@ class DynamaxLM(HFLM):
             self._world_size = self.accelerator.num_processes
         self._check_alone()
         self.response_ledger = harness.ResponseLedger()
+        self._check_prune_profile(self.args)
         classifiers, self._exits_fingerprint = None, None
         if self.exits is not None:
-            if fingerprint is None:  # the weights were not on this machine before
-                fingerprint = files_fingerprint(source, passed_on) or model_fingerprint(self.model)
-                self.exits.check_fingerprint(fingerprint, self.args.exits_check)
+            known = self._known_fingerprints()  # the weights may not have been on this machine before
+            self.exits.check_fingerprint(known.current, self.args.exits_check, known.former)
             classifiers, self._exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         with self._autocast():
             self.engine = checked_engine(
@@ -188,6 +193,7 @@ class DynamaxLM(HFLM):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
         policy, note = self._policy_for(args, self.model.config)
         check_policy(self.engine, policy)
+        self._check_prune_profile(args)
         self.args, self.policy, self._policy_note = args, policy, note
         self.certified, self.pacing = None, Pacing(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
@@ -251,20 +257,35 @@ class DynamaxLM(HFLM):
         """Fingerprint of the backbone's weights as they are now."""
         return weights_fingerprint(self.model)
 
+    @property
+    def tokenizer_content(self) -> str:
+        """Fingerprint of the tokenizer as it is now."""
+        return tokenizer_fingerprint(self.tokenizer)
+
     def backbone_fingerprint(self) -> str:
         """Fingerprint of the backbone's weight files, by which exits and certificates are found."""
-        return self._files_fingerprint() or model_fingerprint(self.model)
+        return self._known_fingerprints().current
 
-    def _files_fingerprint(self) -> str | None:
+    def _known_fingerprints(self) -> Fingerprints:
+        """Of the backbone, which is loaded by now."""
+        if self._fingerprints is None:
+            self._fingerprints = self._files_fingerprints() or model_fingerprints(self.model)
+        return self._fingerprints
+
+    def _files_fingerprints(self) -> Fingerprints | None:
         """Of weight files, which are downloaded where they are not here; None where there are none."""
         loaded, source, options = self._weights_from
         if loaded is not None:
-            found: str | None = model_fingerprint(loaded)
+            found: Fingerprints | None = model_fingerprints(loaded)
         else:
-            found = files_fingerprint(source, options) or fetched_files_fingerprint(source, options)
+            found = files_fingerprints(source, options) or fetched_files_fingerprints(source, options)
         if found is not None and (changed := options.get("peft") or options.get("delta")):
-            found = f"{found} changed by {changed}"  # not the weights that exits were trained for
+            found = found.changed_by(changed)  # not the weights that exits were trained for
         return found
+
+    def _check_prune_profile(self, args: DynamaxArgs) -> None:
+        if args.prune_profile is not None:
+            pruning.check_profile(args, self._known_fingerprints())
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""
@@ -274,13 +295,13 @@ class DynamaxLM(HFLM):
             "dtype": str(self.model.dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
             "softmax_dtype": str(self.softmax_dtype),
-            "tokenizer": f"{type(self.tokenizer).__name__}/{len(self.tokenizer)}/{self.tokenizer.name_or_path}",
+            "tokenizer": self.tokenizer_content,
             "add_bos_token": self.add_bos_token,
             "max_length": self.max_length,
             "truncation": self.truncation,
             "prefix_token_id": self.prefix_token_id,
             "think_end_token": self.think_end_token,
-            "generation_config": self.model.generation_config.to_diff_dict(),
+            "generation_config": generation_settings(self.model.generation_config),
             "repetition_penalty": self.args.repetition_penalty,
             "exits": self._exits_fingerprint,
             "policy": self.policy.describe(),
@@ -564,7 +585,7 @@ class DynamaxLM(HFLM):
                 self.args.prefix_caching,
             )
         except NotFiniteError as error:
-            raise NotFiniteError(members[error.index][0]) from error
+            raise NotFiniteError(members[error.index][0], error.what) from error
         self._ran_prefixes(prefixes)
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
@@ -694,7 +715,7 @@ def _naming_document(requests: Sequence[Any], owner: Sequence[int] | None = None
     except NotFiniteError as error:
         request = requests[error.index if owner is None else owner[error.index]]
         raise UserError(
-            f"the model computed logits that are not finite for document {request.doc_id} of task "
+            f"the model computed {error.what} that are not finite for document {request.doc_id} of task "
             f"{request.task_name!r}; try dtype=float32, or check the weights"
         ) from error
 
