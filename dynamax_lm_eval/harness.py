@@ -70,8 +70,7 @@ class ResponseLedger:
         Raises:
             UserError: the cache holds responses of a run with another identity, or of unknown origin.
         """
-        counting = {"accounting": ACCOUNTING, "schema_version": SCHEMA_VERSION}
-        identity = json.loads(json.dumps({**identity, **counting}, sort_keys=True))
+        identity = identity_of_answers(identity)
         if len(database) == 0:
             database[_IDENTITY_KEY] = json.dumps(identity)
         elif _IDENTITY_KEY not in database:
@@ -120,6 +119,16 @@ class ResponseLedger:
         if self._database is not None and _RECORD_PREFIX + key in self._database:
             return ComputeRecord.from_json(json.loads(self._database[_RECORD_PREFIX + key]))
         raise RuntimeError(f"no compute record for a {kind} request; was it answered by another model?")
+
+
+def identity_of_answers(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What answers that are kept for later belong to, as it will be when read back.
+
+    ``identity``: of the model (``DynamaxLM.identity``). The rules of counting belong to it, because the compute of
+    answers is kept beside them.
+    """
+    counting = {"accounting": ACCOUNTING, "schema_version": SCHEMA_VERSION}
+    return dict(json.loads(json.dumps({**identity, **counting}, sort_keys=True, default=str)))
 
 
 def install() -> None:

@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
-from dynamax_lm_eval import harness
+from dynamax_lm_eval import harness, pruning
 from dynamax_lm_eval.backbones import aliases, loading
 from dynamax_lm_eval.backbones.fingerprint import (
+    Fingerprints,
     config_fingerprint,
-    fetched_files_fingerprint,
-    files_fingerprint,
-    model_fingerprint,
+    fetched_files_fingerprints,
+    files_fingerprints,
+    generation_settings,
+    model_fingerprints,
+    tokenizer_fingerprint,
     weights_fingerprint,
 )
 from dynamax_lm_eval.calibration import certificate as certificates
@@ -119,15 +122,17 @@ class DynamaxLM(HFLM):
         self._weights_from = (loaded, source, dict(passed_on))
         draft = None if loaded is not None else self._engine_without_weights(config, passed_on)
         # Runs without exits need not read the weights twice.
-        needed = checkpoint.might_be_needed(self.args) or self.args.certificate is not None
-        fingerprint = self._files_fingerprint() if needed else None
-        self.exits = checkpoint.for_run(self.args, config, fingerprint)
-        self.certified = self._certified_run(config, fingerprint)
+        needed = checkpoint.might_be_needed(self.args) or self.args.certificate or self.args.prune_profile
+        self._fingerprints = self._files_fingerprints() if needed else None
+        self.exits = checkpoint.for_run(self.args, config, self._fingerprints)
+        self.certified = self._certified_run(config, self._fingerprints.current if self._fingerprints else None)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
         self.policy, self._policy_note = self._policy_for(self.args, config)
         if draft is not None:
             draft.check_policy(self.policy)
+        if self._fingerprints is not None:
+            self._check_prune_profile(self.args)
 
         if passed_on.get("peft"):
             loading.check_peft(passed_on["peft"])
@@ -139,11 +144,11 @@ class DynamaxLM(HFLM):
             self._world_size = self.accelerator.num_processes
         self._check_alone()
         self.response_ledger = harness.ResponseLedger()
+        self._check_prune_profile(self.args)
         classifiers, self._exits_fingerprint = None, None
         if self.exits is not None:
-            if fingerprint is None:  # the weights were not on this machine before
-                fingerprint = files_fingerprint(source, passed_on) or model_fingerprint(self.model)
-                self.exits.check_fingerprint(fingerprint, self.args.exits_check)
+            known = self._known_fingerprints()  # the weights may not have been on this machine before
+            self.exits.check_fingerprint(known.current, self.args.exits_check, known.former)
             classifiers, self._exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         with self._autocast():
             self.engine = checked_engine(
@@ -211,6 +216,7 @@ class DynamaxLM(HFLM):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
         policy, note = self._policy_for(args, self.model.config)
         check_policy(self.engine, policy)
+        self._check_prune_profile(args)
         self.args, self.policy, self._policy_note = args, policy, note
         self.certified, self.pacing = None, Pacing(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
@@ -298,20 +304,35 @@ class DynamaxLM(HFLM):
         """Fingerprint of the backbone's weights as they are now."""
         return weights_fingerprint(self.model)
 
+    @property
+    def tokenizer_content(self) -> str:
+        """Fingerprint of the tokenizer as it is now."""
+        return tokenizer_fingerprint(self.tokenizer)
+
     def backbone_fingerprint(self) -> str:
         """Fingerprint of the backbone's weight files, by which exits and certificates are found."""
-        return self._files_fingerprint() or model_fingerprint(self.model)
+        return self._known_fingerprints().current
 
-    def _files_fingerprint(self) -> str | None:
+    def _known_fingerprints(self) -> Fingerprints:
+        """Of the backbone, which is loaded by now."""
+        if self._fingerprints is None:
+            self._fingerprints = self._files_fingerprints() or model_fingerprints(self.model)
+        return self._fingerprints
+
+    def _files_fingerprints(self) -> Fingerprints | None:
         """Of weight files, which are downloaded where they are not here; None where there are none."""
         loaded, source, options = self._weights_from
         if loaded is not None:
-            found: str | None = model_fingerprint(loaded)
+            found: Fingerprints | None = model_fingerprints(loaded)
         else:
-            found = files_fingerprint(source, options) or fetched_files_fingerprint(source, options)
+            found = files_fingerprints(source, options) or fetched_files_fingerprints(source, options)
         if found is not None and (changed := options.get("peft") or options.get("delta")):
-            found = f"{found} changed by {changed}"  # not the weights that exits were trained for
+            found = found.changed_by(changed)  # not the weights that exits were trained for
         return found
+
+    def _check_prune_profile(self, args: DynamaxArgs) -> None:
+        if args.prune_profile is not None:
+            pruning.check_profile(args, self._known_fingerprints())
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""
@@ -321,13 +342,13 @@ class DynamaxLM(HFLM):
             "dtype": str(self.model.dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
             "softmax_dtype": str(self.softmax_dtype),
-            "tokenizer": f"{type(self.tokenizer).__name__}/{len(self.tokenizer)}/{self.tokenizer.name_or_path}",
+            "tokenizer": self.tokenizer_content,
             "add_bos_token": self.add_bos_token,
             "max_length": self.max_length,
             "truncation": self.truncation,
             "prefix_token_id": self.prefix_token_id,
             "think_end_token": self.think_end_token,
-            "generation_config": self.model.generation_config.to_diff_dict(),
+            "generation_config": generation_settings(self.model.generation_config),
             "repetition_penalty": self.args.repetition_penalty,
             "exits": self._exits_fingerprint,
             "policy": self.policy.describe(),
@@ -822,7 +843,7 @@ def _naming_document(error: RequestError, document: Document) -> UserError:
     where = f"for document {doc_id} of task {task!r}"
     if isinstance(error, NotFiniteError):
         return UserError(
-            f"the model computed logits that are not finite {where}; try dtype=float32, or check the weights"
+            f"the model computed {error.what} that are not finite {where}; try dtype=float32, or check the weights"
         )
     return UserError(f"the generation arguments cannot be followed {where}: {error}; check their values")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval import config
+from dynamax_lm_eval.backbones.fingerprint import Fingerprints
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.files import write_text
 
@@ -71,7 +72,7 @@ def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
     """The blocks (1-based) that a run disables on a backbone of ``num_layers`` blocks.
 
     Raises:
-        UserError: there are no such blocks, or the profile is of another backbone.
+        UserError: there are no such blocks, or the profile is of a backbone of another depth.
     """
     if args.prune_strategy != "angular":
         return config.resolve_pruned_blocks(args.prune_layers, num_layers)
@@ -83,3 +84,16 @@ def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
             f"backbone has {num_layers}; make one: dynamax-lm-eval prune-profile --backbone ..."
         )
     return profile.blocks(args.prune_layers)
+
+
+def check_profile(args: DynamaxArgs, fingerprints: Fingerprints) -> None:
+    """Raises UserError where the profile that a run names was measured on other weights than these."""
+    if args.prune_profile is None:
+        return
+    profile = PruneProfile.load(Path(args.prune_profile).expanduser())
+    if profile.fingerprint not in (fingerprints.current, *fingerprints.former):
+        raise UserError(
+            f"prune_profile={args.prune_profile!r} was measured on other weights ({profile.backbone!r}, fingerprint "
+            f"{profile.fingerprint[:12]}, here {fingerprints.current[:12]}); make one for this backbone: "
+            "dynamax-lm-eval prune-profile --backbone ..., or name the blocks: prune_layers=[...]"
+        )

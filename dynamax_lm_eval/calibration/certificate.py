@@ -21,10 +21,11 @@ from dynamax_lm_eval.files import write_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "dynamax-certificate", 1
+#: Version 1 bound samples of the weights, and nothing of the tokenizer.
+FORMAT, FORMAT_VERSION = "dynamax-certificate", 2
 
-#: Parts of a model's identity that change no answer, or hold a place on one machine.
-_UNBOUND = frozenset({"tokenizer", "degenerate", "policy"})
+#: Parts of a model's identity that change no answer, or are bound by themselves.
+_UNBOUND = frozenset({"degenerate", "policy"})
 #: Parts of a policy that a certificate decides.
 _DECIDED = frozenset({"thresholds"})
 
@@ -230,12 +231,18 @@ def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".json"
 
 
-def home(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None) -> Path:
+def home(backbone: str, fingerprint: str, exits: ExitCheckpoint | None) -> Path:
     """Where certificates of a backbone are kept: beside its exits, or else among the user's own files."""
+    return _homes(backbone, fingerprint, exits)[0]
+
+
+def _homes(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None) -> list[Path]:
+    """Where certificates of a backbone can be; of those of its name where its weights are not known yet."""
     if exits is not None and shipped_home() not in exits.path.parents and os.access(exits.path, os.W_OK):
-        return exits.path / "certificates"
+        return [exits.path / "certificates"]
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(backbone).name)
-    return cache_dir() / "certificates" / f"{name}-{(fingerprint or 'unknown')[:12]}"
+    own = cache_dir() / "certificates"
+    return [own / f"{name}-{fingerprint[:12]}"] if fingerprint is not None else sorted(own.glob(f"{name}-*"))
 
 
 def resolve(
@@ -246,7 +253,7 @@ def resolve(
     Args:
         named: as the user gave it.
         backbone: as the user gave it.
-        fingerprint: of the backbone's weight files.
+        fingerprint: of the backbone's weight files; None where it is not known before the weights load.
         exits: trained exits at hand.
         policy: as ``ExitPolicy.describe`` gives it; thresholds do not matter.
 
@@ -259,11 +266,11 @@ def resolve(
         certificate.check_policy(policy)
         return path, certificate
     found, others = [], []
-    for path in sorted(home(backbone, fingerprint, exits).glob("*.json")):
-        certificate = Certificate.load(path)
-        if certificate.fingerprint != fingerprint:
-            continue
+    for path in (path for folder in _homes(backbone, fingerprint, exits) for path in sorted(folder.glob("*.json"))):
         try:
+            certificate = Certificate.load(path)
+            if fingerprint not in (None, certificate.fingerprint):
+                continue
             certificate.check_policy(policy)
         except UserError as error:
             others.append(f"{path.name}: {error}")

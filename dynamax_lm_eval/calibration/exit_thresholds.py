@@ -107,12 +107,12 @@ def search(options: SearchOptions) -> ThresholdPath:
     exits = (
         checkpoint.resolve(options.exits)
         if options.exits is not None
-        else checkpoint.find(options.backbone, identity.fingerprint)
+        else checkpoint.find(options.backbone, identity.fingerprint, loaded.former)
     )
     if exits is None:
         raise UserError(f"there are no exits for {options.backbone!r}; name some by --exits, or train them")
     exits.check_fits(identity.model_type, identity.hidden_size, identity.num_layers)
-    exits.check_fingerprint(identity.fingerprint)
+    exits.check_fingerprint(identity.fingerprint, former=loaded.former)
     kind = options.classifier or exits.config.classifiers[0]
     if kind not in exits.config.classifiers:
         raise UserError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, ForwardPass, IntArray, States
 from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
+from dynamax_lm_eval.engine.errors import NotFiniteError
 from dynamax_lm_eval.exits import confidence
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
@@ -113,6 +114,9 @@ class Engine:
 
         Returns:
             (N,) the number of blocks that each token ran through; the backbone's depth without an exit.
+
+        Raises:
+            NotFiniteError: a confidence is no number; its ``index`` is that of the row.
         """
         backbone = self.backbone
         with backbone.running():
@@ -180,13 +184,13 @@ class Engine:
             limit = torch.from_numpy(thresholds[tokens[chosen]])
             if kind in confidence.READS_LM_HEAD:
                 read = _adapted(_select(hidden, chosen), adapter)
-                exits = self._decide_by_logits(kind, batch, tokens[chosen], read, limit, sink)
+                exits = self._decide_by_logits(kind, block, batch, tokens[chosen], read, limit, sink)
             else:
                 if kind == "state":
                     scores = confidence.state_similarity(_select(before, chosen)[0], _select(hidden, chosen)[0])
                 else:
                     scores = _classify(kind, block, batch, tokens[chosen], _select(hidden, chosen)[0], classifiers)
-                exits = (scores >= limit.to(scores.device)).cpu().numpy()
+                exits = _reached(scores, limit, kind, block, batch, tokens[chosen])
                 gone = chosen[exits]
                 gone = gone[batch.wanted[tokens[gone]] & ~_has_final_block(batch, tokens[gone])]
                 if len(gone):
@@ -195,7 +199,7 @@ class Engine:
         return leaves
 
     def _decide_by_logits(
-        self, kind: str, batch: FlatBatch, tokens: IntArray, hidden: Tensor, limit: Tensor, sink: LogitsSink
+        self, kind: str, block: int, batch: FlatBatch, tokens: IntArray, hidden: Tensor, limit: Tensor, sink: LogitsSink
     ) -> BoolArray:
         """As _decide for tokens whose confidence comes from logits; the read serves the exit as well."""
         scores, reduced = [], []
@@ -206,7 +210,7 @@ class Engine:
             if len(wanted):
                 chosen = logits if len(wanted) == len(logits) else logits[torch.from_numpy(wanted).to(logits.device)]
                 reduced.append(sink.reduce(tokens[part][wanted], chosen))
-        exits: BoolArray = (torch.cat(scores) >= limit.to(hidden.device)).cpu().numpy()
+        exits = _reached(torch.cat(scores), limit, kind, block, batch, tokens)
         wanted = np.flatnonzero(reads)
         committed = np.flatnonzero(exits[wanted])
         if len(committed):
@@ -261,6 +265,21 @@ def _adapted(hidden: Tensor, adapter: Adapter | None) -> Tensor:
         return hidden
     corrected: Tensor = adapter(hidden[0])
     return corrected.unsqueeze(0)
+
+
+def _reached(scores: Tensor, limit: Tensor, kind: str, layer: int, batch: FlatBatch, tokens: IntArray) -> BoolArray:
+    """Which confidences (t,) are at least their limits (t,); the one time at an exit layer that the host waits.
+
+    Raises:
+        NotFiniteError: with the row of the first confidence that is no number: nothing can be compared with it.
+    """
+    # Both answers in one small tensor: 0, 1, or 2 for what is no number.
+    verdicts = torch.where(scores.isfinite(), (scores >= limit.to(scores.device)).to(torch.uint8), 2).cpu().numpy()
+    if len(broken := np.flatnonzero(verdicts == 2)):
+        row = int(batch.layout.row_of[tokens[broken[0]]])
+        raise NotFiniteError(row, f"{kind} confidences at exit layer {layer}")
+    reached: BoolArray = verdicts == 1
+    return reached
 
 
 def _classify(

@@ -15,6 +15,7 @@ import numpy as np
 from dynamax_lm_eval.compute.ledger import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, NoLogits, RowStates
+from dynamax_lm_eval.engine.errors import naming_request
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: A prefix is run on its own where that saves at least so many tokens; below, another pass costs more.
@@ -220,10 +221,10 @@ class PrefixStore:
             for prefix in needed:
                 if prefix.depth == depth:
                     if batch and sum(len(p.ids) for p in (*batch, prefix)) > self._tokens_per_pass:
-                        self._run(batch)
+                        self._run(batch, requests)
                         batch = []
                     batch.append(prefix)
-            self._run(batch)
+            self._run(batch, requests)
 
     def begin(self, request: int, slot: int) -> Beginning:
         """Copies what the request begins with into its row; its prefix has one user less."""
@@ -242,7 +243,8 @@ class PrefixStore:
             self._states.close_row(prefix.slot)
         return beginning
 
-    def _run(self, prefixes: Sequence[Prefix]) -> None:
+    def _run(self, prefixes: Sequence[Prefix], requests: Sequence[int]) -> None:
+        """Runs prefixes that ``requests`` begin with."""
         opened: list[tuple[Prefix, int, Beginning]] = []
         for prefix in prefixes:
             slot = self._states.open_prefix(len(prefix.ids))
@@ -265,10 +267,21 @@ class PrefixStore:
             for prefix, slot, beginning in opened
         ]
         batch = FlatBatch.build(rows)
-        layers = self._engine.forward(batch, self._states, NoLogits(), eager=True)
+        with naming_request([self._first_of(prefix, requests) for prefix, _, _ in opened]):
+            layers = self._engine.forward(batch, self._states, NoLogits(), eager=True)
         for (prefix, _, beginning), chosen in zip(opened, batch.by_row(layers), strict=True):
             prefix.layers = (*beginning.layers, *chosen)
             self._ran.append(prefix)
+
+    def _first_of(self, prefix: Prefix, requests: Sequence[int]) -> int:
+        """The first of ``requests`` that begins with a prefix."""
+        for i in requests:
+            own = self.plan.prefix_of[i]
+            while own is not None:
+                if own is prefix:
+                    return i
+                own = own.parent
+        raise AssertionError("a prefix runs for one that begins with it")
 
     def _give_up(self, prefix: Prefix) -> None:
         """Its users become its parent's, which loses one."""

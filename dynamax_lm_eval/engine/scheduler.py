@@ -20,7 +20,7 @@ from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.compute.ledger import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
-from dynamax_lm_eval.engine.errors import ChoiceError, NotFiniteError
+from dynamax_lm_eval.engine.errors import ChoiceError, NotFiniteError, naming_request
 from dynamax_lm_eval.engine.prefixes import Beginning, PrefixPlan, PrefixRun, PrefixStore, find_prefixes
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -153,7 +153,8 @@ def generate(
         inputs = [row.next_input() for row in rows]
         batch = FlatBatch.build(inputs)
         sink = _LastLogits(len(rows), batch.layout.row_of)
-        layers = engine.forward(batch, states, sink)
+        with naming_request([row.index for row in rows]):
+            layers = engine.forward(batch, states, sink)
         for row, chosen in zip(rows, batch.by_row(layers), strict=True):
             row.layers += chosen
         for row, token in zip(rows, _choose(rows, sink.logits()), strict=True):
@@ -209,7 +210,8 @@ def score(
         ]
         batch = FlatBatch.build(inputs)
         sink = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
-        layers = engine.forward(batch, states, sink)
+        with naming_request(members):
+            layers = engine.forward(batch, states, sink)
         answers = zip(members, slots, beginnings, sink.by_row(), batch.by_row(layers), strict=True)
         for i, slot, beginning, scores, chosen in answers:
             states.close_row(slot)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones.aliases import HUB_ALIASES, cache_dir, shipped_dir
-from dynamax_lm_eval.backbones.fingerprint import tensors_fingerprint
+from dynamax_lm_eval.backbones.fingerprint import Fingerprints, tensors_fingerprint
 from dynamax_lm_eval.config import ClassifierKind, DynamaxArgs, UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
@@ -146,15 +146,22 @@ class ExitCheckpoint:
         file = self.path / WEIGHTS_NAME
         modules = self.config.build()
         try:
-            modules.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+            tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+            modules.load_state_dict(tensors)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"exits={str(self.path)!r}: {WEIGHTS_NAME} cannot be used: {reason}") from error
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise UserError(
+                f"exits={str(self.path)!r}: {WEIGHTS_NAME} cannot be used: {', '.join(sorted(broken)[:3])} "
+                f"({len(broken)} of {len(tensors)} tensors) hold values that are not finite; train these exits again"
+            )
         return modules.requires_grad_(False).eval().to(device)
 
     def fingerprint(self) -> str:
-        """Identity of the classifiers' weights."""
-        return tensors_fingerprint(load_file(self.path / WEIGHTS_NAME).items())
+        """Identity of the classifiers' weights, whatever dtype they are stored in."""
+        tensors = load_file(self.path / WEIGHTS_NAME)
+        return tensors_fingerprint((name, tensor.float()) for name, tensor in tensors.items())
 
     def check_fits(self, model_type: str, hidden_size: int, num_layers: int) -> None:
         """Raises UserError where the checkpoint was trained for a backbone of another shape."""
@@ -170,10 +177,13 @@ class ExitCheckpoint:
                     f"they were trained for {trained.id!r}"
                 )
 
-    def check_fingerprint(self, fingerprint: str, strict: bool = True) -> None:
-        """Raises UserError where the checkpoint was trained for other weights; warns if not ``strict``."""
+    def check_fingerprint(self, fingerprint: str, strict: bool = True, former: Collection[str] = ()) -> None:
+        """Raises UserError where the checkpoint was trained for other weights; warns if not ``strict``.
+
+        ``former``: what earlier versions made of the same weights.
+        """
         trained = self.config.backbone
-        if fingerprint == trained.fingerprint:
+        if trained.fingerprint in (fingerprint, *former):
             return
         problem = (
             f"exits={str(self.path)!r} were trained for other weights ({trained.id!r}, fingerprint "
@@ -221,17 +231,18 @@ def default_folder(backbone: str, fingerprint: str) -> Path:
     return exits_home() / f"{name}-{fingerprint[:12]}"
 
 
-def find(backbone: str, fingerprint: str | None) -> ExitCheckpoint | None:
+def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -> ExitCheckpoint | None:
     """Exits of a backbone: the user's most recent ones, else those that come with the package.
 
-    Matched by the fingerprint of the weight files; where they are not on this machine yet (None), by name.
+    Matched by the fingerprint of the weight files, or one that earlier versions made of them (``former``); where they
+    are not on this machine yet (None), by name.
     """
     for home in (exits_home(), shipped_home()):
         found = [
             checkpoint
             for checkpoint in _readable(home)
             if (
-                checkpoint.config.backbone.fingerprint == fingerprint
+                checkpoint.config.backbone.fingerprint in (fingerprint, *former)
                 if fingerprint is not None
                 else _hub_id(checkpoint.config.backbone.id) == _hub_id(backbone)
             )
@@ -268,13 +279,13 @@ def resolve(name: str) -> ExitCheckpoint:
     return ExitCheckpoint.open(Path(path))
 
 
-def for_run(args: DynamaxArgs, backbone_config: Any, fingerprint: str | None) -> ExitCheckpoint | None:
+def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints | None) -> ExitCheckpoint | None:
     """The exits that a run uses: those it names, else those known for its backbone; None where it needs none.
 
     Args:
         args: of the run.
         backbone_config: transformers' configuration of the backbone.
-        fingerprint: of its weights; None where they are not on this machine yet (check them after loading).
+        fingerprints: of its weights; None where they are not on this machine yet (check them after loading).
 
     Raises:
         UserError: the exits cannot be read, or do not fit the backbone.
@@ -284,15 +295,16 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprint: str | None) ->
     else:
         if not might_be_needed(args):
             return None
-        known = find(args.backbone, fingerprint)
+        current, former = (None, ()) if fingerprints is None else (fingerprints.current, fingerprints.former)
+        known = find(args.backbone, current, former)
         if known is None:
             return None
         logger.info("Using the exits in %s", known.path)
         found = known
     text = backbone_config.get_text_config()
     found.check_fits(backbone_config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
-    if fingerprint is not None:
-        found.check_fingerprint(fingerprint, args.exits_check)
+    if fingerprints is not None:
+        found.check_fingerprint(fingerprints.current, args.exits_check, fingerprints.former)
     return found
 
 

@@ -35,10 +35,15 @@ class SweepLM(DynamaxLM):
         self._points: list[SweepPoint] = []
         self._present: SweepPoint | None = None
 
+    # Both stay as they are while a sweep runs, and every point asks for them.
+
     @functools.cached_property
     def weights(self) -> str:
-        # They stay as they are while a sweep runs, and every point asks for them.
         return super().weights
+
+    @functools.cached_property
+    def tokenizer_content(self) -> str:
+        return super().tokenizer_content
 
     def start(self, points: Sequence[SweepPoint]) -> None:
         """Requests that come from now on are answered under these points."""

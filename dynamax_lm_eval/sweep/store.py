@@ -11,6 +11,7 @@ from typing import Any
 from dynamax_lm_eval.compute.ledger import ComputeRecord
 from dynamax_lm_eval.config import UserError, changed_settings
 from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.harness import identity_of_answers
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ResponseStore:
             UserError: it holds responses of another identity.
         """
         self._responses: dict[str, Response] = {}
-        identity = json.loads(json.dumps(identity, sort_keys=True, default=str))
+        identity = identity_of_answers(identity)
         lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval.backbones import aliases, loading
-from dynamax_lm_eval.backbones.fingerprint import files_fingerprint, model_fingerprint
+from dynamax_lm_eval.backbones.fingerprint import files_fingerprints, model_fingerprints
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.selfcheck import checked_engine, engine_without_weights
 from dynamax_lm_eval.exits import checkpoint
@@ -46,6 +46,8 @@ class FrozenBackbone:
     identity: BackboneIdentity
     activation: str
     dtype: str
+    #: Fingerprints that earlier versions made of its weights.
+    former: tuple[str, ...] = ()
 
 
 def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
@@ -243,6 +245,7 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
     tokenizer.model_max_length = int(1e30)
     engine = checked_engine(model, ExitPolicy(int(config.get_text_config().num_hidden_layers)), options.seq_len)
     text = config.get_text_config()
+    fingerprints = files_fingerprints(source, shared) or model_fingerprints(model)
     return FrozenBackbone(
         engine=engine,
         tokenizer=tokenizer,
@@ -252,10 +255,11 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
             model_type=config.model_type,
             hidden_size=int(text.hidden_size),
             num_layers=int(text.num_hidden_layers),
-            fingerprint=files_fingerprint(source, shared) or model_fingerprint(model),
+            fingerprint=fingerprints.current,
         ),
         activation=str(getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"),
         dtype=str(dtype).removeprefix("torch."),
+        former=fingerprints.former,
     )
 
 
