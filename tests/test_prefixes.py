@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import LAYERS, random_ids, tiny_model
-from test_engine import FULL, engine_for, separated_policy
+from reference import reference_generate
+from test_engine import FULL, engine_for, separated_policy, with_modes
 from test_exits import classifier_policy, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
@@ -198,6 +199,26 @@ def test_prefixes_whose_tokens_leave_and_come_back_for_the_last_block(run: Any, 
     shared, runs = run(engine, policy, 4)
     assert_same(shared, apart)
     assert runs
+
+
+@pytest.mark.parametrize(("pruned", "final_block"), [((6,), False), ((6,), True), ((1,), False), ((3, 4, 6), False)])
+@with_modes("llama", "phi3", "mamba2")
+def test_prefixes_whose_tokens_leave_before_pruned_blocks(
+    family: str, mode: Any, pruned: tuple[int, ...], final_block: bool
+) -> None:
+    """Alone, in one batch, and by the reference, with blocks pruned that states of a shared beginning are owed to."""
+    changes: dict[str, Any] = {"state_mode": mode, "final_block": final_block, "pruned_blocks": frozenset(pruned)}
+    policy = ExitPolicy(LAYERS, (2,), (0.5,), exit_scope="all", **changes)
+    policy = separated_policy(tiny_model(family), policy, PROMPTS[0], 0.2)
+    engine = engine_for(family, torch.float64)
+    for run in (run_generations, run_scorings):
+        apart, _ = run(engine, policy, 1, False)
+        shared, runs = run(engine, policy, 4)
+        assert_same(shared, apart)
+        assert min(layer for ran in runs for layer in ran.trace.exit_layers) < LAYERS, "a shared token left"
+    found = run_generations(engine, policy, 4)[0][0]
+    tokens, row = reference_generate(tiny_model(family, torch.float64), policy, PROMPTS[0], 6)
+    assert (found.tokens, list(found.trace.exit_layers)) == (tokens, row.layers[1:])
 
 
 @pytest.mark.parametrize("room", [0, 25, 35])
