@@ -372,7 +372,7 @@ class TransformerPass(ForwardPass):
             self._layout.positions[tokens],
             hidden_places,
             self._backbone.device,
-            self._states.spacing_of(self._layout.slots),
+            self._states.spacing,
         )
         self._flight = _Flight(tokens, epoch, places, positions, rotary, plan)
         return self._flight
