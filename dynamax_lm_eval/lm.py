@@ -338,7 +338,8 @@ class DynamaxLM(HFLM):
             self.answer_generations(settings, finished, disable_tqdm or self.pacing.in_blocks)
             return found
 
-        self.pacing.run([_document(request) for request in requests], self.policy, answer, disable_tqdm)
+        self._check_followed()
+        self.pacing.run(_documents(requests), self.policy, answer, disable_tqdm)
         self.response_ledger.keep("generate_until", zip((r.args for r in requests), records, strict=True))
         return texts
 
@@ -384,9 +385,13 @@ class DynamaxLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
-        self._documents = [_document(request) for request in requests]
-        with _naming_document(requests):
-            answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._check_followed()
+        self._documents = _documents(requests)
+        try:
+            with _naming_document(requests):
+                answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._documents = []
         return answers
 
     def _loglikelihood_tokens(
@@ -412,7 +417,10 @@ class DynamaxLM(HFLM):
 
             pairs = [requests[index][1:] for _, index in asked]
             hidden = disable_tqdm or self.pacing.in_blocks
-            self.answer_scorings([policy for policy, _ in asked], pairs, finished, hidden)
+            try:
+                self.answer_scorings([policy for policy, _ in asked], pairs, finished, hidden)
+            except NotFiniteError as error:
+                raise NotFiniteError(asked[error.index][1]) from error
             return found
 
         # Called directly, requests say nothing of documents: each is one.
@@ -463,7 +471,8 @@ class DynamaxLM(HFLM):
             self._answer_rolling([(policy, requests[index]) for policy, index in asked], finished, hidden)
             return found
 
-        self.pacing.run([_document(request) for request in requests], self.policy, answer, disable_tqdm)
+        self._check_followed()
+        self.pacing.run(_documents(requests), self.policy, answer, disable_tqdm)
         self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
         return values
 
@@ -584,6 +593,11 @@ class DynamaxLM(HFLM):
             )
         return whole[:-1], len(whole) - len(continuation)
 
+    def _check_followed(self) -> None:
+        """Raises UserError where the harness asks and knows nothing of what certificates and budgets need."""
+        argument = "a certificate" if self.certified is not None else "a budget" if self.pacing.has_budget else None
+        harness.check_followed(self.response_ledger, argument)
+
     def _ran(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
         record = self.engine.account(trace, policy)
         self.response_ledger.physical.add_row(record)
@@ -669,9 +683,13 @@ class Progress:
         self._bar.update(1)
 
 
-def _document(request: Any) -> tuple[str, Any]:
-    """Task and document of a request of the harness."""
-    return str(request.task_name), request.doc_id
+def _documents(requests: Sequence[Any]) -> list[tuple[str, Any]]:
+    """Task and document of each request; one that was made by hand, and says nothing of them, is its own document."""
+    found = []
+    for place, request in enumerate(requests):
+        task, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+        found.append(("" if task is None else str(task), f"request {place}" if document is None else document))
+    return found
 
 
 @contextmanager
@@ -693,9 +711,10 @@ def _naming_document(requests: Sequence[Any], owner: Sequence[int] | None = None
         yield
     except NotFiniteError as error:
         request = requests[error.index if owner is None else owner[error.index]]
+        ((task, document),) = _documents([request])
+        where = f"document {document} of task {task!r}" if task else f"the request {str(request.args[0])[:60]!r}"
         raise UserError(
-            f"the model computed logits that are not finite for document {request.doc_id} of task "
-            f"{request.task_name!r}; try dtype=float32, or check the weights"
+            f"the model computed logits that are not finite for {where}; try dtype=float32, or check the weights"
         ) from error
 
 
