@@ -10,10 +10,13 @@ Knows the harness's instances, caches and result layout; knows nothing of models
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from types import CellType, FrameType
 from typing import Any
 
 import lm_eval.evaluator
@@ -56,6 +59,8 @@ class ResponseLedger:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.fed_tokens = 0
         self.physical = Physical()
+        #: An evaluation is under way that will read the records.
+        self.is_followed = False
 
     def start_run(self) -> None:
         """Forgets the records of an earlier evaluation."""
@@ -132,14 +137,55 @@ def identity_of_answers(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def install() -> None:
-    """Wraps ``lm_eval.evaluator.evaluate`` so that results of our model carry compute. Idempotent."""
+    """Wraps ``lm_eval.evaluator.evaluate`` so that results of our model carry compute. Idempotent.
+
+    The harness decorates its function. What the decorator calls is replaced, so that names which were bound to
+    ``evaluate`` before (``from lm_eval import evaluate``) lead here as well.
+    """
     _share_log()
-    original = lm_eval.evaluator.evaluate
+    cell = _decorated(lm_eval.evaluator.evaluate)
+    original = lm_eval.evaluator.evaluate if cell is None else cell.cell_contents
     if getattr(original, "_dynamax_wrapped", False):
         return
     wrapped = _wrap(original)
     wrapped._dynamax_wrapped = True  # type: ignore[attr-defined]
-    lm_eval.evaluator.evaluate = wrapped
+    if cell is None:  # a release without the decorator; check_followed tells where an earlier name is called
+        lm_eval.evaluator.evaluate = wrapped
+    else:
+        cell.cell_contents = wrapped
+
+
+def _decorated(function: Any) -> CellType | None:
+    """Where the innermost decorator of a function keeps what it calls."""
+    found = None
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        for cell in function.__closure__ or ():
+            if cell.cell_contents is inner or getattr(cell.cell_contents, "_dynamax_wrapped", False):
+                found = cell
+        function = inner
+    return found
+
+
+def check_followed(ledger: ResponseLedger, needed_by: str | None) -> None:
+    """Notices that the harness evaluates a model without having passed through :func:`install`'s wrapper.
+
+    Models that are called directly are not meant. ``needed_by``: what of the model's arguments cannot do without.
+
+    Raises:
+        UserError: there is such an argument; otherwise a warning is logged.
+    """
+    if ledger.is_followed:
+        return
+    theirs = inspect.unwrap(lm_eval.evaluator.evaluate).__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not theirs:
+        frame = frame.f_back
+    if frame is None:
+        return
+    remedy = "import dynamax_lm_eval.lm before lm_eval.evaluate is bound to a name, or call lm_eval.simple_evaluate"
+    if needed_by is not None:
+        raise UserError(f"{needed_by} cannot be checked: evaluate was called past dynamax-lm-eval; {remedy}")
+    logger.warning("The results will have no compute: evaluate was called past dynamax-lm-eval; %s", remedy)
 
 
 def _share_log() -> None:
@@ -152,24 +198,29 @@ def _share_log() -> None:
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def evaluate(*args: Any, **kwargs: Any) -> Any:
-        lm = kwargs["lm"] if "lm" in kwargs else args[0]
+        given = signature.bind(*args, **kwargs).arguments
+        lm, task_dict = given["lm"], given["task_dict"]
         ledger = getattr(lm, "response_ledger", None)
         if not isinstance(ledger, ResponseLedger):
             return original(*args, **kwargs)
-        task_dict = kwargs["task_dict"] if "task_dict" in kwargs else args[1]
-        _announce(lm, dict(_tasks(task_dict)), kwargs)
+        _announce(lm, dict(_tasks(task_dict)), given)
         ledger.start_run()
+        ledger.is_followed = True
         try:
             results = original(*args, **kwargs)
         except Exception as error:
             # Tells errors of a running evaluation from errors in what the user asked for.
             error.raised_while_evaluating = True  # type: ignore[attr-defined]
             raise
+        finally:
+            ledger.is_followed = False
         gathered = lm.gather_object(
             (
-                _records_by_document(task_dict, ledger, kwargs.get("samples")),
+                _records_by_document(task_dict, ledger, given.get("samples")),
                 dict(ledger.seconds),
                 ledger.fed_tokens,
                 ledger.physical,

@@ -406,7 +406,8 @@ class DynamaxLM(HFLM):
             self.answer_generations(settings, finished, disable_tqdm or self.pacing.in_blocks)
             return found
 
-        self.pacing.run([_document(request) for request in requests], self.policy, answer, disable_tqdm)
+        self._check_followed()
+        self.pacing.run(_documents(requests), self.policy, answer, disable_tqdm)
         self.response_ledger.keep("generate_until", zip((r.args for r in requests), records, strict=True))
         return texts
 
@@ -455,15 +456,19 @@ class DynamaxLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
+        self._check_followed()
         if self.enable_thinking:
-            tasks = sorted({str(request.task_name) for request in requests})
+            tasks = sorted({task for task, _ in _documents(requests)})
             raise UserError(f"enable_thinking=true is for generations only, and {', '.join(tasks)} asks for scores")
         encoded = []
         for request in tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm):
             with _of_document(_document(request)):
                 encoded.append((request.args, *self._encode(*request.args)))
-        self._documents = [_document(request) for request in requests]
-        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+        self._documents = _documents(requests)
+        try:
+            return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+        finally:
+            self._documents = []
 
     def _encode(self, context: str, continuation: str) -> TokenPair:
         """Token ids of a context and of its continuation, as the harness splits them.
@@ -556,7 +561,7 @@ class DynamaxLM(HFLM):
     def _documents_of(self, requests: Sequence[Any]) -> list[Document]:
         """Task and document of each request whose tokens are scored now."""
         # Called directly, requests say nothing of documents: each is one.
-        documents, self._documents = self._documents or [("", i) for i in range(len(requests))], []
+        documents, self._documents = self._documents or [("", f"request {i}") for i in range(len(requests))], []
         assert len(documents) == len(requests)
         return documents
 
@@ -602,7 +607,8 @@ class DynamaxLM(HFLM):
             self._answer_rolling([(policy, requests[index]) for policy, index in asked], finished, hidden)
             return found
 
-        self.pacing.run([_document(request) for request in requests], self.policy, answer, disable_tqdm)
+        self._check_followed()
+        self.pacing.run(_documents(requests), self.policy, answer, disable_tqdm)
         self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
         return values
 
@@ -735,6 +741,11 @@ class DynamaxLM(HFLM):
             )
         return whole[:-1], len(whole) - len(continuation)
 
+    def _check_followed(self) -> None:
+        """Raises UserError where the harness asks and knows nothing of what certificates and budgets need."""
+        argument = "a certificate" if self.certified is not None else "a budget" if self.pacing.has_budget else None
+        harness.check_followed(self.response_ledger, argument)
+
     def _ran(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
         record = self.engine.account(trace, policy)
         self.response_ledger.physical.add_row(record)
@@ -820,9 +831,21 @@ class Progress:
         self._bar.update(1)
 
 
-def _document(request: Any) -> Document:
-    """Task and document of a request of the harness."""
-    return str(request.task_name), request.doc_id
+def _document(request: Any, place: int = 0) -> Document:
+    """Task and document of a request; one that was made by hand, and says nothing of them, is its own document."""
+    task, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+    return "" if task is None else str(task), f"request {place}" if document is None else document
+
+
+def _documents(requests: Sequence[Any]) -> list[Document]:
+    """Task and document of each request."""
+    return [_document(request, place) for place, request in enumerate(requests)]
+
+
+def _named(document: Document) -> str:
+    """A document in words."""
+    task, doc_id = document
+    return f"document {doc_id} of task {task!r}" if task else str(doc_id)
 
 
 @contextmanager
@@ -831,16 +854,14 @@ def _of_document(document: Document) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        task, doc_id = document
-        if not task:
+        if not document[0]:
             raise
-        raise UserError(f"document {doc_id} of task {task!r}: {error}") from error
+        raise UserError(f"{_named(document)}: {error}") from error
 
 
 def _naming_document(error: RequestError, document: Document) -> UserError:
     """An error of one computation as one that names its document."""
-    task, doc_id = document
-    where = f"for document {doc_id} of task {task!r}"
+    where = f"for {_named(document)}"
     if isinstance(error, NotFiniteError):
         return UserError(
             f"the model computed {error.what} that are not finite {where}; try dtype=float32, or check the weights"

@@ -45,7 +45,8 @@ class GenerationJob:
         self._lm = lm
         self.args = request.args
         #: What the request is, for seeding: equal documents at different places are different requests.
-        self.key = json.dumps([request.task_name, request.doc_id, request.idx, request.args], default=str)
+        place = [getattr(request, name, None) for name in ("task_name", "doc_id", "idx")]  # none if made by hand
+        self.key = json.dumps([*place, request.args], default=str)
         context, gen_kwargs = request.args
         # A deep copy: `until` must not be changed in place, it is part of the cache's key.
         try:

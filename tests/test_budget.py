@@ -8,6 +8,7 @@ from typing import Any
 import lm_eval
 import numpy as np
 import pytest
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from test_lm import TASKS
 from test_trained_exits import save_exits
@@ -148,6 +149,24 @@ def test_each_block_runs_at_its_threshold(model_folder: Path, exits_folder: Path
         assert alone is not None
         ours = [sample["resps"] for sample in results["samples"]["tiny_generate"] if sample["doc_id"] in chosen]
         assert ours == [sample["resps"] for sample in alone["samples"]["tiny_generate"]]
+
+
+def test_requests_made_by_hand_are_documents_of_their_own(model_folder: Path, exits_folder: Path) -> None:
+    lm = DynamaxLM(
+        backbone=str(model_folder), exits=str(exits_folder), device="cpu", target_reduction=1.1, classifier="calm"
+    )
+    lm.generate_until(
+        [Instance("generate_until", {}, (f"The {i}", {"until": [], "max_gen_toks": 8}), 0) for i in range(7)]
+    )
+    (trajectory,) = lm.get_model_info()["dynamax"]["budget"]["trajectory"].values()
+    assert sum(block["documents"] for block in trajectory) == 7
+    assert len(trajectory) > 1
+    # An error names the request of the whole call, not of its block.
+    texts = [f"The quick {'river' if i == 5 else 'fox'}" for i in range(7)]
+    poisoned = set(lm.tokenizer.encode(texts[5])) - set(lm.tokenizer.encode(texts[0] + " brown is on a"))
+    lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
+    with pytest.raises(UserError, match="not finite for the request 'The quick river'"):
+        lm.loglikelihood([Instance("loglikelihood", {}, (text, " brown fox"), 0) for text in texts])
 
 
 def test_latency_budget_runs_and_says_that_it_is_of_this_machine(model_folder: Path, exits_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -240,6 +241,22 @@ def test_documents_of_the_calibration_are_refused(
         run(model_folder, exits_folder, str(kept), classifier="calm")
     with pytest.raises(UserError, match="chosen on"):  # whatever else is allowed
         run(model_folder, exits_folder, str(kept), classifier="calm", certificate_any_task=True)
+
+
+def test_documents_given_by_position_are_those_that_are_checked(
+    made: tuple[Path, Certificate, Path], model_folder: Path, exits_folder: Path
+) -> None:
+    folder, _, kept = made
+    lm = DynamaxLM(
+        backbone=str(model_folder), exits=str(exits_folder), threshold=str(kept), device="cpu", classifier="calm"
+    )
+    tasks = TaskManager(include_path=str(TASKS), include_defaults=False).load(["tiny_generate"])
+    lm_eval.evaluate(lm, tasks, None, json.loads((folder / TEST_SAMPLES_NAME).read_text()))
+    assert lm.get_model_info()["dynamax"]["certificate"]["guarantee"] == {"tiny_generate": True}
+    with pytest.raises(UserError, match="chosen on"):
+        lm_eval.evaluate(lm, tasks)
+    with pytest.raises(UserError, match="a certificate cannot be checked"):
+        inspect.unwrap(lm_eval.evaluator.evaluate)(lm, tasks)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone, attention, make_backbone
 from dynamax_lm_eval.backbones.lean import LeanBlock
+from dynamax_lm_eval.backbones.owed import OwedStates
 from dynamax_lm_eval.backbones.transformer import TransformerPass
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
@@ -163,10 +164,17 @@ def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, s
     assert exited > 0
 
 
+#: The first block, one in the middle, those right behind an exit, and the last one: with exits at 2 and 5.
+PRUNED = ((1, 4), (1,), (3,), (6,), (3, 4, 6))
+
+
+@pytest.mark.parametrize("pruned", PRUNED)
 @with_modes("llama", "mistral", "phi3", *MAMBAS)
-def test_prompts_that_exit_and_pruned_blocks_follow_the_reference(family: str, mode: Any) -> None:
+def test_prompts_that_exit_and_pruned_blocks_follow_the_reference(
+    family: str, mode: Any, pruned: tuple[int, ...]
+) -> None:
     model = tiny_model(family)
-    policy = ExitPolicy(LAYERS, (2, 5), (0.5, 0.5), state_mode=mode, exit_scope="all", pruned_blocks=frozenset({1, 4}))
+    policy = ExitPolicy(LAYERS, (2, 5), (0.5, 0.5), state_mode=mode, exit_scope="all", pruned_blocks=frozenset(pruned))
     policy = separated_policy(model, policy, PROMPTS[0])
     expected = [reference_generate(model, policy, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
     assert is_separated(*(row for _, row in expected))
@@ -499,3 +507,25 @@ def test_states_are_recomputed_only_where_a_later_token_needs_them(scope: Any, m
         needed = [p for p, layer in enumerate(layers) if layer < block and (p < last or (last < prompt and p < prompt))]
         assert recomputed[block] == len(needed)
     assert 0 < sum(recomputed) <= sum(LAYERS - layer for layer in layers)
+
+
+@pytest.mark.parametrize("changes", [{"pruned_blocks": frozenset({6})}, {"final_block": True}])
+def test_nothing_stays_owed_to_blocks_that_are_given_nothing(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that left are forgotten once the last block that gets their states has them, while their row goes on."""
+    policy = ExitPolicy(LAYERS, (2,), (0.0,), confidence="state", exit_scope="all", **changes)
+    owing: list[int] = []
+    add = OwedStates.add
+
+    def count(owed: OwedStates, *given: Any) -> None:
+        add(owed, *given)
+        owing.append(len(owed))
+
+    monkeypatch.setattr(OwedStates, "add", count)
+    # Position 0 goes on, so the prompt's states are needed at once; those of generated tokens, which all leave, never.
+    run_generate(engine_for("llama"), [policy], PROMPTS[:1], 1)
+    assert owing == [len(PROMPTS[0]) - 1, *range(1, NEW_TOKENS)]
+    owing.clear()
+    run_generate(engine_for("llama"), [replace(policy, exit_layers=(5,))], PROMPTS[:1], 1)
+    assert owing == []

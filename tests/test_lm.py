@@ -8,6 +8,7 @@ import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -405,6 +406,54 @@ class TestArguments:
         ):
             with pytest.raises(UserError, match="not finite for document 1 of task 't'"):
                 getattr(lm, method)(requests, disable_tqdm=True)
+
+    def test_requests_made_by_hand_are_answered(self, model_folder: Path) -> None:
+        """They say nothing of tasks and documents, and may be no instances of the harness; HFLM asks for ``args``."""
+        contexts = ["The quick", "Paris is", "", "nobody knows where"]
+        asked = {
+            "loglikelihood": [(context, " brown fox") for context in contexts],
+            "loglikelihood_rolling": [(context,) for context in contexts],
+            "generate_until": [(context or "a", {"until": ["\n"], "max_gen_toks": 5}) for context in contexts],
+        }
+        hf = HFLM(str(model_folder), device="cpu", batch_size=1)
+        for lm in (dynamax(model_folder), dynamax(model_folder, batch_size=1, prefix_caching=False)):
+            for kind, arguments in asked.items():
+                bare = [SimpleNamespace(args=args) for args in arguments]
+                instances = [Instance(kind, {}, args, 0) for args in arguments]  # type: ignore[arg-type]
+                mixed = [*bare[:2], Instance(kind, {}, arguments[2], 2, ("t", 5, 1)), *instances[3:]]  # type: ignore[arg-type]
+                expected = getattr(hf, kind)(instances, disable_tqdm=True)
+                for requests in (bare, instances, mixed):
+                    found = getattr(lm, kind)(requests, disable_tqdm=True)
+                    if kind == "loglikelihood":
+                        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+                        found, expected_values = [score for score, _ in found], [score for score, _ in expected]
+                    else:
+                        expected_values = expected
+                    assert found == (expected if kind == "generate_until" else pytest.approx(expected_values, abs=1e-4))
+                assert getattr(lm, kind)([], disable_tqdm=True) == []
+
+    def test_calls_after_one_that_failed(self, model_folder: Path) -> None:
+        lm = dynamax(model_folder, logits_cache=False, **EXITS)
+        pairs = [Instance("loglikelihood", {}, (text, " is"), i, ("t", i, 1)) for i, text in enumerate("abc")]
+        generations = generation_requests(["The quick", "Paris"])
+        expected = lm.loglikelihood(pairs), lm.generate_until(generations), lm.loglikelihood(pairs[:1])
+        lengths = []
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            lengths.append(len(args[0]))
+            if len(lengths) > 2:
+                raise KeyboardInterrupt
+            return forward(*args, **kwargs)
+
+        forward, lm.engine.forward = lm.engine.forward, fail  # type: ignore[method-assign]
+        for call in (lambda: lm.generate_until(generations), lambda: lm.loglikelihood(pairs)):
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        lm.engine.forward = forward  # type: ignore[method-assign]
+        with pytest.raises(UserError, match="empty continuation"):
+            lm.loglikelihood([*pairs, SimpleNamespace(args=("a", ""))])
+        assert lm._loglikelihood_tokens([(("a", " is"), [5], [6])], disable_tqdm=True)
+        assert (lm.loglikelihood(pairs), lm.generate_until(generations), lm.loglikelihood(pairs[:1])) == expected
 
     def test_names_the_result_folder_after_the_backbone(self, model_folder: Path) -> None:
         args = {"backbone": str(model_folder), "threshold": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import LAYERS, random_ids, tiny_model
-from test_engine import FULL, engine_for, separated_policy
+from reference import reference_generate
+from test_engine import FULL, engine_for, separated_policy, with_modes
 from test_exits import classifier_policy, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.compute.ledger import Physical, account
 from dynamax_lm_eval.engine import prefixes
-from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.prefixes import PrefixPlan, PrefixRun, find_prefixes
+from dynamax_lm_eval.engine.engine import Engine, RowStates
+from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixPlan, PrefixRun, find_prefixes
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scheduler import (
     Generation,
@@ -87,8 +89,6 @@ class TestFinding:
         outer = next(prefix for prefix in plan.all if len(prefix.ids) == 20)
         assert outer.ids == PREAMBLE
         assert [prefix.parent for prefix in plan.all if len(prefix.ids) in (29, 32)] == [outer, outer]
-        # Two longer prefixes and the two prompts that add one token.
-        assert outer.users == 4
         assert plan.prefix_of[-1] is None
 
     def test_what_is_found_is_what_the_prompts_begin_with(self) -> None:
@@ -110,9 +110,10 @@ class TestFinding:
             while prefix is not None:
                 assert prompt[: len(prefix.ids)] == prefix.ids
                 prefix = prefix.parent
-        users = sum(prefix.users for prefix in plan.all)
-        children = sum(prefix.parent is not None for prefix in plan.all)
-        assert users == children + sum(prefix is not None for prefix in plan.prefix_of)
+        for prefix in plan.all:
+            inside = {i for i, prompt in enumerate(prompts) if prompt[:-1][: prefix.length] == prefix.ids}
+            assert set(plan.order[prefix.end - len(inside) : prefix.end]) == inside
+            assert prefix.depth == (0 if prefix.parent is None else prefix.parent.depth + 1)
 
     def test_requests_with_a_common_prefix_stand_side_by_side(self) -> None:
         plan = plan_of(PROMPTS)
@@ -200,15 +201,121 @@ def test_prefixes_whose_tokens_leave_and_come_back_for_the_last_block(run: Any, 
     assert runs
 
 
-@pytest.mark.parametrize("room", [0, 25, 35])
+@pytest.mark.parametrize(("pruned", "final_block"), [((6,), False), ((6,), True), ((1,), False), ((3, 4, 6), False)])
+@with_modes("llama", "phi3", "mamba2")
+def test_prefixes_whose_tokens_leave_before_pruned_blocks(
+    family: str, mode: Any, pruned: tuple[int, ...], final_block: bool
+) -> None:
+    """Alone, in one batch, and by the reference, with blocks pruned that states of a shared beginning are owed to."""
+    changes: dict[str, Any] = {"state_mode": mode, "final_block": final_block, "pruned_blocks": frozenset(pruned)}
+    policy = ExitPolicy(LAYERS, (2,), (0.5,), exit_scope="all", **changes)
+    policy = separated_policy(tiny_model(family), policy, PROMPTS[0], 0.2)
+    engine = engine_for(family, torch.float64)
+    for run in (run_generations, run_scorings):
+        apart, _ = run(engine, policy, 1, False)
+        shared, runs = run(engine, policy, 4)
+        assert_same(shared, apart)
+        assert min(layer for ran in runs for layer in ran.trace.exit_layers) < LAYERS, "a shared token left"
+    found = run_generations(engine, policy, 4)[0][0]
+    tokens, row = reference_generate(tiny_model(family, torch.float64), policy, PROMPTS[0], 6)
+    assert (found.tokens, list(found.trace.exit_layers)) == (tokens, row.layers[1:])
+
+
+@pytest.mark.parametrize("max_rows", [1, 3])
 @pytest.mark.parametrize("run", [run_generations, run_scorings])
-def test_prefixes_without_room_are_given_up(monkeypatch: pytest.MonkeyPatch, run: Any, room: int) -> None:
+def test_prefixes_without_room_run_again(monkeypatch: pytest.MonkeyPatch, run: Any, max_rows: int) -> None:
     engine = engine_for("llama")
-    apart, _ = run(engine, FULL, 3, False)
-    monkeypatch.setattr(PrefixPlan, "room", lambda *_: room)
-    shared, runs = run(engine, FULL, 3)
-    assert_same(shared, apart)
-    assert len(runs) < 4
+    apart, _ = run(engine, FULL, max_rows, False)
+    times = []
+    for room in (32, 29, 20, 0):
+        monkeypatch.setattr(PrefixPlan, "room", room)
+        shared, runs = run(engine, FULL, max_rows)
+        assert_same(shared, apart)
+        times.append(len(runs))
+    assert times[0] == 4
+    assert times == sorted(times)
+    assert times[-1] > 4
+
+
+def growing(count: int, step: int) -> list[list[int]]:
+    """Prompts that each extend the one before, as the turns of a conversation do."""
+    text = random_ids(7 + step * count, 5)
+    return [text[: 7 + step * n] for n in range(1, count + 1)]
+
+
+def branching(depth: int) -> list[list[int]]:
+    """A chain of preambles; with each of them go two short questions, as well as the longer preambles."""
+    chain = growing(depth, 3)
+    return [[*preamble, *random_ids(2, 7 * n + k)] for n, preamble in enumerate(chain) for k in range(2)]
+
+
+TREES: dict[str, list[list[int]]] = {
+    "chain-20": growing(20, 3),
+    "chain-300": growing(300, 1),
+    "branching-20": branching(20),
+    "flat": [[*PREAMBLE, *random_ids(n % 5 + 1, 200 + n)] for n in range(30)],
+    "bushy": [PREAMBLE[:8] + random_ids(4, n) + random_ids(5, n + k) for n in range(9) for k in (20, 30, 40)],
+}
+
+
+class TestMemory:
+    """What is kept for later rows takes at most a share of the room of the rows, however deep prefixes nest."""
+
+    @pytest.fixture
+    def most(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+        """Room that was reserved, and how many prefixes were kept at a time."""
+        seen = {"rows": 0, "kept": 0, "at a time": 0}
+        make, keep = Engine.new_states, RowStates.keep
+        open_now: set[int] = set()
+
+        def new_states(engine: Engine, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> Any:
+            seen.update({"rows": capacity, "kept": prefix_capacity})
+            open_now.clear()
+            return make(engine, capacity, prefix_capacity, spacing)
+
+        def kept(states: RowStates, slot: int, num_tokens: int) -> bool:
+            open_now.add(num_tokens)
+            seen["at a time"] = max(seen["at a time"], len(open_now))
+            return keep(states, slot, num_tokens)
+
+        forget = RowStates.forget
+        monkeypatch.setattr(Engine, "new_states", new_states)
+        monkeypatch.setattr(RowStates, "keep", kept)
+        monkeypatch.setattr(
+            RowStates,
+            "forget",
+            lambda states, n: (open_now.remove(n), forget(states, n)),  # type: ignore[func-returns-value]
+        )
+        return seen
+
+    @pytest.mark.parametrize("family", ["llama", "mamba2"])
+    @pytest.mark.parametrize("tree", [*TREES, pytest.param("chain-2000", marks=pytest.mark.slow)])
+    def test_is_bounded(self, most: dict[str, int], tree: str, family: str) -> None:
+        prompts = TREES[tree] if tree in TREES else growing(2000, 1)
+        is_long = len(prompts) > 100
+        if is_long and family != "llama":
+            pytest.skip("slow, and shows nothing more")
+        engine = engine_for(family, torch.float64)
+        for max_rows in (4,) if is_long else (1, 4):
+            found: dict[int, Generation] = {}
+            requests = [GenerationRequest(prompt, 2, FULL, Sampler(), lambda _: False) for prompt in prompts]
+            runs = generate(engine, requests, max_rows, found.__setitem__)
+            assert most["kept"] <= (ROOM_SHARE if max_rows > 1 else 1) * most["rows"]
+            assert most["at a time"] <= math.log2(len(prompts)) + 1
+            checked = requests[:: len(requests) // 20]
+            expected: dict[int, Generation] = {}
+            generate(engine, checked, 32, expected.__setitem__, False)
+            apart = [expected[i] for i in range(len(checked))]
+            assert_same([found[i] for i in range(len(prompts))][:: len(requests) // 20], apart)
+            # Every token of the trie's inner nodes ran once.
+            assert sum(ran.trace.fed_tokens for ran in runs) == sum(len(p.ids) for p in plan_of(prompts).all)
+
+    def test_of_very_long_chains_needs_no_recursion(self) -> None:
+        plan = plan_of(growing(2000, 1))
+        assert len(plan.all) == 1999
+        assert plan.room == 7 + 1998
+        assert plan.all[-1].depth == 1998
+        assert plan.order == [*range(1998), 1999, 1998]
 
 
 @pytest.mark.parametrize("run", [run_generations, run_scorings])

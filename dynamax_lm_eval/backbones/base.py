@@ -78,16 +78,28 @@ class States(ABC):
         """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
 
     @abstractmethod
-    def open_prefix(self, capacity: int) -> int | None:
-        """The same for tokens that rows will begin with; takes no room from the rows."""
-
-    @abstractmethod
     def close_row(self, slot: int) -> None:
-        """Gives the room of a row or prefix back."""
+        """Gives the room of a row back."""
 
     @abstractmethod
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         """Gives a new row the states of another, which has seen ``num_tokens`` tokens."""
+
+    @abstractmethod
+    def keep(self, slot: int, num_tokens: int) -> bool:
+        """Keeps the states of a row, which has seen ``num_tokens`` tokens, for later rows that begin with them.
+
+        All that is kept at a time are beginnings of one another, known by their lengths. False where there is no
+        room for it; rows lose none.
+        """
+
+    @abstractmethod
+    def give(self, num_tokens: int, slot: int) -> None:
+        """Gives a new row the states that are kept of so many tokens."""
+
+    @abstractmethod
+    def forget(self, num_tokens: int) -> None:
+        """Keeps the states of so many tokens no longer."""
 
 
 class ForwardPass(ABC):
@@ -151,7 +163,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> States:
-        """Room for rows of ``capacity`` tokens in all, and for prefixes of ``prefix_capacity``.
+        """Room for rows of ``capacity`` tokens in all, and beside them to keep states of ``prefix_capacity``.
 
         ``spacing``: every row gets so many tokens, so that rows that decode together can be addressed as one.
         """

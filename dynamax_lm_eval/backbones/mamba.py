@@ -132,6 +132,7 @@ class MambaStates(States):
         self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
         self._free: list[int] = []
         self._num_lines = 0
+        self._kept: dict[int, int] = {}  # tokens -> line
 
     def open_row(self, capacity: int) -> int | None:
         """A line in every table: states do not grow with the row, so there is always room."""
@@ -141,15 +142,25 @@ class MambaStates(States):
             table.clear(line)
         return line
 
-    def open_prefix(self, capacity: int) -> int | None:
-        return self.open_row(capacity)
-
     def close_row(self, slot: int) -> None:
         self._free.append(slot)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         for table in self._tables:
             table.copy(source, slot)
+
+    def keep(self, slot: int, num_tokens: int) -> bool:
+        line = self.open_row(num_tokens)
+        assert line is not None
+        self.copy_row(slot, line, num_tokens)
+        self._kept[num_tokens] = line
+        return True
+
+    def give(self, num_tokens: int, slot: int) -> None:
+        self.copy_row(self._kept[num_tokens], slot, num_tokens)
+
+    def forget(self, num_tokens: int) -> None:
+        self.close_row(self._kept.pop(num_tokens))
 
     def table(self, block: int) -> StateTable:
         """The table of a block (1-based), with a line for every open row."""

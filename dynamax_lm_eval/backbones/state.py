@@ -8,7 +8,7 @@ Tokens of an arena: C; K/V heads: H_kv; head dim: P; lines of a table: R.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -53,10 +53,11 @@ class AttentionStates(States):
     """
 
     def __init__(self, num_layers: int, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> None:
-        """Rows have the first ``capacity`` places, ``spacing`` each; prefixes the ``prefix_capacity`` after them."""
+        """Rows have the first ``capacity`` places, ``spacing`` each; what is kept, ``prefix_capacity`` after them."""
         self.spacing = spacing
         self.num_layers = num_layers
-        self._first_of_prefixes = capacity
+        # Beginnings of one another are kept in the same places.
+        self._kept_at = capacity
         self.capacity = capacity + prefix_capacity
         self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
         self.values: list[Tensor | None] = [None] * (num_layers + 1)
@@ -65,24 +66,13 @@ class AttentionStates(States):
         self.runs_last: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
         self.owed = OwedStates()
         self._room = Room(capacity)
-        self._prefix_room = Room(prefix_capacity)
         self._lengths: dict[int, int] = {}
-
-    def spacing_of(self, slots: Sequence[int]) -> int | None:
-        """The distance at which these rows stand; None for prefixes, which stand where there is room."""
-        return self.spacing if max(slots, default=0) < self._first_of_prefixes else None
 
     def open_row(self, capacity: int) -> int | None:
         if self.spacing is not None:
             assert capacity <= self.spacing
             capacity = self.spacing
-        return self._open(self._room.take(capacity), capacity)
-
-    def open_prefix(self, capacity: int) -> int | None:
-        start = self._prefix_room.take(capacity)
-        return self._open(start if start is None else start + self._first_of_prefixes, capacity)
-
-    def _open(self, start: int | None, capacity: int) -> int | None:
+        start = self._room.take(capacity)
         if start is not None:
             self._lengths[start] = capacity
             self.layer_of[start : start + capacity] = self.num_layers
@@ -99,6 +89,18 @@ class AttentionStates(States):
                 with torch.inference_mode(arena.is_inference()):
                     arena[ours] = arena[theirs]
 
+    def keep(self, slot: int, num_tokens: int) -> bool:
+        if self._kept_at + num_tokens > self.capacity:
+            return False
+        self.copy_row(slot, self._kept_at, num_tokens)
+        return True
+
+    def give(self, num_tokens: int, slot: int) -> None:
+        self.copy_row(self._kept_at, slot, num_tokens)
+
+    def forget(self, num_tokens: int) -> None:
+        pass  # what is kept next takes its places
+
     def hidden_from(self, block: int) -> IntArray:
         """Places whose tokens left nothing for ``block``, in rising order."""
         hidden = self.layer_of < block
@@ -108,10 +110,7 @@ class AttentionStates(States):
 
     def close_row(self, slot: int) -> None:
         self.owed.close_row(slot)
-        if slot < self._first_of_prefixes:
-            self._room.give_back(slot, self._lengths.pop(slot))
-        else:
-            self._prefix_room.give_back(slot - self._first_of_prefixes, self._lengths.pop(slot))
+        self._room.give_back(slot, self._lengths.pop(slot))
 
     def write(self, block: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores K and V (T, H_kv, P) of one block at ``places`` (T,); returns its arenas (C, H_kv, P)."""

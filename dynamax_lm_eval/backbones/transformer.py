@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,14 @@ class TransformerPass(ForwardPass):
         # Exits of rows in skip mode: behind each of them the blocks see fewer tokens.
         self._skip_layers = layout.exit_layers if "skip" in layout.state_modes else ()
 
+    @cached_property
+    def _last_given(self) -> IntArray:
+        """(R,) the last block that is given states of a row's tokens that left; behind it none is owed anything."""
+        given = self._layout.runs_block.copy()
+        given[self._layout.final_block, -1] = False
+        last: IntArray = given.shape[1] - 1 - given[:, ::-1].argmax(axis=1)
+        return last
+
     @property
     def has_pending_states(self) -> bool:
         return self._eager and len(self._states.owed) > 0
@@ -260,8 +269,9 @@ class TransformerPass(ForwardPass):
         return lean(hidden, *angles, scatter.write, flight.plan)
 
     def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
-        owed = np.flatnonzero(modes == "recompute")
+        rows = self._layout.row_of[tokens]
+        modes = np.asarray(self._layout.state_modes)[rows]
+        owed = np.flatnonzero((modes == "recompute") & (self._last_given[rows] > layer))
         if len(owed):
             chosen = hidden[0] if len(owed) == len(tokens) else hidden[0].index_select(0, self._on_device(owed))
             self._states.owed.add(self._starts[tokens[owed]], self._layout.positions[tokens[owed]], chosen, layer)
@@ -285,17 +295,19 @@ class TransformerPass(ForwardPass):
         if due.hidden is None:
             return
         runs = self._layout.is_given_states(block, due.rows)
-        if runs.any():
-            key, value = self.project(block, due.hidden, due.rotary)
-            places = due.places
-            if not runs.all():
-                chosen = self._on_device(np.flatnonzero(runs))
-                key, value, places = key.index_select(0, chosen), value.index_select(0, chosen), places[chosen]
-            self._states.write(block, places, key, value)
-        # Rows that only come back for block L have not been through those before it, unless the pass is eager.
-        owed.done[due.tokens if self._eager else due.tokens[runs]] = block
-        if block == self._backbone.num_layers:
-            owed.forget_paid(block)
+        if not runs.any():
+            return
+        key, value = self.project(block, due.hidden, due.rotary)
+        places = due.places
+        if not runs.all():
+            chosen = self._on_device(np.flatnonzero(runs))
+            key, value, places = key.index_select(0, chosen), value.index_select(0, chosen), places[chosen]
+        self._states.write(block, places, key, value)
+        paid_off = runs & (self._last_given[due.rows] == block)
+        owed.done[due.tokens[runs]] = block
+        if paid_off.any():
+            owed.done[due.tokens[paid_off]] = self._backbone.num_layers
+            owed.forget_paid(self._backbone.num_layers)
 
     def project(self, block: int, hidden: Tensor, rotary: Angles) -> tuple[Tensor, Tensor]:
         """K and V (m, H_kv, P) that ``block`` would write for hidden states (1, m, D) at these angles."""
@@ -361,7 +373,7 @@ class TransformerPass(ForwardPass):
             self._layout.positions[tokens],
             hidden_places,
             self._backbone.device,
-            self._states.spacing_of(self._layout.slots),
+            self._states.spacing,
         )
         self._flight = _Flight(tokens, epoch, places, positions, rotary, plan)
         return self._flight

@@ -58,13 +58,7 @@ class RowStates:
 
     def open_row(self, capacity: int) -> int | None:
         """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
-        return self._open(self.backbone.open_row(capacity))
-
-    def open_prefix(self, capacity: int) -> int | None:
-        """The same for tokens that rows will begin with."""
-        return self._open(self.backbone.open_prefix(capacity))
-
-    def _open(self, slot: int | None) -> int | None:
+        slot = self.backbone.open_row(capacity)
         if slot is not None:
             self.classifiers.open_row(slot)
         return slot
@@ -74,8 +68,25 @@ class RowStates:
         self.backbone.copy_row(source, slot, num_tokens)
         self.classifiers.copy_row(source, slot)
 
+    def keep(self, slot: int, num_tokens: int) -> bool:
+        """Keeps the states of a row, which has seen ``num_tokens`` tokens, as :meth:`States.keep`."""
+        kept = self.backbone.keep(slot, num_tokens)
+        if kept:
+            self.classifiers.keep(slot, num_tokens)
+        return kept
+
+    def give(self, num_tokens: int, slot: int) -> None:
+        """Gives a new row the states that are kept of so many tokens."""
+        self.backbone.give(num_tokens, slot)
+        self.classifiers.give(num_tokens, slot)
+
+    def forget(self, num_tokens: int) -> None:
+        """Keeps the states of so many tokens no longer."""
+        self.backbone.forget(num_tokens)
+        self.classifiers.forget(num_tokens)
+
     def close_row(self, slot: int) -> None:
-        """Gives the room of a row or prefix back."""
+        """Gives the room of a row back."""
         self.backbone.close_row(slot)
         self.classifiers.close_row(slot)
 

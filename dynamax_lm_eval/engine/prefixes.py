@@ -2,6 +2,10 @@
 
 A few-shot preamble, a system prompt, or the context that a document's choices share is a prefix; prefixes nest.
 Rows stay independent of one another: what they begin with is their own copy.
+
+A prefix runs in the row of the first request that begins with it, and the others of the batch copy it from there, so
+states are kept beside the rows only where later requests need them. Those are always beginnings of the next request,
+which take no more room than the longest of them, however deep prefixes nest.
 """
 
 from __future__ import annotations
@@ -20,8 +24,7 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: A prefix is run on its own where that saves at least so many tokens; below, another pass costs more.
 MIN_SAVED_TOKENS = 64
-#: Room that is reserved for prefixes beside their longest chain, as a share of the rows': enough for the prefixes of a
-#: batch whose rows share theirs in pairs.
+#: States that are kept for later rows take at most this share of the room for two rows or more, and of one row all.
 ROOM_SHARE = 0.5
 
 
@@ -30,29 +33,25 @@ class Prefix:
     """A beginning that several requests share.
 
     Attributes:
-        ids: all of its tokens, those of ``parent`` included.
+        source: a prompt that begins with it.
+        length: its tokens, those of ``parent`` included.
         policy: what decides the states of its tokens.
         parent: the longest shorter prefix that it begins with.
-        users: requests and longer prefixes that have not yet taken their copy.
-        uses: how many took one.
-        slot: its row in the states, once it has run.
-        layers: of its tokens that may exit, the number of blocks that ran, once it has run.
-        given_up: there was no room for it; its users begin with ``parent``.
+        depth: how many prefixes it begins with.
+        end: the place in the plan's order behind the last request that begins with it.
     """
 
-    ids: Sequence[int]
+    source: Sequence[int]
+    length: int
     policy: ExitPolicy
-    parent: Prefix | None
-    users: int = 0
-    uses: int = 0
-    slot: int | None = None
-    layers: tuple[int, ...] = ()
-    given_up: bool = False
+    parent: Prefix | None = field(repr=False)
+    depth: int
+    end: int = 0
 
     @property
-    def depth(self) -> int:
-        """How many prefixes it begins with."""
-        return 0 if self.parent is None else self.parent.depth + 1
+    def ids(self) -> Sequence[int]:
+        """All of its tokens."""
+        return self.source[: self.length]
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class PrefixPlan:
 
     Attributes:
         prefix_of: each request's longest prefix, or None.
-        order: the requests, those with a common prefix side by side, the longest first.
+        order: the requests, those with a common prefix side by side, else the longest first.
+        all: the prefixes, parents first.
     """
 
     prefix_of: list[Prefix | None]
@@ -87,17 +87,13 @@ class PrefixPlan:
 
     def shared_tokens(self, request: int) -> int:
         """How many of a request's tokens a prefix runs for it."""
-        prefix = _not_given_up(self.prefix_of[request])
-        return 0 if prefix is None else len(prefix.ids)
+        prefix = self.prefix_of[request]
+        return 0 if prefix is None else prefix.length
 
-    def room(self, rows: int) -> int:
-        """Tokens to reserve for prefixes beside ``rows`` tokens for rows. Prefixes that find no room are given up."""
-        chains: dict[int, int] = {}
-        for prefix in self.all:  # parents come first
-            before = chains[id(prefix.parent)] if prefix.parent is not None else 0
-            chains[id(prefix)] = before + len(prefix.ids)
-        everything = sum(len(prefix.ids) for prefix in self.all)
-        return min(everything, int(ROOM_SHARE * rows) + max(chains.values(), default=0))
+    @property
+    def room(self) -> int:
+        """Tokens whose states may have to be kept beside the rows."""
+        return max((prefix.length for prefix in self.all), default=0)
 
 
 def find_prefixes(
@@ -124,31 +120,58 @@ def find_prefixes(
     ranked = sorted(range(len(keys)), key=keys.__getitem__)
     common = [0, *(_common(keys[a], keys[b]) for a, b in itertools.pairwise(ranked))]
 
-    # Where each request stands among those that share its prefixes: outer prefixes decide first.
-    place: list[tuple[tuple[int, int], ...]] = [() for _ in prompts]
-    kept: list[tuple[int, int, Prefix]] = []  # (first rank, last rank, prefix), all around the present one
+    kept: list[tuple[int, Prefix]] = []  # (last rank, prefix), all around the present one
     for first, last, length in _intervals(common):
-        while kept and kept[-1][1] < first:
+        while kept and kept[-1][0] < first:
             kept.pop()
-        parent = kept[-1][2] if kept else None
-        if (last - first) * (length - (len(parent.ids) if parent is not None else 0)) < MIN_SAVED_TOKENS:
+        parent = kept[-1][1] if kept else None
+        if (last - first) * (length - (parent.length if parent is not None else 0)) < MIN_SAVED_TOKENS:
             continue
-        members = ranked[first : last + 1]
-        ids, _, policy = prompts[members[0]]
-        prefix = Prefix(ids[:length], policy.for_prefixes(), parent)
-        if parent is not None:
-            parent.users += 1
-        kept.append((first, last, prefix))
+        ids, _, policy = prompts[ranked[first]]
+        prefix = Prefix(ids, length, policy.for_prefixes(), parent, 0 if parent is None else parent.depth + 1)
+        kept.append((last, prefix))
         plan.all.append(prefix)
-        rank = (-max(needs[i] for i in members), first)
-        for i in members:
-            plan.prefix_of[i] = prefix
-            place[i] += (rank,)
-    for found in plan.prefix_of:
-        if found is not None:
-            found.users += 1
-    plan.order.sort(key=lambda i: (*place[i], (-needs[i], i)))
+        for i in ranked[first : last + 1]:
+            plan.prefix_of[i] = prefix  # inner ones come later
+    plan.order = _order(plan, needs)
     return plan
+
+
+def _order(plan: PrefixPlan, needs: Sequence[int]) -> list[int]:
+    """The requests, the longest first, those of a prefix side by side; sets ``end`` of the prefixes.
+
+    Of what begins with a prefix, that with the most requests comes last, when the prefix itself is needed no longer: so
+    no more than log2(requests) + 1 prefixes are needed later at a time.
+    """
+    inside: dict[Prefix | None, list[int | Prefix]] = {None: [], **{prefix: [] for prefix in plan.all}}
+    for prefix in plan.all:
+        inside[prefix.parent].append(prefix)
+    for i in plan.order:
+        inside[plan.prefix_of[i]].append(i)
+    longest: dict[int | Prefix, int] = dict(enumerate(needs))
+    requests: dict[int | Prefix, int] = dict.fromkeys(plan.order, 1)
+    for prefix in reversed(plan.all):
+        longest[prefix] = max(longest[item] for item in inside[prefix])
+        requests[prefix] = sum(requests[item] for item in inside[prefix])
+
+    def arranged(outer: Prefix | None) -> list[int | Prefix]:
+        found = sorted(inside[outer], key=lambda item: -longest[item])
+        if outer is not None:
+            last = max(reversed(found), key=requests.__getitem__)
+            found.remove(last)
+            found.append(last)
+        return found
+
+    order: list[int] = []
+    waiting = arranged(None)[::-1]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Prefix):
+            item.end = len(order) + requests[item]
+            waiting += arranged(item)[::-1]
+        else:
+            order.append(item)
+    return order
 
 
 def _common(a: tuple[int, bytes], b: tuple[int, bytes]) -> int:
@@ -179,118 +202,138 @@ def _intervals(common: Sequence[int]) -> list[tuple[int, int, int]]:
     return sorted(found, key=lambda run: (run[0], -run[1], run[2]))
 
 
+@dataclass(eq=False)
+class _Ran:
+    """A prefix that ran."""
+
+    prefix: Prefix
+    layers: tuple[int, ...]  # of its tokens that may exit
+    uses: int = 0
+
+
 class PrefixStore:
-    """Runs prefixes when they are first needed, and closes them after their last use."""
+    """Runs prefixes when they are first needed, and keeps them while later requests begin with them."""
 
     def __init__(self, engine: Engine, states: RowStates, plan: PrefixPlan, tokens_per_pass: int) -> None:
         self._engine = engine
         self._states = states
         self.plan = plan
         self._tokens_per_pass = tokens_per_pass
-        self._ran: list[Prefix] = []
+        self._all: list[_Ran] = []
+        self._kept: dict[Prefix, _Ran] = {}  # each begins with those before it
+        self._begun = 0  # requests so far
 
     @property
     def runs(self) -> list[PrefixRun]:
         """What has run so far, in order."""
         return [
             PrefixRun(
-                prefix.policy,
+                ran.prefix.policy,
                 Trace(
-                    prompt_tokens=len(prefix.ids) + 1,
-                    fed_tokens=len(prefix.ids),
+                    prompt_tokens=ran.prefix.length + 1,
+                    fed_tokens=ran.prefix.length,
                     tokens_given=0,
-                    exit_layers=prefix.layers,
+                    exit_layers=ran.layers,
                     generated=False,
                 ),
-                prefix.uses,
+                ran.uses,
             )
-            for prefix in self._ran
+            for ran in self._all
         ]
 
-    def prepare(self, requests: Sequence[int]) -> None:
-        """Runs the prefixes of these requests that have not run yet, parents before those that begin with them."""
-        needed: list[Prefix] = []
-        for i in requests:
-            prefix = self.plan.prefix_of[i]
-            while prefix is not None and prefix.slot is None and not prefix.given_up:
-                if prefix not in needed:
-                    needed.append(prefix)
+    def begin(self, requests: Sequence[int], slots: Sequence[int]) -> list[Beginning]:
+        """Gives new rows what their requests begin with. Requests come in the plan's order."""
+        self._begun += len(requests)
+        longest = [self.plan.prefix_of[i] for i in requests]
+        rows_of: dict[Prefix, list[int]] = {}  # of prefixes that have to run, in the first of these rows
+        for row, prefix in enumerate(longest):
+            while prefix is not None and prefix not in self._kept:
+                rows_of.setdefault(prefix, []).append(row)
                 prefix = prefix.parent
-        for depth in sorted({prefix.depth for prefix in needed}):
-            batch: list[Prefix] = []
-            for prefix in needed:
-                if prefix.depth == depth:
-                    if batch and sum(len(p.ids) for p in (*batch, prefix)) > self._tokens_per_pass:
-                        self._run(batch, requests)
-                        batch = []
-                    batch.append(prefix)
-            self._run(batch, requests)
+        # Before anything else is kept in the same place.
+        for prefix, slot in zip(longest, slots, strict=True):
+            self._give(prefix, slot)
+        for prefix, rows in rows_of.items():
+            self._give(prefix.parent, slots[rows[0]])
 
-    def begin(self, request: int, slot: int) -> Beginning:
-        """Copies what the request begins with into its row; its prefix has one user less."""
-        return self._copy(self.plan.prefix_of[request], slot)
-
-    def _copy(self, prefix: Prefix | None, slot: int) -> Beginning:
-        prefix = _not_given_up(prefix)
-        if prefix is None:
-            return Beginning()
-        assert prefix.slot is not None
-        beginning = Beginning(len(prefix.ids), prefix.layers)
-        self._states.copy_row(prefix.slot, slot, len(prefix.ids))
-        prefix.users -= 1
-        prefix.uses += 1
-        if prefix.users == 0:
-            self._states.close_row(prefix.slot)
-        return beginning
-
-    def _run(self, prefixes: Sequence[Prefix], requests: Sequence[int]) -> None:
-        """Runs prefixes that ``requests`` begin with."""
-        opened: list[tuple[Prefix, int, Beginning]] = []
-        for prefix in prefixes:
-            slot = self._states.open_prefix(len(prefix.ids))
-            if slot is None:
-                self._give_up(prefix)
-            else:
-                opened.append((prefix, slot, self._copy(prefix.parent, slot)))
-                prefix.slot = slot
-        if not opened:
-            return
-        rows = [
-            RowInput(
-                ids=prefix.ids[beginning.tokens :],
-                first_position=beginning.tokens,
-                slot=slot,
-                prompt_length=len(prefix.ids) + 1,
-                max_steps=1,
-                policy=prefix.policy,
-            )
-            for prefix, slot, beginning in opened
+        ran = dict(self._kept)
+        staying = self._needed_later([*self._kept, *rows_of])
+        for prefix in [prefix for prefix in self._kept if prefix not in staying]:
+            del self._kept[prefix]
+            self._states.forget(prefix.length)
+        by_depth: dict[int, list[Prefix]] = {}
+        for prefix in rows_of:
+            by_depth.setdefault(prefix.depth, []).append(prefix)
+        for depth in sorted(by_depth):
+            level = by_depth[depth]
+            # Rows that hold a prefix may go on with a longer one in this level.
+            for prefix in level:
+                if prefix.parent in rows_of:
+                    self._copy(ran[prefix.parent], slots[rows_of[prefix.parent][0]], slots[rows_of[prefix][0]])
+            with naming_request([requests[rows_of[prefix][0]] for prefix in level]):
+                ran |= self._run([(prefix, slots[rows_of[prefix][0]]) for prefix in level], ran)
+            for prefix in level:
+                source = slots[rows_of[prefix][0]]
+                for row in rows_of[prefix]:
+                    if longest[row] is prefix:
+                        self._copy(ran[prefix], source, slots[row])
+                if prefix in staying and self._states.keep(source, prefix.length):
+                    self._kept[prefix] = ran[prefix]
+        return [
+            Beginning(prefix.length, ran[prefix].layers) if prefix is not None else Beginning() for prefix in longest
         ]
-        batch = FlatBatch.build(rows)
-        with naming_request([self._first_of(prefix, requests) for prefix, _, _ in opened]):
-            layers = self._engine.forward(batch, self._states, NoLogits(), eager=True)
-        for (prefix, _, beginning), chosen in zip(opened, batch.by_row(layers), strict=True):
-            prefix.layers = (*beginning.layers, *chosen)
-            self._ran.append(prefix)
 
-    def _first_of(self, prefix: Prefix, requests: Sequence[int]) -> int:
-        """The first of ``requests`` that begins with a prefix."""
-        for i in requests:
-            own = self.plan.prefix_of[i]
-            while own is not None:
-                if own is prefix:
-                    return i
-                own = own.parent
-        raise AssertionError("a prefix runs for one that begins with it")
+    def _needed_later(self, prefixes: Sequence[Prefix]) -> set[Prefix]:
+        """Those of these prefixes that are the longest with which some later request begins."""
+        found: set[Prefix] = set()
+        end = self._begun
+        # All that go on begin the next request, so their requests nest.
+        for prefix in sorted(prefixes, key=lambda prefix: -prefix.depth):
+            if prefix.end > end:
+                found.add(prefix)
+                end = prefix.end
+        return found
 
-    def _give_up(self, prefix: Prefix) -> None:
-        """Its users become its parent's, which loses one."""
-        prefix.given_up = True
-        if (parent := _not_given_up(prefix.parent)) is not None:
-            parent.users += prefix.users - 1
+    def _give(self, prefix: Prefix | None, slot: int) -> None:
+        """Copies a prefix into a row if it is kept."""
+        if prefix in self._kept:
+            self._kept[prefix].uses += 1
+            self._states.give(prefix.length, slot)
 
+    def _copy(self, ran: _Ran, source: int, slot: int) -> None:
+        """Copies a prefix from the row in which it ran, unless that is the one that needs it."""
+        ran.uses += 1
+        if slot != source:
+            self._states.copy_row(source, slot, ran.prefix.length)
 
-def _not_given_up(prefix: Prefix | None) -> Prefix | None:
-    while prefix is not None and prefix.given_up:
-        prefix = prefix.parent
-    return prefix
+    def _run(self, prefixes: Sequence[tuple[Prefix, int]], before: dict[Prefix, _Ran]) -> dict[Prefix, _Ran]:
+        """Runs prefixes in rows that have their parents' states, in as few passes as may be."""
+        passes: list[list[RowInput]] = []
+        tokens = 0
+        for prefix, slot in prefixes:
+            known = 0 if prefix.parent is None else prefix.parent.length
+            tokens += prefix.length - known
+            if not passes or tokens > self._tokens_per_pass:
+                passes.append([])
+                tokens = prefix.length - known
+            passes[-1].append(
+                RowInput(
+                    ids=prefix.source[known : prefix.length],
+                    first_position=known,
+                    slot=slot,
+                    prompt_length=prefix.length + 1,
+                    max_steps=1,
+                    policy=prefix.policy,
+                )
+            )
+        layers: list[list[int]] = []
+        for inputs in passes:
+            batch = FlatBatch.build(inputs)
+            with naming_request(range(len(layers), len(layers) + len(inputs))):
+                layers += batch.by_row(self._engine.forward(batch, self._states, NoLogits(), eager=True))
+        found = {
+            prefix: _Ran(prefix, (*(before[prefix.parent].layers if prefix.parent is not None else ()), *chosen))
+            for (prefix, _), chosen in zip(prefixes, layers, strict=True)
+        }
+        self._all += found.values()
+        return found

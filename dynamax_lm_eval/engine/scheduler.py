@@ -144,7 +144,7 @@ def generate(
     pending = deque(plan.order)
     longest = max(needs, default=1)
     capacity = longest * min(max_rows, len(requests))
-    states = engine.new_states(capacity, plan.room(capacity), spacing=longest)
+    states = engine.new_states(capacity, plan.room, spacing=longest)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     rows: list[_Row] = []
     while pending or rows:
@@ -191,12 +191,11 @@ def score(
     plan = find_prefixes([(r.ids, r.context_length, r.policy) for r in requests], lengths, share_prefixes)
     passes = _passes(plan, lengths, max_rows)
     capacity = max((sum(lengths[i] for i in members) for members in passes), default=1)
-    states = engine.new_states(capacity, plan.room(capacity))
+    states = engine.new_states(capacity, plan.room)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     for members in passes:
-        prefixes.prepare(members)
         slots = [_open(states, lengths[i]) for i in members]
-        beginnings = [prefixes.begin(i, slot) for i, slot in zip(members, slots, strict=True)]
+        beginnings = prefixes.begin(members, slots)
         inputs = [
             RowInput(
                 ids=requests[i].ids[beginning.tokens :],
@@ -265,8 +264,11 @@ def _admit(
         pending.popleft()
         budget -= length
         opened.append((index, slot))
-    prefixes.prepare([index for index, _ in opened])
-    return [_Row(index, requests[index], slot, prefixes.begin(index, slot)) for index, slot in opened]
+    beginnings = prefixes.begin([index for index, _ in opened], [slot for _, slot in opened])
+    return [
+        _Row(index, requests[index], slot, beginning)
+        for (index, slot), beginning in zip(opened, beginnings, strict=True)
+    ]
 
 
 def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[list[int]]:

@@ -24,7 +24,9 @@ class ClassifierStates:
         self._classifiers = classifiers
         self._device = device
         self._line_of: dict[int, int] = {}  # slot -> line
+        self._kept: dict[int, int] = {}  # tokens -> line
         self._free: list[int] = []
+        self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
         # The exits of a pass mostly see the same rows.
         self._last: tuple[tuple[tuple[int, ...], tuple[int, ...]], slice | Tensor, RaggedRows] | None = None
@@ -32,18 +34,39 @@ class ClassifierStates:
     def open_row(self, slot: int) -> None:
         """A row starts; its states are those of a row that has seen nothing."""
         self._last = None
-        line = self._free.pop() if self._free else len(self._line_of)
-        self._line_of[slot] = line
+        self._line_of[slot] = self._open()
+
+    def _open(self) -> int:
+        line = self._free.pop() if self._free else self._num_lines
+        self._num_lines = max(self._num_lines, line + 1)
         for table in self._tables.values():
             table.clear(line)
+        return line
 
     def copy_row(self, source: int, slot: int) -> None:
         """A new row's classifiers have seen what another's have."""
+        self._copy(self._line_of[source], self._line_of[slot])
+
+    def _copy(self, source: int, line: int) -> None:
         for table in self._tables.values():
-            table.copy(self._line_of[source], self._line_of[slot])
+            table.copy(source, line)
 
     def close_row(self, slot: int) -> None:
+        """The row has ended."""
         self._free.append(self._line_of.pop(slot))
+
+    def keep(self, slot: int, num_tokens: int) -> None:
+        """Keeps the states of a row, which has seen so many tokens, for later rows that begin with them."""
+        self._kept[num_tokens] = self._open()
+        self._copy(self._line_of[slot], self._kept[num_tokens])
+
+    def give(self, num_tokens: int, slot: int) -> None:
+        """Gives a new row the states that are kept of so many tokens."""
+        self._copy(self._kept[num_tokens], self._line_of[slot])
+
+    def forget(self, num_tokens: int) -> None:
+        """Keeps them no longer."""
+        self._free.append(self._kept.pop(num_tokens))
 
     @torch.inference_mode()
     def run(self, kind: str, layer: int, hidden: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -91,5 +114,5 @@ class ClassifierStates:
 
             self._tables[kind, layer] = StateTable(make, self._device)
         table = self._tables[kind, layer]
-        table.reserve(1 + max(self._line_of.values()))
+        table.reserve(self._num_lines)
         return table
