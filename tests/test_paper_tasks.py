@@ -240,7 +240,7 @@ class TestEveryTask:
         ("content", "message"),
         [
             (b"", "holds no rows"),
-            (b'{"id": 1', r"coqa\.jsonl: Expecting"),
+            (b'{"id": 1', r"coqa\.jsonl: line 1 is no JSON \(Expecting"),
             (b'{"id": "a", "source": "b"}\n', "line 1 lacks story, questions, answers, additional_answers"),
             (b"[]\n", "line 1 lacks id"),
             (gzip.compress(b"{}" * 500, mtime=0)[:-9], r"coqa\.jsonl: Compressed file ended"),

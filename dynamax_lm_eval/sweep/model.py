@@ -58,7 +58,7 @@ class SweepLM(DynamaxLM):
             point.store.add(keys[request], Response(text, record, self._pieces(tokens)))
 
         self.answer_generations([(point.setting, requests[i]) for point, i in asked], finished, disable_tqdm)
-        return [str(r.answer) for r in self._replayed("generate_until", [request.args for request in requests], keys)]
+        return [r.answer for r in self._replayed("generate_until", [request.args for request in requests], keys)]
 
     def _loglikelihood_tokens(
         self,
