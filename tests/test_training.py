@@ -374,8 +374,8 @@ class TestResume:
         stopped_at = found[1].step
         progress = tmp_path / "state" / f"state-{stopped_at:08d}" / "progress.json"
         shorter = options_for(model_folder, texts, max_tokens=(stopped_at + 1) * 128).to_json()
-        data_of = json.loads(progress.read_text())
-        progress.write_text(json.dumps({**data_of, "options": {**data_of["options"], **shorter}}))
+        data_of = state.PROGRESS.read(progress)
+        state.PROGRESS.write(progress, {**data_of, "options": {**data_of["options"], **shorter}})
         saved = train(model_folder, texts, tmp_path, resume=True, max_tokens=(stopped_at + 1) * 128)
         assert saved.config.training["steps"] == stopped_at + 1
 

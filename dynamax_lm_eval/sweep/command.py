@@ -82,7 +82,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     adapters = False
     if lm.exits is not None:
         kinds, adapters = lm.exits.config.classifiers, lm.exits.config.adapter != "none"
-    every = grid(options, replace(lm.args, threshold=(1.0,)), kinds, adapters)
+    every = grid(options, replace(lm.loaded, threshold=(1.0,)), kinds, adapters)
     rank, world_size = process()
     answered = _resolve(lm, every, options)[rank::world_size]
     if rank == 0:

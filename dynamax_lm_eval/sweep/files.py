@@ -38,9 +38,15 @@ def point_folder(folder: Path, name: str) -> Path:
 def finished_points(folder: Path) -> list[dict[str, Any]]:
     """What ``point.json`` says of every finished point below a folder, with its place as ``folder``.
 
+    Points that are not finished are left out, with a warning.
+
     Raises:
         UserError: one of them is damaged.
     """
+    open_points = [path.parent for path in folder.rglob(RESPONSES_NAME) if not (path.parent / POINT_NAME).is_file()]
+    if open_points:
+        names = ", ".join(sorted(path.name for path in open_points)[:3])
+        logger.warning("%s: %d points are not finished and left out (%s, ...)", folder, len(open_points), names)
     return [{**POINT.read(path), "folder": path.parent} for path in sorted(folder.rglob(POINT_NAME))]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.compute.ledger import ComputeRecord
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.lm import DynamaxLM, Setting
 from dynamax_lm_eval.sweep.options import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
@@ -39,6 +40,11 @@ class SweepLM(DynamaxLM):
     def weights(self) -> str:
         # They stay as they are while a sweep runs, and every point asks for them.
         return super().weights
+
+    @property
+    def loaded(self) -> DynamaxArgs:
+        """The arguments that it was loaded with, whichever it follows now."""
+        return self._loaded
 
     def start(self, points: Sequence[SweepPoint]) -> None:
         """Requests that come from now on are answered under these points."""

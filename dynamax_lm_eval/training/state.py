@@ -22,10 +22,12 @@ from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync
 logger = logging.getLogger(__name__)
 
 _PREFIX = "state-"
+PROGRESS_NAME = "progress.json"
 #: States that are kept.
 _KEPT = 2
 _FILES = (_WEIGHTS, _OPTIMIZER) = ("weights.safetensors", "optimizer.safetensors")
-_PROGRESS = JsonFormat(
+#: Of the file that says where a state stands and which checksums its other files have.
+PROGRESS = JsonFormat(
     name="dynamax-training-state",
     version=1,
     what="a state of a training",
@@ -55,7 +57,7 @@ def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.o
     for name in _FILES:
         sync(partial / name)
     checksums = {name: file_checksum(partial / name) for name in _FILES}
-    _PROGRESS.write(partial / "progress.json", {**progress.__dict__, "checksums": checksums})
+    PROGRESS.write(partial / PROGRESS_NAME, {**progress.__dict__, "checksums": checksums})
     sync(partial)
     final = folder / f"{_PREFIX}{progress.step:08d}"
     shutil.rmtree(final, ignore_errors=True)
@@ -81,7 +83,7 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
         try:
             found = _read(path)
         except UserError as error:
-            logger.warning("Not going on from the newest state: %s", str(error).removesuffix(f"; {_PROGRESS.remedy}"))
+            logger.warning("Not going on from the newest state: %s", str(error).removesuffix(f"; {PROGRESS.remedy}"))
             damaged = damaged or error
         else:
             return path, found
@@ -92,13 +94,13 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
 
 def _read(path: Path) -> Progress:
     """What a state says, where its files are those that were written. Raises UserError where they are not."""
-    data = _PROGRESS.read(path / "progress.json")
+    data = PROGRESS.read(path / PROGRESS_NAME)
     try:
         for name, expected in data.pop("checksums").items():
             if file_checksum(path / name) != expected:
-                raise UserError(f"{path / name} is damaged; {_PROGRESS.remedy}")
+                raise UserError(f"{path / name} is damaged; {PROGRESS.remedy}")
     except OSError as error:
-        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); {_PROGRESS.remedy}") from error
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); {PROGRESS.remedy}") from error
     return Progress(**{item.name: data[item.name] for item in fields(Progress)})
 
 
