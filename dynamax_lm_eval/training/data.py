@@ -182,6 +182,7 @@ def without_first(documents: Documents, count: int) -> Documents:
 
 def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     files = _local_files(dataset)
     name = options.eval_config if held_out else options.dataset_config
@@ -196,7 +197,7 @@ def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
         if name is None and dataset == DEFAULT_DATASET:
             name = DEFAULT_DATASET_CONFIG
         return datasets.load_dataset(dataset, name, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
         raise UserError(f"--dataset {dataset!r} could not be opened: {' '.join(str(error).split())}") from error
 
 
