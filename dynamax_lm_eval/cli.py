@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import json
 import logging
+import sqlite3
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
+from safetensors import SafetensorError
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
@@ -28,26 +35,36 @@ examples:
 `run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
 package's own tasks are found without --include_path. The stock command works too:
   lm_eval --model dynamax --include_path "$(dynamax-lm-eval tasks --path)" ...
+
+Errors end in one line; every command shows where they come from with --debug.
 """
+
+#: What a full disk, a missing permission or a damaged file ends in; not the sign of a bug.
+_DAMAGE = (OSError, sqlite3.Error, zlib.error, EOFError, yaml.YAMLError, SafetensorError)
+#: The same, unless it comes from an evaluation that was running, where texts are parsed.
+_DAMAGED_TEXT = (json.JSONDecodeError, UnicodeError)
+_DEBUG = "--debug"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status; errors of the user end in one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = _DEBUG in arguments
+    arguments = [argument for argument in arguments if argument != _DEBUG]
     if arguments[:1] == ["run"]:
-        return _run(arguments[1:])
+        return _run(arguments[1:], debug)
     if arguments[:1] == ["train"]:
-        return _train(arguments[1:])
+        return _status(functools.partial(_train, arguments[1:]), debug)
     if arguments[:1] == ["sweep"]:
-        return _sweep(arguments[1:])
+        return _status(functools.partial(_sweep, arguments[1:]), debug)
     if arguments[:1] == ["report"]:
-        return _report(arguments[1:])
+        return _status(functools.partial(_report, arguments[1:]), debug)
     if arguments[:1] == ["prune-profile"]:
-        return _prune_profile(arguments[1:])
+        return _status(functools.partial(_prune_profile, arguments[1:]), debug)
     if arguments[:1] == ["exit-thresholds"]:
-        return _exit_thresholds(arguments[1:])
+        return _status(functools.partial(_exit_thresholds, arguments[1:]), debug)
     if arguments[:1] == ["calibrate"]:
-        return _calibrate(arguments[1:])
+        return _status(functools.partial(_calibrate, arguments[1:]), debug)
     parser = argparse.ArgumentParser(
         prog="dynamax-lm-eval",
         description=_DESCRIPTION,
@@ -88,16 +105,13 @@ Train exit classifiers for a frozen backbone. A token's label at an exit is whet
 On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or torchrun."""
 
 
-def _train(arguments: list[str]) -> int:
+def _train(arguments: list[str]) -> None:
     from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
-    def train() -> None:
-        options, run = _parsed("train", _TRAIN_DESCRIPTION, arguments, TrainingOptions, RunOptions)
-        from dynamax_lm_eval.training.command import train
+    options, run = _parsed("train", _TRAIN_DESCRIPTION, arguments, TrainingOptions, RunOptions)
+    from dynamax_lm_eval.training.command import train
 
-        train(options, run)
-
-    return _status(train)
+    train(options, run)
 
 
 _SWEEP_DESCRIPTION = """\
@@ -109,28 +123,27 @@ processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep
 dynamax-lm-eval report."""
 
 
-def _sweep(arguments: list[str]) -> int:
+def _sweep(arguments: list[str]) -> None:
     from dynamax_lm_eval.sweep.options import SweepOptions, read_yaml
 
-    def sweep() -> None:
-        files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        files.add_argument("--config", type=Path)
-        file, given = files.parse_known_args(arguments)
-        if file.config is not None:
-            try:
-                stored = read_yaml(file.config.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise UserError(f"--config {file.config} cannot be read: {error.strerror}") from error
-            pairs = [[f"--{name}", str(value)] for name, value in stored.items() if value is not None]
-            given = [*(part for pair in pairs for part in pair), *given]
-        (options,) = _parsed("sweep", _SWEEP_DESCRIPTION, given, SweepOptions)
-        _autoload.register()
-        from dynamax_lm_eval.sweep.command import sweep
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    file, given = files.parse_known_args(arguments)
+    if file.config is not None:
+        try:
+            stored = read_yaml(file.config.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config {file.config} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeError) as error:
+            raise UserError(f"--config {file.config} is no YAML file: {error}") from error
+        pairs = [[f"--{name}", str(value)] for name, value in stored.items() if value is not None]
+        given = [*(part for pair in pairs for part in pair), *given]
+    (options,) = _parsed("sweep", _SWEEP_DESCRIPTION, given, SweepOptions)
+    _autoload.register()
+    from dynamax_lm_eval.sweep.command import sweep
 
-        folder = sweep(options)
-        sys.stdout.write(f"{folder}\n")
-
-    return _status(sweep)
+    folder = sweep(options)
+    sys.stdout.write(f"{folder}\n")
 
 
 _REPORT_DESCRIPTION = """\
@@ -138,21 +151,18 @@ Show what sweeps found: points.csv and points.parquet (one row per point, task a
 plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts."""
 
 
-def _report(arguments: list[str]) -> int:
-    def report() -> None:
-        folders: list[str] = []
-        rest = list(arguments)
-        while rest and not rest[0].startswith("-"):
-            folders.append(rest.pop(0))
-        from dynamax_lm_eval.reports.options import ReportOptions
+def _report(arguments: list[str]) -> None:
+    folders: list[str] = []
+    rest = list(arguments)
+    while rest and not rest[0].startswith("-"):
+        folders.append(rest.pop(0))
+    from dynamax_lm_eval.reports.options import ReportOptions
 
-        named = ["--folders", *folders] if folders else []
-        (options,) = _parsed("report FOLDER...", _REPORT_DESCRIPTION, [*named, *rest], ReportOptions)
-        from dynamax_lm_eval.reports.command import report
+    named = ["--folders", *folders] if folders else []
+    (options,) = _parsed("report FOLDER...", _REPORT_DESCRIPTION, [*named, *rest], ReportOptions)
+    from dynamax_lm_eval.reports.command import report
 
-        sys.stdout.write(f"{report(options)}\n")
-
-    return _status(report)
+    sys.stdout.write(f"{report(options)}\n")
 
 
 _PROFILE_DESCRIPTION = """\
@@ -160,15 +170,12 @@ Measure how much blocks in a row turn the hidden state (angular distance, Gromov
 this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps."""
 
 
-def _prune_profile(arguments: list[str]) -> int:
-    def measure() -> None:
-        from dynamax_lm_eval.training import prune_profile
+def _prune_profile(arguments: list[str]) -> None:
+    from dynamax_lm_eval.training import prune_profile
 
-        (options,) = _parsed("prune-profile", _PROFILE_DESCRIPTION, arguments, prune_profile.ProfileOptions)
-        measured = prune_profile.profile(options)
-        sys.stdout.write(f"{prune_profile.table(measured)}{options.output}\n")
-
-    return _status(measure)
+    (options,) = _parsed("prune-profile", _PROFILE_DESCRIPTION, arguments, prune_profile.ProfileOptions)
+    measured = prune_profile.profile(options)
+    sys.stdout.write(f"{prune_profile.table(measured)}{options.output}\n")
 
 
 _SEARCH_DESCRIPTION = """\
@@ -177,15 +184,12 @@ agrees with the full model; thresholds are searched in that record. The file tha
 thresholds by rising savings, for calibrate --per_exit FILE, and how much they gain over one threshold for all."""
 
 
-def _exit_thresholds(arguments: list[str]) -> int:
-    def find() -> None:
-        from dynamax_lm_eval.calibration import exit_thresholds
+def _exit_thresholds(arguments: list[str]) -> None:
+    from dynamax_lm_eval.calibration import exit_thresholds
 
-        (options,) = _parsed("exit-thresholds", _SEARCH_DESCRIPTION, arguments, exit_thresholds.SearchOptions)
-        found = exit_thresholds.search(options)
-        sys.stdout.write(f"{exit_thresholds.table(found)}{options.output}\n")
-
-    return _status(find)
+    (options,) = _parsed("exit-thresholds", _SEARCH_DESCRIPTION, arguments, exit_thresholds.SearchOptions)
+    found = exit_thresholds.search(options)
+    sys.stdout.write(f"{exit_thresholds.table(found)}{options.output}\n")
 
 
 _CALIBRATE_DESCRIPTION = """\
@@ -196,18 +200,15 @@ decide, the others test. The certificate is written to OUTPUT and beside the exi
 threshold=calibrated or threshold=FILE, and refuse what it does not cover."""
 
 
-def _calibrate(arguments: list[str]) -> int:
+def _calibrate(arguments: list[str]) -> None:
     from dynamax_lm_eval.calibration.options import CalibrateOptions
 
-    def calibrate() -> None:
-        (options,) = _parsed("calibrate", _CALIBRATE_DESCRIPTION, arguments, CalibrateOptions)
-        _autoload.register()
-        from dynamax_lm_eval.calibration.command import calibrate, summary
+    (options,) = _parsed("calibrate", _CALIBRATE_DESCRIPTION, arguments, CalibrateOptions)
+    _autoload.register()
+    from dynamax_lm_eval.calibration.command import calibrate, summary
 
-        certificate, path = calibrate(options)
-        sys.stdout.write(summary(certificate, path, options))
-
-    return _status(calibrate)
+    certificate, path = calibrate(options)
+    sys.stdout.write(summary(certificate, path, options))
 
 
 def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -> tuple[Any, ...]:
@@ -219,6 +220,7 @@ def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -
         prog=f"dynamax-lm-eval {command}",
         description=description,
         allow_abbrev=False,
+        epilog=f"{_DEBUG} shows where an error comes from.",
     )
     *options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     if unknown:
@@ -228,14 +230,30 @@ def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -
     return tuple(options)
 
 
-def _status(command: Callable[[], None]) -> int:
-    """Runs a subcommand; what the user got wrong ends in one line on stderr and status 2."""
+def _status(command: Callable[[], None], debug: bool) -> int:
+    """Runs a subcommand; what is no bug ends in one line on stderr: status 2 for what the user got wrong, else 1."""
     try:
         command()
     except UserError as error:
-        sys.stderr.write(f"dynamax-lm-eval: error: {' '.join(str(error).split())}\n")
-        return 2
+        if debug:
+            raise
+        return _told(error, 2)
+    except (*_DAMAGE, *_DAMAGED_TEXT) as error:
+        if debug or (isinstance(error, _DAMAGED_TEXT) and getattr(error, "raised_while_evaluating", False)):
+            raise
+        return _told(error, 1)
     return 0
+
+
+def _told(error: Exception, status: int) -> int:
+    """Writes an error in one line; returns the status."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, (*_DAMAGE, *_DAMAGED_TEXT)) and not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {text} (is a file damaged? {_DEBUG} shows which one was read)"
+    sys.stderr.write(f"dynamax-lm-eval: error: {text}\n")
+    return status
 
 
 def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
@@ -244,7 +262,7 @@ def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
     return f"unknown option {option!r}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help")
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], debug: bool) -> int:
     # The bridge does this where torch's autoload is on; here it must work without.
     _autoload.register()
     from lm_eval._cli import HarnessCLI
@@ -264,12 +282,12 @@ def _run(arguments: list[str]) -> int:
         own = dynamax_lm_eval.tasks_dir()
         options.include_path = [str(own), *(path for path in theirs if Path(path).resolve() != own)]
         harness.execute(options)
-    except (ValueError, TypeError, OSError) as error:
-        if not isinstance(error, UserError) and getattr(error, "raised_while_evaluating", False):
-            raise  # not the user's input: the traceback is needed
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"dynamax-lm-eval: error: {message}\n")
-        return 2
+    except (ValueError, TypeError, *_DAMAGE) as error:
+        # Of other errors of a running evaluation, which are not the user's input, the traceback is needed.
+        known = isinstance(error, (UserError, *_DAMAGE)) or not getattr(error, "raised_while_evaluating", False)
+        if debug or not known:
+            raise
+        return _told(error, 2)
     finally:
         sys.argv = before
     return 0

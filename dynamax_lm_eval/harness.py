@@ -13,14 +13,17 @@ import functools
 import inspect
 import json
 import logging
+import sqlite3
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import closing
+from pathlib import Path
 from types import CellType, FrameType
 from typing import Any
 
 import lm_eval.evaluator
-from lm_eval.api.model import hash_args
+from lm_eval.api.model import CachingLM, hash_args
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.utils import handle_non_serializable, hash_string
 
@@ -34,6 +37,7 @@ from dynamax_lm_eval.compute.ledger import (
     total_reduction_stderr,
 )
 from dynamax_lm_eval.config import UserError, changed_settings
+from dynamax_lm_eval.files import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,8 @@ class ResponseLedger:
     def __init__(self) -> None:
         self._records: dict[str, list[ComputeRecord]] = defaultdict(list)
         self._database: MutableMapping[str, Any] | None = None
+        #: Checksums of all answers to a request that were given since the cache was attached.
+        self._answers: defaultdict[str, list[str]] = defaultdict(list)
         #: Wall-clock seconds spent answering, by kind of request, and the tokens that ran in them.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.fed_tokens = 0
@@ -70,42 +76,51 @@ class ResponseLedger:
         self.physical = Physical()
 
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Stores records in the harness's cache from now on.
+        """Stores records in the harness's cache from now on. Responses that are damaged are removed with a warning.
 
         Raises:
-            UserError: the cache holds responses of a run with another identity, or of unknown origin.
+            UserError: the cache holds responses of a run with another identity, or of unknown origin, or is damaged.
         """
+        called = f"the file of --use_cache ({getattr(database, 'filename', 'in memory')})"
         identity = identity_of_answers(identity)
         if len(database) == 0:
             database[_IDENTITY_KEY] = json.dumps(identity)
         elif _IDENTITY_KEY not in database:
             raise UserError(
-                "the file of --use_cache holds responses of another model (it has no identity record of dynamax); "
-                "choose another file"
+                f"{called} holds responses of another model (it has no identity record of dynamax); choose another file"
             )
-        stored = json.loads(database[_IDENTITY_KEY])
+        stored = _identity(database)
+        if stored is None:
+            raise UserError(f"{called} is damaged: its identity cannot be read; remove it to have all answers anew")
         if changed := changed_settings(stored, identity):
-            raise UserError(
-                f"the file of --use_cache holds responses of a run that differs in {changed}; choose another file"
-            )
+            raise UserError(f"{called} holds responses of a run that differs in {changed}; choose another file")
         keys = set(database)
         foreign = [key for key in keys if not key.startswith("dynamax:") and _RECORD_PREFIX + key not in keys]
         if foreign:
             raise UserError(
-                f"the file of --use_cache holds {len(foreign)} responses that another model wrote into it; "
-                "choose another file"
+                f"{called} holds {len(foreign)} responses that another model wrote into it; choose another file"
             )
+        damaged = [key for key in keys if not key.startswith("dynamax:") and not _is_whole(database, key)]
+        for key in damaged:
+            del database[key], database[_RECORD_PREFIX + key]
+        if damaged:
+            logger.warning("%s: %d responses are damaged and are asked for again", called, len(damaged))
         self._database = database
+        self._answers.clear()
 
     def leave_database(self) -> None:
         """Stores nothing in the harness's cache from now on."""
         self._database = None
 
-    def store(self, kind: str, args: Iterable[Any], record: ComputeRecord) -> None:
-        """Puts the record of one response beside the cached response. Call it before that is cached."""
+    def store(self, kind: str, args: Iterable[Any], record: ComputeRecord, answer: Any) -> None:
+        """Puts the record of one response, ``answer``, beside the cached one. Call it before that is cached."""
         self.fed_tokens += record.fed_tokens
         if self._database is not None:
-            self._database[_RECORD_PREFIX + hash_args(kind, args)] = json.dumps(record.to_json())
+            key = hash_args(kind, args)
+            # Which of several answers to a request stays in the cache is the harness's business.
+            self._answers[key].append(checksum(answer, key))
+            data = {"record": record.to_json(), "answers": self._answers[key]}
+            self._database[_RECORD_PREFIX + key] = json.dumps({**data, "checksum": checksum(data, key)})
 
     def keep(self, kind: str, answered: Iterable[tuple[Iterable[Any], ComputeRecord]]) -> None:
         """Keeps (arguments, record) of all responses of a call, in the order of its requests.
@@ -122,7 +137,7 @@ class ResponseLedger:
         if occurrence < len(records):
             return records[occurrence]
         if self._database is not None and _RECORD_PREFIX + key in self._database:
-            return ComputeRecord.from_json(json.loads(self._database[_RECORD_PREFIX + key]))
+            return ComputeRecord.from_json(json.loads(self._database[_RECORD_PREFIX + key])["record"])
         raise RuntimeError(f"no compute record for a {kind} request; was it answered by another model?")
 
 
@@ -136,6 +151,43 @@ def identity_of_answers(identity: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps({**identity, **counting}, sort_keys=True, default=str)))
 
 
+def _identity(database: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whose responses a cache holds; None where that is damaged."""
+    try:
+        found = json.loads(database[_IDENTITY_KEY])
+    except Exception:  # what is damaged can be anything
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_whole(database: Mapping[str, Any], key: str) -> bool:
+    """Whether a response is as it was given, and so is its record."""
+    try:
+        data = json.loads(database[_RECORD_PREFIX + key])
+        return data.pop("checksum") == checksum(data, key) and checksum(database[key], key) in data["answers"]
+    except Exception:  # what is damaged can be anything
+        return False
+
+
+def check_database(path: Path) -> None:
+    """Raises UserError where a file of ``--use_cache`` is no database, or a damaged one."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            (found,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+            connection.execute("SELECT key, value FROM unnamed LIMIT 1").fetchone()
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+        if "locked" in found:
+            raise UserError(f"the file of --use_cache ({path}) is in use by another run; choose another") from error
+    if found != "ok":
+        raise UserError(
+            f"the file of --use_cache ({path}) is damaged, or no such cache ({' '.join(found.split())}); remove it to "
+            "have all answers anew, or choose another file"
+        )
+
+
 def install() -> None:
     """Wraps ``lm_eval.evaluator.evaluate`` so that results of our model carry compute. Idempotent.
 
@@ -143,6 +195,7 @@ def install() -> None:
     ``evaluate`` before (``from lm_eval import evaluate``) lead here as well.
     """
     _share_log()
+    _check_caches()
     cell = _decorated(lm_eval.evaluator.evaluate)
     original = lm_eval.evaluator.evaluate if cell is None else cell.cell_contents
     if getattr(original, "_dynamax_wrapped", False):
@@ -186,6 +239,22 @@ def check_followed(ledger: ResponseLedger, needed_by: str | None) -> None:
     if needed_by is not None:
         raise UserError(f"{needed_by} cannot be checked: evaluate was called past dynamax-lm-eval; {remedy}")
     logger.warning("The results will have no compute: evaluate was called past dynamax-lm-eval; %s", remedy)
+
+
+def _check_caches() -> None:
+    """Looks at files of ``--use_cache`` before the harness opens them: a damaged one would end in its thread."""
+    original = CachingLM.__init__
+    if getattr(original, "_dynamax_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def checked(self: Any, lm: Any, cache_db: str) -> None:
+        if isinstance(getattr(lm, "response_ledger", None), ResponseLedger):
+            check_database(Path(cache_db))
+        original(self, lm, cache_db)
+
+    checked._dynamax_wrapped = True  # type: ignore[attr-defined]
+    CachingLM.__init__ = checked
 
 
 def _share_log() -> None:

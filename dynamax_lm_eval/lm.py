@@ -399,7 +399,7 @@ class DynamaxLM(HFLM):
                 if keep:
                     texts[index], records[index] = text, record
                     args = requests[index].args
-                    self.response_ledger.store("generate_until", args, record)
+                    self.response_ledger.store("generate_until", args, record, text)
                     self.cache_hook.add_partial("generate_until", args, text)
 
             settings = [(Setting(policy, self.args.repetition_penalty), requests[index]) for policy, index in asked]
@@ -544,7 +544,7 @@ class DynamaxLM(HFLM):
                 if keep:
                     answers[index], records[index] = scored, record
                     texts = requests[index][0]
-                    self.response_ledger.store("loglikelihood", texts, record)
+                    self.response_ledger.store("loglikelihood", texts, record, scored)
                     self.cache_hook.add_partial("loglikelihood", texts, scored)
 
             pairs = [requests[index][1:] for _, index in asked]
@@ -600,7 +600,7 @@ class DynamaxLM(HFLM):
                 if keep:
                     values[index], records[index] = value, record
                     args = (requests[index].args[0],)
-                    self.response_ledger.store(kind, args, record)
+                    self.response_ledger.store(kind, args, record, value)
                     self.cache_hook.add_partial(kind, args, value)
 
             hidden = disable_tqdm or self.pacing.in_blocks

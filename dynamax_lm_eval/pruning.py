@@ -7,17 +7,21 @@ l .. l + n - 1 do; those of the least distance are disabled. Knows files and num
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from dynamax_lm_eval import config
 from dynamax_lm_eval.backbones.fingerprint import Fingerprints
 from dynamax_lm_eval.config import DynamaxArgs, UserError
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import JsonFormat
 
-FORMAT = "dynamax-prune-profile"
+FORMAT = JsonFormat(
+    name="dynamax-prune-profile",
+    version=1,
+    what="a file of dynamax-lm-eval prune-profile",
+    remedy="make it: dynamax-lm-eval prune-profile --backbone ...",
+    by_hand=True,
+)
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,15 @@ class PruneProfile:
         return frozenset(range(first, first + count))
 
     def save(self, path: Path) -> None:
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        FORMAT.write(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> PruneProfile:
         """Raises UserError where the file is missing or is no such profile."""
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"prune_profile={str(path)!r} cannot be read: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise UserError(f"prune_profile={str(path)!r} is no file of dynamax-lm-eval prune-profile")
-        return cls(**data)
+            return cls(**FORMAT.read(path, f"prune_profile={str(path)!r}"))
+        except TypeError as error:
+            raise UserError(f"prune_profile={str(path)!r} is damaged ({error}); {FORMAT.remedy}") from error
 
 
 def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:

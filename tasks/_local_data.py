@@ -10,11 +10,13 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 _GZIP_MAGIC = b"\x1f\x8b"
+#: In the words of JSON.
+_KINDS = {str: "text", list: "a list", dict: "an object", object: "anything"}
 
 
 class LocalFile(NamedTuple):
@@ -49,24 +51,52 @@ def find(task: str, pattern: str, data_dir: Any = None) -> LocalFile | None:
     return LocalFile(found[0], found[0].stat().st_mtime_ns)
 
 
-def read_jsonl(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Read a JSON Lines file, plain or gzip; every line must be an object with these ``columns``.
+def read_jsonl(
+    path: Path, columns: Mapping[str, type], make: Callable[[dict[str, Any]], Any] = lambda row: row
+) -> list[Any]:
+    """Read a JSON Lines file, plain or gzip; every line must be an object with these ``columns`` of these types.
+
+    Args:
+        path: of the file.
+        columns: name -> type of the value.
+        make: gives what is returned of each row.
 
     Raises:
         ValueError: a line is not such an object, the file is damaged, or it holds no rows.
     """
 
-    def rows(lines: TextIO) -> Iterator[dict[str, Any]]:
+    def rows(lines: TextIO) -> Iterator[Any]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row = json.loads(line)
-            missing = [column for column in columns if not isinstance(row, dict) or column not in row]
-            if missing:
-                raise ValueError(f"line {number} lacks {', '.join(missing)}")
-            yield row
+            try:
+                row = parsed(line)
+                _check(row, columns)
+                made = make(row)
+            except ValueError as error:
+                raise ValueError(f"line {number} {error}") from error
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"line {number} has a value of the wrong shape ({error!r})") from error
+            yield made
 
-    return _read(path, rows)
+    return read(path, rows)
+
+
+def parsed(line: str) -> Any:
+    """What a line of JSON says. Raises ValueError where it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is no JSON ({error})") from error
+
+
+def _check(row: Any, columns: Mapping[str, type]) -> None:
+    missing = [column for column in columns if not isinstance(row, dict) or column not in row]
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    for column, kind in columns.items():
+        if not isinstance(row[column], kind):
+            raise ValueError(f"has {json.dumps(row[column])[:40]} as {column}, which must be {_KINDS[kind]}")
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -86,16 +116,22 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
                 raise ValueError(f"line {reader.line_num} has fewer cells than the header")
             yield row
 
-    return _read(path, rows)
+    return read(path, rows)
 
 
-def _read(path: Path, rows: Any) -> list[Any]:
-    """Open ``path`` as text, collect what ``rows`` yields from it, and name the file in every error."""
+def read(path: Path, rows: Callable[[TextIO], Iterator[Any]], newline: str | None = "") -> list[Any]:
+    """Open ``path``, plain or gzip, as text, collect what ``rows`` yields from it, and name the file in every error.
+
+    ``newline`` is that of ``open``.
+
+    Raises:
+        ValueError: the file is damaged, or it holds no rows.
+    """
     with path.open("rb") as file:
         zipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
     try:
         # utf-8-sig: the published CSV starts with a byte order mark.
-        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="") as lines:
+        with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline=newline) as lines:
             found = list(rows(lines))
     except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: {error}") from error

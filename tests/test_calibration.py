@@ -326,6 +326,20 @@ def test_an_impossible_tolerance_gives_the_full_model(
     assert found["results"]["tiny_generate"]["compute_reduction,none"] == 1
 
 
+def test_what_cannot_be_written_is_found_before_anything_is_answered(
+    model_folder: Path, exits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "sweep", lambda *_: pytest.fail("something was answered"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output .*file cannot be written"):
+        command.calibrate(options_for(model_folder, exits_folder, tmp_path / "file"))
+    monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path / "file"))
+    options = replace(options_for(model_folder, exits_folder, tmp_path / "out"), confidence="state", model_args="")
+    with pytest.raises(UserError, match=r"the folder of the certificate, .*file.* cannot be written .*DYNAMAX_CACHE"):
+        command.calibrate(options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_confidence_is_calibrated(model_folder: Path, exits_folder: Path, tmp_path: Path) -> None:
     options = options_for(model_folder, exits_folder, tmp_path / "out", confidence=None, thresholds="0.9", test=False)
     certificate, _ = command.calibrate(options)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import json
+import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
 import transformers as hf
+import yaml
 from conftest import train_tokenizer
+from safetensors import SafetensorError
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.config import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +131,88 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
     monkeypatch.setattr("dynamax_lm_eval.lm.generate", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["run", "--model_args", f"backbone={model_folder}", "--tasks", "trivia_demo", "--limit", "1"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("a rule,\nits value"), 2, "error: a rule, its value"),
+        (OSError(28, "No space left on device", "out/x.json"), 1, "error: out/x.json: No space left on device"),
+        (OSError("nothing there"), 1, "error: nothing there"),
+        (sqlite3.DatabaseError("file is not a database"), 1, "file is not a database (is a file damaged?"),
+        (zlib.error("Error -3"), 1, "Error -3"),
+        (EOFError(), 1, "EOFError"),
+        (yaml.YAMLError("mapping"), 1, "YAMLError: mapping"),
+        (SafetensorError("header"), 1, "SafetensorError: header"),
+        (json.JSONDecodeError("Expecting", "x", 0), 1, "Expecting"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "why"), 1, "why"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("train", "training.command.train"),
+        ("sweep", "sweep.command.sweep"),
+        ("report", "reports.command.report"),
+        ("calibrate", "calibration.command.calibrate"),
+        ("prune-profile", "training.prune_profile.profile"),
+        ("exit-thresholds", "calibration.exit_thresholds.search"),
+    ],
+)
+def test_what_is_no_bug_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    function: str,
+    error: Exception,
+    status: int,
+    message: str,
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"dynamax_lm_eval.{function}", broken)
+    line = [command] if command == "report" else [command, "--backbone", "b"]
+    if command in ("sweep", "calibrate"):
+        line += ["--tasks", "t", "--output", "o"]
+    if command == "report":
+        line += ["folder"]
+    assert main(line) == status
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert message in told
+    with pytest.raises(type(error)):
+        main([*line, "--debug"])
+    monkeypatch.setattr(f"dynamax_lm_eval.{function}", lambda: None)  # a bug: it takes arguments
+    with pytest.raises(TypeError):
+        main(line)
+
+
+def test_run_ends_in_one_line_too(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c_rank0.db").write_bytes(b"no database")
+    line = ["run", "--model_args", f"backbone={model_folder},threshold=1", "--tasks", "trivia_demo", "--limit", "1"]
+    assert main([*line, "--device", "cpu", "--use_cache", str(tmp_path / "c")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dynamax-lm-eval: error: the file of --use_cache")
+    assert f"{tmp_path / 'c_rank0.db'}) is damaged" in error
+    with pytest.raises(UserError, match="is damaged"):
+        main([*line, "--debug", "--device", "cpu", "--use_cache", str(tmp_path / "c")])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "cache")
+
+    monkeypatch.setattr("dynamax_lm_eval.lm.generate", full)
+    assert main([*line, "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.strip().endswith("error: cache: No space left on device")
+
+
+def test_a_sweep_file_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in (b"a: [", b"\xff\xfe\x00", b"- 1", b""):
+        (tmp_path / "sweep.yaml").write_bytes(content)
+        assert main(["sweep", "--config", str(tmp_path / "sweep.yaml")]) == 2
+        assert "--config" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_run_writes_what_the_stock_command_would(

@@ -1,15 +1,159 @@
-"""Text files written in one step."""
+"""Files and folders that are written: checksums, locks between processes, and names."""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.files import (
+    LOCK_NAME,
+    JsonFormat,
+    check_writable,
+    checksum,
+    locked,
+    naming,
+    short_name,
+    write_text,
+)
+
+STRICT = JsonFormat("dynamax-test", 2, "a test", "make it again")
+
+
+def owner(**changed: Any) -> str:
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return json.dumps({**mine, **changed})
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with locked(folder):
+        held = json.loads((folder / LOCK_NAME).read_text())
+        assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
+        told = f"in use by process {os.getpid()} on .* or remove .*{LOCK_NAME}"
+        with pytest.raises(UserError, match=told), locked(folder):
+            pass
+        other = "from dynamax_lm_eval.files import locked; from pathlib import Path\n"
+        other += f"with locked(Path({str(folder)!r})): pass"
+        ended = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
+        assert "is in use by process" in ended.stderr
+    assert not (tmp_path / "a").exists(), "nothing was written there"
+
+    def fails() -> None:
+        with locked(folder):
+            (folder / "kept").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        owner(pid=dead_pid()),
+        owner(started=psutil.Process().create_time() - 1000),  # another process has the number now
+        "",
+        "{",
+        '{"pid": "x"}',
+        "[1]",
+    ],
+)
+def test_what_a_killed_process_left_is_taken_over(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_NAME).write_text(content)
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid()
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("content", [owner(host="elsewhere", pid=dead_pid()), owner()])
+def test_what_may_run_is_not_taken_over(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"--output .* in use by process \d+ on .* remove"), locked(tmp_path):
+        pass
+    assert (tmp_path / LOCK_NAME).read_text() == content
+
+
+def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refused)
+    with locked(tmp_path), pytest.raises(UserError, match="in use"), locked(tmp_path):
+        pass
+    assert not [*tmp_path.iterdir()]
+
+
+def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"--output .*file.* cannot be written"), locked(folder):
+            pass
+        with pytest.raises(UserError, match=r"the folder .*file.* cannot be written .*; do this"):
+            check_writable(folder, "the folder", "do this")
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"), naming(tmp_path / "x.json"):
+        raise OSError(28, "No space left on device")
+
+
+def test_formats(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    data = {"a": (1, 2.5), "b": float("inf"), "c": "\u2028é\ud800", "d": {1: None}}
+    STRICT.write(file, data)
+    assert STRICT.read(file) == {"a": [1, 2.5], "b": float("inf"), "c": "\u2028é\ud800", "d": {"1": None}}
+    stored = json.loads(file.read_text())
+    assert list(stored)[-1] == "checksum"
+    for changed, message in (
+        ({"b": 1}, "its checksum is not that .*; make it again"),
+        ({"format": "dynamax-other"}, "it is not a test .*; make it again"),
+        ({"format_version": 3}, "format_version is 3 .*; make it again, or update dynamax-lm-eval"),
+        ({"checksum": None}, "its checksum is not that .*; make it again"),
+    ):
+        file.write_text(json.dumps({**stored, **changed}))
+        with pytest.raises(UserError, match=rf"x\.json cannot be used: .*{message}"):
+            STRICT.read(file)
+    by_hand = JsonFormat("dynamax-test", 1, "a test", "make it again", by_hand=True)
+    file.write_text('{"format": "dynamax-test", "a": 1}')
+    assert by_hand.read(file) == {"a": 1}
+    with pytest.raises(UserError, match="missing"):
+        STRICT.read(tmp_path / "missing")
+
+
+def test_a_checksum_is_of_the_content() -> None:
+    assert checksum({"a": 1, "b": [0.1, (2,)]}) == checksum({"b": [0.1, [2]], "a": 1})
+    assert len({checksum(1), checksum(1.0), checksum("1"), checksum(True), checksum(1, "salt")}) == 5
+
+
+@pytest.mark.parametrize("name", ["tiny_generate", "calm-recompute-0.9+0.8", "x" * 120])
+def test_names_that_can_be_files_stay(name: str) -> None:
+    assert short_name(name) == name
+
+
+def test_other_names_become_files(tmp_path: Path) -> None:
+    names = ["a/b", "a_b", "a b", "..", "../x", "x" * 121, "x" * 5000, "東" * 200, "", ".hidden", "a\x00b"]
+    made = [short_name(name) for name in names]
+    assert len(set(made)) == len(names)
+    for name in made:
+        (tmp_path / f"samples_{name}_2026-11-25T21-17-55.327231.jsonl").touch()
 
 
 @pytest.fixture(params=[0o077, 0o022])

@@ -54,6 +54,8 @@ def test_texts_of_json_lines_are_not_joined(tmp_path: Path) -> None:
         ({"file": "a.txt"}, " \n", "holds no text"),
         ({"file": "a.txt", "characters": 0}, "a", "characters must be at least 1"),
         ({"file": "a.jsonl"}, '{"txt": "a"}', "line 1 of .* has no text"),
+        ({"file": "a.jsonl"}, '{"text": "a"}\n{"text"', r"a\.jsonl: line 2 is no JSON"),
+        ({"file": "a.json"}, '{"text": "a"}', r"write \.jsonl"),
     ],
 )
 def test_what_is_no_text_is_refused(
@@ -68,6 +70,17 @@ def test_what_is_no_text_is_refused(
         Path(metadata["file"]).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         documents(**metadata)
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
+def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
+    whole = gzip.compress(json.dumps({"text": "".join(chr(33 + i % 90) for i in range(999))}).encode())
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for content in (whole[:-9], whole[:30], whole[:3], bytes(flipped), whole[:10] + whole[20:]):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            documents(file=str(tmp_path / name))
 
 
 def test_it_runs_through_exits(model_folder: Path, tmp_path: Path) -> None:

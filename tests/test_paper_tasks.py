@@ -240,7 +240,7 @@ class TestEveryTask:
         ("content", "message"),
         [
             (b"", "holds no rows"),
-            (b'{"id": 1', r"coqa\.jsonl: Expecting"),
+            (b'{"id": 1', r"coqa\.jsonl: line 1 is no JSON \(Expecting"),
             (b'{"id": "a", "source": "b"}\n', "line 1 lacks story, questions, answers, additional_answers"),
             (b"[]\n", "line 1 lacks id"),
             (gzip.compress(b"{}" * 500, mtime=0)[:-9], r"coqa\.jsonl: Compressed file ended"),
@@ -337,6 +337,13 @@ class TestTriviaqa:
     def test_unusable_aliases(self, aliases: Any, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "triviaqa.jsonl", [{"question_id": "q-7", "question": "?", "aliases": aliases}])
         with pytest.raises(ValueError, match="q-7 has no list of accepted answers"):
+            load("triviaqa_long", tmp_path)
+
+    @pytest.mark.parametrize("question", [None, 3, ["?"]])
+    def test_a_question_is_text(self, question: Any, tmp_path: Path) -> None:
+        row = {"question_id": "q-7", "question": question, "aliases": ["a"]}
+        write_jsonl(tmp_path / "triviaqa.jsonl", [{**row, "question": "?"}, row])
+        with pytest.raises(ValueError, match=r"triviaqa\.jsonl: line 2 has .* as question, which must be text"):
             load("triviaqa_long", tmp_path)
 
     def test_another_selection_is_noticed(
@@ -485,6 +492,13 @@ class TestCoqa:
         row["additional_answers"]["1"].pop()
         write_jsonl(tmp_path / "coqa.jsonl", [row])
         with pytest.raises(ValueError, match="invented-1 has not one answer to each question"):
+            load("coqa_exit", tmp_path)
+
+    @pytest.mark.parametrize("column", ["additional_answers", "questions", "answers", "story"])
+    @pytest.mark.parametrize("value", [None, 3, ["x"], {"1": [{"text": "x"}]}])
+    def test_values_of_another_shape(self, column: str, value: Any, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "coqa.jsonl", [coqa_row(), {**coqa_row(), column: value}])
+        with pytest.raises(ValueError, match=r"coqa\.jsonl: line 2 "):
             load("coqa_exit", tmp_path)
 
     @pytest.mark.parametrize(

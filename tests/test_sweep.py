@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from test_trained_exits import save_exits
 
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.files import locked
 from dynamax_lm_eval.generation import ends_in_repetition
 from dynamax_lm_eval.lm import DynamaxLM
+from dynamax_lm_eval.reports import collect
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
@@ -148,6 +151,53 @@ def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypa
         counts.append(len(finished_points(command.sweep(options))))
     assert counts == [3, 6]
     assert results_of(Path(options.output)) == results_of(whole)
+
+
+@pytest.fixture
+def only_our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the harness's thousands of tasks out: indexing them takes most of the time."""
+    monkeypatch.setattr(command, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(command, "_task_manager", command._task_manager.__wrapped__)
+
+
+@pytest.mark.usefixtures("only_our_tasks")
+@pytest.mark.parametrize("name", ["a/b task", "x" * 250])
+def test_names_that_no_file_can_have(model_folder: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "tasks").mkdir()
+    for file in TASKS.glob("utils.py"):
+        (tmp_path / "tasks" / file.name).write_text(file.read_text())
+    yaml_text = (TASKS / "tiny_generate.yaml").read_text()
+    (tmp_path / "tasks" / "task.yaml").write_text(yaml_text.replace("task: tiny_generate", f"task: {name}"))
+    given = {"tasks": name, "include_path": str(tmp_path / "tasks"), "thresholds": "0.3", "prune": "", "limit": 2}
+    folder = command.sweep(options_for(model_folder, tmp_path / "out", state_modes="skip", **given))
+    (task,) = collect.read([folder], 0.1)
+    assert task.task == name
+    assert [len(point.samples) for point in task.points] == [2, 2]
+
+
+@pytest.mark.usefixtures("only_our_tasks")
+def test_data_that_cannot_be_read_end_in_one_line(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{')
+    given = ["--backbone", str(model_folder), "--tasks", "local_text", "--output", str(tmp_path / "out")]
+    given += ["--metadata", f"file={tmp_path / 'a.jsonl'}", "--device", "cpu", "--confidences", "state"]
+    assert main(["sweep", *given]) == 2
+    assert "a.jsonl: line 2 is no JSON" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("only_our_tasks")
+def test_one_process_writes_a_folder(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load", lambda _: pytest.fail("the backbone was loaded"))
+    with locked(tmp_path), pytest.raises(UserError, match=r"in use by process .* remove .*\.dynamax\.lock"):
+        command.sweep(options_for(model_folder, tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        command.sweep(options_for(model_folder, tmp_path / "file"))
+    (tmp_path / SWEEP_NAME).write_text("backbone: mine\n")
+    with pytest.raises(UserError, match="was not written by a sweep"):
+        command.sweep(options_for(model_folder, tmp_path))
+    assert (tmp_path / SWEEP_NAME).read_text() == "backbone: mine\n"
 
 
 def test_rolling_texts_are_replayed(model_folder: Path, tmp_path: Path) -> None:

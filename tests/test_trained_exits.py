@@ -77,6 +77,15 @@ def test_the_newest_exits_win_and_other_backbones_are_not_taken(model_folder: Pa
     assert model(model_folder, threshold=1).exits is None
 
 
+def test_damaged_exits_of_this_backbone_are_no_reason_to_do_without(model_folder: Path, cache: Path) -> None:
+    fingerprint = files_fingerprint(str(model_folder), {})
+    folder = save_exits(model_folder, checkpoint.default_folder(str(model_folder), str(fingerprint)))
+    (folder / checkpoint.CONFIG_NAME).write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be used: it is damaged"):
+        checkpoint.find(str(model_folder), fingerprint)
+    assert checkpoint.find("another", "f" * 64) is None
+
+
 def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
     """What follow() asks for is answered and counted as by a model that was loaded with it."""
     folder = str(save_exits(model_folder, tmp_path / "mine"))

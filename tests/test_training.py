@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
@@ -28,6 +29,7 @@ from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.files import locked
 from dynamax_lm_eval.training import command, data, evaluation, state
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -374,8 +376,8 @@ class TestResume:
         stopped_at = found[1].step
         progress = tmp_path / "state" / f"state-{stopped_at:08d}" / "progress.json"
         shorter = options_for(model_folder, texts, max_tokens=(stopped_at + 1) * 128).to_json()
-        data_of = json.loads(progress.read_text())
-        progress.write_text(json.dumps({**data_of, "options": {**data_of["options"], **shorter}}))
+        data_of = state.PROGRESS.read(progress)
+        state.PROGRESS.write(progress, {**data_of, "options": {**data_of["options"], **shorter}})
         saved = train(model_folder, texts, tmp_path, resume=True, max_tokens=(stopped_at + 1) * 128)
         assert saved.config.training["steps"] == stopped_at + 1
 
@@ -473,6 +475,96 @@ def test_two_processes_train_what_one_trains(model_folder: Path, texts: Path, tm
         for name in ("losses", "accuracies", "gradient_norms"):
             for kind, values in mine[name].items():
                 assert theirs[name][kind] == pytest.approx(values, rel=1e-3), (mine["step"], name, kind)
+
+
+class TestOutput:
+    """What lies in the folder of a training is looked at before anything else is done."""
+
+    @pytest.fixture
+    def no_work(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(command, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
+
+    @pytest.mark.usefixtures("no_work")
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("README.md", "MY OWN README"),
+            ("training.jsonl", '{"text": "a"}\n'),
+            ("training.jsonl", '{"step": 1, "loss": 2.5}\n'),
+            ("training.jsonl", "[1]"),
+            ("config.json", '{"model_type": "llama"}'),
+            ("main.py", "pass"),
+            ("evaluation.json", "{}"),
+        ],
+    )
+    def test_other_files_are_not_written_over(
+        self, model_folder: Path, texts: Path, tmp_path: Path, name: str, content: str, overwrite: bool
+    ) -> None:
+        (tmp_path / name).write_text(content)
+        run = RunOptions(output=str(tmp_path), overwrite=overwrite, device="cpu")
+        with pytest.raises(UserError, match=f"--output .*holds other files .*{name}"):
+            command.train(options_for(model_folder, texts), run)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_text() == content
+
+    @pytest.mark.usefixtures("no_work")
+    @pytest.mark.parametrize("damaged", ["", "[1]", None])
+    def test_a_damaged_state_can_be_overwritten_only(
+        self,
+        model_folder: Path,
+        texts: Path,
+        tmp_path: Path,
+        damaged: str | None,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        home = tmp_path / "state" / "state-00000002"
+        home.mkdir(parents=True)
+        if damaged is not None:
+            (home / state.PROGRESS_NAME).write_text(damaged)
+        line = ["train", "--backbone", str(model_folder), "--dataset", str(texts), "--output", str(tmp_path)]
+        line += ["--exit_layers", "2+3+4", "--device", "cpu"]
+        assert cli.main([*line, "--resume"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(home) in error
+        assert "--overwrite" in error
+        assert cli.main(line) == 2
+        monkeypatch.undo()
+        saved = command.train(
+            options_for(model_folder, texts, classifier="calm", max_tokens=128),
+            RunOptions(output=str(tmp_path), overwrite=True, device="cpu"),
+        )
+        assert saved is not None
+        assert not (tmp_path / "state").exists()
+
+    @pytest.mark.usefixtures("no_work")
+    def test_one_training_at_a_time(self, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+        with locked(tmp_path), pytest.raises(UserError, match="in use by process"):
+            train(model_folder, texts, tmp_path)
+        with pytest.raises(UserError, match="cannot be written"):
+            train(model_folder, texts, texts)
+
+    def test_a_begun_log_is_its_own(self, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+        """A training that was killed before its first state, in the middle of a line."""
+        (tmp_path / "training.jsonl").write_text('{"step": 1, "tok')
+        train(model_folder, texts, tmp_path, classifier="calm", max_tokens=128)
+        assert len((tmp_path / "training.jsonl").read_text().splitlines()) == 1
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_damaged_text_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(json.dumps({"text": f"{random.random()}" * 50}) + "\n" for _ in range(500)).encode())
+    for name, content in (
+        ("cut.jsonl.gz", whole[: len(whole) // 2]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("text.parquet", b"PAR1"),
+        ("latin.txt", b"caf\xe9"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        options = options_for(tmp_path, tmp_path / name, shuffle_buffer=0)
+        with pytest.raises(UserError, match=name):
+            list(data.text_documents(options, str(tmp_path / name), letters)(0, 0))
 
 
 class TestEvaluation:

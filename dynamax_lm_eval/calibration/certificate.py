@@ -17,12 +17,18 @@ from typing import Any
 from dynamax_lm_eval.backbones.aliases import cache_dir
 from dynamax_lm_eval.config import CALIBRATED, UserError, changed_settings
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, shipped_home
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import JsonFormat, short_name
 
 logger = logging.getLogger(__name__)
 
 #: Version 1 bound samples of the weights, and nothing of the tokenizer.
-FORMAT, FORMAT_VERSION = "dynamax-certificate", 2
+FORMAT = JsonFormat(
+    name="dynamax-certificate",
+    version=2,
+    what="a certificate of dynamax-lm-eval calibrate",
+    remedy="calibrate again",
+    by_hand=True,
+)
 
 #: Parts of a model's identity that change no answer, or are bound by themselves.
 _UNBOUND = frozenset({"degenerate", "policy"})
@@ -92,38 +98,29 @@ class Certificate:
         return any(threshold < 1 for threshold in self.thresholds)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, "promise": self.promise, **asdict(self)}
+        return {"promise": self.promise, **asdict(self)}
 
     def summary(self) -> dict[str, Any]:
         """For result files: all but the documents."""
-        data = self.to_json()
+        data = {"format": FORMAT.name, "format_version": FORMAT.version, **self.to_json()}
         data["calibration_documents"] = len(self.calibration_documents)
         return data
 
     @classmethod
     def load(cls, path: Path) -> Certificate:
         """Raises UserError where the file is missing, damaged, or no certificate."""
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"threshold={str(path)!r} cannot be read: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise UserError(f"threshold={str(path)!r} is no certificate of dynamax-lm-eval calibrate")
-        if (version := data.pop("format_version", None)) != FORMAT_VERSION:
-            raise UserError(
-                f"threshold={str(path)!r} has format_version {version!r} and this version of dynamax reads "
-                f"{FORMAT_VERSION}; calibrate again, or update dynamax-lm-eval"
-            )
+        called = f"threshold={str(path)!r}"
+        data = FORMAT.read(path, called)
         data.pop("promise", None)
         try:
             found = cls(**data)
             tuple(float(threshold) for threshold in found.thresholds)
         except (TypeError, ValueError) as error:
-            raise UserError(f"threshold={str(path)!r} is damaged: {error}") from error
+            raise UserError(f"{called} is damaged ({error}); {FORMAT.remedy}") from error
         return found
 
     def save(self, path: Path) -> None:
-        write_text(path, json.dumps(self.to_json(), indent=2) + "\n")
+        FORMAT.write(path, self.to_json())
 
     def check_policy(self, policy: Mapping[str, Any]) -> None:
         """Raises UserError where the policy (``ExitPolicy.describe``) is not the certified one, thresholds aside."""
@@ -227,8 +224,7 @@ def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
     """Says what it is for; another promise on the same task has another name."""
     promise = [certificate.method, certificate.loss, f"{certificate.tolerance:g}"]
     promise += [f"{certificate.level:g}"] if certificate.level is not None else []
-    name = "-".join([certificate.task, scorer, state_mode, *promise])
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".json"
+    return short_name("-".join([certificate.task, scorer, state_mode, *promise])) + ".json"
 
 
 def home(backbone: str, fingerprint: str, exits: ExitCheckpoint | None) -> Path:

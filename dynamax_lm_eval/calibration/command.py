@@ -19,11 +19,11 @@ from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
 from dynamax_lm_eval.calibration.options import CalibrateOptions
 from dynamax_lm_eval.calibration.testing import Selection, conformal_risk_control, fewest_documents, learn_then_test
 from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import check_writable, locked, naming, write_text
 from dynamax_lm_eval.harness import document_hash
 from dynamax_lm_eval.reports import collect
 from dynamax_lm_eval.reports.collect import PointResult, TaskResults
-from dynamax_lm_eval.sweep.command import load, load_tasks, process, sweep
+from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, name_of, parse_thresholds
@@ -53,14 +53,22 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     if process()[1] > 1:
         raise UserError("calibrate is one process; run it without torchrun")
     candidates = _candidates(options)
-    text = ",".join(name_of(thresholds) for thresholds in candidates)
-    manager = load_tasks(options.sweep("calibration", text))
+    manager = load_tasks(options.sweep("calibration", ",".join(name_of(thresholds) for thresholds in candidates)))
     hashes = _document_hashes(manager, options)
     split = split_documents(hashes, options.share, options.seed)
     _warn_of_few(options, len(split.calibration))
-    folder = Path(options.output).expanduser()
+    with locked(Path(options.output).expanduser()):
+        return _calibrate(options, candidates, hashes, split)
 
+
+def _calibrate(
+    options: CalibrateOptions, candidates: Sequence[tuple[float, ...]], hashes: Sequence[str], split: Split
+) -> tuple[Certificate, Path]:
+    folder = Path(options.output).expanduser()
+    text = ",".join(name_of(thresholds) for thresholds in candidates)
     lm = load(options.sweep("calibration", text))
+    kept = home(options.backbone, lm.backbone_fingerprint(), lm.exits)
+    check_writable(kept, "the folder of the certificate,", "set DYNAMAX_CACHE to a folder that can be")
     if options.confidence is None:
         options = replace(options, confidence=lm.exits.config.classifiers[0] if lm.exits is not None else "softmax")
     first = options.sweep("calibration", text, _samples(options, split.calibration))
@@ -105,12 +113,11 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
         version=dynamax_lm_eval.__version__,
     )
     certificate.save(folder / CERTIFICATE_NAME)
-    write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
-    kept = home(options.backbone, certificate.fingerprint, lm.exits)
-    kept.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
+        write_text(folder / TABLE_NAME, table(candidates, points, losses, found))
     kept = kept / file_name(certificate, points[0].line.partition(",")[0], options.state_mode)
     certificate.save(kept)
-    write_text(folder / TABLE_NAME, table(candidates, points, losses, found))
     return certificate, kept
 
 
@@ -185,7 +192,8 @@ def _candidates(options: CalibrateOptions) -> list[tuple[float, ...]]:
 
 def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:
     names = options.sweep("calibration", "0.5").task_names
-    tasks = manager.load(names)["tasks"]
+    with naming_tasks():
+        tasks = manager.load(names)["tasks"]
     if list(tasks) != [options.tasks]:
         raise UserError(f"--tasks must name one task, and {options.tasks!r} is {', '.join(tasks)}; calibrate each")
     documents = list(tasks[options.tasks].eval_docs)[: options.limit]

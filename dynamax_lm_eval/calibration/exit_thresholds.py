@@ -24,6 +24,7 @@ from dynamax_lm_eval.config import ClassifierKind, StateMode, UserError
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.files import check_writable
 from dynamax_lm_eval.training import data
 from dynamax_lm_eval.training.command import load_backbone
 from dynamax_lm_eval.training.evaluation import observe
@@ -91,6 +92,7 @@ def search(options: SearchOptions) -> ThresholdPath:
         raise UserError(f"{output} exists; choose another --output, or add --overwrite True")
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent}; make it, or choose another --output")
+    check_writable(output.parent, "--output: the folder", "choose another")
     reading = TrainingOptions(
         backbone=options.backbone,
         dataset=options.dataset,

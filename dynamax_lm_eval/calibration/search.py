@@ -8,7 +8,6 @@ Knows numbers and the file that holds the result. E exits, N tokens; index E sta
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import JsonFormat
 
 Floats = npt.NDArray[np.float64]
 
-FORMAT = "dynamax-exit-thresholds"
+FORMAT = JsonFormat(
+    name="dynamax-exit-thresholds",
+    version=1,
+    what="a file of dynamax-lm-eval exit-thresholds",
+    remedy="make it: dynamax-lm-eval exit-thresholds --backbone ...",
+    by_hand=True,
+)
 #: Thresholds are multiples of 1 / STEPS.
 STEPS = 200
 _MOST_ROUNDS = 20
@@ -139,15 +144,12 @@ class ThresholdPath:
         return [tuple(point["thresholds"]) for point in self.path]
 
     def save(self, path: Path) -> None:
-        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+        FORMAT.write(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> ThresholdPath:
         """Raises UserError where the file is missing or is no such path."""
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--per_exit {path} cannot be read: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise UserError(f"--per_exit {path} is no file of dynamax-lm-eval exit-thresholds")
-        return cls(**data)
+            return cls(**FORMAT.read(path, f"--per_exit {path}"))
+        except TypeError as error:
+            raise UserError(f"--per_exit {path} is damaged ({error}); {FORMAT.remedy}") from error

@@ -6,7 +6,6 @@ trained for, so that what does not fit is refused before weights load. Knows fil
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,21 +13,29 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones.aliases import HUB_ALIASES, cache_dir, shipped_dir
 from dynamax_lm_eval.backbones.fingerprint import Fingerprints, tensors_fingerprint
-from dynamax_lm_eval.config import ClassifierKind, DynamaxArgs, UserError
+from dynamax_lm_eval.config import ClassifierKind, DynamaxArgs, UserError, changed_settings
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync, write_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "dynamax-exits", 1
+FORMAT = JsonFormat(
+    name="dynamax-exits",
+    version=1,
+    what="an exit checkpoint",
+    remedy="train exits again, or have the folder again",
+    by_hand=True,
+)
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "exits.safetensors", "README.md"
+#: In the configuration's file.
+_WEIGHTS_CHECKSUM = "weights_checksum"
 
 
 @dataclass(frozen=True)
@@ -65,22 +72,18 @@ class ExitConfig:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        return {"format": FORMAT.name, "format_version": FORMAT.version, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExitConfig:
         """
+        Args:
+            data: as :meth:`to_json` gives it, without format and version.
+
         Raises:
-            UserError: it is no such configuration, or one of a later format.
+            UserError: it is no such configuration.
         """
-        if data.get("format") != FORMAT:
-            raise UserError(f"it is not an exit checkpoint (no format {FORMAT!r})")
-        if data.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"its format_version is {data.get('format_version')!r} and this version of dynamax reads "
-                f"{FORMAT_VERSION}; update dynamax-lm-eval"
-            )
-        known = {name: value for name, value in data.items() if name not in ("format", "format_version")}
+        known = dict(data)
         try:
             known["backbone"] = BackboneIdentity(**known["backbone"])
             known["options"] = ClassifierOptions(**known["options"])
@@ -88,7 +91,9 @@ class ExitConfig:
                 known[name] = tuple(known[name])
             found = cls(**known)
             found.check()
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"its configuration is damaged ({error})") from error
         return found
 
@@ -122,6 +127,8 @@ class ExitCheckpoint:
 
     path: Path
     config: ExitConfig
+    #: Of the weights' file; None where the configuration does not say.
+    weights_checksum: str | None = None
 
     @classmethod
     def open(cls, path: Path) -> ExitCheckpoint:
@@ -129,13 +136,15 @@ class ExitCheckpoint:
         Raises:
             UserError: the folder holds no checkpoint, or one that cannot be read.
         """
-        file = path / CONFIG_NAME
+        file, called = path / CONFIG_NAME, f"exits={str(path)!r}"
         if not file.is_file():
-            raise UserError(f"exits={str(path)!r}: there is no {CONFIG_NAME} in that folder")
+            raise UserError(f"{called}: there is no {CONFIG_NAME} in that folder")
+        data = FORMAT.read(file, f"{called}: {CONFIG_NAME}")
+        weights_checksum = data.pop(_WEIGHTS_CHECKSUM, None)
         try:
-            return cls(path, ExitConfig.from_json(json.loads(file.read_text(encoding="utf-8"))))
-        except (UserError, ValueError, AttributeError) as error:
-            raise UserError(f"exits={str(path)!r} cannot be used: {' '.join(str(error).split())}") from error
+            return cls(path, ExitConfig.from_json(data), weights_checksum)
+        except UserError as error:
+            raise UserError(f"{called} cannot be used: {' '.join(str(error).split())}") from error
 
     def load(self, device: torch.device | str = "cpu") -> ExitClassifiers:
         """The classifiers in float32, ready for inference.
@@ -144,6 +153,7 @@ class ExitCheckpoint:
             UserError: the weights are missing, damaged, or not those of the configuration.
         """
         file = self.path / WEIGHTS_NAME
+        self._check_weights(file)
         modules = self.config.build()
         try:
             tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
@@ -157,6 +167,28 @@ class ExitCheckpoint:
                 f"({len(broken)} of {len(tensors)} tensors) hold values that are not finite; train these exits again"
             )
         return modules.requires_grad_(False).eval().to(device)
+
+    def _check_weights(self, file: Path) -> None:
+        """Compares the file of the weights with the configuration before anything of their size is made."""
+        called = f"exits={str(self.path)!r}: {WEIGHTS_NAME} cannot be used"
+        try:
+            with torch.device("meta"):
+                wanted = {name: list(tensor.shape) for name, tensor in self.config.build().state_dict().items()}
+            with safe_open(file, framework="pt") as opened:
+                held = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+            changed = self.weights_checksum is not None and file_checksum(file) != self.weights_checksum
+        except (OSError, SafetensorError, RuntimeError, OverflowError, TypeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{called} ({reason}); {FORMAT.remedy}") from error
+        if different := changed_settings(held, wanted):
+            raise UserError(
+                f"{called}: its tensors are not of the sizes that {CONFIG_NAME} asks for: {different[:300]}"
+            )
+        if changed:
+            raise UserError(
+                f"{called}: it is damaged, or was changed after it was written (its checksum is not that in "
+                f"{CONFIG_NAME}); {FORMAT.remedy}"
+            )
 
     def fingerprint(self) -> str:
         """Identity of the classifiers' weights, whatever dtype they are stored in."""
@@ -207,12 +239,16 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in modules.state_dict().items()}
     partial = folder / f".{WEIGHTS_NAME}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    with naming(partial):
+        save_file(tensors, partial, metadata={"format": "pt"})
+    sync(partial)
+    weights_checksum = file_checksum(partial)
     partial.replace(folder / WEIGHTS_NAME)
     for name, text in (files or {}).items():
-        write_text(folder / name, text)
-    write_text(folder / CONFIG_NAME, json.dumps(config.to_json(), indent=2) + "\n")
-    return ExitCheckpoint(folder, config)
+        with naming(folder / name):
+            write_text(folder / name, text)
+    FORMAT.write(folder / CONFIG_NAME, {**config.to_json(), _WEIGHTS_CHECKSUM: weights_checksum})
+    return ExitCheckpoint(folder, config, weights_checksum)
 
 
 def exits_home() -> Path:
@@ -240,7 +276,7 @@ def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -
     for home in (exits_home(), shipped_home()):
         found = [
             checkpoint
-            for checkpoint in _readable(home)
+            for checkpoint in _readable(home, fingerprint)
             if (
                 checkpoint.config.backbone.fingerprint in (fingerprint, *former)
                 if fingerprint is not None
@@ -320,9 +356,12 @@ def _hub_id(name: str) -> str:
     return HUB_ALIASES.get(name, name)
 
 
-def _readable(home: Path) -> Iterator[ExitCheckpoint]:
+def _readable(home: Path, fingerprint: str | None) -> Iterator[ExitCheckpoint]:
+    """All exits in a folder but damaged ones; those that ``train`` made for this very backbone are an error."""
     for file in sorted(home.glob(f"*/{CONFIG_NAME}")):
         try:
             yield ExitCheckpoint.open(file.parent)
         except UserError as error:
+            if fingerprint is not None and file.parent.name.endswith(f"-{fingerprint[:12]}"):
+                raise
             logger.warning("Not looking at these exits: %s", error)

@@ -16,7 +16,8 @@ from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.reports.consistency import consistency
-from dynamax_lm_eval.sweep.files import RESPONSES_NAME, finished_points
+from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points
+from dynamax_lm_eval.sweep.store import stored_responses
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
         max_degenerate: a point is invalid where its degenerate_rate is more than this above the full model's.
 
     Raises:
-        UserError: there is no finished point, or no full model to compare with.
+        UserError: there is no finished point, or no full model to compare with, or a file is damaged.
     """
     groups: dict[tuple[str, str], list[PointResult]] = {}
     for folder in folders:
@@ -198,8 +199,9 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
 
 def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
     folder: Path = point["folder"]
+    check_results(folder, point["checksums"])
     data = json.loads((folder / point["results"]).read_text(encoding="utf-8"))
-    pieces = _pieces(folder / RESPONSES_NAME)
+    pieces = _pieces(folder / RESPONSES_NAME, point["answers"])
     found = []
     for task, file in point["samples"].items():
         samples = _json_lines(folder / file)
@@ -249,11 +251,11 @@ def _key(sample: dict[str, Any]) -> str:
     return str(hash_args("generate_until", [arguments[f"arg_{i}"] for i in range(len(arguments))]))
 
 
-def _pieces(path: Path) -> dict[str, list[str]]:
+def _pieces(path: Path, count: int) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for data in _json_lines(path)[1:]:
-        if data.get("pieces") is not None:
-            found.setdefault(data["key"].partition(":")[0], data["pieces"])
+    for key, response in stored_responses(path, count).items():
+        if response.pieces is not None:
+            found.setdefault(key.partition(":")[0], response.pieces)
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import collect, page, plots, statistics
 from dynamax_lm_eval.reports.collect import TaskResults
 from dynamax_lm_eval.reports.options import ReportOptions
@@ -47,8 +47,13 @@ def report(options: ReportOptions) -> Path:
     results = collect.read(folders, options.max_degenerate)
     chosen = _chosen_metrics(options, results)
     output = Path(options.output).expanduser() if options.output else folders[0] / "report"
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output, "--output: the folder", "choose another")
+    with naming(output):
+        _write(output, results, chosen, options)
+    return output
 
+
+def _write(output: Path, results: Sequence[TaskResults], chosen: dict[str, str], options: ReportOptions) -> None:
     table = collect.tidy(results)
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
@@ -63,7 +68,6 @@ def report(options: ReportOptions) -> Path:
         parts += ["### All points\n", _markdown(_points(task, chosen[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
     write_text(output / "report.html", page.render(results, chosen, options.samples))
-    return output
 
 
 def _chosen_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:

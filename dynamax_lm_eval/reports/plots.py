@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamax_lm_eval.files import short_name
 from dynamax_lm_eval.reports.collect import PointResult, TaskResults
 from dynamax_lm_eval.reports.statistics import AXES, front
 
@@ -23,8 +24,10 @@ def coordinates(task: TaskResults, point: PointResult, metric: str, axis: str) -
 
 def file_stem(task: TaskResults, metric: str) -> str:
     """The beginning of the names of a figure's files."""
+    # The backbone may be a path: only what makes a name too long gets a hash.
     name = f"{task.backbone}-{task.task}-{metric.partition(',')[0]}"
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return safe if len(safe.encode()) <= 200 else short_name(name)
 
 
 def plot(task: TaskResults, metric: str, stem: Path) -> list[Path]:

@@ -8,22 +8,30 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import lm_eval
 import torch
-import yaml
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 import dynamax_lm_eval
 from dynamax_lm_eval.config import ClassifierKind, UserError, changed_settings
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import file_checksum, locked, short_name
 from dynamax_lm_eval.lm import Setting
-from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME
+from dynamax_lm_eval.sweep.files import (
+    POINT,
+    POINT_NAME,
+    RESPONSES_NAME,
+    SWEEP_NAME,
+    check_results,
+    point_folder,
+    read_options,
+    write_options,
+)
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
 from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid
 from dynamax_lm_eval.sweep.store import ResponseStore
@@ -57,25 +65,32 @@ def sweep(options: SweepOptions, lm: SweepLM | None = None) -> Path:
         lm: the model, where it was loaded before (by :func:`load`, for the same backbone and model arguments).
 
     Raises:
-        UserError: an option cannot be honoured, or the folder holds another sweep.
+        UserError: an option cannot be honoured, the folder holds another sweep, or another process writes there.
     """
     folder = Path(options.output).expanduser()
     tasks = load_tasks(options)
+    # The processes of one launcher share the lock of the first.
+    with locked(folder) if process()[0] == 0 else nullcontext():
+        _sweep(options, lm, folder, tasks)
+    return folder
+
+
+def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskManager) -> None:
     _check_folder(folder, options)
     lm = load(options) if lm is None else lm
     kinds: tuple[str, ...] = ()
     adapters = False
     if lm.exits is not None:
         kinds, adapters = lm.exits.config.classifiers, lm.exits.config.adapter != "none"
-    every = grid(options, replace(lm.args, threshold=(1.0,)), kinds, adapters)
+    every = grid(options, replace(lm.loaded, threshold=(1.0,)), kinds, adapters)
     rank, world_size = process()
-    answered = _resolve(lm, every)[rank::world_size]
+    answered = _resolve(lm, every, options)[rank::world_size]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
-        write_text(folder / SWEEP_NAME, yaml.safe_dump(resolved, sort_keys=False))
+        write_options(folder / SWEEP_NAME, resolved)
     points = [
-        SweepPoint(point, setting, ResponseStore(folder / "points" / point.name / RESPONSES_NAME, identity))
+        SweepPoint(point, setting, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
         for point, setting, identity in answered
     ]
     waiting = [point for point in points if not _is_done(folder, point, options)]
@@ -89,7 +104,6 @@ def sweep(options: SweepOptions, lm: SweepLM | None = None) -> Path:
         logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, line)
     for point in points:
         point.store.close()
-    return folder
 
 
 def load(options: SweepOptions) -> SweepLM:
@@ -125,19 +139,20 @@ def _task_manager(include_path: str | None, metadata: str) -> TaskManager:
 
 def _check_folder(folder: Path, options: SweepOptions) -> None:
     """Refuses to mix two sweeps; a grid may grow."""
-    path = folder / SWEEP_NAME
-    if not path.is_file():
-        return
-    stored, now = yaml.safe_load(path.read_text(encoding="utf-8")), options.to_json()
-    for name in _FREE:
-        stored.pop(name, None)
-        now.pop(name, None)
-    if changed := changed_settings(stored, now):
+    stored = read_options(folder / SWEEP_NAME)
+    if stored is not None and (changed := changed_settings(_bound(stored), _bound(options.to_json()))):
         raise UserError(f"{folder} holds a sweep that differs in {changed}; choose another --output")
 
 
-def _resolve(lm: SweepLM, points: Sequence[Point]) -> list[tuple[Point, Setting, dict[str, Any]]]:
-    """Each point with what it means for requests and the identity of its answers.
+def _bound(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide answers."""
+    return {name: value for name, value in options.items() if name not in _FREE}
+
+
+def _resolve(
+    lm: SweepLM, points: Sequence[Point], options: SweepOptions
+) -> list[tuple[Point, Setting, dict[str, Any]]]:
+    """Each point with what it means for requests and the identity of its answers, options of the sweep included.
 
     Raises:
         UserError: the backbone cannot run one of them; before any is answered.
@@ -148,7 +163,7 @@ def _resolve(lm: SweepLM, points: Sequence[Point]) -> list[tuple[Point, Setting,
             lm.follow(point.args)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from error
-        resolved.append((point, lm.setting, lm.identity()))
+        resolved.append((point, lm.setting, {**lm.identity(), **_bound(options.to_json())}))
     return resolved
 
 
@@ -158,8 +173,21 @@ def process() -> tuple[int, int]:
 
 
 def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
-    path = folder / "points" / point.point.name / POINT_NAME
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["asked"] == _asked(options)
+    """Whether a point is finished and nothing of it is damaged; what is damaged is made anew, with a warning."""
+    path = point_folder(folder, point.point.name) / POINT_NAME
+    if not path.is_file():
+        return False
+    try:
+        done = POINT.read(path)
+        if done["asked"] != _asked(options):
+            return False
+        check_results(path.parent, done["checksums"])
+    except UserError as error:
+        logger.warning("Point %s is made anew: %s", point.point.name, str(error).removesuffix(f"; {POINT.remedy}"))
+        return False
+    if (missing := done["answers"] - len(point.store)) > 0 and not point.store.damaged:
+        logger.warning("Point %s is made anew: %d of its answers are missing", point.point.name, missing)
+    return missing <= 0 and not point.store.damaged
 
 
 def _asked(options: SweepOptions) -> dict[str, Any]:
@@ -167,6 +195,17 @@ def _asked(options: SweepOptions) -> dict[str, Any]:
     asked = {"tasks": options.task_names, "limit": options.limit}
     samples = options.samples_given
     return asked if samples is None else {**asked, "samples": samples}
+
+
+@contextmanager
+def naming_tasks() -> Iterator[None]:
+    """Turns what goes wrong while the harness reads tasks and their data into one line."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError) as error:
+        if isinstance(error, UserError) or getattr(error, "raised_while_evaluating", False):
+            raise
+        raise UserError(f"--tasks: {' '.join(str(error).split())}") from error
 
 
 @contextmanager
@@ -185,7 +224,7 @@ def _as_only_process() -> Iterator[None]:
 def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: TaskManager) -> dict[str, Any]:
     lm.replay(point)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says the same for every point
-    with _as_only_process():
+    with _as_only_process(), naming_tasks():
         results = lm_eval.simple_evaluate(
             lm,
             tasks=options.task_names,
@@ -216,21 +255,23 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
 
     ``run``: settings of the tasks, as certificates bind them.
     """
-    home = folder / "points" / point.point.name
+    home = point_folder(folder, point.point.name)
     samples = results.pop("samples")
     tracker = EvaluationTracker(output_path=str(home))
     tracker.general_config_tracker.log_experiment_args(
         model_source="dynamax",
-        model_args=f"pretrained={options.backbone}",
+        model_args=f"pretrained={options.backbone if len(options.backbone) < 100 else short_name(options.backbone)}",
         system_instruction=options.system_instruction,
         chat_template=None,
         fewshot_as_multiturn=options.apply_chat_template,
     )
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, lines in samples.items():
-        tracker.save_results_samples(task_name=task, samples=lines)
+        tracker.save_results_samples(task_name=short_name(task), samples=lines)
     place = home / str(tracker.general_config_tracker.model_name_sanitized)
-    files = {task: str((place / f"samples_{task}_{tracker.date_id}.jsonl").relative_to(home)) for task in samples}
+    files = {
+        task: str((place / f"samples_{short_name(task)}_{tracker.date_id}.jsonl").relative_to(home)) for task in samples
+    }
     summary = str((place / f"results_{tracker.date_id}.json").relative_to(home))
     for file in (summary, *files.values()):
         if not (home / file).is_file():
@@ -245,9 +286,11 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
         "run": run,
         "results": summary,
         "samples": files,
+        "checksums": {name: file_checksum(home / name) for name in (summary, *files.values())},
+        "answers": len(point.store),
         "finished": time.time(),
     }
-    write_text(home / POINT_NAME, json.dumps(done, indent=2) + "\n")
+    POINT.write(home / POINT_NAME, done)
 
 
 def _summary(results: dict[str, Any]) -> str:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.files import JsonFormat, checksum, file_checksum, naming, short_name, write_text
+
+logger = logging.getLogger(__name__)
 
 #: Of a finished point: what it was and which files hold its results; written last.
 POINT_NAME = "point.json"
@@ -13,10 +20,78 @@ RESPONSES_NAME = "responses.jsonl"
 #: Of the sweep: its options, as they were resolved.
 SWEEP_NAME = "sweep.yaml"
 
+#: How a sweep's point.json is read and written.
+POINT = JsonFormat(
+    name="dynamax-sweep-point",
+    version=1,
+    what="a finished point of a sweep",
+    remedy="start the sweep again, which writes it anew from the answers that are stored",
+)
+_CHECKSUM = "# checksum "
+
+
+def point_folder(folder: Path, name: str) -> Path:
+    """Where a sweep in ``folder`` keeps the point of this name."""
+    return folder / "points" / short_name(name)
+
 
 def finished_points(folder: Path) -> list[dict[str, Any]]:
-    """What ``point.json`` says of every finished point below a folder, with its place as ``folder``."""
-    found = []
-    for path in sorted(folder.rglob(POINT_NAME)):
-        found.append({**json.loads(path.read_text(encoding="utf-8")), "folder": path.parent})
-    return found
+    """What ``point.json`` says of every finished point below a folder, with its place as ``folder``.
+
+    Points that are not finished are left out, with a warning.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
+    open_points = [path.parent for path in folder.rglob(RESPONSES_NAME) if not (path.parent / POINT_NAME).is_file()]
+    if open_points:
+        names = ", ".join(sorted(path.name for path in open_points)[:3])
+        logger.warning("%s: %d points are not finished and left out (%s, ...)", folder, len(open_points), names)
+    return [{**POINT.read(path), "folder": path.parent} for path in sorted(folder.rglob(POINT_NAME))]
+
+
+def check_results(home: Path, checksums: dict[str, str]) -> None:
+    """Compares the files of a finished point with what was written.
+
+    Args:
+        home: the point's folder.
+        checksums: of the files, by path below it.
+
+    Raises:
+        UserError: a file is missing, or is another.
+    """
+    for name, expected in checksums.items():
+        try:
+            found = file_checksum(home / name)
+        except OSError as error:
+            raise UserError(f"{home / name} cannot be read ({error.strerror or error}); {POINT.remedy}") from error
+        if found != expected:
+            raise UserError(f"{home / name} is damaged, or was changed after it was written; {POINT.remedy}")
+
+
+def write_options(path: Path, options: dict[str, Any]) -> None:
+    """Writes the options of a sweep, with their checksum as a comment."""
+    with naming(path):
+        write_text(path, f"{yaml.safe_dump(options, sort_keys=False)}{_CHECKSUM}{checksum(options)}\n")
+
+
+def read_options(path: Path) -> dict[str, Any] | None:
+    """The options of the sweep in a folder; None where there are none, or with a warning where they are damaged.
+
+    Raises:
+        UserError: the file is no sweep's.
+    """
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode("utf-8")
+        options = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        text, options = "", None
+    stored = text.rstrip("\n").rpartition(_CHECKSUM)[2]
+    if isinstance(options, dict) and stored == checksum(options):
+        return options
+    if not (path.parent / "points").is_dir():
+        raise UserError(f"{path} was not written by a sweep, and would be written over; choose another --output")
+    logger.warning("%s is damaged, or was changed by hand: it is written anew", path)
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.compute.ledger import ComputeRecord
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.lm import DynamaxLM, Setting
 from dynamax_lm_eval.sweep.options import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
@@ -45,6 +46,11 @@ class SweepLM(DynamaxLM):
     def tokenizer_content(self) -> str:
         return super().tokenizer_content
 
+    @property
+    def loaded(self) -> DynamaxArgs:
+        """The arguments that it was loaded with, whichever it follows now."""
+        return self._loaded
+
     def start(self, points: Sequence[SweepPoint]) -> None:
         """Requests that come from now on are answered under these points."""
         self._points = list(points)
@@ -63,7 +69,7 @@ class SweepLM(DynamaxLM):
             point.store.add(keys[request], Response(text, record, self._pieces(tokens)))
 
         self.answer_generations([(point.setting, requests[i]) for point, i in asked], finished, disable_tqdm)
-        return [str(r.answer) for r in self._replayed("generate_until", [request.args for request in requests], keys)]
+        return [r.answer for r in self._replayed("generate_until", [request.args for request in requests], keys)]
 
     def _loglikelihood_tokens(
         self,

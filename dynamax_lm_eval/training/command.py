@@ -8,7 +8,8 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dynamax_lm_eval.engine.selfcheck import checked_engine, engine_without_weig
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.files import locked, naming, write_text
 from dynamax_lm_eval.training import data, evaluation, state
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.generated import generated_documents
@@ -34,7 +35,9 @@ from dynamax_lm_eval.training.trainer import Processes, StepReport, Throughput, 
 
 logger = logging.getLogger(__name__)
 
-_LOG_NAME = "training.jsonl"
+_LOG_NAME, _STATE_NAME = "training.jsonl", "state"
+#: Name for trackers; some make a folder of it in the output.
+_TRACKED = "dynamax-exits"
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,29 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
     """Trains exits and writes their checkpoint; returns it on the main process, None on the others.
 
     Raises:
-        UserError: an option cannot be honoured, or the output folder is in use.
+        UserError: an option cannot be honoured, the output folder holds something else, or another process writes
+            there.
     """
+    with ExitStack() as held:
+        return _train(options, run, held)
+
+
+def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCheckpoint | None:
     config = _read_config(options, run)
     exit_layers = options.resolve_exit_layers(int(config.get_text_config().num_hidden_layers))
+    found = None
     if run.output is not None:
-        _check_output(Path(run.output), run)
+        found = _take_output(Path(run.output).expanduser(), run, held)
 
     accelerator = _accelerator(run)
     backbone = load_backbone(options, run, accelerator.device)
     folder = (
-        Path(run.output) if run.output else checkpoint.default_folder(options.backbone, backbone.identity.fingerprint)
+        Path(run.output).expanduser()
+        if run.output
+        else checkpoint.default_folder(options.backbone, backbone.identity.fingerprint)
     )
     if run.output is None:
-        _check_output(folder, run)
+        found = _take_output(folder, run, held)
     if options.micro_batches % accelerator.num_processes:
         raise UserError(
             f"--batch_tokens={options.batch_tokens} is {options.micro_batches} micro-batches, which cannot be shared "
@@ -99,7 +111,7 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
             accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, reduction="sum")
         ),
     )
-    seconds = _loop(trainer, options, run, documents, folder, accelerator, backbone.identity.fingerprint)
+    seconds = _loop(trainer, options, run, documents, folder, accelerator, backbone.identity.fingerprint, found)
     if not accelerator.is_main_process:
         accelerator.end_training()
         return None
@@ -135,7 +147,7 @@ def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
         checkpoint.CARD_NAME: model_card(exits, results, run.card_note),
     }
     saved = checkpoint.save(folder, exits, classifiers, files, dtype)
-    shutil.rmtree(folder / "state", ignore_errors=True)
+    shutil.rmtree(folder / _STATE_NAME, ignore_errors=True)
     logger.info("Wrote exits to %s", folder)
     if run.push_to_hub:
         _push(folder, run.push_to_hub)
@@ -150,8 +162,12 @@ def _loop(
     folder: Path,
     accelerator: Any,
     fingerprint: str,
+    found: tuple[Path, state.Progress] | None,
 ) -> float:
-    """All optimiser steps that are left; returns the seconds of training, those before a resume included."""
+    """All optimiser steps that are left; returns the seconds of training, those before a resume included.
+
+    ``found``: the state to go on from.
+    """
     first, earlier, position = 0, 0.0, data.Position()
     identity = {
         **options.to_json(),
@@ -159,7 +175,6 @@ def _loop(
         "backbone_dtype": str(trainer.frozen.dtype),
         "device_type": accelerator.device.type,
     }
-    found = state.latest(folder / "state") if run.resume else None
     if found is not None:
         path, progress = found
         state.check_same(progress.options, identity)
@@ -191,7 +206,7 @@ def _loop(
                 _log(log, report, speed, accelerator)
             if main and report.step % run.save_steps == 0:
                 progress = state.Progress(report.step, batches.position.to_json(), identity, earlier + clock.seconds)
-                state.save(folder / "state", progress, trainer.classifiers, trainer.optimizer)
+                state.save(folder / _STATE_NAME, progress, trainer.classifiers, trainer.optimizer)
     return earlier + clock.seconds
 
 
@@ -293,14 +308,33 @@ def _accelerator(run: RunOptions) -> Any:
             f"--report_to {run.report_to}: {', '.join(sorted(missing))} is not installed; run: pip install ..."
         )
     if trackers:
-        accelerator.init_trackers("dynamax-exits")
+        accelerator.init_trackers(_TRACKED)
     return accelerator
 
 
+def _take_output(folder: Path, run: RunOptions, held: ExitStack) -> tuple[Path, state.Progress] | None:
+    """Holds the folder until ``held`` closes and looks at it; returns the state to go on from, if any.
+
+    The processes of one launcher share the lock of the first.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        held.enter_context(locked(folder))
+    _check_output(folder, run)
+    return state.latest(folder / _STATE_NAME) if run.resume else None
+
+
 def _check_output(folder: Path, run: RunOptions) -> None:
-    """Refuses to write over what somebody trained."""
+    """Refuses to write over what somebody trained, or over files that no training wrote."""
     finished = (folder / checkpoint.CONFIG_NAME).exists()
-    begun = state.latest(folder / "state") is not None
+    begun = state.is_begun(folder / _STATE_NAME)
+    if folder.exists() and not _is_own(folder):
+        names = sorted(path.name for path in folder.iterdir())[:3] if folder.is_dir() else []
+        raise UserError(
+            f"--output {folder} is no folder of a training, and holds other files ({', '.join(names)}, ...); choose "
+            "another one"
+            if names
+            else f"--output {folder} is a file; choose a folder"
+        )
     if run.overwrite:
         return
     if finished:
@@ -309,29 +343,56 @@ def _check_output(folder: Path, run: RunOptions) -> None:
         raise UserError(f"{folder} holds a training that was not finished; add --resume to go on, or --overwrite")
 
 
+def _is_own(folder: Path) -> bool:
+    """Whether all that is written over in a folder is a training's: the folder is empty, or a training began there."""
+    if not folder.is_dir():
+        return False
+    if all(path.name.startswith(".") or path.name == _TRACKED for path in folder.iterdir()):
+        return True
+    log = folder / _LOG_NAME
+    if state.is_begun(folder / _STATE_NAME) or (log.is_file() and _is_own_log(log)):
+        return True
+    try:
+        checkpoint.FORMAT.read(folder / checkpoint.CONFIG_NAME)
+    except UserError:
+        return False
+    return True
+
+
+def _is_own_log(log: Path) -> bool:
+    """Whether a ``training.jsonl`` is empty, or begins with a line as :func:`_log` writes it, whole or cut short."""
+    first, *others = log.read_bytes().split(b"\n")
+    names = {item.name for item in fields(StepReport)}
+    try:
+        return not first or names <= set(json.loads(first))
+    except (ValueError, TypeError):
+        return not others and first.startswith(b'{"step": ')
+
+
 def _clear(folder: Path) -> None:
     """Removes what an earlier training left, once everything else was found to be in order."""
-    shutil.rmtree(folder / "state", ignore_errors=True)
+    shutil.rmtree(folder / _STATE_NAME, ignore_errors=True)
     (folder / checkpoint.CONFIG_NAME).unlink(missing_ok=True)
 
 
 def _cut_log(log: Path, step: int) -> None:
     """Drops what was logged after the step from which training goes on."""
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() and step else []
-    kept = [line for line in lines if _logged_step(line) <= step]
-    write_text(log, "".join(f"{line}\n" for line in kept))
+    lines = log.read_bytes().split(b"\n") if log.exists() and step else []
+    kept = [line.decode("utf-8") for line in lines if _logged_step(line) <= step]
+    with naming(log):
+        write_text(log, "".join(f"{line}\n" for line in kept))
 
 
-def _logged_step(line: str) -> float:
+def _logged_step(line: bytes) -> float:
     try:
-        return int(json.loads(line)["step"])
-    except ValueError:  # a line that a kill cut short
+        return int(json.loads(line.decode("utf-8"))["step"])
+    except (ValueError, TypeError, KeyError):  # a line that a kill cut short
         return float("inf")
 
 
 def _log(log: Path, report: StepReport, speed: float, accelerator: Any) -> None:
     line = {**report.__dict__, "tokens_per_second": round(speed, 1), "time": time.time()}
-    with log.open("a", encoding="utf-8") as file:
+    with naming(log), log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     flat = {"learning_rate": report.learning_rate, "tokens_per_second": speed}
     for kind, losses in report.losses.items():

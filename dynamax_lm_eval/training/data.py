@@ -9,7 +9,8 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any, held_
         if options.shuffle_buffer:
             # Another seed for each epoch, not set_epoch: skip() forgets that.
             stream = stream.shuffle(seed=options.seed + epoch, buffer_size=options.shuffle_buffer)
-        for row in stream.skip(first) if first else stream:
+        for row in _naming(stream.skip(first) if first else stream, dataset):
             text = row.get(column)
             if text is not None and not isinstance(text, str):
                 raise UserError(f"column {column!r} of {dataset!r} holds {type(text).__name__}, not text")
@@ -63,6 +64,24 @@ def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any, held_
             yield list(tokenizer(text).input_ids) if text else []
 
     return read
+
+
+def _naming(rows: Iterable[Any], dataset: str) -> Iterator[Any]:
+    """The rows; an error of reading them becomes one line that names the data set."""
+    from datasets.exceptions import DatasetsError
+
+    stream = iter(rows)
+    while True:
+        try:
+            row = next(stream)
+        except StopIteration:
+            return
+        except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
+            reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+            raise UserError(
+                f"--dataset {dataset!r} cannot be read to its end: {reason}; have the file again"
+            ) from error
+        yield row
 
 
 class MicroBatches:
@@ -163,6 +182,7 @@ def without_first(documents: Documents, count: int) -> Documents:
 
 def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     files = _local_files(dataset)
     name = options.eval_config if held_out else options.dataset_config
@@ -177,7 +197,7 @@ def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
         if name is None and dataset == DEFAULT_DATASET:
             name = DEFAULT_DATASET_CONFIG
         return datasets.load_dataset(dataset, name, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
         raise UserError(f"--dataset {dataset!r} could not be opened: {' '.join(str(error).split())}") from error
 
 

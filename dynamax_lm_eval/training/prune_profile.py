@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import Backbone
 from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.files import check_writable
 from dynamax_lm_eval.pruning import PruneProfile
 from dynamax_lm_eval.training import data
 from dynamax_lm_eval.training.command import load_backbone
@@ -60,10 +61,15 @@ def profile(options: ProfileOptions) -> PruneProfile:
         UserError: an option cannot be honoured, there is too little text, or the file exists.
     """
     output = Path(options.output).expanduser()
-    if output.exists() and not options.overwrite:
-        raise UserError(f"{output} exists; choose another --output, or add --overwrite True")
+    plotted = output.with_suffix(".png")
+    if plotted == output:
+        raise UserError(f"--output {output} is where the plot goes; choose a name that does not end in .png")
+    for path in (output, plotted):
+        if path.exists() and not options.overwrite:
+            raise UserError(f"{path} exists; choose another --output, or add --overwrite True")
     if not output.parent.is_dir():
         raise UserError(f"there is no folder {output.parent}; make it, or choose another --output")
+    check_writable(output.parent, "--output: the folder", "choose another")
     reading = TrainingOptions(
         backbone=options.backbone,
         dataset=options.dataset,
@@ -92,7 +98,7 @@ def profile(options: ProfileOptions) -> PruneProfile:
         dataset=options.dataset,
     )
     measured.save(output)
-    plot(measured, output.with_suffix(".png"))
+    plot(measured, plotted)
     return measured
 
 

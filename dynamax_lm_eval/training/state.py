@@ -1,14 +1,14 @@
 """What a training needs to go on after a kill: weights, optimiser, place in the data. Safetensors and JSON.
 
-A state is a folder that appears as a whole and replaces the one before.
+A state is a folder that appears as a whole. The one before it is kept, and used where the newest is damaged.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dynamax_lm_eval.config import UserError, changed_settings
+from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "state-"
+PROGRESS_NAME = "progress.json"
+#: States that are kept.
+_KEPT = 2
+_FILES = (_WEIGHTS, _OPTIMIZER) = ("weights.safetensors", "optimizer.safetensors")
+#: Of the file that says where a state stands and which checksums its other files have.
+PROGRESS = JsonFormat(
+    name="dynamax-training-state",
+    version=1,
+    what="a state of a training",
+    remedy="start the training anew with --overwrite",
+)
 
 
 @dataclass(frozen=True)
@@ -32,34 +46,68 @@ class Progress:
 
 
 def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Writes the state of a training into ``folder``, then removes older ones."""
+    """Writes the state of a training into ``folder``, on disk before this returns, then removes older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{_PREFIX}{progress.step:08d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file(_tensors(module.state_dict()), partial / "weights.safetensors")
-    save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
-    (partial / "progress.json").write_text(json.dumps(progress.__dict__), encoding="utf-8")
+    with naming(partial):
+        save_file(_tensors(module.state_dict()), partial / _WEIGHTS)
+        save_file(_optimizer_tensors(optimizer), partial / _OPTIMIZER)
+    for name in _FILES:
+        sync(partial / name)
+    checksums = {name: file_checksum(partial / name) for name in _FILES}
+    PROGRESS.write(partial / PROGRESS_NAME, {**progress.__dict__, "checksums": checksums})
+    sync(partial)
     final = folder / f"{_PREFIX}{progress.step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    for old in _states(folder)[:-1]:
+    sync(folder)
+    for old in _states(folder)[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether ``folder`` holds a state, be it damaged."""
+    return bool(_states(folder))
+
+
 def latest(folder: Path) -> tuple[Path, Progress] | None:
-    """The newest state in ``folder``; None without any."""
-    found = _states(folder)
-    if not found:
-        return None
-    data = json.loads((found[-1] / "progress.json").read_text(encoding="utf-8"))
-    return found[-1], Progress(**data)
+    """The newest state in ``folder`` that is whole, with a warning where there is a newer one; None without any.
+
+    Raises:
+        UserError: all states are damaged.
+    """
+    damaged: UserError | None = None
+    for path in reversed(_states(folder)):
+        try:
+            found = _read(path)
+        except UserError as error:
+            logger.warning("Not going on from the newest state: %s", str(error).removesuffix(f"; {PROGRESS.remedy}"))
+            damaged = damaged or error
+        else:
+            return path, found
+    if damaged is not None:
+        raise UserError(f"--resume: {damaged}") from damaged
+    return None
+
+
+def _read(path: Path) -> Progress:
+    """What a state says, where its files are those that were written. Raises UserError where they are not."""
+    data = PROGRESS.read(path / PROGRESS_NAME)
+    try:
+        for name, expected in data.pop("checksums").items():
+            if file_checksum(path / name) != expected:
+                raise UserError(f"{path / name} is damaged; {PROGRESS.remedy}")
+    except OSError as error:
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); {PROGRESS.remedy}") from error
+    return Progress(**{item.name: data[item.name] for item in fields(Progress)})
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the weights and the optimiser back to where they were."""
-    module.load_state_dict(load_file(path / "weights.safetensors"))
-    tensors = load_file(path / "optimizer.safetensors")
+    module.load_state_dict(load_file(path / _WEIGHTS))
+    tensors = load_file(path / _OPTIMIZER)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")

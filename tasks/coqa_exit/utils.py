@@ -37,6 +37,9 @@ _COLUMNS = datasets.Features(
     }
 )
 
+#: Columns of a local file.
+_GIVEN = {"id": str, "source": str, "story": str, "questions": list, "answers": list, "additional_answers": dict}
+
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -55,12 +58,9 @@ def load(data_dir: Any = None, **kwargs: Any) -> dict[str, datasets.Dataset]:
 def _load(file: Any) -> dict[str, datasets.Dataset]:
     """Read once per process: the harness asks several times."""
     if file is None:
-        conversations = datasets.load_dataset(HUB, split="validation")
+        rows = [_row(conversation) for conversation in datasets.load_dataset(HUB, split="validation")]
     else:
-        conversations = local_data.read_jsonl(
-            file.path, ("id", "source", "story", "questions", "answers", "additional_answers")
-        )
-    rows = [_row(conversation) for conversation in conversations]
+        rows = local_data.read_jsonl(file.path, _GIVEN, _row)
     return {"validation": datasets.Dataset.from_list(rows, features=_COLUMNS)}
 
 
@@ -69,7 +69,7 @@ def _row(conversation: Mapping[str, Any]) -> dict[str, Any]:
     questions, answers = _texts(conversation["questions"]), _texts(conversation["answers"])
     others = [texts for turns in conversation["additional_answers"].values() if (texts := _texts(turns))]
     if not questions or any(len(texts) != len(questions) for texts in (answers, *others)):
-        raise ValueError(f"{TASK}: conversation {conversation['id']} has not one answer to each question")
+        raise ValueError(f"cannot be used: conversation {conversation['id']} has not one answer to each question")
     return {
         **{column: conversation[column] for column in ("id", "source", "story")},
         "questions": questions,

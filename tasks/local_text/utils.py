@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
+
+_SPEC = importlib.util.spec_from_file_location("_local_data", Path(__file__).resolve().parent.parent / "_local_data.py")
+assert _SPEC and _SPEC.loader
+local_data = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(local_data)
 
 TASK = "local_text"
 
@@ -31,6 +35,8 @@ def load(file: Any = None, characters: Any = CHARACTERS, **_: Any) -> dict[str, 
     path = Path(str(file)).expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"{TASK}: there is no file {path}")
+    if path.name.removesuffix(".gz").endswith(".json"):
+        raise ValueError(f"{TASK}: {path} would be scored as it stands; write .jsonl, lines of objects with text")
     size = int(characters)
     if size < 1:
         raise ValueError(f"{TASK}: characters must be at least 1, got {characters}")
@@ -40,16 +46,22 @@ def load(file: Any = None, characters: Any = CHARACTERS, **_: Any) -> dict[str, 
     return {"test": datasets.Dataset.from_dict({"text": texts})}
 
 
-def _texts(path: Path) -> Iterator[str]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as lines:
-        if ".jsonl" not in path.suffixes:
-            yield lines.read()
-            return
+def _texts(path: Path) -> list[str]:
+    def whole(lines: TextIO) -> Iterator[str]:
+        yield lines.read()
+
+    def rows(lines: TextIO) -> Iterator[str]:
         for number, line in enumerate(lines, 1):
-            row = json.loads(line) if line.strip() else {"text": ""}
+            try:
+                row = local_data.parsed(line) if line.strip() else {"text": ""}
+            except ValueError as error:
+                raise ValueError(f"line {number} {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"{TASK}: line {number} of {path} has no text")
+                raise ValueError(f"line {number} of it has no text")
             yield row["text"]
+
+    found: list[str] = local_data.read(path, rows if ".jsonl" in path.suffixes else whole, newline=None)
+    return found
 
 
 def _documents(text: str, size: int) -> Iterator[str]:

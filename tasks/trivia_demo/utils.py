@@ -6,20 +6,25 @@ offline, from any working directory and from an installed package.
 
 from __future__ import annotations
 
-import json
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 _FOLDER = Path(__file__).resolve().parent
+_SPEC = importlib.util.spec_from_file_location("_local_data", _FOLDER.parent / "_local_data.py")
+assert _SPEC and _SPEC.loader
+local_data = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(local_data)
+
+_COLUMNS = {"question_id": str, "question": str, "answer": str, "aliases": list}
 _FILES = {"test": "questions.jsonl", "fewshot": "fewshot.jsonl"}
 
 
 def _read(path: Path) -> datasets.Dataset:
     """Read one JSON Lines file into a data set."""
-    with path.open(encoding="utf-8") as lines:
-        return datasets.Dataset.from_list([json.loads(line) for line in lines if line.strip()])
+    return datasets.Dataset.from_list(local_data.read_jsonl(path, _COLUMNS))
 
 
 def load(**kwargs: Any) -> dict[str, datasets.Dataset]:

@@ -108,14 +108,7 @@ def _select_local(path: Path) -> Selection:
     The examples are the next questions of the ranking with a single accepted answer: that one is the main
     answer beyond doubt, and it is as long as an answer can be without being evaluated.
     """
-    rows = []
-    for row in local_data.read_jsonl(path, ("question_id", "question", "aliases")):
-        aliases = row["aliases"] if isinstance(row["aliases"], list) else []
-        accepted = [alias.strip() for alias in aliases if isinstance(alias, str) and alias.strip()]
-        if not accepted:
-            raise ValueError(f"{path}: question {row['question_id']} has no list of accepted answers (aliases)")
-        shortest = min(accepted, key=lambda alias: (*_size(alias), alias))
-        rows.append(_row(str(row["question_id"]), row["question"], shortest, accepted))
+    rows = local_data.read_jsonl(path, {"question_id": object, "question": str, "aliases": object}, _local_row)
     evaluated, rest = _longest(rows)
     shots = [row for row in rest if len(row["aliases"]) == 1][:SHOTS]
     if len(shots) < SHOTS:
@@ -124,6 +117,15 @@ def _select_local(path: Path) -> Selection:
             f"{SHOTS} others with a single accepted answer as examples"
         )
     return Selection(evaluated, shots)
+
+
+def _local_row(row: dict[str, Any]) -> dict[str, Any]:
+    aliases = row["aliases"] if isinstance(row["aliases"], list) else []
+    accepted = [alias.strip() for alias in aliases if isinstance(alias, str) and alias.strip()]
+    if not accepted:
+        raise ValueError(f"cannot be used: question {row['question_id']} has no list of accepted answers (aliases)")
+    shortest = min(accepted, key=lambda alias: (*_size(alias), alias))
+    return _row(str(row["question_id"]), row["question"], shortest, accepted)
 
 
 def _row(question_id: str, question: str, answer: str, aliases: Iterable[str]) -> dict[str, Any]:
@@ -182,7 +184,11 @@ def _compare(selection: Selection, recorded: Path) -> None:
             "%s: no %s to compare the selected questions with; see the task's README to write it", TASK, recorded.name
         )
         return
-    expected, found = json.loads(recorded.read_text(encoding="utf-8")), fingerprint(selection)
+    try:
+        expected: dict[str, Any] = dict(json.loads(recorded.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{recorded}: {error}") from error
+    found = fingerprint(selection)
     changed = [key for key, value in found.items() if expected.get(key) != value]
     if changed:
         logger.warning(
