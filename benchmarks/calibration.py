@@ -1,14 +1,15 @@
 """What calibration promises and what it keeps, over many random splits of the documents of one sweep.
 
-    dynamax-lm-eval sweep --backbone smollm2-gguf --tasks truthfulqa_gen_1shot --confidences calm \\
-        --thresholds 0.75:0.95:0.05 --output sweep
-    python benchmarks/calibration.py --sweep sweep
+    dynamax-lm-eval sweep --backbone smollm2-gguf --tasks truthfulqa_gen_1shot --metadata data_dir=DATA \\
+        --confidences calm --thresholds 0.75:0.95:0.05,0.97 --output sweep
+    python benchmarks/calibration.py --sweep sweep --metric rougeL_acc
 
-The sweep answered all documents at all candidates, so every split into documents that choose and documents that test
-is a matter of numbers. Per method and tolerance: how often each threshold is chosen; expected compute_reduction (on
-the documents that chose) and realised (on the others), means over splits; mean test loss and the share of splits where
-it is above the tolerance. Splits of the same documents overlap, and a test loss is itself an estimate: the share
-above the tolerance is a description, not a test of the promise. Prints a Markdown table; the last line is JSON.
+The sweep answered its documents at all candidates, so every split into documents that choose and documents that test
+is a matter of numbers. Each split draws its own order of bets. Per method and tolerance: how often each threshold is
+chosen; expected compute_reduction (on the documents that chose) and realised (on the others), means over splits; mean
+test loss and the share of splits where it is above the tolerance. Splits of the same documents overlap, and a test loss
+is itself an estimate: the share above the tolerance is a description, not a test of the promise. Prints two Markdown
+tables, the candidates on all documents and the splits; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from environment import environment
@@ -26,17 +26,15 @@ from tabulate import tabulate
 
 from dynamax_lm_eval.calibration.command import split_documents
 from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
-from dynamax_lm_eval.calibration.testing import Floats, conformal_risk_control, learn_then_test
+from dynamax_lm_eval.calibration.testing import Bound, Floats, conformal_risk_control, learn_then_test
 from dynamax_lm_eval.reports import collect
 from dynamax_lm_eval.reports.collect import PointResult
 
-METHODS: dict[str, Any] = {
-    "ltt, betting": lambda losses, tolerance, level: learn_then_test(losses, tolerance, level, "betting"),
-    "ltt, hoeffding-bentkus": lambda losses, tolerance, level: learn_then_test(
-        losses, tolerance, level, "hoeffding-bentkus"
-    ),
-    "crc": lambda losses, tolerance, _level: conformal_risk_control(losses, tolerance),
-}
+METHODS: tuple[tuple[str, Bound | None], ...] = (
+    ("ltt, betting", "betting"),
+    ("ltt, hoeffding-bentkus", "hoeffding-bentkus"),
+    ("crc", None),
+)
 
 
 def reduction(points: list[PointResult], chosen: int | None, documents: list[int]) -> float:
@@ -67,14 +65,27 @@ def main() -> None:
     points = points[::-1]  # the most careful first
     hashes = [sample["doc_hash"] for sample in task.full.samples]
     rows = []
+    candidates = [
+        {"threshold": point.value, "compute_reduction": reduction(points, i, list(range(len(hashes))))}
+        for i, point in enumerate(points)
+    ]
     for loss in args.loss.split(","):
         kind = LossKind.chosen(loss, args.metric if loss == "metric" else None, task)
         losses: Floats = loss_matrix(kind, task, points)
-        for tolerance, (method, select) in product(map(float, args.tolerances.split(",")), METHODS.items()):
+        for candidate, mean in zip(candidates, losses.mean(axis=1), strict=True):
+            candidate[f"{kind.measured_by.partition(',')[0]} lost"] = float(mean)
+        for tolerance, (method, bound) in product(map(float, args.tolerances.split(",")), METHODS):
             found = []
             for seed in range(args.splits):
                 split = split_documents(hashes, args.share, seed)
-                chosen = select(losses[:, split.calibration], tolerance, args.level).chosen
+                known = losses[:, split.calibration][:, split.first]
+                if bound is None:
+                    selection = conformal_risk_control(known, tolerance)
+                else:
+                    selection = learn_then_test(
+                        known, tolerance, args.level, bound, seed=seed, population=split.population
+                    )
+                chosen = selection.best([reduction(points, i, split.calibration) for i in range(len(points))])
                 lost = 0.0 if chosen is None else float(losses[chosen, split.test].mean())
                 found.append(
                     (
@@ -100,9 +111,14 @@ def main() -> None:
                 }
             )
     print(f"{task.title}, {len(hashes)} documents, {args.splits} splits, level {args.level:g}\n")
+    print(tabulate(candidates, headers="keys", tablefmt="github", floatfmt=".4f"), end="\n\n")
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".3f"))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    print(json.dumps({"benchmark": "calibration", **settings, "results": rows, **environment("cpu")}))
+    print(
+        json.dumps(
+            {"benchmark": "calibration", **settings, "candidates": candidates, "results": rows, **environment("cpu")}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -195,9 +195,10 @@ def _exit_thresholds(arguments: list[str]) -> None:
 _CALIBRATE_DESCRIPTION = """\
 Choose a threshold that keeps a promise: the expected loss per document is at most TOLERANCE, and that holds with
 probability 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
-Candidates are tested from the most careful one down; none that failed is ever chosen. Half of the task's documents
-decide, the others test. The certificate is written to OUTPUT and beside the exits; runs use it with
-threshold=calibrated or threshold=FILE, and refuse what it does not cover."""
+Candidates are tested from the most careful one down until one fails; of those that passed, the one that saves the
+most is chosen. Half of the task's documents, drawn at random, decide, the others test. The certificate is written to
+OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and refuse what it does not
+cover."""
 
 
 def _calibrate(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class JsonFormat:
         what: the file in words, after "is not".
         remedy: what to do about a file that cannot be used.
         by_hand: a file without a checksum, written by hand or by an earlier version, is read unchecked.
+        outdated: earlier versions, with the reason why their files may not be used.
     """
 
     name: str
@@ -109,6 +110,7 @@ class JsonFormat:
     what: str
     remedy: str
     by_hand: bool = False
+    outdated: Mapping[int, str] = field(default_factory=dict)
 
     def write(self, path: Path, data: Mapping[str, Any]) -> None:
         """Writes a file in one step. Raises OSError, with the path, where that is not possible."""
@@ -135,7 +137,13 @@ class JsonFormat:
             raise UserError(f"{called} cannot be used: it is damaged ({error}); {self.remedy}") from error
         if not isinstance(data, dict) or data.get("format") != self.name:
             raise UserError(f"{called} cannot be used: it is not {self.what} (no format {self.name!r}); {self.remedy}")
-        if (version := data.get("format_version", 1)) != self.version:
+        version = data.get("format_version", 1)
+        if version in self.outdated:
+            raise UserError(
+                f"{called} cannot be used: it is of an earlier version ({version}) that is no longer valid, since "
+                f"{self.outdated[version]}; {self.remedy}"
+            )
+        if version != self.version:
             raise UserError(
                 f"{called} cannot be used: its format_version is {version!r} and this version of dynamax reads "
                 f"{self.version}; {self.remedy}, or update dynamax-lm-eval"

@@ -314,7 +314,8 @@ def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> Non
         chosen = task.doc_iterator(limit=get_sample_size(task, limit), samples=samples.get(name))
         return [document_hash(document) for _, document in chosen]
 
-    settings = {name: options.get(name) for name in ("apply_chat_template", "system_instruction")}
+    names = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
+    settings = {name: options.get(name) for name in names}
     lm.begin_run(tasks, documents, settings)
 
 

@@ -192,7 +192,7 @@ class DynamaxLM(HFLM):
         Args:
             tasks: of the harness, by name.
             documents: gives the hashes of the documents of each that will be evaluated.
-            settings: ``apply_chat_template`` and ``system_instruction`` of the run.
+            settings: ``apply_chat_template``, ``system_instruction`` and ``fewshot_as_multiturn`` of the run.
 
         Raises:
             UserError: the certificate does not allow this run.

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,17 @@ from test_lm import TASKS
 from test_trained_exits import save_exits
 
 from dynamax_lm_eval.calibration import command
-from dynamax_lm_eval.calibration.certificate import Certificate
+from dynamax_lm_eval.calibration.certificate import Certificate, run_settings
 from dynamax_lm_eval.calibration.command import CERTIFICATE_NAME, TEST_SAMPLES_NAME, split_documents
 from dynamax_lm_eval.calibration.losses import LossKind
 from dynamax_lm_eval.calibration.options import CalibrateOptions
 from dynamax_lm_eval.calibration.testing import (
     BOUNDS,
-    betting_p_value,
+    Selection,
+    betting_p_values,
     conformal_risk_control,
     fewest_documents,
-    hoeffding_bentkus_p_value,
+    hoeffding_bentkus_p_values,
     learn_then_test,
 )
 from dynamax_lm_eval.cli import main
@@ -67,8 +69,8 @@ def test_learn_then_test_is_wrong_at_most_as_often_as_its_level(name: str, kind:
     curve, tolerance, level, n = CURVES[name], 0.1, 0.1, 150
     wrong = 0
     for seed in range(DRAWS):
-        chosen = learn_then_test(drawn(curve, n, seed, kind), tolerance, level, bound).chosen
-        wrong += chosen is not None and curve[chosen] > tolerance
+        certified = learn_then_test(drawn(curve, n, seed, kind), tolerance, level, bound, seed=seed).certified
+        wrong += bool((curve[:certified] > tolerance).any())
     assert wrong / DRAWS <= level + 3 * math.sqrt(level * (1 - level) / DRAWS)
 
 
@@ -79,17 +81,134 @@ def test_risk_control_keeps_the_mean(name: str, kind: str) -> None:
     lost = []
     for seed in range(DRAWS):
         losses = drawn(curve, n + 1, seed, kind)  # the last document is the new one
-        chosen = conformal_risk_control(losses[:, :-1], tolerance).chosen
-        lost.append(0.0 if chosen is None else losses[chosen, -1])
+        certified = conformal_risk_control(losses[:, :-1], tolerance).certified
+        lost.append(losses[certified - 1, -1] if certified else 0.0)
     assert np.mean(lost) <= tolerance + 3 * np.std(lost) / math.sqrt(DRAWS)
+
+
+#: Expected losses of the parts of a task whose documents are sorted; their means are above 0.1.
+SORTED = {"halves": (0.02, 0.22), "thirds": (0.0, 0.18, 0.18), "quarters": (0.05, 0.1, 0.13, 0.17)}
+SPLITS = 1000
+
+
+def at_most(level: float) -> float:
+    """The largest share in SPLITS that still agrees with a probability of ``level``: three standard errors above."""
+    return level + 3 * math.sqrt(level * (1 - level) / SPLITS)
+
+
+def sorted_population(name: str, mean: float | None, seed: int = 0) -> Floats:
+    """Losses (1200,) that are 0 or 1 times a factor, part by part, with the parts' exact means; ``mean``: scaled to."""
+    parts = [np.arange(1200 // len(SORTED[name])) < 1200 // len(SORTED[name]) * loss for loss in SORTED[name]]
+    losses = np.concatenate([np.random.default_rng([seed, 1]).permutation(part) for part in parts]).astype(np.float64)
+    return losses if mean is None else losses * (mean / losses.mean())
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("mean", [None, 0.1 + 1e-9])
+@pytest.mark.parametrize("name", SORTED)
+def test_sorted_documents_are_wrongly_certified_at_most_as_often_as_the_level(
+    name: str, mean: float | None, bound: Any
+) -> None:
+    """Regression: bets that followed the task's order certified these in 21 to 100 % of splits."""
+    level, population = 0.05, sorted_population(name, mean)
+    documents = [str(i) for i in range(len(population))]
+    assert population.mean() > 0.1
+    p_values = []
+    for seed in range(SPLITS):
+        split = split_documents(documents, 0.25, seed)
+        assert split.calibration == sorted(split.calibration), "in the task's order, as a sweep's results are"
+        losses = population[None, split.calibration]
+        found = learn_then_test(losses, 0.1, level, bound, seed=seed, population=split.population)
+        assert found.certified == (found.scores[0] <= level)
+        p_values.append(found.scores[0])
+    for probability in (0.01, level, 0.1, 0.3):
+        assert np.mean(np.asarray(p_values) <= probability) <= at_most(probability)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("name", SORTED)
+def test_independent_draws_that_come_sorted_are_certified_as_rarely(name: str, bound: Any) -> None:
+    """The same where a new document is none of a fixed set."""
+    parts, level = np.asarray(SORTED[name]) * 0.1 / np.mean(SORTED[name]), 0.05
+    wrong = 0
+    for seed in range(SPLITS):
+        generator = np.random.default_rng([seed, 2])
+        chances = np.sort(parts[generator.integers(len(parts), size=300)])
+        losses = (generator.random(300) < chances).astype(np.float64)[None]
+        wrong += learn_then_test(losses, 0.1, level, bound, seed=seed).certified
+        wrong += learn_then_test(losses, 0.1, level, bound, seed=seed, population=600).certified
+    assert wrong / 2 / SPLITS <= at_most(level)
+
+
+@pytest.mark.parametrize("name", SORTED)
+def test_risk_control_keeps_the_mean_of_the_other_documents_of_a_sorted_task(name: str) -> None:
+    hard = np.random.default_rng(3).random(1200)
+    expected = np.repeat(SORTED[name], 1200 // len(SORTED[name]))
+    curve = np.array([[0.3], [0.6], [0.8], [0.9], [1.0], [1.3]])
+    losses = (hard < curve * expected).astype(np.float64)
+    documents = [str(i) for i in range(1200)]
+    lost = []
+    for seed in range(SPLITS):
+        split = split_documents(documents, 0.25, seed)
+        best = conformal_risk_control(losses[:, split.calibration], 0.1).best(range(2, 8))
+        lost.append(0.0 if best is None else losses[best, split.test].mean())
+    assert 0.05 < np.mean(lost) <= 0.1 + 3 * np.std(lost) / math.sqrt(SPLITS)
+
+
+def test_all_candidates_are_bet_on_in_one_order_which_the_seed_decides() -> None:
+    losses = np.sort(np.random.default_rng(0).random(200) * 0.15)
+    first, second = betting_p_values(np.stack([losses, losses]), 0.1, 0.05, seed=0)
+    assert first == second
+    assert betting_p_values(losses[None], 0.1, 0.05, seed=0) == first
+    assert betting_p_values(losses[None], 0.1, 0.05, seed=1) != first
+    assert hoeffding_bentkus_p_values(losses[None], 0.1) == pytest.approx(
+        hoeffding_bentkus_p_values(losses[None, ::-1], 0.1)
+    )
+    with pytest.raises(ValueError, match="200 documents cannot be drawn from 199"):
+        betting_p_values(losses[None], 0.1, 0.05, seed=0, population=199)
+
+
+@pytest.mark.parametrize("population", [None, 5])
+def test_betting_by_hand(population: int | None) -> None:
+    tolerance, level, n = 0.5, 0.9, 3
+
+    def by_hand(losses: tuple[float, ...]) -> float:
+        capital = most = 1.0
+        seen: list[float] = []
+        spread = 0.25
+        for loss in losses:
+            bet = min(1, math.sqrt(2 * math.log(1 / level) / (n * spread / (len(seen) + 1))))
+            expected = tolerance
+            if population is not None:  # what the other documents have on average where the hypothesis begins
+                expected = min(tolerance, (population * tolerance - sum(seen)) / (population - len(seen)))
+            capital *= 1 - bet * (loss - expected)
+            most = max(most, capital)
+            seen.append(loss)
+            spread += (loss - (0.5 + sum(seen)) / (len(seen) + 1)) ** 2
+        return 1 / most
+
+    losses = (0.05, 0.3, 0.95)
+    found = [
+        betting_p_values(np.array([losses]), tolerance, level, seed=seed, population=population)[0]
+        for seed in range(60)
+    ]
+    orders = {by_hand(order) for order in permutations(losses)}
+    assert sorted(set(np.round(found, 12))) == pytest.approx(sorted(set(np.round(list(orders), 12))))
+
+
+def test_the_certified_candidate_that_saves_the_most_is_the_best() -> None:
+    assert Selection(3, ()).best([1.02, 1.06, 1.01, 1.5]) == 1, "the last is not certified"
+    assert Selection(3, ()).best([1.02, 1.06, 1.06, 1.5]) == 1, "of equals the most careful"
+    assert Selection(3, ()).best([0.9, 0.99, 1.0, 1.5]) is None, "nothing is saved"
+    assert Selection(0, ()).best([1.2]) is None
 
 
 def test_something_is_chosen_where_there_is_something_to_choose() -> None:
     curve = CURVES["monotone"]
-    ltt = [learn_then_test(drawn(curve, 600, seed, "uniform"), 0.1, 0.05).chosen for seed in range(100)]
-    assert np.mean([chosen is not None and chosen >= 2 for chosen in ltt]) > 0.9
-    crc = [conformal_risk_control(drawn(curve, 600, seed, "coins"), 0.1).chosen for seed in range(100)]
-    assert np.mean([chosen is not None and chosen >= 3 for chosen in crc]) > 0.7
+    ltt = [learn_then_test(drawn(curve, 600, i, "uniform"), 0.1, 0.05, seed=i).certified for i in range(100)]
+    assert np.mean([certified >= 3 for certified in ltt]) > 0.9
+    crc = [conformal_risk_control(drawn(curve, 600, seed, "coins"), 0.1).certified for seed in range(100)]
+    assert np.mean([certified >= 4 for certified in crc]) > 0.7
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
@@ -97,35 +216,38 @@ def test_something_is_chosen_where_there_is_something_to_choose() -> None:
 def test_p_values_are_valid_at_the_edge_of_the_hypothesis(bound: str, tolerance: float) -> None:
     generator = np.random.default_rng(0)
     found = []
-    for _ in range(DRAWS):
-        losses = (generator.random(80) < tolerance).astype(np.float64)
+    for seed in range(DRAWS):
+        losses = (generator.random((1, 80)) < tolerance).astype(np.float64)
         is_betting = bound == "betting"
         found.append(
-            betting_p_value(losses, tolerance, 0.1) if is_betting else hoeffding_bentkus_p_value(losses, tolerance)
+            betting_p_values(losses, tolerance, 0.1, seed=seed)[0]
+            if is_betting
+            else hoeffding_bentkus_p_values(losses, tolerance)[0]
         )
     for level in (0.01, 0.05, 0.1, 0.3):
         assert np.mean(np.asarray(found) <= level) <= level + 3 * math.sqrt(level * (1 - level) / DRAWS)
 
 
 def test_bentkus_by_hand() -> None:
-    losses = np.zeros(10)
-    losses[0] = 1.0
+    losses = np.zeros((1, 10))
+    losses[0, 0] = 1.0
     at_most_one = 0.5**10 * (1 + 10)
     entropy = 0.1 * math.log(0.1 / 0.5) + 0.9 * math.log(0.9 / 0.5)
-    assert hoeffding_bentkus_p_value(losses, 0.5) == pytest.approx(min(math.exp(-10 * entropy), math.e * at_most_one))
+    p_value = min(math.exp(-10 * entropy), math.e * at_most_one)
+    assert hoeffding_bentkus_p_values(losses, 0.5) == pytest.approx([p_value])
 
 
-def test_the_first_candidate_that_fails_is_never_chosen() -> None:
+def test_the_first_candidate_that_fails_is_never_certified() -> None:
     """Regression: the candidate before it is."""
     good, bad = np.zeros(200), np.ones(200)
     losses = np.stack([good, good, bad, good])
-    for found in (learn_then_test(losses, 0.1, 0.05), conformal_risk_control(losses, 0.1)):
-        assert found.chosen == 1, "what lies behind the first failure is not looked at"
+    for found in (learn_then_test(losses, 0.1, 0.05, seed=0), conformal_risk_control(losses, 0.1)):
+        assert found.certified == 2, "what lies behind the first failure is not looked at"
         assert len(found.scores) == 3
-    for found in (learn_then_test(losses[2:], 0.1, 0.05), conformal_risk_control(losses[2:], 0.1)):
-        assert found.chosen is None
-    for found in (learn_then_test(losses[:2], 0.1, 0.05), conformal_risk_control(losses[:2], 0.1)):
-        assert found.chosen == 1
+    for found in (learn_then_test(losses[2:], 0.1, 0.05, seed=0), conformal_risk_control(losses[2:], 0.1)):
+        assert found.certified == 0
+    for found in (learn_then_test(losses[:2], 0.1, 0.05, seed=0), conformal_risk_control(losses[:2], 0.1)):
+        assert found.certified == 2
 
 
 def test_fewest_documents() -> None:
@@ -133,19 +255,23 @@ def test_fewest_documents() -> None:
         n = fewest_documents(0.05, level)
         for count, passes in ((n, True), (n - 1, False)):
             nothing = np.zeros((1, count))
-            found = conformal_risk_control(nothing, 0.05) if level is None else learn_then_test(nothing, 0.05, level)
-            assert (found.chosen is not None) == passes
+            found = (
+                conformal_risk_control(nothing, 0.05)
+                if level is None
+                else learn_then_test(nothing, 0.05, level, seed=1, population=2 * count)
+            )
+            assert (found.certified > 0) == passes
     assert fewest_documents(0.05, None) == 19, "(n 0 + 1) / (n + 1) <= 0.05"
 
 
 def test_numbers_out_of_range() -> None:
     for tolerance in (0.0, 1.0, -0.1):
         with pytest.raises(UserError, match="tolerance"):
-            learn_then_test(np.zeros((1, 5)), tolerance, 0.1)
+            learn_then_test(np.zeros((1, 5)), tolerance, 0.1, seed=0)
     with pytest.raises(UserError, match="level"):
-        learn_then_test(np.zeros((1, 5)), 0.1, 0.0)
+        learn_then_test(np.zeros((1, 5)), 0.1, 0.0, seed=0)
     with pytest.raises(UserError, match="losses"):
-        learn_then_test(np.full((1, 5), 1.5), 0.1, 0.1)
+        learn_then_test(np.full((1, 5), 1.5), 0.1, 0.1, seed=0)
     with pytest.raises(UserError, match="no documents"):
         conformal_risk_control(np.zeros((1, 0)), 0.1)
 
@@ -157,8 +283,21 @@ def test_equal_documents_stay_together() -> None:
     assert not {hashes[i] for i in split.calibration} & {hashes[i] for i in split.test}
     assert split == split_documents(hashes, 0.5, seed=1)
     assert any(split != split_documents(hashes, 0.5, seed=seed) for seed in range(2, 6))
+    assert [hashes[split.calibration[i]] for i in split.first] == list(
+        dict.fromkeys(hashes[i] for i in split.calibration)
+    )
+    assert split.population == 7
     with pytest.raises(UserError, match="none"):
         split_documents(["a", "a"], 0.5, 0)
+
+
+def test_a_limit_draws_from_the_whole_task() -> None:
+    """Regression: it took the first documents, which in a sorted task are of one kind."""
+    documents = [str(i) for i in range(1000)]
+    split = split_documents(documents, 0.5, 0, limit=100)
+    assert len(split.calibration) == len(split.test) == 50 and split.population == 1000
+    for part in (split.calibration, split.test):
+        assert min(np.histogram(part, bins=4, range=(0, 1000))[0]) >= 5, "of all quarters"
 
 
 # The command, on a tiny model.
@@ -197,11 +336,19 @@ def made(
 
 
 def run(
-    model_folder: Path, exits: Path, threshold: str, samples: Any = None, task: str = "tiny_generate", **args: Any
+    model_folder: Path,
+    exits: Path,
+    threshold: str,
+    samples: Any = None,
+    task: str = "tiny_generate",
+    seeds: Any = None,
+    **args: Any,
 ) -> Any:
     lm = DynamaxLM(backbone=str(model_folder), exits=str(exits), threshold=threshold, device="cpu", **args)
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    return lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, samples=samples, bootstrap_iters=0)
+    return lm_eval.simple_evaluate(
+        lm, tasks=[task], task_manager=manager, samples=samples, bootstrap_iters=0, **(seeds or {})
+    )
 
 
 def test_the_certificate_says_what_was_measured(made: tuple[Path, Certificate, Path], exits_folder: Path) -> None:
@@ -213,8 +360,11 @@ def test_the_certificate_says_what_was_measured(made: tuple[Path, Certificate, P
     assert certificate.test is not None
     samples = json.loads((folder / TEST_SAMPLES_NAME).read_text())["tiny_generate"]
     assert certificate.test["documents"] == len(samples)
-    assert certificate.thresholds == certificate.candidates[len([p for p in certificate.scores if p <= 0.9]) - 1]
-    index = certificate.candidates.index(certificate.thresholds)
+    assert certificate.certified == len([p for p in certificate.scores if p <= 0.9]) > 0
+    index = int(np.argmax(certificate.reductions[: certificate.certified]))
+    assert certificate.thresholds == certificate.candidates[index], "the best of those that are certified"
+    assert certificate.compute_reduction == certificate.reductions[index] > 1
+    assert (certificate.seed, certificate.population) == (0, 7)
     assert 0 <= certificate.losses[index] <= certificate.tolerance
 
 
@@ -279,6 +429,65 @@ def test_foreign_certificates_are_refused(
     _, _, kept = made
     with pytest.raises(UserError, match=message):
         run(model_folder, exits_folder, str(kept), **changed)
+
+
+def test_certificates_that_followed_the_tasks_order_are_refused(
+    made: tuple[Path, Certificate, Path], model_folder: Path, exits_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, certificate, kept = made
+    old = kept.with_name("old.json")
+    old.write_text(json.dumps({**certificate.to_json(), "format_version": 1}))
+    with pytest.raises(UserError, match=r"order of the task's documents.*calibrate again"):
+        Certificate.load(old)
+    samples = json.loads((folder / TEST_SAMPLES_NAME).read_text())
+    with caplog.at_level(logging.WARNING):
+        found = run(model_folder, exits_folder, "calibrated", samples, classifier="calm")
+    assert found["config"]["dynamax"]["certificate"]["path"] == str(kept), "it does not stand in the way of a new one"
+    assert "no longer valid" in caplog.text
+    old.unlink()
+
+
+def test_another_draw_of_examples_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    exits = save_exits(model_folder, tmp_path / "exits")
+    options = options_for(model_folder, exits, tmp_path / "out", tasks="tiny_drawn", thresholds="0.2", test=False)
+    certificate, kept = command.calibrate(options)
+    samples = json.loads((tmp_path / "out" / TEST_SAMPLES_NAME).read_text())
+    given = {"task": "tiny_drawn", "classifier": "calm"}
+    found = run(model_folder, exits, str(kept), samples, **given)
+    assert found["config"]["dynamax"]["certificate"]["guarantee"] == {"tiny_drawn": True}
+    with pytest.raises(UserError, match="fewshot_draw"):
+        run(model_folder, exits, str(kept), samples, **given, seeds={"fewshot_random_seed": 7})
+    with pytest.raises(UserError, match="fewshot_examples"):
+        run(model_folder, exits, str(kept), samples, **given, seeds={"num_fewshot": 1})
+    other, _ = command.calibrate(replace(options, fewshot_seed=7, output=str(tmp_path / "other")))
+    assert other.run["fewshot_draw"] != certificate.run["fewshot_draw"]
+
+
+def test_the_seed_is_free_where_no_examples_are_drawn() -> None:
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    settings = []
+    for seed, count in ((1, 2), (2, 2), (1, 1), (1, 0)):
+        task = manager.load(["tiny_shots"])["tasks"]["tiny_shots"]
+        task.set_config(key="num_fewshot", value=count)
+        task.set_fewshot_seed(seed)
+        settings.append(run_settings(task, False, None, True))
+    assert settings[0] == settings[1] != settings[2]
+    assert settings[0]["fewshot_draw"] is None, "the first examples are shown"
+    assert settings[3]["fewshot_examples"] is None
+    assert run_settings(task, True, None, True) != run_settings(task, True, None, False)
+
+
+def test_candidates_that_save_nothing_give_the_full_model(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_reduction", lambda _point: 0.98)
+    exits = save_exits(model_folder, tmp_path / "exits")
+    options = options_for(model_folder, exits, tmp_path / "out", thresholds="0.2")
+    certificate, kept = command.calibrate(options)
+    assert certificate.certified > 0 and certificate.thresholds == [1.0] and certificate.compute_reduction == 1
+    assert certificate.test is None
+    said = command.summary(certificate, kept, options)
+    assert "none saves compute (the largest expected compute_reduction is 0.980)" in said
 
 
 def test_other_exits_are_refused(made: tuple[Path, Certificate, Path], model_folder: Path, tmp_path: Path) -> None:
@@ -355,7 +564,13 @@ def test_a_restart_answers_nothing_twice(
     options = options_for(model_folder, exits_folder, tmp_path / "out", test=False)
     first, _ = command.calibrate(options)
     monkeypatch.setattr(DynamaxLM, "answer_generations", _never)
+    for file in (tmp_path / "out" / "calibration").rglob("point.json"):  # as an earlier version wrote it
+        point = json.loads(file.read_text())
+        point["asked"].pop("recorded")
+        point["run"]["tiny_generate"].pop("fewshot_draw")
+        file.write_text(json.dumps(point))
     again, _ = command.calibrate(replace(options, method="crc"))
+    assert again.run == first.run, "what was not recorded then is recorded now"
     monkeypatch.undo()
     mamba, _ = command.calibrate(replace(options, confidence="mamba"))
     assert mamba.model["policy.classifier"] == "mamba", "another line in the same folder is told apart"

@@ -75,6 +75,7 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
         '{"pid": "x"}',
         "[1]",
     ],
+    ids=["process gone", "number reused", "empty", "cut", "no number", "other JSON"],  # the first two name processes
 )
 def test_what_a_killed_process_left_is_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK_NAME).write_text(content)
@@ -83,7 +84,7 @@ def test_what_a_killed_process_left_is_taken_over(tmp_path: Path, content: str) 
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("content", [owner(host="elsewhere", pid=dead_pid()), owner()])
+@pytest.mark.parametrize("content", [owner(host="elsewhere", pid=dead_pid()), owner()], ids=["other host", "alive"])
 def test_what_may_run_is_not_taken_over(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK_NAME).write_text(content)
     with pytest.raises(UserError, match=r"--output .* in use by process \d+ on .* remove"), locked(tmp_path):

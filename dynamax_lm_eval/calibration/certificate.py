@@ -6,6 +6,7 @@ the task with its settings, and the documents that it was made from, which no ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,13 +22,16 @@ from dynamax_lm_eval.files import JsonFormat, short_name
 
 logger = logging.getLogger(__name__)
 
-#: Version 1 bound samples of the weights, and nothing of the tokenizer.
 FORMAT = JsonFormat(
     name="dynamax-certificate",
     version=2,
     what="a certificate of dynamax-lm-eval calibrate",
-    remedy="calibrate again",
+    remedy="calibrate again: dynamax-lm-eval calibrate ...",
     by_hand=True,
+    outdated={
+        1: "its test followed the order of the task's documents, which can certify thresholds that lose too much, and "
+        "it binds neither the few-shot examples nor all of the weights and the tokenizer"
+    },
 )
 
 #: Parts of a model's identity that change no answer, or are bound by themselves.
@@ -47,16 +51,19 @@ class Certificate:
         measured_by: the metric, or the likeness to the full model's answers.
         tolerance: the most that may be lost per document, in expectation.
         level: probability of a worse threshold; None for crc.
-        thresholds: one, or one per exit; [1] where no candidate passed.
+        thresholds: one, or one per exit: the certified candidate that saves the most; [1] where none saves anything.
         candidates: all thresholds of the grid, in the order of testing.
+        certified: how many of them, from the first on, the promise holds for.
         scores: p-value (ltt) or bound (crc) of those that were looked at.
         losses: mean loss of every candidate on the calibration documents.
+        reductions: compute_reduction of every candidate on the calibration documents.
         compute_reduction: of ``thresholds`` on the calibration documents: what to expect.
         task: the task's name.
         run: settings of the task, see :func:`run_settings`.
         model: what of the model is bound, see :func:`binding`.
         fingerprint: of the backbone's weight files.
-        seed: of the split into documents for calibration and for tests.
+        seed: of the split into documents for calibration and for tests, and of the order of bets.
+        population: how many different documents the calibration documents were drawn from.
         calibration_documents: their hashes.
         test: what the thresholds did on the documents that were kept apart; None where that was not run.
         created: date, for people.
@@ -71,14 +78,17 @@ class Certificate:
     level: float | None
     thresholds: list[float]
     candidates: list[list[float]]
+    certified: int
     scores: list[float]
     losses: list[float]
+    reductions: list[float]
     compute_reduction: float
     task: str
     run: dict[str, Any]
     model: dict[str, Any]
     fingerprint: str
     seed: int
+    population: int
     calibration_documents: list[str] = field(repr=False)
     test: dict[str, Any] | None
     created: str
@@ -94,7 +104,7 @@ class Certificate:
 
     @property
     def certifies_exits(self) -> bool:
-        """False where no candidate passed: the thresholds are those of the full model."""
+        """False where the thresholds are those of the full model: no candidate passed, or none of them saves."""
         return any(threshold < 1 for threshold in self.thresholds)
 
     def to_json(self) -> dict[str, Any]:
@@ -203,13 +213,22 @@ def _policy_binding(policy: Mapping[str, Any]) -> dict[str, Any]:
     return {f"policy.{name}": value for name, value in policy.items() if name not in _DECIDED}
 
 
-def run_settings(task: Any, apply_chat_template: Any, system_instruction: str | None) -> dict[str, Any]:
-    """What of a run of a task decides its documents' losses."""
+def run_settings(
+    task: Any, apply_chat_template: Any, system_instruction: str | None, fewshot_as_multiturn: bool | None
+) -> dict[str, Any]:
+    """What of a run of a task decides its documents' losses.
+
+    Call it when the harness has seeded the task's sampler of few-shot examples and has drawn none.
+    """
     config = task.config
+    count = config.num_fewshot or 0
     return dict(
         _as_json(
             {
-                "num_fewshot": config.num_fewshot or 0,
+                "num_fewshot": count,
+                **_fewshot(task, count),
+                # Without a chat template the harness joins all turns to one text.
+                "fewshot_as_multiturn": bool(fewshot_as_multiturn) if apply_chat_template else None,
                 "output_type": config.output_type,
                 "generation_kwargs": config.generation_kwargs,
                 "version": getattr(task, "VERSION", None),
@@ -218,6 +237,29 @@ def run_settings(task: Any, apply_chat_template: Any, system_instruction: str | 
             }
         )
     )
+
+
+def _fewshot(task: Any, count: int) -> dict[str, str | None]:
+    """What tells one choice of few-shot examples from another.
+
+    ``fewshot_examples`` is a digest of those that a first prompt would show, and ``fewshot_draw`` one of the generator
+    that draws them, as the harness's few-shot seed left it; None where nothing is drawn and the seed is free.
+    """
+    if count == 0:
+        return {"fewshot_examples": None, "fewshot_draw": None}
+    sampler = getattr(task, "sampler", None)
+    generator = task.fewshot_rnd if sampler is None else sampler.rnd
+    if sampler is None:  # a task in Python that draws examples itself
+        return {"fewshot_examples": None, "fewshot_draw": _digest(repr(generator and generator.getstate()))}
+    before = generator.getstate()
+    examples = json.dumps(list(sampler.sample(count)), sort_keys=True, default=str)
+    draws = generator.getstate() != before
+    generator.setstate(before)
+    return {"fewshot_examples": _digest(examples), "fewshot_draw": _digest(repr(before)) if draws else None}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
@@ -265,8 +307,13 @@ def resolve(
     for path in (path for folder in _homes(backbone, fingerprint, exits) for path in sorted(folder.glob("*.json"))):
         try:
             certificate = Certificate.load(path)
-            if fingerprint not in (None, certificate.fingerprint):
-                continue
+        except UserError as error:  # it must not stand in the way of one that was made since
+            logger.warning("%s", error)
+            others.append(str(error))
+            continue
+        if fingerprint not in (None, certificate.fingerprint):
+            continue
+        try:
             certificate.check_policy(policy)
         except UserError as error:
             others.append(f"{path.name}: {error}")

@@ -17,7 +17,13 @@ import dynamax_lm_eval
 from dynamax_lm_eval.calibration.certificate import Certificate, binding, file_name, home
 from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
 from dynamax_lm_eval.calibration.options import CalibrateOptions
-from dynamax_lm_eval.calibration.testing import Selection, conformal_risk_control, fewest_documents, learn_then_test
+from dynamax_lm_eval.calibration.testing import (
+    Floats,
+    Selection,
+    conformal_risk_control,
+    fewest_documents,
+    learn_then_test,
+)
 from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.files import check_writable, locked, naming, write_text
 from dynamax_lm_eval.harness import document_hash
@@ -38,10 +44,20 @@ TEST_SAMPLES_NAME = "test_samples.json"
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents do what; indices in the task's order."""
+    """Which documents do what; indices in the task's order.
+
+    Attributes:
+        calibration: documents that choose.
+        test: documents that test.
+        first: the first of each different calibration document, as places in ``calibration``. A document that comes
+            twice is one draw.
+        population: how many different documents both were drawn from.
+    """
 
     calibration: list[int]
     test: list[int]
+    first: list[int]
+    population: int
 
 
 def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
@@ -55,8 +71,8 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     candidates = _candidates(options)
     manager = load_tasks(options.sweep("calibration", ",".join(name_of(thresholds) for thresholds in candidates)))
     hashes = _document_hashes(manager, options)
-    split = split_documents(hashes, options.share, options.seed)
-    _warn_of_few(options, len(split.calibration))
+    split = split_documents(hashes, options.share, options.seed, options.limit)
+    _warn_of_few(options, len(split.first))
     with locked(Path(options.output).expanduser()):
         return _calibrate(options, candidates, hashes, split)
 
@@ -76,19 +92,29 @@ def _calibrate(
     run = finished_points(folder / "calibration")[0]["run"][options.tasks]
     model = _binding(lm, points)
     kind = LossKind.chosen(options.loss, options.metric if options.loss == "metric" else options.likeness, task)
-    losses = loss_matrix(kind, task, points)
+    losses = loss_matrix(kind, task, points)[:, split.first]
+    reductions = [_reduction(point) for point in points]
     if options.method == "ltt":
-        found = learn_then_test(losses, options.tolerance, options.level, _bound(options))
+        found = learn_then_test(
+            losses,
+            options.tolerance,
+            options.level,
+            _bound(options),
+            seed=options.seed,
+            population=split.population,
+        )
     else:
         found = conformal_risk_control(losses, options.tolerance)
-    chosen = list(candidates[found.chosen]) if found.chosen is not None else [1.0]
+    best = found.best(reductions)
+    chosen = list(candidates[best]) if best is not None else [1.0]
 
     tested = None
-    if options.test and found.chosen is not None:
+    if options.test and best is not None:
         second = options.sweep("test", name_of(chosen), _samples(options, split.test))
         tested = _tested(kind, *_answered(second, lm, [tuple(chosen)]))
     elif options.test:
-        logger.warning("No candidate passed: the certified threshold is 1, the full model, which loses nothing")
+        what = "None that passed saves compute" if found.certified else "No candidate passed"
+        logger.warning("%s: the certified threshold is 1, the full model, which loses nothing", what)
 
     certificate = Certificate(
         method=options.method,
@@ -99,14 +125,17 @@ def _calibrate(
         level=options.level if options.method == "ltt" else None,
         thresholds=chosen,
         candidates=[list(thresholds) for thresholds in candidates],
+        certified=found.certified,
         scores=list(found.scores),
         losses=losses.mean(axis=1).tolist(),
-        compute_reduction=_reduction(points[found.chosen]) if found.chosen is not None else 1.0,
+        reductions=reductions,
+        compute_reduction=reductions[best] if best is not None else 1.0,
         task=options.tasks,
         run=run,
         model=model,
         fingerprint=lm.backbone_fingerprint(),
         seed=options.seed,
+        population=split.population,
         calibration_documents=sorted({hashes[i] for i in split.calibration}),
         test=tested,
         created=date.today().isoformat(),
@@ -115,7 +144,7 @@ def _calibrate(
     certificate.save(folder / CERTIFICATE_NAME)
     with naming(folder):
         write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
-        write_text(folder / TABLE_NAME, table(candidates, points, losses, found))
+        write_text(folder / TABLE_NAME, table(candidates, losses, found, reductions))
     kept = kept / file_name(certificate, points[0].line.partition(",")[0], options.state_mode)
     certificate.save(kept)
     return certificate, kept
@@ -128,6 +157,12 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
     if certificate.certifies_exits:
         at, reduction = name_of(certificate.thresholds), certificate.compute_reduction
         lines.append(f"threshold {at}: {certificate.promise}; expected compute_reduction {reduction:.3f}\n")
+    elif certificate.certified:
+        most = max(certificate.reductions[: certificate.certified])
+        lines.append(
+            f"threshold 1: {certificate.certified} candidates passed and none saves compute (the largest expected "
+            f"compute_reduction is {most:.3f}), so the full model is the better choice\n"
+        )
     else:
         lines.append(f"threshold 1: no candidate passed at tolerance {certificate.tolerance:g}, so nothing may exit\n")
     if certificate.test is not None:
@@ -148,34 +183,42 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
     return "\n".join(lines)
 
 
-def split_documents(hashes: Sequence[str], share: float, seed: int) -> Split:
-    """Splits documents at random, equal ones to the same side.
+def split_documents(hashes: Sequence[str], share: float, seed: int, limit: int | None = None) -> Split:
+    """Draws documents at random and splits them, equal ones to the same side.
+
+    Args:
+        hashes: of all documents of the task.
+        share: of the drawn documents that choose.
+        seed: of the draw.
+        limit: how many different documents are drawn; None: all.
 
     Raises:
         UserError: one side would be empty.
     """
     distinct = list(dict.fromkeys(hashes))
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    count = round(share * len(distinct))
-    if not 0 < count < len(distinct):
-        raise UserError(f"--share {share:g} of {len(distinct)} documents leaves none to calibrate or none to test")
-    chosen = {distinct[i] for i in order[:count]}
+    order = np.random.default_rng(seed).permutation(len(distinct))[:limit]
+    count = round(share * len(order))
+    if not 0 < count < len(order):
+        raise UserError(f"--share {share:g} of {len(order)} documents leaves none to calibrate or none to test")
+    chosen, others = ({distinct[i] for i in part} for part in (order[:count], order[count:]))
+    calibration = [i for i, found in enumerate(hashes) if found in chosen]
     return Split(
-        [i for i, found in enumerate(hashes) if found in chosen],
-        [i for i, found in enumerate(hashes) if found not in chosen],
+        calibration,
+        test=[i for i, found in enumerate(hashes) if found in others],
+        first=sorted(np.unique([hashes[i] for i in calibration], return_index=True)[1].tolist()),
+        population=len(distinct),
     )
 
 
-def table(candidates: Sequence[Sequence[float]], points: Sequence[PointResult], losses: Any, found: Selection) -> str:
+def table(candidates: Sequence[Sequence[float]], losses: Floats, found: Selection, reductions: Sequence[float]) -> str:
     """Every candidate with its loss, its score and what became of it, as Markdown."""
     rows = []
+    best = found.best(reductions)
     for i, thresholds in enumerate(candidates):
-        verdict = "not tested" if i >= len(found.scores) else "passed"
-        if i == len(found.scores) - 1 and found.chosen != i:
-            verdict = "failed"
+        verdict = "passed" if i < found.certified else "failed" if i < len(found.scores) else "not tested"
         score = found.scores[i] if i < len(found.scores) else None
-        verdict = "chosen" if i == found.chosen else verdict
-        rows.append([name_of(thresholds), float(losses[i].mean()), score, _reduction(points[i]), verdict])
+        verdict = "chosen" if i == best else verdict
+        rows.append([name_of(thresholds), float(losses[i].mean()), score, reductions[i], verdict])
     headers = ["thresholds", "mean loss", "p-value or bound", "compute_reduction", "verdict"]
     text = tabulate(rows, headers, tablefmt="github", floatfmt=".4f", missingval="")
     return f"{text}\n"
@@ -196,8 +239,7 @@ def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:
         tasks = manager.load(names)["tasks"]
     if list(tasks) != [options.tasks]:
         raise UserError(f"--tasks must name one task, and {options.tasks!r} is {', '.join(tasks)}; calibrate each")
-    documents = list(tasks[options.tasks].eval_docs)[: options.limit]
-    return [document_hash(document) for document in documents]
+    return [document_hash(document) for document in tasks[options.tasks].eval_docs]
 
 
 def _samples(options: CalibrateOptions, documents: list[int]) -> str:

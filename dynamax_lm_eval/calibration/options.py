@@ -53,10 +53,13 @@ class CalibrateOptions:
     state_mode: str = _option("recompute", "recompute, copy or skip")
     share: float = _option(0.5, "of the documents that calibrate; the others test")
     test: bool = _option(True, "run the certified thresholds on the other documents as well")
-    seed: int = _option(0, "of the split of documents")
-    limit: int | None = _option(None, "documents of the task in all; default: all")
+    seed: int = _option(0, "of the draw of documents and of the order of bets; choose it before you see a result")
+    limit: int | None = _option(None, "documents of the task in all, drawn by --seed; default: all")
     model_args: str = _option("", "further model arguments: exit_scope=all,repetition_penalty=1.1,...")
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
+    fewshot_seed: int = _option(
+        1234, "of few-shot examples that are drawn; runs need the same, lm_eval's default is this"
+    )
     batch_size: int = _option(32, "rows in flight")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     include_path: str | None = _option(None, "folder with tasks of your own")
@@ -100,6 +103,7 @@ class CalibrateOptions:
             model_args=self.model_args,
             samples=samples,
             num_fewshot=self.num_fewshot,
+            seed=self.fewshot_seed,
             batch_size=self.batch_size,
             device=self.device,
             include_path=self.include_path,

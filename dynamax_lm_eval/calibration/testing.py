@@ -1,7 +1,8 @@
 """Which threshold may be used: tests of the hypothesis that a threshold loses too much, on losses of documents.
 
-Losses lie in [0, 1]; documents are taken to be exchangeable. Candidates come in an order that was fixed before any
-loss was seen, the most careful first. Knows numbers only. C candidates, n documents.
+Losses lie in [0, 1]. Documents are independent draws, or a random share of a fixed set of documents; the order in
+which they come is free: what depends on an order draws one of its own. Candidates come in an order that was fixed
+before any loss was seen, the most careful first. Knows numbers only. C candidates, n documents.
 
 - Angelopoulos, Bates, Candes, Jordan, Lei 2021, "Learn then Test" (arXiv 2110.01052): fixed-sequence testing, and the
   p-value of Hoeffding and Bentkus.
@@ -12,6 +13,7 @@ loss was seen, the most careful first. Knows numbers only. C candidates, n docum
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,32 +27,57 @@ BOUNDS: tuple[Bound, ...] = get_args(Bound)
 
 Floats = npt.NDArray[np.float64]
 
+#: Tells the random order of bets from every other use of the same seed, such as the split of documents.
+_ORDER_OF_BETS = 0x626574  # "bet"
+
 
 @dataclass(frozen=True)
 class Selection:
-    """What a procedure chose.
+    """What a procedure certified.
 
     Attributes:
-        chosen: index of the last candidate that passed before the first that did not; None where the first failed.
+        certified: how many candidates passed before the first that did not. The promise holds for all of them at once.
         scores: p-value of each candidate that was looked at (learn then test), or the bound on its expected loss
             (risk control). Candidates behind the first failure were not looked at.
     """
 
-    chosen: int | None
+    certified: int
     scores: tuple[float, ...]
 
+    def best(self, reductions: Sequence[float]) -> int | None:
+        """Index of the certified candidate that saves the most, the most careful of equals.
 
-def learn_then_test(losses: Floats, tolerance: float, level: float, bound: Bound = "betting") -> Selection:
-    """Fixed-sequence testing: with probability 1 - level the chosen candidate's expected loss is at most tolerance.
+        None where no certified candidate saves anything: then the full model is the better choice.
+
+        Args:
+            reductions: expected compute_reduction of every candidate.
+        """
+        saving = [i for i in range(self.certified) if reductions[i] > 1]
+        return max(saving, key=lambda i: reductions[i], default=None)
+
+
+def learn_then_test(
+    losses: Floats,
+    tolerance: float,
+    level: float,
+    bound: Bound = "betting",
+    *,
+    seed: int,
+    population: int | None = None,
+) -> Selection:
+    """Fixed-sequence testing: with probability 1 - level no certified candidate's expected loss exceeds tolerance.
 
     Each candidate's hypothesis "the expected loss is more than tolerance" is tested at ``level`` until the first that
-    cannot be rejected. No monotony is needed.
+    cannot be rejected. No monotony is needed. The probability is that of any wrong candidate among the certified ones,
+    so that one may choose among them after the fact, for example the one that saves the most.
 
     Args:
-        losses: (C, n), in the order of testing.
+        losses: (C, n), in the order of testing; documents in any order.
         tolerance: in (0, 1).
         level: in (0, 1).
         bound: gives the p-values.
+        seed: of the random order of bets; chosen before losses are seen.
+        population: see :func:`betting_p_values`.
 
     Raises:
         UserError: a number lies outside its range.
@@ -58,12 +85,11 @@ def learn_then_test(losses: Floats, tolerance: float, level: float, bound: Bound
     _check(losses, tolerance)
     if not 0 < level < 1:
         raise UserError(f"level must be in (0, 1), got {level:g}")
-    found: list[float] = []
-    for row in losses:
-        found.append(p_value(row, tolerance, level, bound))
-        if found[-1] > level:
-            return Selection(_before(len(found) - 1), tuple(found))
-    return Selection(_before(len(found)), tuple(found))
+    if bound == "betting":
+        scores = betting_p_values(losses, tolerance, level, seed=seed, population=population)
+    else:
+        scores = hoeffding_bentkus_p_values(losses, tolerance)
+    return _until_first_failure(scores, level)
 
 
 def conformal_risk_control(losses: Floats, tolerance: float) -> Selection:
@@ -71,7 +97,8 @@ def conformal_risk_control(losses: Floats, tolerance: float) -> Selection:
 
     A candidate passes where (n R + 1) / (n + 1) <= tolerance, R its mean loss (equation 4 of the paper). This needs
     losses that only grow along the candidates; others are replaced by the largest so far of each document, which are
-    at least as large.
+    at least as large. A certified candidate before the last therefore loses no more than the last one, and may be
+    chosen instead.
 
     Args:
         losses: (C, n), in the order of testing.
@@ -83,51 +110,70 @@ def conformal_risk_control(losses: Floats, tolerance: float) -> Selection:
     _check(losses, tolerance)
     n = losses.shape[1]
     risks = np.maximum.accumulate(losses, axis=0).mean(axis=1)
-    found: list[float] = []
-    for risk in risks:
-        found.append(float((n * risk + 1) / (n + 1)))
-        if found[-1] > tolerance:
-            return Selection(_before(len(found) - 1), tuple(found))
-    return Selection(_before(len(found)), tuple(found))
+    return _until_first_failure((n * risks + 1) / (n + 1), tolerance)
 
 
-def p_value(losses: Floats, tolerance: float, level: float, bound: Bound) -> float:
-    """Of the hypothesis that the expected loss is more than ``tolerance``, for losses (n,)."""
-    if bound == "betting":
-        return betting_p_value(losses, tolerance, level)
-    return hoeffding_bentkus_p_value(losses, tolerance)
+def betting_p_values(
+    losses: Floats, tolerance: float, level: float, *, seed: int, population: int | None = None
+) -> Floats:
+    """(C,) p-values: 1 / the largest capital of a gambler who bets against the hypothesis document by document.
 
-
-def betting_p_value(losses: Floats, tolerance: float, level: float) -> float:
-    """1 / the largest capital of a gambler who bets against the hypothesis document by document.
-
-    Capital after i documents is prod (1 - b_j (L_j - tolerance)), a supermartingale under the hypothesis for any bets
-    b_j in [0, 1] that depend on earlier documents only; its maximum obeys Ville's inequality. The bets are those of
+    Capital after i documents is prod (1 - b_j (L_j - m_j)), a supermartingale under the hypothesis for any bets b_j in
+    [0, 1] that depend on earlier documents only; its maximum obeys Ville's inequality. The bets are those of
     Waudby-Smith and Ramdas's predictable plug-in, min(1, sqrt(2 ln(1/level) / (n s_{j-1}^2))).
+
+    This holds only where a document's expected loss, given the earlier ones, is at least m_j. In the order of a sorted
+    task it is not: the gambler would have won on the easy documents before the hard ones come. So bets follow a random
+    order, the same for all candidates. For independent draws m_j is the tolerance. Of N documents of which j - 1
+    were drawn without replacement, the others' mean is (N tolerance - sum of earlier losses) / (N - j + 1) at the edge
+    of the hypothesis; m_j is the smaller of both (at least 0), which keeps the capital a supermartingale either way.
+
+    Args:
+        losses: (C, n), documents in any order.
+        tolerance: in (0, 1).
+        level: at which the test will be made; bets are made for it, and the p-values hold at all levels.
+        seed: of the order; it must not depend on the losses.
+        population: N, if the documents are a random share of N documents and the hypothesis is on the mean over
+            these N; None for independent draws. With N it holds for both.
     """
-    n = len(losses)
+    n = losses.shape[1]
+    if population is not None and population < n:
+        raise ValueError(f"{n} documents cannot be drawn from {population}")
+    losses = losses[:, np.random.default_rng([_ORDER_OF_BETS, seed]).permutation(n)]
     count = np.arange(1, n + 1)
-    mean = (0.5 + np.cumsum(losses)) / (count + 1)
-    variance = (0.25 + np.cumsum((losses - mean) ** 2)) / (count + 1)
-    before = np.concatenate([[0.25], variance[:-1]])
+    total = np.cumsum(losses, axis=1)
+    mean = (0.5 + total) / (count + 1)
+    variance = (0.25 + np.cumsum((losses - mean) ** 2, axis=1)) / (count + 1)
+    before = np.concatenate([np.full((len(losses), 1), 0.25), variance[:, :-1]], axis=1)
     bets = np.minimum(1.0, np.sqrt(2 * math.log(1 / level) / (n * before)))
-    capital = np.cumsum(np.log1p(-bets * (losses - tolerance)))
-    return float(np.exp(-max(0.0, float(capital.max()))))
+    expected = np.full_like(losses, tolerance)
+    if population is not None:
+        others = (population * tolerance - (total - losses)) / (population - count + 1)
+        expected = np.clip(others, 0.0, tolerance)
+    with np.errstate(divide="ignore"):  # everything may be lost, and the capital stays at 0
+        capital = np.cumsum(np.log1p(-bets * (losses - expected)), axis=1)
+    found: Floats = np.exp(-np.maximum(0.0, capital.max(axis=1)))
+    return found
 
 
-def hoeffding_bentkus_p_value(losses: Floats, tolerance: float) -> float:
-    """min(exp(-n h(R, tolerance)), e P(Binomial(n, tolerance) <= ceil(n R))), R the mean loss, h the relative entropy
-    of two coins; proposition 3 of Learn then Test."""
+def hoeffding_bentkus_p_values(losses: Floats, tolerance: float) -> Floats:
+    """(C,): min(exp(-n h(R, tolerance)), e P(Binomial(n, tolerance) <= ceil(n R))), R the mean loss, h the relative
+    entropy of two coins; proposition 3 of Learn then Test.
+
+    Both parts come from expectations of convex functions of a sum, which are no larger without replacement (Hoeffding
+    1963, theorem 4); the order of documents does not enter.
+    """
+    from scipy.special import rel_entr
     from scipy.stats import binom
 
-    n = len(losses)
-    mean = float(losses.mean())
-    low = min(mean, tolerance)
-    entropy = (low * math.log(low / tolerance) if low > 0 else 0.0) + (1 - low) * math.log((1 - low) / (1 - tolerance))
-    hoeffding = math.exp(-n * entropy)
+    n = losses.shape[1]
+    mean = losses.mean(axis=1)
+    low = np.minimum(mean, tolerance)
+    hoeffding = np.exp(-n * (rel_entr(low, tolerance) + rel_entr(1 - low, 1 - tolerance)))
     # Sums of equal numbers land a little above the whole number that they are.
-    bentkus = math.e * float(binom.cdf(math.ceil(n * mean - 1e-9), n, tolerance))
-    return min(1.0, hoeffding, bentkus)
+    bentkus = math.e * binom.cdf(np.ceil(n * mean - 1e-9), n, tolerance)
+    found: Floats = np.minimum(1.0, np.minimum(hoeffding, bentkus))
+    return found
 
 
 def fewest_documents(tolerance: float, level: float | None, bound: Bound = "betting") -> int:
@@ -141,9 +187,9 @@ def fewest_documents(tolerance: float, level: float | None, bound: Bound = "bett
         found = (
             conformal_risk_control(nothing, tolerance)
             if level is None
-            else learn_then_test(nothing, tolerance, level, bound)
+            else learn_then_test(nothing, tolerance, level, bound, seed=0)  # all orders are one
         )
-        return found.chosen is not None
+        return found.certified > 0
 
     most = 1
     while not passes(most):
@@ -155,9 +201,11 @@ def fewest_documents(tolerance: float, level: float | None, bound: Bound = "bett
     return most
 
 
-def _before(failed: int) -> int | None:
-    """The candidate before the one that failed; never that one."""
-    return failed - 1 if failed > 0 else None
+def _until_first_failure(scores: Floats, most: float) -> Selection:
+    """Candidates are certified until the first whose score is more than ``most``; no later one is looked at."""
+    failed = np.flatnonzero(scores > most)
+    certified = int(failed[0]) if len(failed) else len(scores)
+    return Selection(certified, tuple(scores[: certified + 1].tolist()))
 
 
 def _check(losses: Floats, tolerance: float) -> None:

@@ -38,6 +38,10 @@ from dynamax_lm_eval.sweep.store import ResponseStore
 
 logger = logging.getLogger(__name__)
 
+#: Grows with what a finished point says of its run (the few-shot draw came with 2, for certificates): one that says
+#: less is evaluated again, from the answers that it has.
+_RECORDED = 2
+
 #: Options that change nothing in the results.
 _FREE = frozenset(
     [
@@ -192,7 +196,7 @@ def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
 
 def _asked(options: SweepOptions) -> dict[str, Any]:
     """What a finished point must have been asked to be finished."""
-    asked = {"tasks": options.task_names, "limit": options.limit}
+    asked = {"tasks": options.task_names, "limit": options.limit, "recorded": _RECORDED}
     samples = options.samples_given
     return asked if samples is None else {**asked, "samples": samples}
 
