@@ -23,12 +23,12 @@ CLASSIFIERS = varied_classifiers(exits_config(adapter="affine"))
 #: The reference reads out in the backbone's float64.
 IN_FLOAT64 = copy.deepcopy(CLASSIFIERS)
 IN_FLOAT64.adapters.double()
-THRESHOLDS = (0.0, 0.02, 0.1, 0.3, 0.47, 0.52, 0.6, 0.8, 0.93, 1.0)
+THRESHOLDS = (0.0, 0.0, 0.02, 0.1, 0.3, 0.47, 0.52, 0.6, 0.8, 0.93, 1.0)
 
 
 def random_policy(rng: random.Random, family: str, scope: Any = None) -> ExitPolicy:
     confidence: Any = rng.choice(["softmax", "entropy", "state", "classifier"])
-    pruned = frozenset(rng.sample(range(1, LAYERS + 1), rng.choice([0, 0, 1, 1, 2, 3])))
+    pruned = frozenset(rng.sample([*range(1, LAYERS + 1), LAYERS, LAYERS], rng.choice([0, 1, 1, 2, 3])))
     final_block = rng.random() < 0.25
     possible = set(EXITS if confidence == "classifier" else range(1, LAYERS - final_block)) - pruned
     exits = tuple(sorted(rng.sample(sorted(possible), rng.randint(0, len(possible)))))
@@ -68,8 +68,8 @@ def check(seed: int) -> None:
     family = rng.choice(FAMILIES)
     model = tiny_model(family, torch.float64)
     engine = Engine(make_backbone(model, max_length=256), CLASSIFIERS)
-    policies = [random_policy(rng, family, rng.choice([None, "all"])) for _ in range(rng.choice([1, 1, 2, 3]))]
-    prompts = random_prompts(rng, rng.choice([1, 2, 9]))
+    policies = [random_policy(rng, family, rng.choice([None, "all"])) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
+    prompts = random_prompts(rng, rng.choice([1, 2, 9, 9]))
     followed = [rng.choice(policies) for _ in prompts]
     limits = [rng.choice([1, 2, 6]) for _ in prompts]
     ends = [rng.choice([0, 0, 2, 5]) for _ in prompts]  # tokens that such a number divides end a row
@@ -117,7 +117,8 @@ def short_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "MIN_SAVED_TOKENS", 1)
 
 
-@pytest.mark.parametrize("seed", range(12))
+#: In the last two, shared tokens leave before a last block that is pruned.
+@pytest.mark.parametrize("seed", [*range(10), 78, 90])
 def test_rows_answer_the_same_however_they_run(seed: int) -> None:
     check(seed)
 
