@@ -322,6 +322,8 @@ def _check_harness_combinations(args: Mapping[str, Any]) -> None:
             raise UserError(f"{first} and {second} exclude each other; give one")
     if args.get("enable_thinking") and args.get("think_end_token") is None:
         raise UserError("enable_thinking=true needs think_end_token=, the token after which the answer begins; add it")
+    if not isinstance(device := args.get("device", "cuda"), str):
+        raise UserError(f"device must be a name such as cpu or cuda:0, got {device!r}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -105,8 +105,6 @@ class DynamaxLM(HFLM):
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
         self._loaded = self.args
         passed_on["trust_remote_code"] = loading.trusts_remote_code(passed_on)
-        if loaded is None:
-            _check_harness_arguments(passed_on)
         source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
@@ -872,24 +870,6 @@ def _naming_document(error: RequestError, document: Document) -> UserError:
 def _is_launched() -> bool:
     """Whether this is one of several processes, whose devices the launcher gives them."""
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
-
-
-def _check_harness_arguments(passed_on: Mapping[str, Any]) -> None:
-    """Raises UserError for arguments of HFLM with which it would fail only while or after it loads weights."""
-    if (backend := passed_on.get("backend", "default")) not in ("default", "causal"):
-        raise UserError(f"backend must be default or causal, got {backend!r}")
-    if not isinstance(device := passed_on.get("device", "cuda"), str):
-        raise UserError(f"device must be a name such as cpu or cuda:0, got {device!r}")
-    for name in ("dtype", "softmax_dtype", "mixed_precision_dtype"):
-        value = passed_on.get(name)
-        dtype = getattr(torch, value, None) if isinstance(value, str) else value
-        automatic = value is None or (name == "dtype" and value == "auto")
-        if not automatic and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise UserError(f"{name} must be a floating-point type such as float32 or bfloat16, got {value!r}")
-    if not isinstance(template := passed_on.get("chat_template_args") or {}, Mapping):
-        raise UserError(f"chat_template_args must be a mapping of names to values, got {template!r}")
-    if passed_on.get("enable_thinking") and passed_on.get("think_end_token") is None:
-        raise UserError("enable_thinking=True needs think_end_token=, the text or token id that ends a thought")
 
 
 def _harness_arguments() -> frozenset[str]:
