@@ -35,6 +35,8 @@ FORMAT = 2
 #: Elements that are converted and hashed at once; bounds memory, and keeps the conversion inside the processor's cache.
 _AT_ONCE = 1 << 18
 _AT_ONCE_FROM_DEVICE = 1 << 24
+#: Some families' files call it otherwise than transformers, and releases of transformers otherwise than each other.
+_LM_HEAD = "lm_head.weight"
 #: A file that changed this shortly before it was looked at may change again without another time stamp.
 _SETTLED_NS = 2_000_000_000
 
@@ -129,7 +131,8 @@ def model_fingerprints(model: nn.Module) -> Fingerprints:
     Raises:
         UserError: some weights are not in memory.
     """
-    described = {name: _described(name, parameter) for name, parameter in model.named_parameters()}
+    names = _names(model)
+    described = {names[name]: _described(name, parameter) for name, parameter in model.named_parameters()}
     return Fingerprints(_combined(described), (_sampled(model.named_parameters()),))
 
 
@@ -375,20 +378,40 @@ def _parameters(model: Any, files: Collection[Path]) -> dict[str, str] | None:
 
     None where the files do not hold all parameters, under their names or those in the base model.
     """
-    shapes, known_as = {}, {}
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        known_as[name] = first.setdefault(id(parameter), name)  # tied weights go by one name
+    names = _names(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     prefix = f"{model.base_model_prefix}."
     found: dict[str, str] = {}
+    others: dict[str, tuple[int, ...]] = {}
     for name, tensor in _tensors(files):
         meant = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in shapes), None)
-        if meant is not None:
-            if shapes[meant] != tuple(tensor.shape):
-                return None
-            found[name] = known_as[meant]
-    return found if set(found.values()) == set(known_as.values()) else None
+        if meant is None:
+            others[name] = tuple(tensor.shape)
+        elif shapes[meant] != tuple(tensor.shape):
+            return None
+        else:
+            found[name] = names[meant]
+    missing = set(names.values()) - set(found.values())
+    if missing == {_LM_HEAD}:
+        (shape,) = {shapes[name] for name in shapes if names[name] == _LM_HEAD}
+        candidates = [name for name, other in others.items() if other == shape]
+        if len(candidates) == 1:
+            return {**found, candidates[0]: _LM_HEAD}
+    return None if missing else found
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """What fingerprints call each parameter: tied weights by one name, those of the LM head the same in all families."""
+    head: Any = None
+    if isinstance(model, transformers.PreTrainedModel):
+        head = getattr(model.get_output_embeddings(), "weight", None)
+        if head is getattr(model.get_input_embeddings(), "weight", None):
+            head = None  # tied
+    known: dict[int, str] = {}
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = known.setdefault(id(parameter), _LM_HEAD if parameter is head else name)
+    return names
 
 
 def _dequantised(folder: Path, gguf: str) -> Any:
