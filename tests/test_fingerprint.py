@@ -31,7 +31,7 @@ from dynamax_lm_eval.backbones.fingerprint import (
 from dynamax_lm_eval.config import DynamaxArgs, UserError
 from dynamax_lm_eval.exits import checkpoint
 
-#: What version 0.1 wrote into exits for the backbones that come with the package.
+#: What format 1 gave for the backbones that come with the package.
 FORMER = {
     "tiny-llama": "3d5f499802b26a0e24507c6bb071a860080a50ea0fbdfa1ac9fc1029b2efcf16",
     "tiny-mamba2": "44d6fb4fab071749f64db70a19db2262c1fa6ba05011c4d9a76663baf48cf618",

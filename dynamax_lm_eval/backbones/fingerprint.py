@@ -229,15 +229,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """All of a tokenizer that is written in Python."""
     given = getattr(tokenizer, "init_kwargs", {})
+    added = getattr(tokenizer, "added_tokens_decoder", None)
     return {
         "class": type(tokenizer).__name__,
         "vocabulary": tokenizer.get_vocab(),
-        "added": {str(i): repr(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()},
+        "added": {str(i): repr(token) for i, token in added.items()} if isinstance(added, Mapping) else None,
         "files": _vocabulary_files(tokenizer),
         "arguments": {
             name: value
             for name, value in given.items()
-            if name not in _TOKENIZER_FREE and not name.startswith("_") and not name.endswith("_file")
+            if name not in _TOKENIZER_FREE and not name.startswith("_") and not name.endswith(("_file", "_path"))
         },
     }
 
@@ -246,6 +247,9 @@ def _vocabulary_files(tokenizer: Any) -> list[str]:
     """Hashes of the files that a tokenizer's vocabulary and merges are written to."""
     if (sentencepiece := getattr(tokenizer, "sp_model", None)) is not None:
         return [xxhash.xxh3_128(sentencepiece.serialized_model_proto()).hexdigest()]
+    whole = Path(str(getattr(tokenizer, "init_kwargs", {}).get("tokenizer_path", "")))
+    if whole.is_file():  # those of mistral-common
+        return [xxhash.xxh3_128(whole.read_bytes()).hexdigest()]
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_vocabulary(folder)
@@ -401,11 +405,12 @@ def _parameters(model: Any, files: Collection[Path]) -> dict[str, str] | None:
 
 
 def _names(model: nn.Module) -> dict[str, str]:
-    """What fingerprints call each parameter: tied weights by one name, those of the LM head the same in all families."""
+    """What fingerprints call each parameter: tied weights by one name, those of the LM head alike in all families."""
     head: Any = None
     if isinstance(model, transformers.PreTrainedModel):
-        head = getattr(model.get_output_embeddings(), "weight", None)
-        if head is getattr(model.get_input_embeddings(), "weight", None):
+        loaded: Any = model
+        head = getattr(loaded.get_output_embeddings(), "weight", None)
+        if head is getattr(loaded.get_input_embeddings(), "weight", None):
             head = None  # tied
     known: dict[int, str] = {}
     names = {}
