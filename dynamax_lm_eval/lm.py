@@ -330,7 +330,7 @@ class DynamaxLM(HFLM):
 
     def _check_prune_profile(self, args: DynamaxArgs) -> None:
         if args.prune_profile is not None:
-            pruning.check_profile(args, self._known_fingerprints())
+            pruning.check_profile(args.prune_profile, self._known_fingerprints())
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what is answered: weights, dtype, tokenizer, policy. Not batch or device."""

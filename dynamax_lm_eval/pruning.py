@@ -87,14 +87,12 @@ def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
     return profile.blocks(args.prune_layers)
 
 
-def check_profile(args: DynamaxArgs, fingerprints: Fingerprints) -> None:
-    """Raises UserError where the profile that a run names was measured on other weights than these."""
-    if args.prune_profile is None:
-        return
-    profile = PruneProfile.load(Path(args.prune_profile).expanduser())
+def check_profile(path: str, fingerprints: Fingerprints) -> None:
+    """Raises UserError where a profile was measured on other weights than these."""
+    profile = PruneProfile.load(Path(path).expanduser())
     if profile.fingerprint not in (fingerprints.current, *fingerprints.former):
         raise UserError(
-            f"prune_profile={args.prune_profile!r} was measured on other weights ({profile.backbone!r}, fingerprint "
+            f"prune_profile={path!r} was measured on other weights ({profile.backbone!r}, fingerprint "
             f"{profile.fingerprint[:12]}, here {fingerprints.current[:12]}); make one for this backbone: "
             "dynamax-lm-eval prune-profile --backbone ..., or name the blocks: prune_layers=[...]"
         )

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import shutil
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -17,11 +18,11 @@ import numpy.typing as npt
 import pytest
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
-from test_lm import TASKS
+from test_lm import TASKS, add_post_processor
 from test_trained_exits import save_exits
 
 from dynamax_lm_eval.calibration import command
-from dynamax_lm_eval.calibration.certificate import Certificate, run_settings
+from dynamax_lm_eval.calibration.certificate import Certificate, home, resolve, run_settings
 from dynamax_lm_eval.calibration.command import CERTIFICATE_NAME, TEST_SAMPLES_NAME, split_documents
 from dynamax_lm_eval.calibration.losses import LossKind
 from dynamax_lm_eval.calibration.options import CalibrateOptions
@@ -488,6 +489,33 @@ def test_candidates_that_save_nothing_give_the_full_model(
     assert certificate.test is None
     said = command.summary(certificate, kept, options)
     assert "none saves compute (the largest expected compute_reduction is 0.980)" in said
+
+
+def test_another_tokenizer_is_refused(
+    made: tuple[Path, Certificate, Path], model_folder: Path, exits_folder: Path, tmp_path: Path
+) -> None:
+    folder, _, kept = made
+    samples = json.loads((folder / TEST_SAMPLES_NAME).read_text())
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    assert run(moved, exits_folder, str(kept), samples, classifier="calm")
+    add_post_processor(moved)
+    with pytest.raises(UserError, match="differs in tokenizer"):
+        run(moved, exits_folder, str(kept), samples, classifier="calm")
+
+
+def test_calibrated_finds_certificates_of_weights_that_are_not_known_yet(
+    made: tuple[Path, Certificate, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
+    _, certificate, _ = made
+    kept = home("me/model", certificate.fingerprint, None)
+    kept.mkdir(parents=True)
+    certificate.save(kept / "c.json")
+    policy = {n.removeprefix("policy."): v for n, v in certificate.model.items() if n.startswith("policy.")}
+    for fingerprint in (certificate.fingerprint, None):
+        assert resolve("calibrated", "me/model", fingerprint, None, policy) == (kept / "c.json", certificate)
+    with pytest.raises(UserError, match="no certificate"):
+        resolve("calibrated", "me/model", "0" * 32, None, policy)
 
 
 def test_other_exits_are_refused(made: tuple[Path, Certificate, Path], model_folder: Path, tmp_path: Path) -> None:

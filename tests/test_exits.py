@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import LAYERS, random_ids, tiny_model
 from reference import reference_generate, reference_score
+from safetensors.torch import load_file, save_file
 from test_engine import (
     NEW_TOKENS,
     PROMPTS,
@@ -294,6 +297,32 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: Any, message: s
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         ExitCheckpoint.open(tmp_path).load()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["by_kind.calm.3.out_proj.weight", "adapters.2.up.bias"])
+def test_exits_that_are_not_finite_are_refused_by_name(tmp_path: Path, name: str, value: float) -> None:
+    config = exits_config(adapter="affine")
+    checkpoint.save(tmp_path, config, config.build(), dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "exits.safetensors")
+    tensors[name].view(-1)[1] = value
+    save_file(tensors, tmp_path / "exits.safetensors")
+    message = re.escape(f"exits={str(tmp_path)!r}: exits.safetensors cannot be used: {name} (1 of ")
+    with pytest.raises(UserError, match=message):
+        ExitCheckpoint.open(tmp_path).load()
+
+
+def test_one_changed_weight_makes_other_exits_and_another_dtype_does_not(tmp_path: Path) -> None:
+    classifiers = exits_config().build(3).to(torch.bfloat16)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        checkpoint.save(tmp_path, exits_config(), classifiers, dtype=dtype)
+        found.append(ExitCheckpoint.open(tmp_path).fingerprint())
+    tensors = load_file(tmp_path / "exits.safetensors")
+    tensors["by_kind.ffn.3.in_proj.weight"][70, 5] *= 1.0001
+    save_file(tensors, tmp_path / "exits.safetensors")
+    found.append(ExitCheckpoint.open(tmp_path).fingerprint())
+    assert found[0] == found[1] != found[2]
 
 
 def set_config(folder: Path, **changes: Any) -> None:

@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, processors
 
 from dynamax_lm_eval.compute.ledger import ComputeRecord
 from dynamax_lm_eval.config import UserError
@@ -44,6 +45,13 @@ def evaluate(lm: Any, manager: TaskManager, *tasks: str, **options: Any) -> Any:
 
 def responses(results: Any, task: str) -> list[Any]:
     return [sample["resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
+
+
+def add_post_processor(folder: Path) -> None:
+    """From now on the tokenizer in a model's folder puts a BOS before every text; its class and length stay."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def generation_requests(contexts: list[str], **kwargs: Any) -> list[Instance]:
@@ -284,6 +292,33 @@ class TestCache:
         with pytest.raises(UserError, match="differs in accounting"):
             self.run(model_folder, manager, tmp_path / "c", **EXITS)
 
+    def test_a_changed_tokenizer_is_refused_and_a_moved_one_is_not(
+        self, model_folder: Path, manager: TaskManager, tmp_path: Path
+    ) -> None:
+        first = self.run(model_folder, manager, tmp_path / "c", **EXITS)
+        moved = shutil.copytree(model_folder, tmp_path / "moved" / "with another name")
+        assert self.run(moved, manager, tmp_path / "c", **EXITS)["results"] == first["results"]
+        add_post_processor(moved)
+        with pytest.raises(UserError, match="differs in tokenizer"):
+            self.run(moved, manager, tmp_path / "c", **EXITS)
+
+    def test_another_release_of_transformers_is_not_another_run(
+        self, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        identity = dynamax(model_folder, **EXITS).identity()
+        monkeypatch.setattr("transformers.generation.configuration_utils.__version__", "9.9.9")
+        monkeypatch.setattr("transformers.configuration_utils.__version__", "9.9.9")
+        lm = dynamax(model_folder, **EXITS)
+        assert lm.model.generation_config.to_diff_dict()["transformers_version"] == "9.9.9"
+        assert lm.identity() == identity
+
+    def test_one_changed_weight_is_refused(self, model_folder: Path, manager: TaskManager, tmp_path: Path) -> None:
+        lm = dynamax(model_folder, **EXITS)
+        evaluate(lm, manager, "tiny_generate", use_cache=str(tmp_path / "c"))
+        lm.model.get_input_embeddings().weight.data[7, 3] += 1
+        with pytest.raises(UserError, match="differs in weights"):
+            evaluate(lm, manager, "tiny_generate", use_cache=str(tmp_path / "c"))
+
     def test_responses_that_another_model_added_are_refused(
         self, model_folder: Path, manager: TaskManager, tmp_path: Path
     ) -> None:
@@ -454,6 +489,21 @@ class TestArguments:
             lm.loglikelihood([*pairs, SimpleNamespace(args=("a", ""))])
         assert lm._loglikelihood_tokens([(("a", " is"), [5], [6])], disable_tqdm=True)
         assert (lm.loglikelihood(pairs), lm.generate_until(generations), lm.loglikelihood(pairs[:1])) == expected
+
+    @pytest.mark.parametrize("confidence", ["softmax", "entropy", "state"])
+    def test_confidences_that_are_not_finite_name_the_document(
+        self, model_folder: Path, confidence: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("dynamax_lm_eval.engine.prefixes.MIN_SAVED_TOKENS", 1)
+        lm = dynamax(model_folder, threshold=0.9, confidence=confidence, exit_layers=[3], exit_scope="all")
+        texts = ["The quick", "on the river", "on the river Seine"]  # the last two share what is broken
+        poisoned = set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is"))
+        lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
+        pairs = [Instance("loglikelihood", {}, (text, " Paris is"), i, ("t", i, 1)) for i, text in enumerate(texts)]
+        message = f"computed {confidence} confidences at exit layer 3 that are not finite for document [12] of task"
+        for method, requests in (("generate_until", generation_requests(texts)), ("loglikelihood", pairs)):
+            with pytest.raises(UserError, match=message):
+                getattr(lm, method)(requests, disable_tqdm=True)
 
     def test_names_the_result_folder_after_the_backbone(self, model_folder: Path) -> None:
         args = {"backbone": str(model_folder), "threshold": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import torch
 from conftest import LAYERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import make_backbone
+from dynamax_lm_eval.backbones.fingerprint import files_fingerprints
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs, UserError, parse_model_args
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.pruning import PruneProfile
+from dynamax_lm_eval.sweep import command as sweep
+from dynamax_lm_eval.sweep.options import SweepOptions
 from dynamax_lm_eval.training.prune_profile import distances, last_states
 
 
@@ -99,6 +104,35 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 def test_arguments_that_do_not_go_together(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_model_args({"backbone": "b", **arguments}, ())
+
+
+@pytest.mark.parametrize("known_before", [True, False])
+def test_a_profile_of_other_weights_is_refused(
+    model_folder: Path, tmp_path: Path, known_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = files_fingerprints(str(model_folder), {})
+    assert found is not None
+    file = tmp_path / "profile.json"
+    given = {"threshold": 1, "prune_layers": 2, "prune_strategy": "angular", "prune_profile": str(file)}
+    if not known_before:
+        for name in ("files_fingerprints", "fetched_files_fingerprints"):
+            monkeypatch.setattr(f"dynamax_lm_eval.lm.{name}", lambda *_: None)
+    for fingerprint in (found.current, *found.former):  # of this version, and of an earlier one
+        made(fingerprint=fingerprint).save(file)
+        assert DynamaxLM(str(model_folder), device="cpu", **given).policy.pruned_blocks == {4, 5}
+    lm = DynamaxLM(str(model_folder), threshold=1, device="cpu")
+    made(fingerprint="0" * 32).save(file)
+    message = f"profile.json' was measured on other weights .*000000000000, here {found.current[:12]}"
+    args = replace(lm.args, prune_layers=2, prune_strategy="angular", prune_profile=str(file))
+    with pytest.raises(UserError, match=message):
+        lm.follow(args)
+    if known_before:
+        monkeypatch.setattr(DynamaxLM, "_create_model", lambda *_, **__: pytest.fail("the weights are loaded"))
+        options = {"tasks": "t", "output": str(tmp_path / "out"), "prune": "2", "device": "cpu"}
+        with pytest.raises(UserError, match=message):
+            sweep.load(SweepOptions(backbone=str(model_folder), prune_profile=str(file), **options))
+    with pytest.raises(UserError, match=message):
+        DynamaxLM(str(model_folder), device="cpu", **given)
 
 
 def test_command(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import lm_eval
 import pytest
 import yaml
 from lm_eval.tasks import TaskManager
-from test_lm import TASKS
+from test_lm import TASKS, add_post_processor
 from test_trained_exits import save_exits
 
 from dynamax_lm_eval.cli import main
@@ -132,6 +133,22 @@ def test_a_sweep_may_grow_but_not_change(model_folder: Path, tmp_path: Path) -> 
     assert all(path.stat().st_mtime_ns != time for path, time in before.items()), "with more documents it is redone"
     with pytest.raises(UserError, match="seed"):
         command.sweep(replace(options, seed=2))
+
+
+def test_a_sweep_keeps_to_its_rules_of_counting_and_its_tokenizer(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = shutil.copytree(model_folder, tmp_path / "model")
+    options = options_for(moved, tmp_path / "out", thresholds="0.3", prune="", limit=2)
+    command.sweep(options)
+    for name in ("ACCOUNTING", "SCHEMA_VERSION"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dynamax_lm_eval.harness.{name}", "other")
+            with pytest.raises(UserError, match=f"differs in {name.lower()} "):
+                command.sweep(options)
+    add_post_processor(moved)
+    with pytest.raises(UserError, match="differs in tokenizer"):
+        command.sweep(options)
 
 
 def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

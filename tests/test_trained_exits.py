@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, tiny_model
@@ -19,6 +20,7 @@ from test_exits import EXITS, exits_config, varied_classifiers
 from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.backbones.fingerprint import files_fingerprint
 from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.engine import engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.lm import DynamaxLM
 
@@ -157,6 +159,31 @@ def test_the_response_cache_knows_the_exits(model_folder: Path, tmp_path: Path, 
     other = model(model_folder, exits=str(tmp_path / "b"))
     assert one.identity()["exits"] != other.identity()["exits"]
     assert one.identity()["policy"] == other.identity()["policy"]
+
+
+@pytest.mark.parametrize("kind", ["calm", "mamba"])
+def test_classifiers_that_give_no_number_name_the_document(
+    model_folder: Path, tmp_path: Path, cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else would tell: logits are as they should be, and no token would ever exit."""
+    exits = str(save_exits(model_folder, tmp_path / "mine"))
+    lm = model(model_folder, exits=exits, classifier=kind, exit_scope="all", threshold=0.99)
+    texts = ["The quick", "on the river"]
+    poisoned = list(set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is")))
+    right = engine._classify
+
+    def broken(name: str, layer: int, batch: Any, tokens: Any, *rest: Any) -> torch.Tensor:
+        hit = torch.from_numpy(np.isin(batch.ids[tokens], poisoned)) & (layer == EXITS[1])
+        return right(name, layer, batch, tokens, *rest).masked_fill(hit, float("nan"))
+
+    monkeypatch.setattr(engine, "_classify", broken)
+    settings = {"until": [], "max_gen_toks": 4}
+    arguments = {"generate_until": (settings,), "loglikelihood": (" Paris is",), "loglikelihood_rolling": ()}
+    for kind_of_request, rest in arguments.items():
+        asked = [Instance(kind_of_request, {}, (text, *rest), i, ("t", i, 1)) for i, text in enumerate(texts)]  # type: ignore[arg-type, misc]
+        message = f"{kind} confidences at exit layer {EXITS[1]} that are not finite for document 1 of task 't'"
+        with pytest.raises(UserError, match=message):
+            getattr(lm, kind_of_request)(asked, disable_tqdm=True)
 
 
 def test_preset_paper(model_folder: Path, tmp_path: Path, cache: Path) -> None:

@@ -35,6 +35,8 @@ FORMAT = 2
 #: Elements that are converted and hashed at once; bounds memory, and keeps the conversion inside the processor's cache.
 _AT_ONCE = 1 << 18
 _AT_ONCE_FROM_DEVICE = 1 << 24
+#: Some families' files call it otherwise than transformers, and releases of transformers otherwise than each other.
+_LM_HEAD = "lm_head.weight"
 #: A file that changed this shortly before it was looked at may change again without another time stamp.
 _SETTLED_NS = 2_000_000_000
 
@@ -129,7 +131,8 @@ def model_fingerprints(model: nn.Module) -> Fingerprints:
     Raises:
         UserError: some weights are not in memory.
     """
-    described = {name: _described(name, parameter) for name, parameter in model.named_parameters()}
+    names = _names(model)
+    described = {names[name]: _described(name, parameter) for name, parameter in model.named_parameters()}
     return Fingerprints(_combined(described), (_sampled(model.named_parameters()),))
 
 
@@ -226,15 +229,16 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """All of a tokenizer that is written in Python."""
     given = getattr(tokenizer, "init_kwargs", {})
+    added = getattr(tokenizer, "added_tokens_decoder", None)
     return {
         "class": type(tokenizer).__name__,
         "vocabulary": tokenizer.get_vocab(),
-        "added": {str(i): repr(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()},
+        "added": {str(i): repr(token) for i, token in added.items()} if isinstance(added, Mapping) else None,
         "files": _vocabulary_files(tokenizer),
         "arguments": {
             name: value
             for name, value in given.items()
-            if name not in _TOKENIZER_FREE and not name.startswith("_") and not name.endswith("_file")
+            if name not in _TOKENIZER_FREE and not name.startswith("_") and not name.endswith(("_file", "_path"))
         },
     }
 
@@ -243,6 +247,9 @@ def _vocabulary_files(tokenizer: Any) -> list[str]:
     """Hashes of the files that a tokenizer's vocabulary and merges are written to."""
     if (sentencepiece := getattr(tokenizer, "sp_model", None)) is not None:
         return [xxhash.xxh3_128(sentencepiece.serialized_model_proto()).hexdigest()]
+    whole = Path(str(getattr(tokenizer, "init_kwargs", {}).get("tokenizer_path", "")))
+    if whole.is_file():  # those of mistral-common
+        return [xxhash.xxh3_128(whole.read_bytes()).hexdigest()]
     with tempfile.TemporaryDirectory() as folder:
         try:
             tokenizer.save_vocabulary(folder)
@@ -375,20 +382,41 @@ def _parameters(model: Any, files: Collection[Path]) -> dict[str, str] | None:
 
     None where the files do not hold all parameters, under their names or those in the base model.
     """
-    shapes, known_as = {}, {}
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        known_as[name] = first.setdefault(id(parameter), name)  # tied weights go by one name
+    names = _names(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     prefix = f"{model.base_model_prefix}."
     found: dict[str, str] = {}
+    others: dict[str, tuple[int, ...]] = {}
     for name, tensor in _tensors(files):
         meant = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in shapes), None)
-        if meant is not None:
-            if shapes[meant] != tuple(tensor.shape):
-                return None
-            found[name] = known_as[meant]
-    return found if set(found.values()) == set(known_as.values()) else None
+        if meant is None:
+            others[name] = tuple(tensor.shape)
+        elif shapes[meant] != tuple(tensor.shape):
+            return None
+        else:
+            found[name] = names[meant]
+    missing = set(names.values()) - set(found.values())
+    if missing == {_LM_HEAD}:
+        (shape,) = {shapes[name] for name in shapes if names[name] == _LM_HEAD}
+        candidates = [name for name, other in others.items() if other == shape]
+        if len(candidates) == 1:
+            return {**found, candidates[0]: _LM_HEAD}
+    return None if missing else found
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """What fingerprints call each parameter: tied weights by one name, those of the LM head alike in all families."""
+    head: Any = None
+    if isinstance(model, transformers.PreTrainedModel):
+        loaded: Any = model
+        head = getattr(loaded.get_output_embeddings(), "weight", None)
+        if head is getattr(loaded.get_input_embeddings(), "weight", None):
+            head = None  # tied
+    known: dict[int, str] = {}
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = known.setdefault(id(parameter), _LM_HEAD if parameter is head else name)
+    return names
 
 
 def _dequantised(folder: Path, gguf: str) -> Any:

@@ -19,6 +19,9 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 import dynamax_lm_eval
+from dynamax_lm_eval import pruning
+from dynamax_lm_eval.backbones import aliases
+from dynamax_lm_eval.backbones.fingerprint import files_fingerprints
 from dynamax_lm_eval.config import ClassifierKind, UserError, changed_settings
 from dynamax_lm_eval.files import file_checksum, locked, short_name
 from dynamax_lm_eval.lm import Setting
@@ -112,6 +115,10 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
 
 def load(options: SweepOptions) -> SweepLM:
     """The backbone with the exits that it has, whatever the full model needs."""
+    if options.prune_profile is not None:
+        known = files_fingerprints(aliases.resolve(options.backbone), options.shared_arguments)
+        if known is not None:  # else points are compared with the loaded weights
+            pruning.check_profile(options.prune_profile, known)
     given: dict[str, Any] = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
     given |= {
         "batch_size": options.batch_size,
