@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -458,6 +459,32 @@ def test_the_seed_is_free_where_no_examples_are_drawn() -> None:
     assert settings[0]["fewshot_draw"] is None, "the first examples are shown"
     assert settings[3]["fewshot_examples"] is None
     assert run_settings(task, True, None, True) != run_settings(task, True, None, False)
+
+
+def test_noting_the_examples_changes_none() -> None:
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    prompts, settings = [], []
+    for noted in (False, True):
+        task = manager.load(["tiny_drawn"])["tasks"]["tiny_drawn"]
+        task.set_fewshot_seed(5)
+        settings += [run_settings(task, False, None, None) for _ in range(2)] if noted else []
+        prompts.append([task.fewshot_context(doc, 2) for doc in task.eval_docs])
+    assert prompts[0] == prompts[1]
+    assert settings[0] == settings[1]
+
+    class Own:
+        """A sampler that counts its draws."""
+
+        rnd, draws = random.Random(0), 0
+
+        def sample(self, n: int, **_: Any) -> list[Any]:
+            self.draws += 1
+            return []
+
+    task.sampler = Own()
+    first = run_settings(task, False, None, None)["fewshot_draw"]
+    task.sampler.rnd = random.Random(1)
+    assert first != run_settings(task, False, None, None)["fewshot_draw"] and task.sampler.draws == 0
 
 
 def test_candidates_that_save_nothing_give_the_full_model(
