@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 import dynamax_lm_eval
 from dynamax_lm_eval.config import ClassifierKind, UserError, changed_settings
 from dynamax_lm_eval.files import write_text
+from dynamax_lm_eval.harness import one_of_many_evaluations
 from dynamax_lm_eval.lm import Setting
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
@@ -184,8 +185,7 @@ def _as_only_process() -> Iterator[None]:
 
 def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: TaskManager) -> dict[str, Any]:
     lm.replay(point)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says the same for every point
-    with _as_only_process():
+    with _as_only_process(), one_of_many_evaluations():
         results = lm_eval.simple_evaluate(
             lm,
             tasks=options.task_names,
