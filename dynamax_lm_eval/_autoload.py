@@ -1,8 +1,8 @@
 """Makes ``--model dynamax`` known to lm-eval 0.4.13, which has no plug-in discovery.
 
-torch calls :func:`register` at the end of ``import torch`` (entry-point group ``torch.backends``), and
-the harness imports torch to seed it before it looks the model up. So this file must cost nothing and
-must not fail: it knows the standard library only, does not import lm_eval, and swallows every error
+torch calls :func:`register` at the end of ``import torch`` (entry-point group ``torch.backends``, by way of
+``_dynamax_lm_eval_autoload``), and the harness imports torch to seed it before it looks the model up. So this file must
+cost nothing and must not fail: it knows the standard library only, does not import lm_eval, and swallows every error
 (``dynamax-lm-eval run`` works without it).
 
 If ``lm_eval.models`` is loaded already, the model is registered at once. Otherwise an import hook waits

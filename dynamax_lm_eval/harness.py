@@ -16,8 +16,8 @@ import logging
 import sqlite3
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import CellType, FrameType
 from typing import Any
@@ -26,6 +26,7 @@ import lm_eval.evaluator
 from lm_eval.api.model import CachingLM, hash_args
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.utils import handle_non_serializable, hash_string
+from torch.utils import collect_env
 
 from dynamax_lm_eval.compute.ledger import (
     ACCOUNTING,
@@ -264,6 +265,29 @@ def _share_log() -> None:
         ours.handlers = list(theirs.handlers)
         ours.setLevel(theirs.level)
         ours.propagate = theirs.propagate
+
+
+@contextmanager
+def one_of_many_evaluations() -> Iterator[None]:
+    """Makes what the harness would repeat for each of many evaluations happen once in the process.
+
+    It writes torch's description of the environment into every result, for which pip is started, seconds each time;
+    and it logs the same messages: here errors only.
+    """
+    collect, log = collect_env.get_pretty_env_info, logging.getLogger("lm_eval")
+    level = log.level
+    collect_env.get_pretty_env_info = functools.partial(_collected, collect)
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        collect_env.get_pretty_env_info = collect
+        log.setLevel(level)
+
+
+@functools.cache
+def _collected(collect: Callable[[], str]) -> str:
+    return collect()
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:

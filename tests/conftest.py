@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
+from torch.utils import collect_env
 
 os.environ.setdefault("TQDM_DISABLE", "1")
-# The models are tiny: one thread per worker is the fastest, and the workers share the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Exits that whoever runs the tests has trained must not be found.
+# The models are tiny: one thread per worker is the fastest, and the workers share the cores. torch has read the
+# variable by now; processes that tests start have not.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+# Exits that whoever runs the tests has trained must not be found, and what tests log must not be added to theirs.
 os.environ["DYNAMAX_CACHE"] = tempfile.mkdtemp(prefix="dynamax-tests-")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-tests-")
+# Every evaluation of the harness asks pip for all installed packages, which takes longer than the evaluation.
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
 VOCAB = 97
 LAYERS = 6
@@ -65,6 +73,20 @@ _CONFIGS |= {
 }
 MAMBAS = ("mamba2", "mamba")
 FAMILIES = tuple(_CONFIGS)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither random numbers nor what commands set up for their logs depend on which tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
+    for name in ("lm_eval", "dynamax_lm_eval"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 @functools.cache
@@ -116,6 +138,11 @@ def save_model(family: str, folder: Path) -> Path:
     tiny_model(family).save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)
     return folder
+
+
+def launcher(processes: int) -> list[str]:
+    """Arguments of Python before those of a command that several processes run; the launcher finds a free port."""
+    return ["-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={processes}"]
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_batch_size_changes_nothing(model_folder: Path, exits_folder: Path, task
     ]
     ours, theirs = told(found[0], task), told(found[1], task)
     assert ours[1:] == theirs[1:]
-    assert ours[0] == (theirs[0] if task == "tiny_generate" else pytest.approx(theirs[0]))
+    assert ours[0] == (theirs[0] if task == "tiny_generate" else pytest.approx(theirs[0], abs=1e-4))
     (trajectory,) = found[0]["config"]["dynamax"]["budget"]["trajectory"].values()
     documents = len(found[0]["samples"][task])
     assert sum(block["documents"] for block in trajectory) == documents

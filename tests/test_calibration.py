@@ -311,6 +311,12 @@ def exits_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     return save_exits(model_folder, tmp_path_factory.mktemp("exits") / "exits")
 
 
+@pytest.fixture
+def own_exits(model_folder: Path, tmp_path: Path) -> Path:
+    """Equal exits, for calibrations whose certificates other tests must not find beside theirs."""
+    return save_exits(model_folder, tmp_path / "exits")
+
+
 def options_for(model_folder: Path, exits: Path, output: Path, **changed: Any) -> CalibrateOptions:
     given: dict[str, Any] = {
         "backbone": str(model_folder),
@@ -574,11 +580,11 @@ def test_another_task_needs_the_flag_and_has_no_guarantee(
 
 
 def test_an_impossible_tolerance_gives_the_full_model(
-    model_folder: Path, exits_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
+    model_folder: Path, own_exits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any
 ) -> None:
     given = ["--backbone", str(model_folder), "--tasks", "tiny_generate", "--output", str(tmp_path / "out")]
     given += ["--thresholds", "0.2", "--confidence", "calm", "--tolerance", "0.001", "--device", "cpu"]
-    given += ["--model_args", f"exits={exits_folder}", "--include_path", str(TASKS)]
+    given += ["--model_args", f"exits={own_exits}", "--include_path", str(TASKS)]
     with caplog.at_level(logging.WARNING):
         assert main(["calibrate", *given]) == 0
     assert "no candidate passed" in capsys.readouterr().out
@@ -587,7 +593,7 @@ def test_an_impossible_tolerance_gives_the_full_model(
     assert certificate.thresholds == [1.0] and not certificate.certifies_exits and certificate.test is None
     samples = json.loads((tmp_path / "out" / TEST_SAMPLES_NAME).read_text())
     path = str(tmp_path / "out" / CERTIFICATE_NAME)
-    found = run(model_folder, exits_folder, path, samples, classifier="calm")
+    found = run(model_folder, own_exits, path, samples, classifier="calm")
     assert found["results"]["tiny_generate"]["compute_reduction,none"] == 1
 
 
@@ -605,19 +611,19 @@ def test_what_cannot_be_written_is_found_before_anything_is_answered(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_confidence_is_calibrated(model_folder: Path, exits_folder: Path, tmp_path: Path) -> None:
-    options = options_for(model_folder, exits_folder, tmp_path / "out", confidence=None, thresholds="0.9", test=False)
+def test_one_confidence_is_calibrated(model_folder: Path, own_exits: Path, tmp_path: Path) -> None:
+    options = options_for(model_folder, own_exits, tmp_path / "out", confidence=None, thresholds="0.9", test=False)
     certificate, _ = command.calibrate(options)
-    kinds = ExitCheckpoint.open(exits_folder).config.classifiers
+    kinds = ExitCheckpoint.open(own_exits).config.classifiers
     assert certificate.model["policy.classifier"] == kinds[0]
     names = sorted(path.name for path in (tmp_path / "out" / "calibration" / "points").iterdir())
     assert names == sorted(["full", f"{kinds[0]}-recompute-0.9"])
 
 
 def test_a_restart_answers_nothing_twice(
-    model_folder: Path, exits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, own_exits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = options_for(model_folder, exits_folder, tmp_path / "out", test=False)
+    options = options_for(model_folder, own_exits, tmp_path / "out", test=False)
     first, _ = command.calibrate(options)
     monkeypatch.setattr(DynamaxLM, "answer_generations", _never)
     for file in (tmp_path / "out" / "calibration").rglob("point.json"):  # as an earlier version wrote it

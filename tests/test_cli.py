@@ -108,7 +108,9 @@ def test_bad_backbones(
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_stock_command_ends_in_the_same_line(model_folder: Path) -> None:
+    """As a user starts it, so the harness looks through all of its own tasks first."""
     arguments = ["--model", "dynamax", "--model_args", f"backbone={model_folder},threshold=1.5", "--device", "cpu"]
     arguments += ["--tasks", "trivia_demo", "--include_path", str(tasks_dir())]
     result = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, check=False)

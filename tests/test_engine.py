@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,10 +36,19 @@ NEW_TOKENS = 8
 MODES = ("recompute", "copy", "skip")
 
 
+#: Families of blocks that differ in kind: K and V apart, rotary embedding and window by layer, K and V fused, Mamba.
+KINDS_OF_BLOCKS = ("llama", "gemma3", "gpt_neox", *MAMBAS)
+
+
 def with_modes(*families: str) -> Any:
-    """Families with each of their state modes; copy is refused on Gemma 3 and on Mamba, which has tests of its own."""
+    """Families with each of their state modes; copy is refused on Gemma 3 and on Mamba, which has tests of its own.
+
+    Of a family whose kind of block another one has too, all modes but the first are slow.
+    """
     pairs = [
-        (family, mode)
+        pytest.param(
+            family, mode, marks=[pytest.mark.slow] if family not in KINDS_OF_BLOCKS and mode != MODES[0] else []
+        )
         for family in families
         for mode in MODES
         if mode != "copy" or not (family == "gemma3" or "mamba" in family)
@@ -78,20 +88,26 @@ def model_scores(model: Any, context: list[int], continuation: list[int]) -> tup
     return scores.tolist(), logits.argmax(-1).tolist()
 
 
-def separated_policy(
+def separated_policies(
     model: Any, policy: ExitPolicy, prompt: list[int], quantile: float = 0.5, classifiers: Any = None
-) -> ExitPolicy:
-    """The policy with thresholds at which some tokens exit and none is within rounding of deciding otherwise."""
+) -> Iterator[ExitPolicy]:
+    """The policy with thresholds at which some tokens exit; those farthest from the prompt's confidences first."""
     never_exits = replace(policy, thresholds=(0.9999,) * len(policy.exit_layers))
     _, never = reference_generate(model, never_exits, prompt, 12, classifiers)
     values = sorted(value + 0.9999 for value in never.confidences)
     middle = values[int(quantile * len(values)) :]
     gaps = [(b - a, (a + b) / 2) for a, b in itertools.pairwise(middle)]
-    return replace(policy, thresholds=(max(gaps[: len(gaps) // 2 + 1])[1],) * len(policy.exit_layers))
+    for _, threshold in sorted(gaps[: len(gaps) // 2 + 1], reverse=True):
+        yield replace(policy, thresholds=(threshold,) * len(policy.exit_layers))
 
 
-def is_separated(*rows: Any) -> bool:
-    return all(abs(value) > 1e-5 for row in rows for value in row.confidences)
+def separated_policy(*args: Any, **kwargs: Any) -> ExitPolicy:
+    """The policy with thresholds at which no token of the prompt is within rounding of deciding otherwise."""
+    return next(separated_policies(*args, **kwargs))
+
+
+def is_separated(*rows: Any, by: float = 1e-5) -> bool:
+    return all(abs(value) > by for row in rows for value in row.confidences)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,7 +133,7 @@ def test_exits_off_scores_what_transformers_scores(family: str) -> None:
     pairs = [(prompt, random_ids(6, 50 + i)) for i, prompt in enumerate(PROMPTS)]
     for (context, continuation), result in zip(pairs, run_score(engine_for(family), FULL, pairs, 3), strict=True):
         expected, greedy = model_scores(model, context, continuation)
-        assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-5)
+        assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-4)
         assert result.greedy_tokens == greedy
 
 
@@ -153,11 +169,15 @@ def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, s
             state_mode=mode,
             exit_scope=scope,  # type: ignore[arg-type]
         )
-        policy = separated_policy(model, policy, PROMPTS[0])
-        expected = [reference_score(model, policy, *pair) for pair in pairs]
-        assert is_separated(*(row for _, row in expected))
-        for (scores, row), result in zip(expected, run_score(engine_for(family), policy, pairs, 3), strict=True):
-            first = policy.first_eligible_position(result.trace.prompt_tokens)
+        # Of this many tokens, some are next to almost any threshold.
+        for candidate in separated_policies(model, policy, PROMPTS[0]):
+            expected = [reference_score(model, candidate, *pair) for pair in pairs]
+            if is_separated(*(row for _, row in expected), by=3e-5):
+                break
+        else:
+            pytest.fail("every threshold is next to a confidence")
+        for (scores, row), result in zip(expected, run_score(engine_for(family), candidate, pairs, 3), strict=True):
+            first = candidate.first_eligible_position(result.trace.prompt_tokens)
             assert list(result.trace.exit_layers) == row.layers[first:]
             assert [line[0] for line in result.log_probs] == pytest.approx(scores, abs=1e-4)
             exited += sum(layer < LAYERS for layer in row.layers)
@@ -283,7 +303,7 @@ def test_several_last_tokens_share_one_row() -> None:
     context, last = PROMPTS[0], [5, 9, 11]
     [found] = score_all(engine, [ScoringRequest([*context, 7], len(context), [[7], last], FULL)], 1)
     alone = run_score(engine, FULL, [(context, [7, token]) for token in last], 3)
-    assert found.log_probs[1] == pytest.approx([result.log_probs[1][0] for result in alone], abs=1e-6)
+    assert found.log_probs[1] == pytest.approx([result.log_probs[1][0] for result in alone], abs=1e-4)
 
 
 def test_long_rows_are_cut_into_query_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +314,7 @@ def test_long_rows_are_cut_into_query_chunks(monkeypatch: pytest.MonkeyPatch) ->
         whole = run_score(engine_for(family), policy, pairs, 1)
         monkeypatch.setattr(attention, "_QUERY_CHUNK", 7)
         assert run_score(engine_for(family), policy, pairs, 1)[0].log_probs == [
-            pytest.approx(line, abs=1e-5) for line in whole[0].log_probs
+            pytest.approx(line, abs=1e-4) for line in whole[0].log_probs
         ]
         monkeypatch.undo()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import LAYERS, TRANSFORMERS, random_ids, tiny_model
 
-from dynamax_lm_eval.backbones import make_backbone
+from dynamax_lm_eval.backbones import linear, make_backbone
 from dynamax_lm_eval.backbones.lean import LeanBlock
 from dynamax_lm_eval.backbones.linear import applied
 from dynamax_lm_eval.engine.engine import Engine
@@ -38,12 +38,14 @@ def test_lean_blocks_compute_what_the_families_do(family: str, monkeypatch: pyte
     ours = log_probs(model), greedy(model)
     monkeypatch.setattr(LeanBlock, "may_replace", False)
     theirs = log_probs(model), greedy(model)
-    assert ours[0] == pytest.approx(theirs[0], abs=2e-5)
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
     assert ours[1] == theirs[1]
 
 
 @pytest.mark.parametrize("family", LEAN)
 def test_in_half_precision_they_round_as_the_families_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the order in which processors add up products, which is that of one kernel here."""
+    monkeypatch.setattr(linear, "_FEW", range(0))
     model = tiny_model(family, torch.bfloat16)
     ours = log_probs(model)
     monkeypatch.setattr(LeanBlock, "may_replace", False)

@@ -250,7 +250,7 @@ class TestCompute:
         shared = lm._loglikelihood_tokens(requests, disable_tqdm=True)  # type: ignore[arg-type]
         assert sum(rows) == 2
         apart = dynamax(model_folder, logits_cache=False, **EXITS)._loglikelihood_tokens(requests, disable_tqdm=True)  # type: ignore[arg-type]
-        assert [score for score, _ in shared] == pytest.approx([score for score, _ in apart], abs=1e-5)
+        assert [score for score, _ in shared] == pytest.approx([score for score, _ in apart], abs=1e-4)
 
 
 class TestCache:

@@ -119,7 +119,7 @@ def test_pruning_equals_a_model_without_the_blocks(family: str) -> None:
     pairs = [(prompt, random_ids(6, 50 + i)) for i, prompt in enumerate(PROMPTS)]
     for (context, continuation), result in zip(pairs, run_score(engine_for(family), policy, pairs, 2), strict=True):
         expected, _ = model_scores(smaller, context, continuation)
-        assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-5)
+        assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "skip"])
@@ -172,7 +172,7 @@ def test_projections_that_are_not_plain_are_called_and_counted_whole(family: str
     (result,) = run_score(Engine(wrapped), policy, pairs, 1)
     assert result.trace == expected[0].trace
     assert min(result.trace.exit_layers) < LAYERS
-    assert result.log_probs == [pytest.approx(line, abs=1e-5) for line in expected[0].log_probs]
+    assert result.log_probs == [pytest.approx(line, abs=1e-4) for line in expected[0].log_probs]
     for with_all, without in zip(wrapped.cost.blocks, plain.cost.blocks, strict=True):
         assert with_all.weights == without.weights
         assert with_all.state_recompute == without.state_recompute + 32 * 64  # the gate's rows
@@ -185,7 +185,7 @@ def test_step_sizes_are_clamped_in_every_form() -> None:
     pairs = [(PROMPTS[0], random_ids(6, 50))]
     (result,) = run_score(Engine(MambaBackbone(model)), FULL, pairs, 1)
     expected, _ = model_scores(model, *pairs[0])
-    assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-5)
+    assert [line[0] for line in result.log_probs] == pytest.approx(expected, abs=1e-4)
     (generated,) = run_generate(Engine(MambaBackbone(model)), [FULL], [PROMPTS[0]], 1)
     text = [*PROMPTS[0], *generated.tokens]
     with torch.no_grad():

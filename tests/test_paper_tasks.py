@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import lm_eval
 import pytest
+import transformers.data
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -426,6 +427,7 @@ class TestCoqa:
         squad.compute_exact, squad.compute_f1 = ours.exact, ours.f1  # type: ignore[attr-defined]
         metrics = types.ModuleType("transformers.data.metrics")
         metrics.squad_metrics = squad  # type: ignore[attr-defined]
+        monkeypatch.setattr(transformers.data, "metrics", metrics, raising=False)
         monkeypatch.setitem(sys.modules, "transformers.data.metrics", metrics)
         monkeypatch.setitem(sys.modules, "transformers.data.metrics.squad_metrics", squad)
         theirs = types.ModuleType("harness_coqa")

@@ -35,7 +35,7 @@ def test_entry_points_are_declared() -> None:
     }
     assert ("lm_eval.models", "dynamax", "dynamax_lm_eval.lm:DynamaxLM") in found
     assert ("lm_eval.tasks", "dynamax", "dynamax_lm_eval:tasks_dir") in found
-    assert ("torch.backends", "dynamax_lm_eval", "dynamax_lm_eval._autoload:register") in found
+    assert ("torch.backends", "dynamax_lm_eval", "_dynamax_lm_eval_autoload:register") in found
 
 
 @pytest.mark.parametrize("order", ["import torch, lm_eval.models", "import lm_eval.models, torch"])
@@ -62,15 +62,16 @@ def test_import_torch_loads_nothing_of_the_harness() -> None:
     output = python(
         "import torch, sys\n"
         "print([m for m in sys.modules if m.partition('.')[0] in ('lm_eval', 'transformers')])\n"
-        "print(sorted(m for m in sys.modules if m.startswith('dynamax_lm_eval')))"
+        "print(sorted(m for m in sys.modules if 'dynamax_lm_eval' in m))"
     )
-    assert output.splitlines() == ["[]", "['dynamax_lm_eval', 'dynamax_lm_eval._autoload']"]
+    ours = ["_dynamax_lm_eval_autoload", "dynamax_lm_eval", "dynamax_lm_eval._autoload"]
+    assert output.splitlines() == ["[]", str(ours)]
 
 
 def test_the_bridge_uses_the_standard_library_only() -> None:
     # -S: without site-packages. What it imports must be found all the same.
-    for name in ("__init__", "_autoload"):
-        code = f"import runpy; runpy.run_path({str(ROOT / 'dynamax_lm_eval' / (name + '.py'))!r})"
+    for name in ("_dynamax_lm_eval_autoload.py", "dynamax_lm_eval/__init__.py", "dynamax_lm_eval/_autoload.py"):
+        code = f"import runpy; runpy.run_path({str(ROOT / name)!r})"
         subprocess.run([sys.executable, "-S", "-c", code], check=True)
 
 
@@ -105,11 +106,33 @@ def test_tasks_folder_holds_the_tasks() -> None:
     assert (tasks_dir() / "trivia_demo" / "trivia_demo.yaml").is_file()
 
 
-def test_the_wheel_carries_tasks_and_types(tmp_path: Path) -> None:
+def built(kind: str, folder: Path) -> Path:
+    """A wheel of this checkout, ``standard`` or ``editable``."""
     hatchling = pytest.importorskip("hatchling.builders.wheel", reason="needs hatchling to build a wheel")
-    (wheel,) = hatchling.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert "dynamax_lm_eval/py.typed" in names
+    (wheel,) = hatchling.WheelBuilder(str(ROOT)).build(directory=str(folder), versions=[kind])
+    return Path(wheel)
+
+
+def test_the_wheel_carries_tasks_and_types(tmp_path: Path) -> None:
+    names = set(zipfile.ZipFile(built("standard", tmp_path)).namelist())
+    assert {"_dynamax_lm_eval_autoload.py", "dynamax_lm_eval/_autoload.py", "dynamax_lm_eval/py.typed"} <= names
     for file in ("trivia_demo.yaml", "questions.jsonl", "fewshot.jsonl", "utils.py", "README.md"):
         assert f"dynamax_lm_eval/tasks/trivia_demo/{file}" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
+
+
+def test_torch_imports_when_the_checkout_is_gone(tmp_path: Path) -> None:
+    """Of an editable installation only its own files are left, and not what its .pth file points to."""
+    pytest.importorskip("editables", reason="needs editables to build an editable wheel")
+    with zipfile.ZipFile(built("editable", tmp_path)) as wheel:
+        names = wheel.namelist()
+        wheel.extractall(tmp_path / "site", [name for name in names if not name.endswith(".pth")])
+    assert any(name.endswith(".pth") for name in names)
+    assert "dynamax_lm_eval/_autoload.py" not in names, "the package itself stays in the checkout"
+    output = python(
+        "import sys\nsys.modules['dynamax_lm_eval'] = None  # imports of it fail\n"
+        "import torch, _dynamax_lm_eval_autoload as ours\nprint(ours.__file__)",
+        PYTHONPATH=str(tmp_path / "site"),
+        PYTHONSAFEPATH="1",  # nor is the module of the working directory found
+    )
+    assert output.split() == [str(tmp_path / "site" / "_dynamax_lm_eval_autoload.py")]

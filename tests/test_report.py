@@ -59,7 +59,7 @@ def data_equal(swept: Path, point: dict[str, Any]) -> float:
 
 
 def test_the_table_holds_what_the_result_files_say(swept: Path, reported: Path) -> None:
-    table = pd.read_csv(reported / "points.csv")
+    table = pd.read_csv(reported / "points.csv", float_precision="round_trip")
     pd.testing.assert_frame_equal(table, pd.read_parquet(reported / "points.parquet"), check_dtype=False)
     assert len(table) == 6 * 2
     for point in finished_points(swept):
@@ -81,7 +81,7 @@ def test_the_table_holds_what_the_result_files_say(swept: Path, reported: Path) 
 
 
 def test_what_is_plotted_is_in_the_result_files(reported: Path) -> None:
-    table = pd.read_csv(reported / "points.csv").set_index(["task", "point"])
+    table = pd.read_csv(reported / "points.csv", float_precision="round_trip").set_index(["task", "point"])
     tasks = page_data(reported)["tasks"]
     assert len(tasks) == 2
     for task in tasks:

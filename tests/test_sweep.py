@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 from test_lm import TASKS, add_post_processor
 from test_trained_exits import save_exits
+from torch.utils import collect_env
 
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs, UserError
@@ -86,6 +88,28 @@ def test_points_are_what_direct_runs_give(model_folder: Path, exits_folder: Path
             for metric, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in metric:
                     assert swept[name][task][metric] == pytest.approx(value), (name, task, metric)
+
+
+def test_the_environment_is_looked_at_once(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every point's file describes it, as the harness would; its log level is as it was."""
+    asked = []
+
+    def environment() -> str:
+        asked.append(1)
+        return "torch on a machine"
+
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", environment)
+    log = logging.getLogger("lm_eval")
+    log.setLevel(logging.INFO)
+    options = options_for(model_folder, tmp_path, tasks="tiny_choice", limit=1)
+    command.sweep(options)
+    command.sweep(replace(options, thresholds="0.8"))
+    points = finished_points(tmp_path)
+    assert len(points) == 6 + 2
+    found = [json.loads((point["folder"] / point["results"]).read_text())["pretty_env_info"] for point in points]
+    assert found == ["torch on a machine"] * 8
+    assert len(asked) == 1
+    assert (collect_env.get_pretty_env_info, log.level) == (environment, logging.INFO)
 
 
 def test_a_stopped_sweep_goes_on(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,8 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, TEXT, random_ids, tiny_model
+from conftest import LAYERS, TEXT, launcher, random_ids, tiny_model
 from safetensors.torch import load_file
 from test_exits import EXITS, KINDS, exits_config
 
@@ -356,20 +354,15 @@ class TestResume:
 
     @pytest.mark.slow
     def test_kill_9(self, unbroken: ExitCheckpoint, model_folder: Path, texts: Path, tmp_path: Path) -> None:
-        process = subprocess.Popen(
-            [*command_line(model_folder, texts, tmp_path), "--max_tokens", "1000000"],
+        result = subprocess.run(
+            [sys.executable, "-c", KILLED_AT_STEP_4, *command_line(model_folder, texts, tmp_path)[3:]],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
+            check=False,
         )
-        deadline = time.monotonic() + 120
-        while state.latest(tmp_path / "state") is None and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert result.returncode == -signal.SIGKILL
         found = state.latest(tmp_path / "state")
         assert found is not None
-        assert found[1].step >= 2
+        assert found[1].step == 2, "the last one that was saved"
         with pytest.raises(UserError, match="--resume: this training began with other options: max_tokens"):
             train(model_folder, texts, tmp_path, resume=True)
         # The same training, told to end soon.
@@ -441,6 +434,26 @@ class TestResume:
         assert "\nText: by the authors.\n" in (tmp_path / "README.md").read_text()
 
 
+#: The command; the kernel ends its process in the middle of the fourth step.
+KILLED_AT_STEP_4 = """
+import itertools, os, signal, sys
+from dynamax_lm_eval import cli
+from dynamax_lm_eval.training.trainer import Trainer
+
+steps, step = itertools.count(1), Trainer.step
+
+
+def killed(*args):
+    if next(steps) == 4:
+        Trainer._update = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+
+
+Trainer.step = killed
+cli.main([*sys.argv[1:], "--max_tokens", "1000000"])
+"""
+
+
 def command_line(backbone: Path, texts: Path, output: Path) -> list[str]:
     options = options_for(backbone, texts).to_json()
     line = [sys.executable, "-m", "dynamax_lm_eval", "train", "--output", str(output)]
@@ -454,13 +467,9 @@ def command_line(backbone: Path, texts: Path, output: Path) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(model_folder: Path, texts: Path, tmp_path: Path) -> None:
     one = train(model_folder, texts, tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
     line = command_line(model_folder, texts, tmp_path / "two")
     result = subprocess.run(
-        [line[0], *launcher, *line[1:], "--max_tokens", str(STEPS * 128)],
+        [line[0], *launcher(2), *line[1:], "--max_tokens", str(STEPS * 128)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,

@@ -24,6 +24,7 @@ from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.backbones.fingerprint import files_fingerprints
 from dynamax_lm_eval.config import ClassifierKind, UserError, changed_settings
 from dynamax_lm_eval.files import file_checksum, locked, short_name
+from dynamax_lm_eval.harness import one_of_many_evaluations
 from dynamax_lm_eval.lm import Setting
 from dynamax_lm_eval.sweep.files import (
     POINT,
@@ -234,8 +235,7 @@ def _as_only_process() -> Iterator[None]:
 
 def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: TaskManager) -> dict[str, Any]:
     lm.replay(point)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it says the same for every point
-    with _as_only_process(), naming_tasks():
+    with _as_only_process(), naming_tasks(), one_of_many_evaluations():
         results = lm_eval.simple_evaluate(
             lm,
             tasks=options.task_names,
