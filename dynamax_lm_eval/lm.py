@@ -112,8 +112,8 @@ class DynamaxLM(HFLM):
             raise UserError(
                 f"mamba_kernels has no effect on {config.model_type!r}, which has no Mamba blocks; remove it"
             )
-        if loaded is None and not _is_launched() and passed_on.get("device") is not None:
-            loading.check_device(passed_on["device"])  # HFLM takes another where it does not know one
+        if loaded is None and not _is_launched():
+            passed_on["device"] = loading.resolve_device(passed_on.get("device"))
         self._token_arguments = {name: passed_on.get(name) for name in ("prefix_token_id", "think_end_token")}
         if not passed_on.get("peft"):  # an adapter may bring tokens of its own
             loading.check_token_ids(self._token_arguments, config.get_text_config().vocab_size)
@@ -264,10 +264,6 @@ class DynamaxLM(HFLM):
             quantization_config = configuration(**given)
         elif any(name.startswith("bnb_") for name in given):
             raise UserError(f"{', '.join(sorted(given))}: needs load_in_4bit=True to have a meaning")
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(
-                "device='cuda' (the harness's default) does not exist here; give --device cpu, or device=cpu"
-            )
         others = [name for name in ("peft", "delta", "autogptq", "gptqmodel") if kwargs.get(name)]
         backbone = f"backbone={self.args.backbone!r}"
 

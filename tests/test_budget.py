@@ -165,7 +165,7 @@ def test_requests_made_by_hand_are_documents_of_their_own(model_folder: Path, ex
     texts = [f"The quick {'river' if i == 5 else 'fox'}" for i in range(7)]
     poisoned = set(lm.tokenizer.encode(texts[5])) - set(lm.tokenizer.encode(texts[0] + " brown is on a"))
     lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
-    with pytest.raises(UserError, match="not finite for the request 'The quick river'"):
+    with pytest.raises(UserError, match="not finite for request 5"):
         lm.loglikelihood([Instance("loglikelihood", {}, (text, " brown fox"), 0) for text in texts])
 
 

@@ -37,6 +37,7 @@ from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers, make_classifier
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.files import file_checksum
 
 EXITS = (2, 3, 4)
 KINDS = ("mamba", "ffn", "calm")
@@ -307,6 +308,7 @@ def test_exits_that_are_not_finite_are_refused_by_name(tmp_path: Path, name: str
     tensors = load_file(tmp_path / "exits.safetensors")
     tensors[name].view(-1)[1] = value
     save_file(tensors, tmp_path / "exits.safetensors")
+    set_config(tmp_path, weights_checksum=file_checksum(tmp_path / "exits.safetensors"))
     message = re.escape(f"exits={str(tmp_path)!r}: exits.safetensors cannot be used: {name} (1 of ")
     with pytest.raises(UserError, match=message):
         ExitCheckpoint.open(tmp_path).load()

@@ -430,8 +430,13 @@ class TestParametersOfHFLM:
         with pytest.raises(UserError, match="enable_thinking=true is for generations only, and t asks for scores"):
             lm.loglikelihood(PAIRS, disable_tqdm=True)
 
-    def test_the_default_device_is_never_replaced(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_the_default_device_is_replaced(
+        self, model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        for given in ({}, {"device": "cuda"}):
-            with pytest.raises(UserError, match=r"device='cuda'.*does not exist here; give"):
-                DynamaxLM(str(model_folder), threshold=1, **given)
+        for given in ({}, {"device": "cuda:0"}):  # what the harness gives where the user says nothing
+            caplog.clear()
+            assert DynamaxLM(str(model_folder), threshold=1, **given).device.type == "cpu"
+            assert "no CUDA device here" in caplog.text
+        with pytest.raises(UserError, match=r"device='cuda' does not exist here; give one of cpu"):
+            DynamaxLM(str(model_folder), threshold=1, device="cuda")

@@ -273,19 +273,29 @@ def check_weights(what: str, missing: Collection[str], unexpected: Collection[st
         logger.warning("%s: %d weights in its files are not used: %s", what, len(unexpected), _grouped(unexpected))
 
 
-def check_device(device: Any) -> None:
-    """Raises UserError where a device, as the harness names it, does not exist on this machine."""
-    found = ["cpu"]
+def resolve_device(device: str | None) -> str:
+    """The device that a run gets: the one that was asked for, or the CPU for the harness's default without a GPU.
+
+    The harness gives ``cuda:0`` where the user says nothing, and its ``hf`` takes the CPU where that does not exist.
+
+    Raises:
+        UserError: another device does not exist on this machine.
+    """
+    devices = ["cpu"]
     if torch.cuda.is_available():
-        found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
-        found += ["mps", "mps:0"]
+        devices += ["mps", "mps:0"]
     for kind in ("npu", "xpu", "hpu"):
         module = getattr(torch, kind, None)
         if module is not None and module.is_available():
-            found += [f"{kind}:{i}" for i in range(module.device_count())]
-    if device not in found:
-        raise UserError(f"device={device!r} does not exist here; give one of {', '.join(found)} (--device, device=)")
+            devices += [f"{kind}:{i}" for i in range(module.device_count())]
+    if device in devices:
+        return str(device)
+    if device in (None, "cuda:0"):
+        logger.warning("There is no CUDA device here, so this run uses the CPU; --device cpu says so")
+        return "cpu"
+    raise UserError(f"device={device!r} does not exist here; give one of {', '.join(devices)} (--device, device=)")
 
 
 def check_token_ids(ids: Mapping[str, Any], vocabulary: int) -> None:
