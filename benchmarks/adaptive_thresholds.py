@@ -22,16 +22,16 @@ import torch
 from environment import environment
 from tabulate import tabulate
 
-from dynamax_lm_eval.calibration.exit_thresholds import PRICES, REDUCTIONS, SHARED, record
-from dynamax_lm_eval.calibration.search import Recorded, agreement_at, best_path, exits_at
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.confidence import entropy_confidence
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.training import data
-from dynamax_lm_eval.training.command import load_backbone
+from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.measure.exit_thresholds import PRICES, REDUCTIONS, SHARED, record
+from dynamax_lm_eval.measure.threshold_search import Recorded, agreement_at, best_path, exits_at
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
-from dynamax_lm_eval.training.targets import FrozenPass
 
 GAINS = (-0.6, -0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.6)
 DECAYS = (0.5, 0.8, 0.95)

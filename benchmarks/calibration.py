@@ -27,8 +27,8 @@ from tabulate import tabulate
 from dynamax_lm_eval.calibration.command import split_documents
 from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
 from dynamax_lm_eval.calibration.testing import Bound, Floats, conformal_risk_control, learn_then_test
-from dynamax_lm_eval.reports import collect
-from dynamax_lm_eval.reports.collect import PointResult
+from dynamax_lm_eval.sweep import results as collect
+from dynamax_lm_eval.sweep.results import PointResult
 
 METHODS: tuple[tuple[str, Bound | None], ...] = (
     ("ltt, betting", "betting"),

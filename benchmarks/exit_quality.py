@@ -24,13 +24,16 @@ import numpy as np
 from environment import environment
 from forced_exits import RandomExit, forced, threshold_for
 
-from dynamax_lm_eval.compute.ledger import ComputeRecord
+from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate_all
+from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import GenerationRequest, ScoringRequest, generate_all, score_all
+from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.training import command, data
+from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
 

@@ -21,9 +21,10 @@ from environment import environment
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate_all
+from dynamax_lm_eval.engine.parity import check_against_model
+from dynamax_lm_eval.engine.requests import GenerationRequest
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import GenerationRequest, generate_all
-from dynamax_lm_eval.engine.selfcheck import check_against_model
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 

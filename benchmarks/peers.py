@@ -48,9 +48,10 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     from forced_exits import RandomExit, forced, logits_of
     from transformers import AutoModelForCausalLM
 
+    from dynamax_lm_eval.engine.generation import generate_all
+    from dynamax_lm_eval.engine.parity import checked_engine
+    from dynamax_lm_eval.engine.requests import GenerationRequest
     from dynamax_lm_eval.engine.sampling import Sampler
-    from dynamax_lm_eval.engine.scheduler import GenerationRequest, generate_all
-    from dynamax_lm_eval.engine.selfcheck import checked_engine
     from dynamax_lm_eval.exits.policy import ExitPolicy
 
     class Forced(RandomExit):
@@ -134,7 +135,7 @@ def main() -> None:
 
     from environment import environment
 
-    from dynamax_lm_eval.backbones import aliases
+    from dynamax_lm_eval.models import aliases
 
     sides = {"ours": sys.executable, "economize": args.peer_python}
     rows = []

@@ -32,8 +32,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import apply_template
 from question_task import read_questions, read_shots
 
-from dynamax_lm_eval.backbones import aliases
 from dynamax_lm_eval.lm import DynamaxLM
+from dynamax_lm_eval.models import aliases
 
 
 def triviaqa(args: argparse.Namespace) -> list[Instance]:

@@ -18,9 +18,10 @@ from environment import environment
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.training import command, data
+from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
-from dynamax_lm_eval.training.targets import FrozenPass
 from dynamax_lm_eval.training.trainer import Trainer, labelled_positions
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
 _EPILOG = """\
@@ -171,7 +171,7 @@ this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prun
 
 
 def _prune_profile(arguments: list[str]) -> None:
-    from dynamax_lm_eval.training import prune_profile
+    from dynamax_lm_eval.measure import prune_profile
 
     (options,) = _parsed("prune-profile", _PROFILE_DESCRIPTION, arguments, prune_profile.ProfileOptions)
     measured = prune_profile.profile(options)
@@ -185,7 +185,7 @@ thresholds by rising savings, for calibrate --per_exit FILE, and how much they g
 
 
 def _exit_thresholds(arguments: list[str]) -> None:
-    from dynamax_lm_eval.calibration import exit_thresholds
+    from dynamax_lm_eval.measure import exit_thresholds
 
     (options,) = _parsed("exit-thresholds", _SEARCH_DESCRIPTION, arguments, exit_thresholds.SearchOptions)
     found = exit_thresholds.search(options)

@@ -7,25 +7,24 @@ transformers or the harness.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-Confidence = Literal["classifier", "softmax", "entropy", "state"]
-ClassifierKind = Literal["calm", "ffn", "mamba"]
-StateMode = Literal["recompute", "copy", "skip"]
-ExitScope = Literal["generated", "all"]
-Preset = Literal["paper"]
+from dynamax_lm_eval.errors import UserError, unknown_name
+from dynamax_lm_eval.types import (
+    BudgetStrategy,
+    ClassifierKind,
+    Confidence,
+    ExitScope,
+    MambaKernels,
+    Preset,
+    PruneStrategy,
+    StateMode,
+)
+
 Backend = Literal["default", "causal"]
-MambaKernels = Literal["auto", "torch"]
-PruneStrategy = Literal["deepest", "angular"]
-BudgetStrategy = Literal["online", "two_pass"]
-
-
-class UserError(ValueError):
-    """Bad input of the user: the message is one line that names the rule, the value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -289,19 +288,6 @@ def _check_threshold_source(parsed: Mapping[str, Any]) -> None:
     budget = next((name for name in sources[2:] if name in parsed), None)
     if budget is not None and "threshold_decay" in parsed:
         raise UserError(f"threshold_decay and {budget} both move the threshold; remove one of them")
-
-
-def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Every setting that differs, with both values, for an error message; empty where none does."""
-    names = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
-    return ", ".join(f"{name} ({stored.get(name)!r}, now {now.get(name)!r})" for name in names)
-
-
-def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, shown: Collection[str]) -> str:
-    """The error message: the nearest known name, or else those of ``shown``, introduced by ``shown_as``."""
-    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"{shown_as}: {', '.join(shown)}"
-    return f"unknown {what} {name!r}; {hint}"
 
 
 def _is_set(value: Any) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -26,39 +26,36 @@ from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
-from dynamax_lm_eval import harness, pruning
-from dynamax_lm_eval.backbones import aliases, loading
-from dynamax_lm_eval.backbones.fingerprint import (
+from dynamax_lm_eval.budget.runner import Pacing
+from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
+from dynamax_lm_eval.compute.repetition import ends_in_repetition
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate
+from dynamax_lm_eval.engine.parity import check_policy, checked_engine, engine_without_weights
+from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
+from dynamax_lm_eval.engine.requests import Generation, Scoring, ScoringRequest
+from dynamax_lm_eval.engine.sampling import request_seed
+from dynamax_lm_eval.engine.scoring import score
+from dynamax_lm_eval.errors import NotFiniteError, RequestError, UserError
+from dynamax_lm_eval.exits import checkpoint, pruning
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.harness import certificate as certificates
+from dynamax_lm_eval.harness import evaluate as harness
+from dynamax_lm_eval.harness.certificate import CertifiedRun
+from dynamax_lm_eval.harness.generation import GenerationSettings
+from dynamax_lm_eval.harness.ledger import ResponseLedger
+from dynamax_lm_eval.harness.requests import GenerationJob
+from dynamax_lm_eval.harness.stopping import StopStrings
+from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models.fingerprint import (
     Fingerprints,
-    config_fingerprint,
     fetched_files_fingerprints,
     files_fingerprints,
-    generation_settings,
     model_fingerprints,
-    tokenizer_fingerprint,
     weights_fingerprint,
 )
-from dynamax_lm_eval.calibration import certificate as certificates
-from dynamax_lm_eval.calibration.certificate import CertifiedRun
-from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, merge
-from dynamax_lm_eval.config import DynamaxArgs, UserError
-from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.errors import NotFiniteError, RequestError
-from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
-from dynamax_lm_eval.engine.sampling import request_seed
-from dynamax_lm_eval.engine.scheduler import (
-    Generation,
-    Scoring,
-    ScoringRequest,
-    generate,
-    score,
-)
-from dynamax_lm_eval.engine.selfcheck import check_policy, checked_engine, engine_without_weights
-from dynamax_lm_eval.exits import checkpoint
-from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.generation import GenerationSettings, StopStrings, ends_in_repetition
-from dynamax_lm_eval.pacing import Pacing
-from dynamax_lm_eval.requests import GenerationJob
+from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +138,7 @@ class DynamaxLM(HFLM):
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
         self._check_alone()
-        self.response_ledger = harness.ResponseLedger()
+        self.response_ledger = ResponseLedger()
         self._check_prune_profile(self.args)
         classifiers, self._exits_fingerprint = None, None
         if self.exits is not None:

@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynamax_lm_eval.backbones import MambaBackbone
-from dynamax_lm_eval.backbones.ssm import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
 from dynamax_lm_eval.files import write_text
-from dynamax_lm_eval.training import data, state
+from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.training import state
 from dynamax_lm_eval.training.options import TrainingOptions
 from dynamax_lm_eval.training.trainer import learning_rate
 

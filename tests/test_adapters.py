@@ -15,9 +15,9 @@ from test_exits import EXITS, exits_config, policy_of, varied_classifiers
 from test_training import ROWS, frozen, make_trainer, options_for
 
 from dynamax_lm_eval.backbones import TransformerBackbone
-from dynamax_lm_eval.compute.ledger import Trace, account
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.compute.accounting import Trace, account
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.adapters import make_adapters
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint

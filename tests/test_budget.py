@@ -13,10 +13,10 @@ from lm_eval.tasks import TaskManager
 from test_lm import TASKS
 from test_trained_exits import save_exits
 
-from dynamax_lm_eval import budget as budgets
-from dynamax_lm_eval import pacing
-from dynamax_lm_eval.budget import Budget, Curve, LatencyBudget, Spent, blocks_of
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.budget import controller as budgets
+from dynamax_lm_eval.budget import runner as pacing
+from dynamax_lm_eval.budget.controller import Budget, Curve, LatencyBudget, Spent, blocks_of
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.lm import DynamaxLM
 
 

@@ -23,7 +23,6 @@ from test_lm import TASKS, add_post_processor
 from test_trained_exits import save_exits
 
 from dynamax_lm_eval.calibration import command
-from dynamax_lm_eval.calibration.certificate import Certificate, home, resolve, run_settings
 from dynamax_lm_eval.calibration.command import CERTIFICATE_NAME, TEST_SAMPLES_NAME, split_documents
 from dynamax_lm_eval.calibration.losses import LossKind
 from dynamax_lm_eval.calibration.options import CalibrateOptions
@@ -37,8 +36,9 @@ from dynamax_lm_eval.calibration.testing import (
     learn_then_test,
 )
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME, ExitCheckpoint
+from dynamax_lm_eval.harness.certificate import Certificate, home, resolve, run_settings
 from dynamax_lm_eval.lm import DynamaxLM
 
 Floats = npt.NDArray[np.float64]

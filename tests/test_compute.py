@@ -13,16 +13,9 @@ from conftest import LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax_lm_eval.backbones import MambaBackbone, TransformerBackbone
+from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account, exit_histogram, merge, reduction_stderr
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitTerms
-from dynamax_lm_eval.compute.ledger import (
-    ComputeRecord,
-    Trace,
-    account,
-    exit_histogram,
-    merge,
-    reduction_stderr,
-)
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 NONE = frozenset[int]()

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from dynamax_lm_eval.config import (
-    UserError,
     default_exit_layers,
     parse_model_args,
     resolve_exit_layers,
     resolve_pruned_blocks,
     resolve_thresholds,
 )
+from dynamax_lm_eval.errors import UserError
 
 HARNESS = {"pretrained", "dtype", "batch_size", "device", "backend", "max_length", "parallelize", "tp_plan"}
 

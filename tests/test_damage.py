@@ -23,17 +23,17 @@ from test_lm import TASKS
 from test_sweep import options_for, results_of
 from test_training import make_trainer
 
-from dynamax_lm_eval.calibration.certificate import Certificate
-from dynamax_lm_eval.calibration.search import ThresholdPath
-from dynamax_lm_eval.compute.ledger import ComputeRecord
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
-from dynamax_lm_eval.harness import ResponseLedger, check_database
+from dynamax_lm_eval.exits.pruning import PruneProfile
+from dynamax_lm_eval.harness.certificate import Certificate
+from dynamax_lm_eval.harness.ledger import ResponseLedger, check_database
 from dynamax_lm_eval.lm import DynamaxLM
-from dynamax_lm_eval.pruning import PruneProfile
-from dynamax_lm_eval.reports import collect
+from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 from dynamax_lm_eval.sweep import command
+from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 from dynamax_lm_eval.training import state

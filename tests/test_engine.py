@@ -12,22 +12,18 @@ import torch
 from conftest import FAMILIES, LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_model
 from reference import reference_generate, reference_score
 
-from dynamax_lm_eval.backbones import TransformerBackbone, attention, make_backbone
-from dynamax_lm_eval.backbones.lean import LeanBlock
-from dynamax_lm_eval.backbones.owed import OwedStates
-from dynamax_lm_eval.backbones.transformer import TransformerPass
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
+from dynamax_lm_eval.backbones.transformer import attention
+from dynamax_lm_eval.backbones.transformer.deferred_kv import OwedStates
+from dynamax_lm_eval.backbones.transformer.forward_pass import TransformerPass
+from dynamax_lm_eval.backbones.transformer.fused_llama import LeanBlock
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate_all
+from dynamax_lm_eval.engine.parity import check_against_model, check_state_recompute, checked_engine
+from dynamax_lm_eval.engine.requests import Generation, GenerationRequest, Scoring, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import (
-    Generation,
-    GenerationRequest,
-    Scoring,
-    ScoringRequest,
-    generate_all,
-    score_all,
-)
-from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute, checked_engine
+from dynamax_lm_eval.engine.scoring import score_all
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 FULL = ExitPolicy(LAYERS)

@@ -12,9 +12,15 @@ from test_lm import TASKS
 from test_trained_exits import save_exits
 
 from dynamax_lm_eval.calibration import command
-from dynamax_lm_eval.calibration.exit_thresholds import SearchOptions, compared, exit_costs, search
 from dynamax_lm_eval.calibration.options import CalibrateOptions
-from dynamax_lm_eval.calibration.search import (
+from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.requests import ScoringRequest
+from dynamax_lm_eval.engine.scoring import score_all
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.measure.exit_thresholds import SearchOptions, compared, exit_costs, search
+from dynamax_lm_eval.measure.threshold_search import (
     Recorded,
     ThresholdPath,
     agreement_at,
@@ -23,11 +29,6 @@ from dynamax_lm_eval.calibration.search import (
     improved,
     outcome,
 )
-from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.scheduler import ScoringRequest, score_all
-from dynamax_lm_eval.exits.policy import ExitPolicy
 
 
 def made(tokens: int, exits: int, seed: int = 0, texts: int = 20) -> Recorded:

@@ -27,17 +27,18 @@ from test_engine import (
 )
 
 from dynamax_lm_eval.backbones import TransformerBackbone
-from dynamax_lm_eval.backbones.fingerprint import files_fingerprint, model_fingerprint
-from dynamax_lm_eval.backbones.ssm import MixerShape, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.compute.accounting import Trace, account
 from dynamax_lm_eval.compute.cost import ClassifierCost
-from dynamax_lm_eval.compute.ledger import Trace, account
-from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers, make_classifier
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import file_checksum
+from dynamax_lm_eval.models.fingerprint import files_fingerprint, model_fingerprint
 
 EXITS = (2, 3, 4)
 KINDS = ("mamba", "ffn", "calm")

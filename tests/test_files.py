@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import (
     LOCK_NAME,
     JsonFormat,

@@ -17,19 +17,19 @@ from conftest import FAMILIES, tiny_model, train_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from dynamax_lm_eval.backbones import aliases, fingerprint
-from dynamax_lm_eval.backbones.fingerprint import (
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.models import aliases, fingerprint
+from dynamax_lm_eval.models.fingerprint import (
     files_fingerprint,
     files_fingerprints,
-    generation_settings,
     model_fingerprint,
     model_fingerprints,
     tensors_fingerprint,
-    tokenizer_fingerprint,
     weights_fingerprint,
 )
-from dynamax_lm_eval.config import DynamaxArgs, UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.models.identity import generation_settings, tokenizer_fingerprint
 
 #: What format 1 gave for the backbones that come with the package.
 FORMER = {

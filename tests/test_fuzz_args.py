@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from dynamax_lm_eval.config import OWN_ARGUMENTS, UserError
+from dynamax_lm_eval.config import OWN_ARGUMENTS
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.lm import DynamaxLM
 
 LAYERS = 6

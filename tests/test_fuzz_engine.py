@@ -15,8 +15,10 @@ from test_exits import EXITS, KINDS, exits_config, varied_classifiers
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate
+from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import GenerationRequest, ScoringRequest, generate, score
+from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 CLASSIFIERS = varied_classifiers(exits_config(adapter="affine"))

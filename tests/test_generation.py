@@ -12,9 +12,9 @@ from lm_eval.models.huggingface import HFLM
 from test_lm import dynamax, generation_requests
 from transformers import CompileConfig, GenerationConfig
 
-from dynamax_lm_eval import generation
-from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.generation import HONOURED, INERT, REFUSED
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness import generation
+from dynamax_lm_eval.harness.generation import HONOURED, INERT, REFUSED
 from dynamax_lm_eval.lm import DynamaxLM
 
 #: One is a single token, which forced_bos_token_id needs.

@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from test_lm import EXITS, TASKS, dynamax
 from test_trained_exits import save_exits
 
-from dynamax_lm_eval import harness
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness import evaluate as harness
 from dynamax_lm_eval.lm import DynamaxLM
 
 

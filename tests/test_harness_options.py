@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_lm import EXITS, TASKS, dynamax, evaluate, generation_requests, responses
 
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.lm import DynamaxLM
 
 CHAT = (

@@ -9,7 +9,7 @@ import pytest
 from test_exits import CLASSIFIERS, exits_config
 from test_training import options_for, texts
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions

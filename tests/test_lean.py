@@ -9,11 +9,13 @@ import torch
 from conftest import LAYERS, TRANSFORMERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import linear, make_backbone
-from dynamax_lm_eval.backbones.lean import LeanBlock
 from dynamax_lm_eval.backbones.linear import applied
+from dynamax_lm_eval.backbones.transformer.fused_llama import LeanBlock
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate_all
+from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import GenerationRequest, ScoringRequest, generate_all, score_all
+from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")

@@ -21,10 +21,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, processors
 
-from dynamax_lm_eval.compute.ledger import ComputeRecord
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness.requests import GenerationJob
 from dynamax_lm_eval.lm import DynamaxLM
-from dynamax_lm_eval.requests import GenerationJob
 
 TASKS = Path(__file__).parent / "tasks"
 EXITS = {"threshold": 0.1, "exit_layers": [2, 4]}
@@ -288,7 +288,7 @@ class TestCache:
         (edited / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="differs in config"):
             self.run(edited, manager, tmp_path / "c", **EXITS)
-        monkeypatch.setattr("dynamax_lm_eval.harness.ACCOUNTING", "other")
+        monkeypatch.setattr("dynamax_lm_eval.harness.evaluate.ACCOUNTING", "other")
         with pytest.raises(UserError, match="differs in accounting"):
             self.run(model_folder, manager, tmp_path / "c", **EXITS)
 

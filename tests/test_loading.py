@@ -19,10 +19,11 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from test_lm import dynamax
 
-from dynamax_lm_eval.backbones import aliases, families, loading
+from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.engine.selfcheck import engine_without_weights
+from dynamax_lm_eval.engine.parity import engine_without_weights
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 

@@ -16,12 +16,14 @@ from test_engine import FULL, NEW_TOKENS, PROMPTS, is_separated, model_scores, r
 from test_exits import CLASSIFIERS, classifier_policy, exits_config, varied_classifiers
 from torch import nn
 
-from dynamax_lm_eval.backbones import MambaBackbone, kernels
-from dynamax_lm_eval.backbones.kernels import ScanKernels
-from dynamax_lm_eval.backbones.ssm import RaggedRows, channel_scan
-from dynamax_lm_eval.config import DynamaxArgs, UserError
+from dynamax_lm_eval.backbones import MambaBackbone
+from dynamax_lm_eval.backbones.mamba import kernels
+from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
+from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows, channel_scan
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.selfcheck import check_against_model, check_state_recompute
+from dynamax_lm_eval.engine.parity import check_against_model, check_state_recompute
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 

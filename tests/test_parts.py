@@ -12,13 +12,13 @@ from conftest import tiny_model, train_tokenizer
 from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from dynamax_lm_eval.backbones import attention
-from dynamax_lm_eval.backbones.attention import AttentionPlan, ragged_attention
-from dynamax_lm_eval.backbones.fingerprint import weights_fingerprint
-from dynamax_lm_eval.backbones.state import AttentionStates, Room
+from dynamax_lm_eval.backbones.transformer import attention
+from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
+from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates, Room
 from dynamax_lm_eval.engine.sampling import Sampler, request_seed
 from dynamax_lm_eval.exits.confidence import entropy_confidence, softmax_margin, state_similarity
-from dynamax_lm_eval.generation import StopStrings
+from dynamax_lm_eval.harness.stopping import StopStrings
+from dynamax_lm_eval.models.fingerprint import weights_fingerprint
 
 
 def test_room_never_overlaps_and_is_whole_again_at_the_end() -> None:

@@ -16,19 +16,14 @@ from test_engine import FULL, engine_for, separated_policy, with_modes
 from test_exits import classifier_policy, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.compute.ledger import Physical, account
+from dynamax_lm_eval.compute.accounting import Physical, account
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.engine.engine import Engine, RowStates
+from dynamax_lm_eval.engine.generation import generate
 from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixPlan, PrefixRun, find_prefixes
+from dynamax_lm_eval.engine.requests import Generation, GenerationRequest, Scoring, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
-from dynamax_lm_eval.engine.scheduler import (
-    Generation,
-    GenerationRequest,
-    Scoring,
-    ScoringRequest,
-    generate,
-    score,
-)
+from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 PREAMBLE = random_ids(20, 1)

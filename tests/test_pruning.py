@@ -13,15 +13,16 @@ import torch
 from conftest import LAYERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.backbones.fingerprint import files_fingerprints
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.config import DynamaxArgs, UserError, parse_model_args
+from dynamax_lm_eval.config import DynamaxArgs, parse_model_args
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.lm import DynamaxLM
-from dynamax_lm_eval.pruning import PruneProfile
+from dynamax_lm_eval.measure.prune_profile import distances, last_states
+from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep import command as sweep
 from dynamax_lm_eval.sweep.options import SweepOptions
-from dynamax_lm_eval.training.prune_profile import distances, last_states
 
 
 def made(**changed: Any) -> PruneProfile:

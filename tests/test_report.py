@@ -17,11 +17,12 @@ import pytest
 from test_sweep import options_for
 
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.reports import collect, page, plots, statistics
-from dynamax_lm_eval.reports.collect import PointResult, TaskResults
-from dynamax_lm_eval.reports.consistency import consistency, token_f1
+from dynamax_lm_eval.reports import page, plots, statistics
 from dynamax_lm_eval.sweep import command
+from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, finished_points
+from dynamax_lm_eval.sweep.results import PointResult, TaskResults
+from dynamax_lm_eval.sweep.similarity import consistency, token_f1
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from test_exits import EXITS, exits_config, varied_classifiers
 
-from dynamax_lm_eval.backbones import aliases
-from dynamax_lm_eval.backbones.fingerprint import files_fingerprint
-from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine import engine
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.lm import DynamaxLM
+from dynamax_lm_eval.models import aliases
+from dynamax_lm_eval.models.fingerprint import files_fingerprint
 
 TASKS = Path(__file__).parent / "tasks"
 

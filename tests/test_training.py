@@ -23,15 +23,16 @@ from test_exits import EXITS, KINDS, exits_config
 
 from dynamax_lm_eval import cli
 from dynamax_lm_eval.backbones import TransformerBackbone
-from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.files import locked
-from dynamax_lm_eval.training import command, data, evaluation, state
+from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.passes import FrozenPass, best_tokens
+from dynamax_lm_eval.training import command, evaluation, state
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
-from dynamax_lm_eval.training.targets import FrozenPass, best_tokens
 from dynamax_lm_eval.training.trainer import Trainer, exit_weights, labelled_positions, learning_rate
 
 ROWS = [random_ids(length, 90 + i) for i, length in enumerate((9, 4, 11))]

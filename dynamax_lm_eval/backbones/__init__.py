@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, RowLayout, States
-from dynamax_lm_eval.backbones.loading import is_recurrent
-from dynamax_lm_eval.backbones.mamba import MambaBackbone
-from dynamax_lm_eval.backbones.transformer import TransformerBackbone
-from dynamax_lm_eval.config import MambaKernels
+from dynamax_lm_eval.backbones.mamba.backbone import MambaBackbone
+from dynamax_lm_eval.backbones.transformer.backbone import TransformerBackbone
+from dynamax_lm_eval.models.loading import is_recurrent
+from dynamax_lm_eval.types import MambaKernels
 
 __all__ = [
     "Backbone",

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.compute.cost import BackboneCost
-from dynamax_lm_eval.config import StateMode, UserError
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.types import StateMode
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

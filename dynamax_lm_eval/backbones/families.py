@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 
 #: (1, m, D) normalised hidden states, cos and sin (1, m, P) to K and V (1, H_kv, m, P).
 Projector = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]

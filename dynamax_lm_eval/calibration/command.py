@@ -14,7 +14,6 @@ import numpy as np
 from tabulate import tabulate
 
 import dynamax_lm_eval
-from dynamax_lm_eval.calibration.certificate import Certificate, binding, file_name, home
 from dynamax_lm_eval.calibration.losses import LossKind, loss_matrix
 from dynamax_lm_eval.calibration.options import CalibrateOptions
 from dynamax_lm_eval.calibration.testing import (
@@ -24,15 +23,16 @@ from dynamax_lm_eval.calibration.testing import (
     fewest_documents,
     learn_then_test,
 )
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, locked, naming, write_text
-from dynamax_lm_eval.harness import document_hash
-from dynamax_lm_eval.reports import collect
-from dynamax_lm_eval.reports.collect import PointResult, TaskResults
+from dynamax_lm_eval.harness.certificate import Certificate, binding, file_name, home
+from dynamax_lm_eval.harness.evaluate import document_hash
+from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, name_of, parse_thresholds
+from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def table(candidates: Sequence[Sequence[float]], losses: Floats, found: Selectio
 def _candidates(options: CalibrateOptions) -> list[tuple[float, ...]]:
     """In the order of testing: the most careful first."""
     if options.per_exit is not None:
-        from dynamax_lm_eval.calibration.search import ThresholdPath
+        from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 
         return ThresholdPath.load(Path(options.per_exit).expanduser()).thresholds
     return parse_thresholds(options.thresholds)[::-1]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynamax_lm_eval.calibration.testing import Floats
-from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.reports.collect import PointResult, TaskResults
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.calibration.testing import BOUNDS
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.sweep.options import SweepOptions
 
 METHODS = ("ltt", "crc")

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 
 Bound = Literal["betting", "hoeffding-bentkus"]
 BOUNDS: tuple[Bound, ...] = get_args(Bound)

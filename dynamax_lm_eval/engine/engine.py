@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, ForwardPass, IntArray, States
-from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
+from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
-from dynamax_lm_eval.engine.errors import NotFiniteError
+from dynamax_lm_eval.errors import NotFiniteError
 from dynamax_lm_eval.exits import confidence
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dynamax_lm_eval.compute.ledger import Trace
+from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, NoLogits, RowStates
-from dynamax_lm_eval.engine.errors import naming_request
+from dynamax_lm_eval.errors import naming_request
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: A prefix is run on its own where that saves at least so many tokens; below, another pass costs more.

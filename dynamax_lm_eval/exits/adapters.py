@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 
 
 class Adapter(nn.Module):

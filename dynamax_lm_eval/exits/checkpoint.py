@@ -17,12 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from dynamax_lm_eval.backbones.aliases import HUB_ALIASES, cache_dir, shipped_dir
-from dynamax_lm_eval.backbones.fingerprint import Fingerprints, tensors_fingerprint
-from dynamax_lm_eval.config import ClassifierKind, DynamaxArgs, UserError, changed_settings
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync, write_text
+from dynamax_lm_eval.models.aliases import HUB_ALIASES, cache_dir, shipped_dir
+from dynamax_lm_eval.models.fingerprint import Fingerprints, tensors_fingerprint
+from dynamax_lm_eval.types import ClassifierKind
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from dynamax_lm_eval.backbones.ssm import MixerShape, MixerState, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, RaggedRows, causal_conv, selective_scan
 from dynamax_lm_eval.compute.cost import ClassifierCost
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
 
 #: Time steps that a fresh Mamba classifier starts with, log-uniform (Mamba's own initialisation).

@@ -14,12 +14,15 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dynamax_lm_eval import config, pruning
-from dynamax_lm_eval.backbones.loading import copy_is_impossible
+from dynamax_lm_eval import config
 from dynamax_lm_eval.compute.cost import ClassifierCost, ExitTerms
-from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, ExitScope, StateMode, UserError
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.confidence import READS_LM_HEAD
+from dynamax_lm_eval.models.loading import copy_is_impossible
+from dynamax_lm_eval.types import ClassifierKind, Confidence, ExitScope, StateMode
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
 NEVER = math.inf
@@ -137,7 +140,7 @@ class ExitPolicy:
             )
         at_pruned = sorted(pruned.intersection(policy.active_exits))
         if at_pruned:
-            raise config.UserError(
+            raise UserError(
                 f"exit_layers {at_pruned} end with a pruned block, so there is nothing new to decide on; "
                 "choose other exit_layers or prune_layers"
             )

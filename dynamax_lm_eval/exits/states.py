@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.ssm import MixerState, RaggedRows
-from dynamax_lm_eval.backbones.state import StateTable, lines_of
+from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
-from dynamax_lm_eval.reports import collect, page, plots, statistics
-from dynamax_lm_eval.reports.collect import TaskResults
+from dynamax_lm_eval.reports import page, plots, statistics
 from dynamax_lm_eval.reports.options import ReportOptions
+from dynamax_lm_eval.sweep import results as collect
+from dynamax_lm_eval.sweep.results import TaskResults
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamax_lm_eval.reports.collect import PointResult, TaskResults
 from dynamax_lm_eval.reports.plots import COLOURS, coordinates
 from dynamax_lm_eval.reports.statistics import AXES, front
+from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
 _ASSETS = Path(__file__).parent / "assets"
 #: Characters of a prompt's end that are shown.

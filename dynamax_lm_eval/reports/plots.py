@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.files import short_name
-from dynamax_lm_eval.reports.collect import PointResult, TaskResults
 from dynamax_lm_eval.reports.statistics import AXES, front
+from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
 #: Told apart by lightness, dash and marker together; colours of Okabe and Ito (2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C564B", "#7F7F7F")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dynamax_lm_eval.reports.collect import Floats, PointResult, TaskResults
+from dynamax_lm_eval.sweep.results import Floats, PointResult, TaskResults
 
 #: Compute axes, and what they are called.
 AXES = {"compute_reduction": "compute reduction", "compute_vs_full": "compute against the full model's run"}

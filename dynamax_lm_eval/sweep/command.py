@@ -19,13 +19,13 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
 import dynamax_lm_eval
-from dynamax_lm_eval import pruning
-from dynamax_lm_eval.backbones import aliases
-from dynamax_lm_eval.backbones.fingerprint import files_fingerprints
-from dynamax_lm_eval.config import ClassifierKind, UserError, changed_settings
+from dynamax_lm_eval.errors import UserError, changed_settings
+from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.files import file_checksum, locked, short_name
-from dynamax_lm_eval.harness import one_of_many_evaluations
+from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.lm import Setting
+from dynamax_lm_eval.models import aliases
+from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep.files import (
     POINT,
     POINT_NAME,
@@ -39,6 +39,7 @@ from dynamax_lm_eval.sweep.files import (
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
 from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid
 from dynamax_lm_eval.sweep.store import ResponseStore
+from dynamax_lm_eval.types import ClassifierKind
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import JsonFormat, checksum, file_checksum, naming, short_name, write_text
 
 logger = logging.getLogger(__name__)

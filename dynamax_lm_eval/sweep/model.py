@@ -10,7 +10,7 @@ from typing import Any
 
 from lm_eval.api.model import hash_args
 
-from dynamax_lm_eval.compute.ledger import ComputeRecord
+from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.lm import DynamaxLM, Setting
 from dynamax_lm_eval.sweep.options import Point

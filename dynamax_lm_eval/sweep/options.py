@@ -15,7 +15,9 @@ from typing import Any, get_args
 import yaml
 from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
-from dynamax_lm_eval.config import ClassifierKind, Confidence, DynamaxArgs, StateMode, UserError, unknown_name
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.errors import UserError, unknown_name
+from dynamax_lm_eval.types import ClassifierKind, Confidence, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
 CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(Confidence) if name != "classifier"))

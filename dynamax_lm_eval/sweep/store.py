@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamax_lm_eval.compute.ledger import ComputeRecord
-from dynamax_lm_eval.config import UserError, changed_settings
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import checksum, naming, write_text
-from dynamax_lm_eval.harness import identity_of_answers
+from dynamax_lm_eval.harness.ledger import identity_of_answers
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ import transformers
 from tqdm import tqdm
 
 import dynamax_lm_eval
-from dynamax_lm_eval.backbones import aliases, loading
-from dynamax_lm_eval.backbones.fingerprint import files_fingerprints, model_fingerprints
-from dynamax_lm_eval.config import UserError
-from dynamax_lm_eval.engine.selfcheck import checked_engine, engine_without_weights
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
-from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
-from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.files import locked, naming, write_text
-from dynamax_lm_eval.training import data, evaluation, state
+from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.model import FrozenBackbone, _read_config, load_backbone
+from dynamax_lm_eval.frozen.observe import observe
+from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.training import evaluation, state
+from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
-from dynamax_lm_eval.training.targets import FrozenPass
 from dynamax_lm_eval.training.trainer import Processes, StepReport, Throughput, Trainer
 
 logger = logging.getLogger(__name__)
@@ -38,19 +38,6 @@ logger = logging.getLogger(__name__)
 _LOG_NAME, _STATE_NAME = "training.jsonl", "state"
 #: Name for trackers; some make a folder of it in the output.
 _TRACKED = "dynamax-exits"
-
-
-@dataclass(frozen=True)
-class FrozenBackbone:
-    """The frozen model, its tokenizer, and what a checkpoint says of it."""
-
-    engine: Any
-    tokenizer: Any
-    identity: BackboneIdentity
-    activation: str
-    dtype: str
-    #: Fingerprints that earlier versions made of its weights.
-    former: tuple[str, ...] = ()
 
 
 def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
@@ -120,7 +107,7 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
     with torch.no_grad():
         for parameter in classifiers.parameters():
             parameter.copy_(parameter.to(dtype))
-    measured = evaluation.observe(frozen, classifiers.eval(), held_out, options.micro_batch_tokens)
+    measured = observe(frozen, classifiers.eval(), held_out, options.micro_batch_tokens)
     results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost)
     accelerator.log(_held_out_numbers(results), step=options.steps)
     accelerator.end_training()
@@ -168,7 +155,7 @@ def _loop(
 
     ``found``: the state to go on from.
     """
-    first, earlier, position = 0, 0.0, data.Position()
+    first, earlier, position = 0, 0.0, Position()
     identity = {
         **options.to_json(),
         "backbone_fingerprint": fingerprint,
@@ -179,9 +166,9 @@ def _loop(
         path, progress = found
         state.check_same(progress.options, identity)
         state.load(path, trainer.classifiers, trainer.optimizer)
-        first, earlier, position = progress.step, progress.seconds, data.Position(**progress.data)
+        first, earlier, position = progress.step, progress.seconds, Position(**progress.data)
         logger.info("Going on after step %d of %d", first, options.steps)
-    batches = data.MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
+    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
     main = accelerator.is_main_process
     log = folder / _LOG_NAME
     if main:
@@ -224,69 +211,6 @@ def _data(options: TrainingOptions, backbone: FrozenBackbone) -> tuple[data.Docu
         return documents, rows
     rows, count = data.held_out(documents, options.eval_tokens, options.seq_len)
     return data.without_first(documents, count), rows
-
-
-def _read_config(options: TrainingOptions, run: RunOptions) -> Any:
-    """The backbone's configuration, before any weights."""
-    config = loading.load_config(aliases.resolve(options.backbone), options.backbone, _load_options(run))
-    loading.check_architecture(config)
-    return config
-
-
-def _load_options(run: RunOptions) -> dict[str, Any]:
-    """Arguments of transformers' ``from_pretrained``."""
-    return {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
-
-
-def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.device | None = None) -> FrozenBackbone:
-    """Loads the backbone that ``options`` name, and compares the layer loop with its forward.
-
-    Raises:
-        UserError: it cannot be had, or cannot be run block by block.
-    """
-    if device is None:
-        device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
-    config, source = _read_config(options, run), aliases.resolve(options.backbone)
-    dtype = _dtype(options.dtype, device)
-    shared = _load_options(run)
-    engine_without_weights(config, shared, options.seq_len)
-    name = f"--backbone {options.backbone!r}"
-    with loading.naming(f"the tokenizer of {name}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-    models = loading.CompleteModels(transformers.AutoModelForCausalLM, lambda _: name)
-    model = models.from_pretrained(source, dtype=dtype, **shared)
-    model = model.to(device).eval().requires_grad_(False)
-    # Rows are cut by --seq_len; the tokenizer's own limit is none of this run's.
-    tokenizer.model_max_length = int(1e30)
-    engine = checked_engine(model, ExitPolicy(int(config.get_text_config().num_hidden_layers)), options.seq_len)
-    text = config.get_text_config()
-    fingerprints = files_fingerprints(source, shared) or model_fingerprints(model)
-    return FrozenBackbone(
-        engine=engine,
-        tokenizer=tokenizer,
-        identity=BackboneIdentity(
-            id=aliases.HUB_ALIASES.get(options.backbone, options.backbone),
-            revision=run.revision or "main",
-            model_type=config.model_type,
-            hidden_size=int(text.hidden_size),
-            num_layers=int(text.num_hidden_layers),
-            fingerprint=fingerprints.current,
-        ),
-        activation=str(getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"),
-        dtype=str(dtype).removeprefix("torch."),
-        former=fingerprints.former,
-    )
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the hardware computes with it, else float32."""
-    if name != "auto":
-        chosen: torch.dtype = getattr(torch, name)
-        return chosen
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if supported else torch.float32
 
 
 def _accelerator(run: RunOptions) -> Any:

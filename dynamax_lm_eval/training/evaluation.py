@@ -6,66 +6,23 @@ in training; in decoding, the states that early tokens leave behind differ, so m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from dynamax_lm_eval.compute.ledger import ComputeRecord, Trace, account
-from dynamax_lm_eval.config import StateMode
+from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
-from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.training.targets import FrozenPass
+from dynamax_lm_eval.frozen.observe import BoolArray, FloatArray, Observations
+from dynamax_lm_eval.types import StateMode
 
 #: Thresholds of the predicted curve.
 THRESHOLDS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.99)
 #: Thresholds at which precision and recall of "exit" are given.
 OPERATING_POINTS = (0.5, 0.7, 0.8, 0.9)
 _BINS = 20
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Observations:
-    """What each of T held-out tokens showed at each of E exits."""
-
-    lengths: tuple[int, ...]  # of the rows, T in all
-    within_k: BoolArray  # (E, T) label
-    agrees: BoolArray  # (E, T) the full model's best token
-    confidences: dict[str, FloatArray]  # kind -> (E, T)
-
-
-@torch.no_grad()
-def observe(
-    frozen: FrozenPass, classifiers: ExitClassifiers, rows: Sequence[Sequence[int]], tokens_at_once: int
-) -> Observations:
-    """Runs held-out rows through the backbone and all classifiers."""
-    within, agrees = [], []
-    confidences: dict[str, list[FloatArray]] = {kind: [] for kind in classifiers.kinds}
-    for part in _parts(rows, tokens_at_once):
-        batch = frozen.run(part)
-        positions = torch.arange(batch.rows.num_tokens, device=frozen.backbone.device)
-        labels = frozen.label(batch, positions, classifiers)
-        within.append(labels.within_k.cpu().numpy())
-        agrees.append(labels.agrees.cpu().numpy())
-        for kind in classifiers.kinds:
-            found = [
-                confidence_of(classifiers.at(kind, layer)(batch.exits[layer].float(), batch.rows)[0])
-                for layer in frozen.exit_layers
-            ]
-            confidences[kind].append(torch.stack(found).double().cpu().numpy())
-    return Observations(
-        tuple(len(row) for row in rows),
-        np.concatenate(within, axis=1),
-        np.concatenate(agrees, axis=1),
-        {kind: np.concatenate(parts, axis=1) for kind, parts in confidences.items()},
-    )
 
 
 def report(
@@ -191,16 +148,3 @@ def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
     left.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
-    """Rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
-    parts: list[list[Sequence[int]]] = []
-    room = 0
-    for row in rows:
-        if not parts or len(row) > room:
-            parts.append([])
-            room = tokens_at_once
-        parts[-1].append(row)
-        room -= len(row)
-    return parts

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dynamax_lm_eval.config import UserError
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate_all
+from dynamax_lm_eval.engine.requests import GenerationRequest
 from dynamax_lm_eval.engine.sampling import Sampler, request_seed
-from dynamax_lm_eval.engine.scheduler import GenerationRequest, generate_all
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.training.data import Documents
+from dynamax_lm_eval.frozen.text import Documents
 from dynamax_lm_eval.training.options import TrainingOptions
 
 #: Documents generated together.

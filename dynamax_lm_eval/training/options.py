@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from dynamax_lm_eval import config
-from dynamax_lm_eval.config import ClassifierKind, UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions
+from dynamax_lm_eval.types import ClassifierKind
 
 #: Kinds in the order in which an evaluation prefers them.
 KINDS: tuple[str, ...] = ("mamba", "ffn", "calm")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dynamax_lm_eval.config import UserError, changed_settings
+from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync
 
 logger = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamax_lm_eval.config import UserError
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.training.data import MicroBatches
+from dynamax_lm_eval.frozen.passes import FrozenBatch, FrozenPass
+from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.options import TrainingOptions
-from dynamax_lm_eval.training.targets import FrozenBatch, FrozenPass
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Mamba and Mamba-2 decoders: ragged mixers and the conv and SSM states that rows keep."""

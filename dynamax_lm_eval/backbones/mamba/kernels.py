@@ -1,0 +1,89 @@
+"""The selective scan of Mamba-2 by the CUDA kernels of mamba-ssm, where they are installed.
+
+Both forms stand behind ``ssm.selective_scan``, which falls back to plain torch for what they cannot do (rows of
+several tokens that have a past, gradients). Knows tensors of flat ragged rows; knows no modules.
+
+T tokens of R rows, H heads, P head dim, G groups, N SSM state.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.types import MambaKernels
+
+logger = logging.getLogger(__name__)
+
+#: Tokens of a chunk; what the kernels were tuned for.
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class ScanKernels:
+    """The two functions of mamba-ssm."""
+
+    chunk_scan: Callable[..., Any]  # mamba_chunk_scan_combined
+    state_update: Callable[..., Tensor]  # selective_state_update
+
+    def can_run(self, inputs: Tensor) -> bool:
+        """Whether they take these tensors."""
+        return inputs.is_cuda and not inputs.requires_grad
+
+    def step(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
+        """One token per row: x (R, H, P), dt (R, H), b and c (R, G, N); returns (R, H, P).
+
+        ``state`` (R, H, P, N) is moved on in place.
+        """
+        heads, head_dim, size = state.shape[1:]
+        # The kernel knows by their strides of 0 that these are one number per head.
+        steps = dt.unsqueeze(-1).expand(-1, -1, head_dim)
+        decays = decay.view(-1, 1, 1).expand(heads, head_dim, size)
+        return self.state_update(state, x, steps, decays, b, c, dt_softplus=False)
+
+    def step_channels(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
+        """The same for Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N); returns (R, I)."""
+        return self.state_update(state, x, dt, decay, b, c, dt_softplus=False)
+
+    def chunks(
+        self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """New rows of ``lengths`` tokens side by side: x (T, H, P), dt (T, H), b and c (T, G, N).
+
+        Returns:
+            (T, H, P), and the states after each row (R, H, P, N).
+        """
+        sizes = torch.tensor(lengths, device=x.device)
+        row_of = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=x.device), sizes)
+        ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
+        output, after = self.chunk_scan(
+            *(values.unsqueeze(0).contiguous() for values in (x, dt)),
+            decay,
+            *(values.unsqueeze(0).contiguous() for values in (b, c)),
+            chunk_size=_CHUNK,
+            seq_idx=row_of.unsqueeze(0),
+            cu_seqlens=ends,
+            dt_softplus=False,
+            return_varlen_states=True,
+        )
+        return output.squeeze(0), after
+
+
+def find(choice: MambaKernels, device: torch.device) -> ScanKernels | None:
+    """The kernels, if they are wanted, installed and of use on ``device``; says once what is used."""
+    if device.type != "cuda" or choice == "torch":
+        return None
+    try:
+        combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
+    except ImportError as error:
+        logger.info("Mamba runs on plain torch: mamba-ssm is not installed (%s)", error)
+        return None
+    logger.info("Mamba runs on the kernels of mamba-ssm; mamba_kernels=torch does without them")
+    return ScanKernels(combined.mamba_chunk_scan_combined, update.selective_state_update)

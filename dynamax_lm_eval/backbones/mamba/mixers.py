@@ -1,0 +1,213 @@
+"""The mixers of Mamba-2, Mamba and Falcon-Mamba as transformers' modules hold them, for flat ragged rows.
+
+A mixer's work falls into three parts, because tokens that left early need only the second: projections of the
+normalised hidden state, the update of conv and SSM state with its read-out, and the gated output. Projections
+are called as modules, so quantised layers, LoRA and hooks keep working; what is left of a plain one is read
+by rows. Knows modules and states; knows no batches, exits or policies.
+
+T tokens of R rows, D hidden, I inner width (H * P), C channels of the convolution, H heads, N SSM state.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from dynamax_lm_eval.backbones import families
+from dynamax_lm_eval.backbones.linear import applied
+from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
+from dynamax_lm_eval.backbones.mamba.ssm import (
+    MixerShape,
+    MixerState,
+    RaggedRows,
+    causal_conv,
+    channel_scan,
+    selective_scan,
+)
+from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE, BlockCost
+from dynamax_lm_eval.errors import UserError
+
+
+class Mixer(ABC):
+    """One block's mixer."""
+
+    def __init__(self, module: Any, inner: int, channels: int, kernels: ScanKernels | None) -> None:
+        """``inner``: I; ``channels``: C; ``kernels``: of the scan, where there are any."""
+        self.module = module
+        self.kernels = kernels
+        self.inner = inner
+        self.channels = channels
+        self.kernel = int(module.conv_kernel_size)
+        self._activation = ACT2FN[module.activation]
+
+    @property
+    @abstractmethod
+    def ssm_shape(self) -> tuple[int, ...]:
+        """Of one row's SSM state."""
+
+    @abstractmethod
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate (T, I), and what the state is updated from (T, U), of normalised hidden states (T, D)."""
+
+    @abstractmethod
+    def project_update(self, normed: Tensor) -> Tensor:
+        """The second of these alone: (T, U)."""
+
+    @abstractmethod
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        """The SSM's read-out (T, I) in float32 with its skip term, and the rows' new states.
+
+        ``state``: None for rows that have seen nothing; where they are also trained, no states come back.
+        """
+
+    @abstractmethod
+    def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
+        """(T, I) and the gate (T, I) to what the block adds to the residual stream (T, D)."""
+
+    def new_state(self, num_rows: int, device: torch.device) -> MixerState:
+        """The states of rows that have seen nothing."""
+        return MixerState(
+            torch.zeros(num_rows, self.kernel - 1, self.channels, device=device),
+            torch.zeros(num_rows, *self.ssm_shape, device=device),
+        )
+
+    def cost(self, name: str) -> BlockCost:
+        """What the block costs, in MACs."""
+        ssm = math.prod(self.ssm_shape)
+        # The depthwise convolution is counted with the recurrence, by hand.
+        linears = [child for child in self.module.children() if child is not self.module.conv1d]
+        weights = sum(families.linear_macs(linear, name) for linear in linears)
+        conv = self.channels * self.kernel
+        return BlockCost(
+            weights=weights,
+            attention_width=0,
+            window=None,
+            state_recompute=weights - self._left_out_of_updates(name) + conv + 2 * ssm,
+            paper_recompute=PAPER_MAMBA_RECOMPUTE,
+            recurrence=conv + 3 * ssm,
+        )
+
+    def _left_out_of_updates(self, name: str) -> int:
+        """Weights that an update does not need: out_proj, and the gate's rows of a plain in_proj."""
+        in_proj = self.module.in_proj
+        gate = self.inner * int(in_proj.in_features) if _is_plain(in_proj) else 0
+        return gate + families.linear_macs(self.module.out_proj, name)
+
+    def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolution and activation of (T, C), rounded to its dtype as the model does, and the new window."""
+        conv = self.module.conv1d
+        bias = None if conv.bias is None else conv.bias.float()
+        output, window = causal_conv(mixed.float(), conv.weight.squeeze(1).float(), bias, rows, window)
+        return self._activation(output.to(mixed.dtype)), window
+
+
+class Mamba2Mixer(Mixer):
+    """transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
+
+    def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
+        self.shape = MixerShape(
+            heads=int(module.num_heads),
+            head_dim=int(module.head_dim),
+            groups=int(module.n_groups),
+            state=int(module.ssm_state_size),
+            kernel=int(module.conv_kernel_size),
+        )
+        super().__init__(module, self.shape.inner, self.shape.channels, kernels)
+        self._limits = tuple(float(limit) for limit in module.time_step_limit)
+
+    @property
+    def ssm_shape(self) -> tuple[int, ...]:
+        return self.shape.heads, self.shape.head_dim, self.shape.state
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        projected = applied(self.module.in_proj, normed).contiguous()
+        return projected[:, : self.inner], projected[:, self.inner :]
+
+    def project_update(self, normed: Tensor) -> Tensor:
+        return _rows_of(self.module.in_proj, normed, slice(self.inner, None))
+
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        module, shape = self.module, self.shape
+        mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
+        mixed, conv = self._convolve(mixed, rows, None if state is None else state.conv)
+        steps = F.softplus(dt.float() + module.dt_bias.float())
+        if self._limits != (0.0, math.inf):
+            steps = steps.clamp(*self._limits)
+        before = None if state is None else state.ssm
+        decay = -module.A_log.float().exp()
+        read, ssm = selective_scan(mixed, steps, decay, shape, rows, before, self.kernels)  # (T, H, P)
+        x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
+        read = torch.addcmul(read, x.float(), module.D.float().unsqueeze(-1)).flatten(1)
+        return read, None if ssm is None else MixerState(conv, ssm)
+
+    def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
+        normed = self.module.norm(scanned, gate)
+        return applied(self.module.out_proj, normed.to(gate.dtype))
+
+
+class Mamba1Mixer(Mixer):
+    """transformers' ``MambaMixer`` and ``FalconMambaMixer``: in_proj gives x, then z; B, C and dt come from x."""
+
+    def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
+        super().__init__(module, int(module.intermediate_size), int(module.intermediate_size), kernels)
+        self._sizes = [int(module.time_step_rank), int(module.ssm_state_size), int(module.ssm_state_size)]
+        #: Falcon-Mamba normalises dt, B and C.
+        self._norms = [getattr(module, f"{name}_layernorm", nn.Identity()) for name in ("dt", "b", "c")]
+
+    @property
+    def ssm_shape(self) -> tuple[int, ...]:
+        return self.inner, self._sizes[1]
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        projected = applied(self.module.in_proj, normed).contiguous()
+        return projected[:, self.inner :], projected[:, : self.inner]
+
+    def project_update(self, normed: Tensor) -> Tensor:
+        return _rows_of(self.module.in_proj, normed, slice(None, self.inner))
+
+    def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
+        module = self.module
+        x, conv = self._convolve(update, rows, None if state is None else state.conv)
+        parts = applied(module.x_proj, x).split(self._sizes, dim=-1)
+        dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
+        steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
+        before = None if state is None else state.ssm
+        decay = -module.A_log.float().exp()
+        read, ssm = channel_scan(x, steps, decay, b, c, rows, before, self.kernels)  # (T, I)
+        return torch.addcmul(read, x.float(), module.D.float()), MixerState(conv, ssm)
+
+    def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
+        return applied(self.module.out_proj, (scanned * self._activation(gate.float())).to(gate.dtype))
+
+
+def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> Mixer:
+    """The mixer that a module of transformers is; ``kernels`` run its scan where they can.
+
+    Raises:
+        UserError: it is of no known kind.
+    """
+    if hasattr(module, "x_proj"):
+        return Mamba1Mixer(module, kernels)
+    if hasattr(module, "n_groups"):
+        return Mamba2Mixer(module, kernels)
+    raise UserError(f"{where}: {type(module).__name__} is no Mamba mixer that is known; it is not supported")
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Its weights may be read instead of calling it."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
+    return type(linear) is nn.Linear and not hooks
+
+
+def _rows_of(linear: Any, inputs: Tensor, rows: slice) -> Tensor:
+    """Part of a projection's output."""
+    if not _is_plain(linear):
+        whole: Tensor = linear(inputs)
+        return whole[:, rows]
+    return F.linear(inputs, linear.weight[rows], None if linear.bias is None else linear.bias[rows])

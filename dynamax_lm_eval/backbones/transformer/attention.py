@@ -1,0 +1,271 @@
+"""Attention of a ragged batch: each row's tokens over that row's own K and V, by position.
+
+Registered with transformers as an attention function, so that blocks run exactly as their family wrote
+them; the layout travels with the call as the keyword argument ``plan``.
+n tokens in flight, H heads, H_kv K/V heads, P head dim, C places of the arena.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.errors import UserError
+
+NAME = "dynamax_ragged"
+
+#: Arguments of some families' attention that change its result and are not computed here.
+_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "position_bias")
+
+#: Queries that share one explicit mask; bounds the size of masks for windows and gaps.
+_QUERY_CHUNK = 512
+
+#: Rows that decode together are one batch while that looks at no more than so many times their keys.
+_MOST_PADDING = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some queries of one row and the places they look at."""
+
+    queries: slice
+    places: slice
+    mask: Tensor | None  # (queries, places) bool, True where attended; None: see causal
+    causal: bool  # queries and places start at position 0 together
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The m tokens that are alone in their rows, which stand at equal distances in the arena, as a batch.
+
+    The batch has S rows, those between the first and the last; of lines without a token nothing is read. All look
+    at the same K positions; the mask hides what is not theirs.
+    """
+
+    rows: slice  # of the arena: all places of the S rows
+    spacing: int
+    keys: slice  # of a row: the K positions
+    tokens: Tensor | None  # (m,) the tokens; None: all in flight
+    lines: Tensor | None  # (m,) their lines in the batch; None: they are all lines, in order
+    mask: Tensor  # (S, 1, 1, K) bool, True where attended
+
+
+class AttentionPlan:
+    """Who attends to what, for one set of tokens in flight; made once and used by many blocks."""
+
+    def __init__(
+        self,
+        starts: IntArray,
+        positions: IntArray,
+        hidden_places: IntArray | None,
+        device: torch.device,
+        spacing: int | None = None,
+    ) -> None:
+        """
+        Args:
+            starts: (n,) first place of each token's row in the arena.
+            positions: (n,) position of each token in its row.
+            hidden_places: places that no query may see, rising, or None.
+            device: where masks are needed.
+            spacing: places from one row to the next, where that is the same for all.
+        """
+        self._spacing = spacing
+        self._starts = starts
+        self._positions = positions
+        self._hidden = hidden_places
+        self._device = device
+        self._pieces: dict[int | None, list[Piece]] = {}
+        self._decodings: dict[int | None, Decoding | None] = {}
+        alone = np.diff(starts, prepend=-1) != 0
+        alone &= np.diff(starts, append=-1) != 0
+        self._alone = np.flatnonzero(alone)
+        self._additive: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self.last_window: int | None = None
+
+    def pieces(self, window: int | None) -> list[Piece]:
+        """The pieces for a sliding window of ``window`` tokens (None: no window), less what :meth:`decoding` has."""
+        self.last_window = window
+        if window not in self._pieces:
+            self._pieces[window] = self._cut(window)
+        return self._pieces[window]
+
+    def decoding(self, window: int | None) -> Decoding | None:
+        """The tokens that are alone in their rows, where they make a batch that wastes little."""
+        self.last_window = window
+        if window not in self._decodings:
+            self._decodings[window] = self._as_batch(window)
+        return self._decodings[window]
+
+    def additive_mask(self, decoding: Decoding, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The mask as scores to add, (S, 1, 1, K), made once for all blocks."""
+        key = (window, dtype)
+        if key not in self._additive:
+            zeros = torch.zeros(decoding.mask.shape, dtype=dtype, device=decoding.mask.device)
+            self._additive[key] = zeros.masked_fill_(~decoding.mask, -math.inf)
+        return self._additive[key]
+
+    def _as_batch(self, window: int | None) -> Decoding | None:
+        spacing, tokens = self._spacing, self._alone
+        if spacing is None or len(tokens) < 2:
+            return None
+        numbers, positions = self._starts[tokens] // spacing, self._positions[tokens]
+        first, last = int(numbers.min()), int(numbers.max())
+        lows = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+        low, end = int(lows.min()), int(positions.max()) + 1
+        if (last - first + 1) * (end - low) > _MOST_PADDING * int((positions + 1 - lows).sum()):
+            return None
+        keys = np.arange(low, end)
+        seen = np.ones((last - first + 1, end - low), dtype=np.bool_)
+        lines = numbers - first
+        seen[lines] = (keys <= positions[:, None]) & (keys >= lows[:, None])
+        if self._hidden is not None:
+            inside = self._hidden[(self._hidden >= first * spacing) & (self._hidden < (last + 1) * spacing)]
+            row, key = np.divmod(inside - first * spacing, spacing)
+            shown = (key >= low) & (key < end)
+            seen[row[shown], key[shown] - low] = False
+        return Decoding(
+            rows=slice(first * spacing, (last + 1) * spacing),
+            spacing=spacing,
+            keys=slice(low, end),
+            tokens=None if len(tokens) == len(self._starts) else torch.from_numpy(tokens).to(self._device),
+            lines=None if np.array_equal(lines, np.arange(len(seen))) else torch.from_numpy(lines).to(self._device),
+            mask=torch.from_numpy(seen)[:, None, None].to(self._device, non_blocking=True),
+        )
+
+    def _cut(self, window: int | None) -> list[Piece]:
+        pieces: list[Piece] = []
+        batched = self.decoding(window) is not None
+        bounds = np.flatnonzero(np.diff(self._starts, prepend=-1, append=-1))
+        for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            if batched and last - first == 1:
+                continue
+            start = int(self._starts[first])
+            positions = self._positions[first:last]
+            end = int(positions[-1]) + 1
+            whole = window is None or end <= window
+            hidden = self._hidden_between(start, start + end)
+            if whole and len(hidden) == 0 and len(positions) == end and end > 1:
+                pieces.append(Piece(slice(first, last), slice(start, start + end), None, causal=True))
+            else:
+                pieces += self._cut_row(first, start, positions, window)
+        return pieces
+
+    def _cut_row(self, first: int, start: int, positions: IntArray, window: int | None) -> list[Piece]:
+        pieces: list[Piece] = []
+        for i in range(0, len(positions), _QUERY_CHUNK):
+            queries = positions[i : i + _QUERY_CHUNK]
+            low = 0 if window is None else max(0, int(queries[0]) - window + 1)
+            end = int(queries[-1]) + 1
+            hidden = self._hidden_between(start + low, start + end) - (start + low)
+            mask = None
+            if len(queries) > 1 or len(hidden):
+                keys = np.arange(low, end)
+                seen = keys <= queries[:, None]
+                if window is not None:
+                    seen &= queries[:, None] - keys < window
+                seen[:, hidden] = False
+                mask = torch.from_numpy(seen).to(self._device, non_blocking=True)
+            places = slice(start + low, start + end)
+            pieces.append(Piece(slice(first + i, first + i + len(queries)), places, mask, causal=False))
+        return pieces
+
+    def _hidden_between(self, low: int, high: int) -> IntArray:
+        if self._hidden is None:
+            return np.empty(0, dtype=np.int64)
+        return self._hidden[np.searchsorted(self._hidden, low) : np.searchsorted(self._hidden, high)]
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    plan: AttentionPlan | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over arenas.
+
+    Args:
+        query: (1, H, n, P)
+        key: (C, H_kv, P), the arena that the cache object returned.
+        value: (C, H_kv, P)
+        attention_mask: must be None; the plan says who attends to what.
+        scaling: factor of the scores; None: P ** -0.5.
+        sliding_window: the block's window in tokens.
+        plan: the layout of the batch.
+
+    Returns:
+        (1, n, H, P), and no attention weights.
+
+    Raises:
+        UserError: the family uses an attention that is not computed here.
+        TypeError: the block was not run by the engine, or keeps the plan to itself.
+    """
+    if plan is None:
+        raise TypeError(f"the plan of the batch did not reach {type(module).__name__}: its block does not hand it on")
+    assert attention_mask is None, "the plan says who attends to what"
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} uses attention with {name}, which dynamax does not support")
+    _, heads, n, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if (decoding := plan.decoding(sliding_window)) is not None:
+        mask = plan.additive_mask(decoding, sliding_window, query.dtype)
+        decoded = _decode(decoding, mask, query, key, value, scaling)
+        if decoding.tokens is None:
+            return decoded, None
+        output = query.new_empty(1, n, heads, value.shape[-1]).index_copy_(1, decoding.tokens, decoded)
+    else:
+        output = query.new_empty(1, n, heads, value.shape[-1])
+    for piece in plan.pieces(sliding_window):
+        k = key[piece.places].transpose(0, 1).unsqueeze(0)  # (1, H_kv, places, P)
+        v = value[piece.places].transpose(0, 1).unsqueeze(0)
+        q = query[:, :, piece.queries]  # (1, H, queries, P)
+        if q.shape[2] == 1:
+            # The heads that share K and V become the queries of one head: no copies of K and V.
+            q = q.reshape(1, key.shape[1], groups, head_dim)
+            seen = None if piece.mask is None else piece.mask.expand(groups, -1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
+            output[:, piece.queries] = out.reshape(1, 1, heads, -1)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, piece.mask, is_causal=piece.causal, scale=scaling, enable_gqa=groups > 1
+            )
+            output[:, piece.queries] = out.transpose(1, 2)
+    return output, None
+
+
+def _decode(
+    decoding: Decoding, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    """(1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
+    heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
+    q = query[0].transpose(0, 1)  # (n, H, P)
+    if decoding.tokens is not None:
+        q = q.index_select(0, decoding.tokens)
+    if decoding.lines is not None:
+        q = q.new_zeros(len(mask), heads, head_dim).index_copy_(0, decoding.lines, q)
+    # The heads that share K and V become the queries of one head.
+    q = q.reshape(len(mask), kv_heads, heads // kv_heads, head_dim)
+    k, v = (
+        arena[decoding.rows].unflatten(0, (-1, decoding.spacing))[:, decoding.keys].transpose(1, 2)
+        for arena in (key, value)
+    )  # (S, H_kv, K, P)
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(len(mask), heads, -1)
+    if decoding.lines is not None:
+        out = out.index_select(0, decoding.lines)
+    return out.unsqueeze(0)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, ragged_attention)

@@ -1,0 +1,110 @@
+"""Blocks of the Llama kind in fewer operations than their family's own code takes.
+
+While few tokens are in flight, the host spends as long on starting operations as the machine on computing them.
+Norms, rotary embedding and plain linear layers are computed here; quantised layers and adapters are called as they
+are. Whether that gives what the family gives is checked at load, as for every backbone.
+
+n tokens in flight, D hidden, H heads, H_kv K/V heads, P head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.linear import applied, is_changed
+from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
+
+#: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
+_FAMILIES = {"Llama": False, "Mistral": True, "Qwen2": False, "Qwen3": False}
+
+#: K and V (n, H_kv, P) of the tokens in flight to the arenas (C, H_kv, P) that now hold them.
+Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class LeanBlock:
+    """Computes what one block of such a family computes."""
+
+    def __init__(self, module: Any, head_dim: int, window: int | None) -> None:
+        attn = module.self_attn
+        self._attention = attn
+        self._head_dim = head_dim
+        self._window = window
+        self._scaling = attn.scaling
+        self._norms = (module.input_layernorm, module.post_attention_layernorm)
+        self._projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        self._head_norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else None
+        self._output = attn.o_proj
+        self._gate, self._up, self._down = module.mlp.gate_proj, module.mlp.up_proj, module.mlp.down_proj
+        self._activation = module.mlp.act_fn
+        self._passed_over = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
+
+    @classmethod
+    def of(cls, module: Any, head_dim: int) -> LeanBlock | None:
+        """For a block of transformers; None where its family is not known to be of this kind."""
+        family = type(module).__name__.removesuffix("DecoderLayer")
+        if family not in _FAMILIES or not type(module).__module__.startswith("transformers.models."):
+            return None
+        attn = module.self_attn
+        parts = {"self_attn": "Attention", "mlp": "MLP"}
+        parts |= {"input_layernorm": "RMSNorm", "post_attention_layernorm": "RMSNorm"}
+        if any(type(getattr(module, name)).__name__ != family + kind for name, kind in parts.items()):
+            return None
+        window = getattr(attn.config, "sliding_window", None) if _FAMILIES[family] else None
+        return cls(module, head_dim, getattr(attn, "sliding_window", window))
+
+    @property
+    def may_replace(self) -> bool:
+        """False where somebody has hooked or replaced what this block would pass over."""
+        return not any(is_changed(part) for part in self._passed_over)
+
+    def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V (m, H_kv, P) that the block would write for (1, m, D) at angles as of :func:`turned`."""
+        normed = _normed(self._norms[0], hidden)
+        key, value = (applied(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections[1:])
+        if self._head_norms is not None:
+            key = self._head_norms[1](key)
+        return _rotated(key, cos, sin)[0], value[0]
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan) -> Tensor:
+        """The block's output (1, n, D) for its input (1, n, D) and angles (1, n, 1, P) as of :func:`turned`."""
+        normed = _normed(self._norms[0], hidden)
+        query, key, value = (
+            applied(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
+        )  # (1, n, heads, P)
+        if self._head_norms is not None:
+            query, key = self._head_norms[0](query), self._head_norms[1](key)
+        heads = query.shape[2]
+        rotated = _rotated(torch.cat((query, key), dim=2), cos, sin)
+        keys, values = write(rotated[0, :, heads:], value[0])
+        query = rotated[:, :, :heads].transpose(1, 2)
+        attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self._window, plan)
+        hidden = hidden + applied(self._output, attended.flatten(2))
+        normed = _normed(self._norms[1], hidden)
+        gated = self._activation(applied(self._gate, normed)).mul_(applied(self._up, normed))
+        return hidden + applied(self._down, gated)
+
+
+def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles (1, n, P) as :class:`LeanBlock` wants them, (1, n, 1, P): the sign is with the sine."""
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+    return cos.unsqueeze(2), signed.unsqueeze(2)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x cos + (-x2, x1) sin for halves x1, x2 of the last dimension; rounded where the families round."""
+    return (x * cos).add_(torch.roll(x, x.shape[-1] // 2, -1) * sin)
+
+
+def _normed(norm: Any, hidden: Tensor) -> Tensor:
+    weight = norm.weight
+    if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
+        # Narrower types are rounded between the family's steps; its own code does that right.
+        normed: Tensor = norm(hidden)
+        return normed
+    scale = hidden.square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
+    return (hidden * scale).mul_(weight)

@@ -1,0 +1,196 @@
+"""Drives the engine: continuous batching for generation, and parallel scoring.
+
+A row that finishes gives its place to the next request at once: its prompt is fed in the same pass in which
+the other rows decode. Rows in flight never depend on one another. What several requests begin with is run once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
+from dynamax_lm_eval.engine.engine import Engine, RowStates
+from dynamax_lm_eval.engine.prefixes import Beginning, PrefixRun, PrefixStore, find_prefixes
+from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
+from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
+
+#: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
+MAX_TOKENS_PER_PASS = 4096
+
+
+@dataclass
+class _Row:
+    """A generation in flight."""
+
+    index: int
+    request: GenerationRequest
+    slot: int
+    beginning: Beginning
+    generated: list[int] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+
+    def next_input(self) -> RowInput:
+        request, shared = self.request, self.beginning.tokens
+        first = len(request.prompt) + len(self.generated) - 1 if self.generated else shared
+        return RowInput(
+            ids=self.generated[-1:] or request.prompt[shared:],
+            first_position=first,
+            slot=self.slot,
+            prompt_length=len(request.prompt),
+            max_steps=request.max_new_tokens,
+            policy=request.policy,
+        )
+
+    def result(self) -> Generation:
+        request = self.request
+        trace = Trace(
+            prompt_tokens=len(request.prompt),
+            fed_tokens=len(request.prompt) + len(self.generated) - 1,
+            tokens_given=len(self.generated),
+            exit_layers=(*self.beginning.layers, *self.layers),
+            generated=True,
+            hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
+        )
+        return Generation(self.generated, trace, self.beginning.tokens)
+
+
+def generate(
+    engine: Engine,
+    requests: Sequence[GenerationRequest],
+    max_rows: int,
+    on_finished: Callable[[int, Generation], None],
+    share_prefixes: bool = True,
+) -> list[PrefixRun]:
+    """Generates for all requests with up to ``max_rows`` of them in flight.
+
+    ``on_finished`` is called with a request's index as soon as it is done, so that nothing is lost when a
+    run is interrupted.
+
+    Returns:
+        what was run for prefixes that requests share, beside what the requests' own generations tell.
+    """
+    needs = [len(request.prompt) + request.max_new_tokens for request in requests]
+    plan = find_prefixes([(r.prompt, len(r.prompt), r.policy) for r in requests], needs, share_prefixes)
+    pending = deque(plan.order)
+    longest = max(needs, default=1)
+    capacity = longest * min(max_rows, len(requests))
+    states = engine.new_states(capacity, plan.room, spacing=longest)
+    prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
+    rows: list[_Row] = []
+    while pending or rows:
+        rows += _admit(requests, needs, pending, states, prefixes, len(rows), max_rows)
+        rows.sort(key=lambda row: row.slot)  # neighbours in the states are neighbours in the batch
+        inputs = [row.next_input() for row in rows]
+        batch = FlatBatch.build(inputs)
+        sink = _LastLogits(len(rows), batch.layout.row_of)
+        with naming_request([row.index for row in rows]):
+            layers = engine.forward(batch, states, sink)
+        for row, chosen in zip(rows, batch.by_row(layers), strict=True):
+            row.layers += chosen
+        for row, token in zip(rows, _choose(rows, sink.logits()), strict=True):
+            row.generated.append(token)
+        running = []
+        for row in rows:
+            request = row.request
+            if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
+                states.close_row(row.slot)
+                on_finished(row.index, row.result())
+            else:
+                running.append(row)
+        rows = running
+    return prefixes.runs
+
+
+def generate_all(engine: Engine, requests: Sequence[GenerationRequest], max_rows: int) -> list[Generation]:
+    """As :func:`generate`: all results, in order of the requests."""
+    found: dict[int, Generation] = {}
+    generate(engine, requests, max_rows, found.__setitem__)
+    return [found[i] for i in range(len(requests))]
+
+
+def _admit(
+    requests: Sequence[GenerationRequest],
+    needs: Sequence[int],
+    pending: deque[int],
+    states: RowStates,
+    prefixes: PrefixStore,
+    in_flight: int,
+    max_rows: int,
+) -> list[_Row]:
+    """Starts waiting requests while there are rows, room and tokens in the pass for them."""
+    opened: list[tuple[int, int]] = []  # (request, slot)
+    budget = MAX_TOKENS_PER_PASS - in_flight
+    while pending and in_flight + len(opened) < max_rows:
+        index = pending[0]
+        length = len(requests[index].prompt) - prefixes.plan.shared_tokens(index)
+        if length > budget and (in_flight or opened):
+            break
+        slot = states.open_row(needs[index])
+        if slot is None:
+            break
+        pending.popleft()
+        budget -= length
+        opened.append((index, slot))
+    beginnings = prefixes.begin([index for index, _ in opened], [slot for _, slot in opened])
+    return [
+        _Row(index, requests[index], slot, beginning)
+        for (index, slot), beginning in zip(opened, beginnings, strict=True)
+    ]
+
+
+def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
+    """The next token of every row, from logits (R, V).
+
+    Raises:
+        NotFiniteError: the logits of a row are not numbers.
+        ChoiceError: its sampler cannot choose.
+    """
+    best = logits.max(dim=-1)
+    greedy = best.indices.tolist()
+    tokens: list[int] = []
+    for i, (row, value) in enumerate(zip(rows, best.values.tolist(), strict=True)):
+        if not math.isfinite(value):  # the maximum of a row with a NaN is NaN
+            raise NotFiniteError(row.index)
+        sampler = row.request.sampler
+        if sampler.is_plain_greedy:
+            tokens.append(greedy[i])
+        else:
+            try:
+                tokens.append(sampler.next_token([*row.request.prompt, *row.generated], logits[i]))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise ChoiceError(row.index, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    return tokens
+
+
+class _LastLogits:
+    """Keeps the logits of each row's only wanted token."""
+
+    def __init__(self, num_rows: int, row_of: IntArray) -> None:
+        self._row_of = row_of
+        self._parts: list[Tensor] = []
+        self._rows: list[IntArray] = []
+        self._num_rows = num_rows
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        return logits
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        self._rows.append(self._row_of[tokens])
+        self._parts.append(reduced)
+
+    def logits(self) -> Tensor:
+        """(R, V) float32, in order of the rows."""
+        rows = np.concatenate(self._rows)
+        assert sorted(rows.tolist()) == list(range(self._num_rows)), "every row is read out once"
+        order = torch.from_numpy(np.argsort(rows))
+        joined = torch.cat(self._parts).float()
+        return joined[order.to(joined.device)]

@@ -1,0 +1,69 @@
+"""What the engine is asked, and what it answers: token ids in, token ids, log-probabilities and traces out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt and what to do with it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at least 1.
+        policy: when its tokens exit.
+        sampler: chooses its tokens.
+        is_finished: called with the generated ids after each token; True ends the generation.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    policy: ExitPolicy
+    sampler: Sampler
+    is_finished: Callable[[list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generated ids (the token that ended it included) and what that takes, were the request alone.
+
+    ``shared_tokens``: so many tokens at the beginning were taken from a prefix that ran before.
+    """
+
+    tokens: list[int]
+    trace: Trace
+    shared_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """A text to score.
+
+    Attributes:
+        ids: the tokens that are fed: context and continuation without its last token.
+        context_length: how many of them are context, at least one.
+        targets: for each position from context_length - 1 on, the tokens whose probability is asked: one,
+            and at the last position one per continuation that differs only there.
+        policy: when its tokens exit.
+    """
+
+    ids: Sequence[int]
+    context_length: int
+    targets: Sequence[Sequence[int]]
+    policy: ExitPolicy
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Log-probabilities and arg-maxes at the positions asked for; the rest as in :class:`Generation`."""
+
+    log_probs: list[list[float]]  # as targets
+    greedy_tokens: list[int]
+    trace: Trace
+    shared_tokens: int = 0

@@ -1,0 +1,149 @@
+"""Scores texts through the exits, each in one parallel pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
+from dynamax_lm_eval.engine.engine import Engine, RowStates
+from dynamax_lm_eval.engine.generation import MAX_TOKENS_PER_PASS
+from dynamax_lm_eval.engine.prefixes import PrefixPlan, PrefixRun, PrefixStore, find_prefixes
+from dynamax_lm_eval.engine.requests import Scoring, ScoringRequest
+from dynamax_lm_eval.errors import NotFiniteError, naming_request
+
+
+def score(
+    engine: Engine,
+    requests: Sequence[ScoringRequest],
+    max_rows: int,
+    on_finished: Callable[[int, Scoring], None],
+    softmax_dtype: torch.dtype | None = None,
+    share_prefixes: bool = True,
+) -> list[PrefixRun]:
+    """Scores all requests through the exits, each in one parallel pass.
+
+    A token's exit depends only on earlier layers of earlier tokens, so the pass gives what feeding the
+    tokens one by one would. ``softmax_dtype`` is that of the log-softmax (None: that of the logits).
+
+    Returns:
+        as :func:`generate`.
+    """
+    lengths = [len(request.ids) for request in requests]
+    plan = find_prefixes([(r.ids, r.context_length, r.policy) for r in requests], lengths, share_prefixes)
+    passes = _passes(plan, lengths, max_rows)
+    capacity = max((sum(lengths[i] for i in members) for members in passes), default=1)
+    states = engine.new_states(capacity, plan.room)
+    prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
+    for members in passes:
+        slots = [_open(states, lengths[i]) for i in members]
+        beginnings = prefixes.begin(members, slots)
+        inputs = [
+            RowInput(
+                ids=requests[i].ids[beginning.tokens :],
+                first_position=beginning.tokens,
+                slot=slot,
+                prompt_length=requests[i].context_length,
+                max_steps=len(requests[i].targets),
+                policy=requests[i].policy,
+            )
+            for i, slot, beginning in zip(members, slots, beginnings, strict=True)
+        ]
+        batch = FlatBatch.build(inputs)
+        sink = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
+        with naming_request(members):
+            layers = engine.forward(batch, states, sink)
+        answers = zip(members, slots, beginnings, sink.by_row(), batch.by_row(layers), strict=True)
+        for i, slot, beginning, scores, chosen in answers:
+            states.close_row(slot)
+            if any(math.isnan(value) for line in scores[0] for value in line):
+                raise NotFiniteError(i)
+            trace = Trace(
+                prompt_tokens=requests[i].context_length,
+                fed_tokens=len(requests[i].ids),
+                tokens_given=len(requests[i].targets),
+                exit_layers=(*beginning.layers, *chosen),
+                generated=False,
+            )
+            on_finished(i, Scoring(*scores, trace, beginning.tokens))
+    return prefixes.runs
+
+
+def score_all(engine: Engine, requests: Sequence[ScoringRequest], max_rows: int) -> list[Scoring]:
+    """As :func:`score`: all results, in order of the requests."""
+    found: dict[int, Scoring] = {}
+    score(engine, requests, max_rows, found.__setitem__)
+    return [found[i] for i in range(len(requests))]
+
+
+def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[list[int]]:
+    """Requests for each scoring pass: in the plan's order, bounded in rows and tokens."""
+    passes: list[list[int]] = []
+    tokens = 0
+    for i in plan.order:
+        fed = lengths[i] - plan.shared_tokens(i)
+        if not passes or len(passes[-1]) >= max_rows or tokens + fed > MAX_TOKENS_PER_PASS:
+            passes.append([])
+            tokens = 0
+        passes[-1].append(i)
+        tokens += fed
+    return passes
+
+
+def _open(states: RowStates, length: int) -> int:
+    slot = states.open_row(length)
+    assert slot is not None, "the states were made for the largest pass"
+    return slot
+
+
+class _TargetScores:
+    """Keeps, for each wanted token, the log-probabilities of its targets and the arg-max."""
+
+    def __init__(
+        self,
+        batch: FlatBatch,
+        targets: Sequence[Sequence[Sequence[int]]],
+        device: torch.device,
+        softmax_dtype: torch.dtype | None,
+    ) -> None:
+        self._targets = targets
+        self._dtype = softmax_dtype
+        self._row_of = batch.layout.row_of
+        self._wanted = np.flatnonzero(batch.wanted)
+        flat = [asked for row in targets for asked in row]
+        assert len(flat) == len(self._wanted)
+        width = max(len(asked) for asked in flat)
+        table = np.zeros((len(batch), width), dtype=np.int64)
+        for token, asked in zip(self._wanted, flat, strict=True):
+            table[token, : len(asked)] = asked
+        self._table = torch.from_numpy(table).to(device)
+        # One table for log-probabilities and arg-maxes: float32 holds every token id below 2**24.
+        self._scores = torch.empty(len(batch), width + 1, device=device)
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        asked = self._table[torch.from_numpy(tokens).to(logits.device)]  # (T, width)
+        # As the harness: in the dtype asked for, outside autocast.
+        with torch.autocast(logits.device.type, enabled=False):
+            log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, asked)
+        return torch.cat([log_probs.float(), logits.argmax(dim=-1, keepdim=True).float()], dim=1)
+
+    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+        self._scores[torch.from_numpy(tokens).to(reduced.device)] = reduced
+
+    def by_row(self) -> list[tuple[list[list[float]], list[int]]]:
+        """For each row: log-probabilities as its targets, and the arg-max at each position."""
+        table = self._scores[torch.from_numpy(self._wanted).to(self._scores.device)].tolist()
+        results, start = [], 0
+        for row in self._targets:
+            lines = table[start : start + len(row)]
+            log_probs = [line[: len(asked)] for line, asked in zip(lines, row, strict=True)]
+            results.append((log_probs, [int(line[-1]) for line in lines]))
+            start += len(row)
+        return results

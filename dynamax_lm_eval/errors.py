@@ -1,0 +1,61 @@
+"""Errors of the engine that their catcher has to put a document to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+class RequestError(Exception):
+    """One request cannot be answered.
+
+    Attributes:
+        index: which of the requests given to ``generate`` or ``score``; from ``Engine.forward``, which of its rows.
+    """
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
+
+
+class NotFiniteError(RequestError, ArithmeticError):
+    """The model computed logits or confidences that are not numbers; nothing may be made of them.
+
+    ``what``: is not finite.
+    """
+
+    def __init__(self, index: int, what: str = "logits") -> None:
+        super().__init__(index, f"{what} of request {index} are not finite")
+        self.what = what
+
+
+class ChoiceError(RequestError):
+    """The request's logits processors failed, or left no token to choose."""
+
+
+@contextmanager
+def naming_request(requests: Sequence[int]) -> Iterator[None]:
+    """Turns an error of a row of a batch into one of the request that the row belongs to."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(requests[error.index], error.what) from error
+
+
+class UserError(ValueError):
+    """Bad input of the user: the message is one line that names the rule, the value and the remedy."""
+
+
+def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Every setting that differs, with both values, for an error message; empty where none does."""
+    names = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
+    return ", ".join(f"{name} ({stored.get(name)!r}, now {now.get(name)!r})" for name in names)
+
+
+def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, shown: Collection[str]) -> str:
+    """The error message: the nearest known name, or else those of ``shown``, introduced by ``shown_as``."""
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"{shown_as}: {', '.join(shown)}"
+    return f"unknown {what} {name!r}; {hint}"

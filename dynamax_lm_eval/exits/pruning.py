@@ -1,0 +1,99 @@
+"""Which blocks pruning disables, and the file of block distances that ``prune_strategy=angular`` reads.
+
+Gromov et al. 2024 (arXiv 2403.17887): the angular distance between the input of block l and that of block l + n,
+arccos(x_l . x_{l+n} / |x_l| |x_{l+n}|) / pi, at the last token of a text and averaged over texts, says how much blocks
+l .. l + n - 1 do; those of the least distance are disabled. Knows files and numbers; runs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dynamax_lm_eval import config
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.files import JsonFormat
+from dynamax_lm_eval.models.fingerprint import Fingerprints
+
+FORMAT = JsonFormat(
+    name="dynamax-prune-profile",
+    version=1,
+    what="a file of dynamax-lm-eval prune-profile",
+    remedy="make it: dynamax-lm-eval prune-profile --backbone ...",
+    by_hand=True,
+)
+
+
+@dataclass(frozen=True)
+class PruneProfile:
+    """Distances of one backbone.
+
+    Attributes:
+        backbone: as the user named it.
+        fingerprint: of its weights.
+        num_layers: L.
+        distances: distances[n - 1][l - 1] is that of blocks l .. l + n - 1, for n = 1 .. L - 1; in [0, 1].
+        texts: how many were averaged over.
+        tokens: of each text.
+        dataset: where they are from.
+    """
+
+    backbone: str
+    fingerprint: str
+    num_layers: int
+    distances: list[list[float]]
+    texts: int
+    tokens: int
+    dataset: str
+
+    def blocks(self, count: int) -> frozenset[int]:
+        """The ``count`` blocks in a row (1-based) with the least distance; the first of equals."""
+        if not 1 <= count <= len(self.distances):
+            raise UserError(
+                f"prune_layers={count} must be at most {len(self.distances)} for this backbone of {self.num_layers} "
+                "blocks"
+            )
+        row = self.distances[count - 1]
+        first = row.index(min(row)) + 1
+        return frozenset(range(first, first + count))
+
+    def save(self, path: Path) -> None:
+        FORMAT.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> PruneProfile:
+        """Raises UserError where the file is missing or is no such profile."""
+        try:
+            return cls(**FORMAT.read(path, f"prune_profile={str(path)!r}"))
+        except TypeError as error:
+            raise UserError(f"prune_profile={str(path)!r} is damaged ({error}); {FORMAT.remedy}") from error
+
+
+def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
+    """The blocks (1-based) that a run disables on a backbone of ``num_layers`` blocks.
+
+    Raises:
+        UserError: there are no such blocks, or the profile is of a backbone of another depth.
+    """
+    if args.prune_strategy != "angular":
+        return config.resolve_pruned_blocks(args.prune_layers, num_layers)
+    assert args.prune_profile is not None and isinstance(args.prune_layers, int)
+    profile = PruneProfile.load(Path(args.prune_profile).expanduser())
+    if profile.num_layers != num_layers:
+        raise UserError(
+            f"prune_profile={args.prune_profile!r} is of {profile.backbone!r} with {profile.num_layers} blocks; this "
+            f"backbone has {num_layers}; make one: dynamax-lm-eval prune-profile --backbone ..."
+        )
+    return profile.blocks(args.prune_layers)
+
+
+def check_profile(path: str, fingerprints: Fingerprints) -> None:
+    """Raises UserError where a profile was measured on other weights than these."""
+    profile = PruneProfile.load(Path(path).expanduser())
+    if profile.fingerprint not in (fingerprints.current, *fingerprints.former):
+        raise UserError(
+            f"prune_profile={path!r} was measured on other weights ({profile.backbone!r}, fingerprint "
+            f"{profile.fingerprint[:12]}, here {fingerprints.current[:12]}); make one for this backbone: "
+            "dynamax-lm-eval prune-profile --backbone ..., or name the blocks: prune_layers=[...]"
+        )

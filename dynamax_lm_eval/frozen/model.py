@@ -1,0 +1,92 @@
+"""Loads a frozen backbone to read text with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from dynamax_lm_eval.engine.parity import checked_engine, engine_without_weights
+from dynamax_lm_eval.exits.checkpoint import BackboneIdentity
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models.fingerprint import files_fingerprints, model_fingerprints
+from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+
+
+@dataclass(frozen=True)
+class FrozenBackbone:
+    """The frozen model, its tokenizer, and what a checkpoint says of it."""
+
+    engine: Any
+    tokenizer: Any
+    identity: BackboneIdentity
+    activation: str
+    dtype: str
+    #: Fingerprints that earlier versions made of its weights.
+    former: tuple[str, ...] = ()
+
+
+def _read_config(options: TrainingOptions, run: RunOptions) -> Any:
+    """The backbone's configuration, before any weights."""
+    config = loading.load_config(aliases.resolve(options.backbone), options.backbone, _load_options(run))
+    loading.check_architecture(config)
+    return config
+
+
+def _load_options(run: RunOptions) -> dict[str, Any]:
+    """Arguments of transformers' ``from_pretrained``."""
+    return {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
+
+
+def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.device | None = None) -> FrozenBackbone:
+    """Loads the backbone that ``options`` name, and compares the layer loop with its forward.
+
+    Raises:
+        UserError: it cannot be had, or cannot be run block by block.
+    """
+    if device is None:
+        device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    config, source = _read_config(options, run), aliases.resolve(options.backbone)
+    dtype = _dtype(options.dtype, device)
+    shared = _load_options(run)
+    engine_without_weights(config, shared, options.seq_len)
+    name = f"--backbone {options.backbone!r}"
+    with loading.naming(f"the tokenizer of {name}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+    models = loading.CompleteModels(transformers.AutoModelForCausalLM, lambda _: name)
+    model = models.from_pretrained(source, dtype=dtype, **shared)
+    model = model.to(device).eval().requires_grad_(False)
+    # Rows are cut by --seq_len; the tokenizer's own limit is none of this run's.
+    tokenizer.model_max_length = int(1e30)
+    engine = checked_engine(model, ExitPolicy(int(config.get_text_config().num_hidden_layers)), options.seq_len)
+    text = config.get_text_config()
+    fingerprints = files_fingerprints(source, shared) or model_fingerprints(model)
+    return FrozenBackbone(
+        engine=engine,
+        tokenizer=tokenizer,
+        identity=BackboneIdentity(
+            id=aliases.HUB_ALIASES.get(options.backbone, options.backbone),
+            revision=run.revision or "main",
+            model_type=config.model_type,
+            hidden_size=int(text.hidden_size),
+            num_layers=int(text.num_hidden_layers),
+            fingerprint=fingerprints.current,
+        ),
+        activation=str(getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"),
+        dtype=str(dtype).removeprefix("torch."),
+        former=fingerprints.former,
+    )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the hardware computes with it, else float32."""
+    if name != "auto":
+        chosen: torch.dtype = getattr(torch, name)
+        return chosen
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if supported else torch.float32

@@ -1,0 +1,66 @@
+"""What exits show on held-out text: confidences and whether they would have been right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
+from dynamax_lm_eval.frozen.passes import FrozenPass
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What each of T held-out tokens showed at each of E exits."""
+
+    lengths: tuple[int, ...]  # of the rows, T in all
+    within_k: BoolArray  # (E, T) label
+    agrees: BoolArray  # (E, T) the full model's best token
+    confidences: dict[str, FloatArray]  # kind -> (E, T)
+
+
+@torch.no_grad()
+def observe(
+    frozen: FrozenPass, classifiers: ExitClassifiers, rows: Sequence[Sequence[int]], tokens_at_once: int
+) -> Observations:
+    """Runs held-out rows through the backbone and all classifiers."""
+    within, agrees = [], []
+    confidences: dict[str, list[FloatArray]] = {kind: [] for kind in classifiers.kinds}
+    for part in _parts(rows, tokens_at_once):
+        batch = frozen.run(part)
+        positions = torch.arange(batch.rows.num_tokens, device=frozen.backbone.device)
+        labels = frozen.label(batch, positions, classifiers)
+        within.append(labels.within_k.cpu().numpy())
+        agrees.append(labels.agrees.cpu().numpy())
+        for kind in classifiers.kinds:
+            found = [
+                confidence_of(classifiers.at(kind, layer)(batch.exits[layer].float(), batch.rows)[0])
+                for layer in frozen.exit_layers
+            ]
+            confidences[kind].append(torch.stack(found).double().cpu().numpy())
+    return Observations(
+        tuple(len(row) for row in rows),
+        np.concatenate(within, axis=1),
+        np.concatenate(agrees, axis=1),
+        {kind: np.concatenate(parts, axis=1) for kind, parts in confidences.items()},
+    )
+
+
+def _parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
+    """Rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
+    parts: list[list[Sequence[int]]] = []
+    room = 0
+    for row in rows:
+        if not parts or len(row) > room:
+            parts.append([])
+            room = tokens_at_once
+        parts[-1].append(row)
+        room -= len(row)
+    return parts

@@ -1,0 +1,1 @@
+"""Everything between lm-evaluation-harness and the engine: requests in, answers and compute out."""

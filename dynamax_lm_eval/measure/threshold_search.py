@@ -1,0 +1,155 @@
+"""Thresholds per exit, chosen together from one recorded pass: the best agreement at every amount of compute.
+
+A token leaves at the first exit whose confidence reaches that exit's threshold. What it would have been worth at every
+exit is recorded (does the exit's token agree with the full model's?), and so is what leaving there costs; so any
+thresholds can be tried without running the model. What is not seen: the states that early tokens leave behind.
+Knows numbers and the file that holds the result. E exits, N tokens; index E stands for no exit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.files import JsonFormat
+
+Floats = npt.NDArray[np.float64]
+
+FORMAT = JsonFormat(
+    name="dynamax-exit-thresholds",
+    version=1,
+    what="a file of dynamax-lm-eval exit-thresholds",
+    remedy="make it: dynamax-lm-eval exit-thresholds --backbone ...",
+    by_hand=True,
+)
+#: Thresholds are multiples of 1 / STEPS.
+STEPS = 200
+_MOST_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What tokens showed.
+
+    Attributes:
+        confidence: (E, N).
+        agrees: (E + 1, N) in {0, 1}; the last row is 1.
+        cost: (E + 1,) fraction of the full model's compute for a token that leaves there.
+        row: (N,) the text that each token belongs to.
+    """
+
+    confidence: Floats
+    agrees: Floats
+    cost: Floats
+    row: npt.NDArray[np.int64]
+
+    def of_rows(self, rows: npt.NDArray[np.bool_]) -> Recorded:
+        """Only the tokens of some texts."""
+        chosen = rows[self.row]
+        return Recorded(self.confidence[:, chosen], self.agrees[:, chosen], self.cost, self.row[chosen])
+
+
+def exits_at(recorded: Recorded, thresholds: Floats) -> npt.NDArray[np.int64]:
+    """Index (N,) of the exit at which each token leaves. ``thresholds``: (E,), or (E, N) for one per token."""
+    bounds = thresholds[:, None] if thresholds.ndim == 1 else thresholds
+    passes = np.vstack([(recorded.confidence >= bounds) & (bounds < 1), np.ones((1, recorded.confidence.shape[1]))])
+    left: npt.NDArray[np.int64] = passes.argmax(axis=0)
+    return left
+
+
+def outcome(recorded: Recorded, thresholds: Floats) -> tuple[float, float]:
+    """(agreement, fraction of compute), means over tokens."""
+    left = exits_at(recorded, thresholds)
+    return float(recorded.agrees[left, np.arange(len(left))].mean()), float(recorded.cost[left].mean())
+
+
+def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
+    """Thresholds (E,) that no change of a single one makes better: agreement - price * fraction is locally largest.
+
+    Given the others, the best threshold of one exit is found exactly: tokens that reach it gain by leaving there
+    instead of later, and the sum of gains above a threshold is largest at one of the multiples of 1 / STEPS.
+    """
+    exits = len(recorded.confidence)
+    bins = np.minimum((recorded.confidence * STEPS).astype(np.int64), STEPS - 1)
+    value = recorded.agrees - price * recorded.cost[:, None]  # (E + 1, N)
+    best: Floats = thresholds.copy()
+    for _ in range(_MOST_ROUNDS):
+        before = best.copy()
+        for e in reversed(range(exits)):
+            others = best.copy()
+            others[e] = 1.0  # nobody leaves here
+            later = exits_at(recorded, others)
+            reach = later > e
+            gain = value[e, reach] - value[later[reach], np.flatnonzero(reach)]
+            by_bin = np.bincount(bins[e, reach], weights=gain, minlength=STEPS)
+            above = np.append(np.cumsum(by_bin[::-1])[::-1], 0.0)  # gains of threshold k / STEPS; the last: never
+            best[e] = (STEPS - np.argmax(above[::-1])) / STEPS  # the highest of equals
+        if np.array_equal(best, before):
+            break
+    return best
+
+
+def best_path(recorded: Recorded, prices: Floats) -> list[tuple[float, ...]]:
+    """Thresholds for rising prices of compute, by rising savings; equal ones once."""
+    found: dict[tuple[float, ...], float] = {}
+    thresholds = np.ones(len(recorded.confidence))
+    for price in np.sort(prices):
+        thresholds = improved(recorded, float(price), thresholds)
+        if thresholds.min() < 1:
+            found[tuple(thresholds.round(6).tolist())] = outcome(recorded, thresholds)[1]
+    return sorted(found, key=lambda chosen: -found[chosen])
+
+
+def agreement_at(curve: list[tuple[float, float]], fraction: float) -> float:
+    """Agreement of a curve of (agreement, fraction), which begins at the full model, at a fraction; NaN beyond it."""
+    points = sorted([*((cost, right) for right, cost in curve), (1.0, 1.0)])
+    x, y = (np.asarray(column) for column in zip(*points, strict=True))
+    return float(np.interp(fraction, x, y, left=np.nan, right=np.nan))
+
+
+@dataclass(frozen=True)
+class ThresholdPath:
+    """Thresholds per exit from the most careful to the most saving, and what they promise on held-out text.
+
+    Attributes:
+        backbone: as the user named it.
+        scorer: kind of classifier.
+        exit_layers: the exits.
+        path: a dict for each: ``thresholds``, ``agreement`` and ``compute_reduction`` on texts that were not searched.
+        shared: the same for one threshold at all exits.
+        gains: agreement of both at some reductions, their difference and its standard error over texts.
+        tokens: of the texts, searched and not.
+        dataset: where they are from.
+    """
+
+    backbone: str
+    fingerprint: str
+    scorer: str
+    state_mode: str
+    exit_layers: list[int]
+    path: list[dict[str, Any]]
+    shared: list[dict[str, Any]]
+    gains: list[dict[str, float]]
+    tokens: int
+    dataset: str
+
+    @property
+    def thresholds(self) -> list[tuple[float, ...]]:
+        """All of the path, the most careful first."""
+        return [tuple(point["thresholds"]) for point in self.path]
+
+    def save(self, path: Path) -> None:
+        FORMAT.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> ThresholdPath:
+        """Raises UserError where the file is missing or is no such path."""
+        try:
+            return cls(**FORMAT.read(path, f"--per_exit {path}"))
+        except TypeError as error:
+            raise UserError(f"--per_exit {path} is damaged ({error}); {FORMAT.remedy}") from error

@@ -1,0 +1,1 @@
+"""What is loaded: names, files, configurations and their fingerprints."""

@@ -1,0 +1,73 @@
+"""Micro-batches of training text, and the place in the data from which a resumed training goes on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.frozen.text import Documents
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: the next token is ``offset`` of document ``document`` in epoch ``epoch``."""
+
+    epoch: int = 0
+    document: int = 0
+    offset: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class MicroBatches:
+    """Endless micro-batches of exactly ``num_tokens`` tokens: rows of at most ``seq_len``, each of one document."""
+
+    def __init__(self, documents: Documents, num_tokens: int, seq_len: int, start: Position | None = None) -> None:
+        self._documents = documents
+        self._num_tokens = num_tokens
+        self._seq_len = seq_len
+        #: Where the next micro-batch begins.
+        self.position = start or Position()
+        self._stream: Iterator[tuple[Position, list[int]]] | None = None
+        self._document: list[int] = []
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return self
+
+    def __next__(self) -> list[list[int]]:
+        rows: list[list[int]] = []
+        room = self._num_tokens
+        while room:
+            if self.position.offset >= len(self._document):
+                self._open_next()
+            position = self.position
+            row = self._document[position.offset : position.offset + min(room, self._seq_len)]
+            self.position = Position(position.epoch, position.document, position.offset + len(row))
+            room -= len(row)
+            rows.append(row)
+        return rows
+
+    def _open_next(self) -> None:
+        if self._stream is None:
+            self._stream = self._from(self.position)
+        self.position, self._document = next(self._stream)
+
+    def _from(self, start: Position) -> Iterator[tuple[Position, list[int]]]:
+        """Documents with text left, and where to begin in them, over epochs without end."""
+        for epoch in itertools.count(start.epoch):
+            first = start.document if epoch == start.epoch else 0
+            found = False
+            for number, tokens in enumerate(self._documents(epoch, first), first):
+                offset = start.offset if (epoch, number) == (start.epoch, start.document) else 0
+                if len(tokens) > offset:
+                    found = True
+                    yield Position(epoch, number, offset), tokens
+            if not found and first == 0 and start.offset == 0:
+                raise UserError("there is no text to train on; check --dataset, --text_column and --eval_tokens")
+            logger.info("All text was seen %d times; going on with it in another order", epoch + 1)
