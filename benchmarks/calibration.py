@@ -60,13 +60,13 @@ def main() -> None:
     args = parser.parse_args()
 
     (task,) = collect.read([args.sweep], max_degenerate=1.0)
-    lines = {name: points for name, points in task.lines().items() if points[0].family == "exits"}
-    points = lines[args.line] if args.line else next(iter(lines.values()))
+    lines = {name: points for name, points in task.lines().items() if points[0].kind == "exits"}
+    points = lines[args.series] if args.series else next(iter(lines.values()))
     points = points[::-1]  # the most careful first
     hashes = [sample["doc_hash"] for sample in task.full.samples]
     rows = []
     candidates = [
-        {"threshold": point.value, "compute_reduction": reduction(points, i, list(range(len(hashes))))}
+        {"threshold": point.x, "compute_reduction": reduction(points, i, list(range(len(hashes))))}
         for i, point in enumerate(points)
     ]
     for loss in args.loss.split(","):

@@ -62,7 +62,7 @@ def policies(args: argparse.Namespace, folder: str | None) -> dict[str, DynamaxA
 
 def evaluate(lm: DynamaxLM, policy: DynamaxArgs, task: Any, name: str, manager: TaskManager, limit: int) -> Any:
     """One row and the texts."""
-    lm.follow(policy)
+    lm.use_policy(policy)
     results = lm_eval.simple_evaluate(
         lm, tasks=[task], task_manager=manager, bootstrap_iters=0, limit=limit, log_samples=True
     )

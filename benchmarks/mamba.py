@@ -34,7 +34,7 @@ def make_model(args: argparse.Namespace) -> Any:
     # Wide enough that the arg-max is not decided by rounding.
     sizes |= {"state_size": args.state_size, "expand": 2, "initializer_range": 0.2}
     config: Any
-    if args.family == "mamba2":
+    if args.kind == "mamba2":
         heads = 2 * args.hidden_size // args.head_dim
         config = transformers.Mamba2Config(num_heads=heads, head_dim=args.head_dim, n_groups=args.groups, **sizes)
     else:

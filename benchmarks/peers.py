@@ -1,4 +1,4 @@
-"""Decoding with forced exits against the CALM technique of the package economize, which runs in its own environment.
+"""DecodeBatch with forced exits against the CALM technique of the package economize, which runs in its own environment.
 
     python -m venv peer && peer/bin/pip install torch transformers economize==0.3.2
     python benchmarks/peers.py --peer-python peer/bin/python --backbone smollm2-gguf --batch-sizes 1 16
@@ -34,7 +34,7 @@ def prompts_for(args: argparse.Namespace, vocabulary: int) -> list[list[int]]:
 
 
 def timed(run: Any, repeats: int) -> dict[str, Any]:
-    """Seconds of each repeat after one that warms up, and the tokens."""
+    """Seconds of each repeat after one that warmup_tokens up, and the tokens."""
     tokens = run()
     seconds = []
     for _ in range(repeats):
@@ -144,7 +144,7 @@ def main() -> None:
         tokens: dict[str, Any] = {}
         for turn in range(args.rounds):
             for side in sorted(sides, reverse=bool(turn % 2)):
-                given = {"side": side, "folder": aliases.resolve(args.backbone), "batch-size": batch_size}
+                given = {"side": side, "folder": aliases.resolve_backbone(args.backbone), "batch-size": batch_size}
                 given |= {"layer": args.layer, "prompt-tokens": args.prompt_tokens, "repeats": args.repeats}
                 given |= {"new-tokens": args.new_tokens}
                 command = [sides[side], __file__, *(f"--{name}={value}" for name, value in given.items())]

@@ -60,7 +60,7 @@ def label(args: DynamaxArgs) -> str:
 
 
 def evaluate(lm: DynamaxLM, args: DynamaxArgs, task: dict[str, Any], manager: TaskManager) -> dict[str, Any]:
-    lm.follow(args)
+    lm.use_policy(args)
     results = lm_eval.simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=False)
     assert results is not None
     compute = results["compute"]["by_task"][NAME]

@@ -123,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
 
     requests = SCENARIOS[args.scenario](args)
-    folder = aliases.resolve(args.backbone)
+    folder = aliases.resolve_backbone(args.backbone)
     if args.memory_of:
         lm = models_of(args, folder, args.batch_sizes[0])[args.memory_of]()
         timed(lm, requests)

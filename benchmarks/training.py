@@ -77,7 +77,7 @@ def main() -> None:
             if frozen.backbone.device.type == "cuda":
                 torch.cuda.synchronize()
             taken = time.perf_counter() - start
-            if repeat:  # the first round warms up
+            if repeat:  # the first round warmup_tokens up
                 seconds[name].append(taken)
                 print(f"{name}: {taken:.2f} s", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval import config as arguments
-from dynamax_lm_eval.budget.runner import Pacing
+from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
 from dynamax_lm_eval.compute.repetition import ends_in_repetition
 from dynamax_lm_eval.config import DynamaxArgs
@@ -45,7 +45,7 @@ from dynamax_lm_eval.harness import evaluate as harness
 from dynamax_lm_eval.harness.certificate import CertifiedRun
 from dynamax_lm_eval.harness.generation import GenerationSettings
 from dynamax_lm_eval.harness.ledger import ResponseLedger
-from dynamax_lm_eval.harness.requests import GenerationJob
+from dynamax_lm_eval.harness.requests import PreparedGeneration
 from dynamax_lm_eval.harness.stopping import StopStrings
 from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.models.fingerprint import (
@@ -73,7 +73,7 @@ harness.install()
 
 
 @dataclass(frozen=True)
-class Setting:
+class RequestSettings:
     """What decides how a request is answered, beside the request itself."""
 
     policy: ExitPolicy
@@ -102,7 +102,9 @@ class DynamaxLM(HFLM):
         self.args, passed_on = arguments.parse_model_args(given, _harness_arguments())
         self._loaded = self.args
         passed_on["trust_remote_code"] = loading.trusts_remote_code(passed_on)
-        source = aliases.resolve(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
+        source = (
+            aliases.resolve_backbone(self.args.backbone, passed_on.get("subfolder") or "") if loaded is None else ""
+        )
         config = loaded.config if loaded is not None else loading.load_config(source, self.args.backbone, passed_on)
         loading.check_architecture(config)
         if self.args.mamba_kernels is not None and not loading.is_recurrent(config):
@@ -117,7 +119,7 @@ class DynamaxLM(HFLM):
         self._weights_from = (loaded, source, dict(passed_on))
         draft = None if loaded is not None else self._engine_without_weights(config, passed_on)
         # Runs without exits need not read the weights twice.
-        needed = checkpoint.might_be_needed(self.args) or self.args.certificate or self.args.prune_profile
+        needed = checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile
         self._fingerprints = self._files_fingerprints() if needed else None
         self.exits = checkpoint.for_run(self.args, config, self._fingerprints)
         self.certified = self._certified_run(config, self._fingerprints.current if self._fingerprints else None)
@@ -152,7 +154,7 @@ class DynamaxLM(HFLM):
         loading.check_token_ids(self._token_arguments, self.engine.backbone.num_embeddings)
         if self.certified is not None:
             self.certified.certificate.check_model(self.identity())
-        self.pacing = Pacing(self.args, self.policy, self.engine)
+        self.budget = BudgetRunner(self.args, self.policy, self.engine)
         #: Of the requests whose tokens are scored next (task and document of each).
         self._documents: list[Document] = []
         self._warn_of_read_cost()
@@ -166,14 +168,14 @@ class DynamaxLM(HFLM):
         if self.args.certificate is None:
             return None
         policy, _ = self._policy_for(self.args, config)
-        path, certificate = certificates.resolve(
+        path, certificate = certificates.find_certificate(
             self.args.certificate, self.args.backbone, fingerprint, self.exits, policy.describe()
         )
         self.args = replace(self.args, threshold=tuple(certificate.thresholds))
         return CertifiedRun(path, certificate, self.args.certificate_any_task)
 
     def _check_alone(self) -> None:
-        if self._world_size > 1 and Pacing.wanted(self.args):
+        if self._world_size > 1 and BudgetRunner.is_asked_for(self.args):
             raise UserError(
                 "target_reduction and target_latency_ms follow one sequence of documents and cannot be shared by "
                 f"{self._world_size} processes; run one"
@@ -193,19 +195,21 @@ class DynamaxLM(HFLM):
             UserError: the certificate does not allow this run.
         """
         self.run_settings = {name: certificates.run_settings(task, **settings) for name, task in tasks.items()}
-        self.pacing.start_run()
+        self.budget.start_run()
         if self.certified is not None:
             self.certified.check_tasks(self.run_settings, documents)
 
-    def follow(self, args: DynamaxArgs) -> None:
+    def use_policy(self, args: DynamaxArgs) -> None:
         """Answers later requests as ``args`` say, with the backbone and the exits that are loaded.
 
         Raises:
             UserError: the policy cannot be had with them, or names others.
         """
-        assert args.certificate is None and not Pacing.wanted(args), "only thresholds that are known can be followed"
+        assert args.certificate is None and not BudgetRunner.is_asked_for(args), (
+            "only thresholds that are known can be followed"
+        )
         for name in ("backbone", "exits", "mamba_kernels"):
-            if name == "exits" and args.exits is None and not checkpoint.might_be_needed(args):
+            if name == "exits" and args.exits is None and not checkpoint.may_use_exits(args):
                 continue  # it uses none
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
@@ -213,14 +217,14 @@ class DynamaxLM(HFLM):
         check_policy(self.engine, policy)
         self._check_prune_profile(args)
         self.args, self.policy, self._policy_note = args, policy, note
-        self.certified, self.pacing = None, Pacing(args, policy, self.engine)
+        self.certified, self.budget = None, BudgetRunner(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> RequestSettings:
         """Of the requests that come now."""
-        return Setting(self.policy, self.args.repetition_penalty)
+        return RequestSettings(self.policy, self.args.repetition_penalty)
 
     def is_degenerate(self, tokens: Sequence[int]) -> bool:
         """Whether a generation ends in repetition, as the arguments define it."""
@@ -230,7 +234,7 @@ class DynamaxLM(HFLM):
         policy, note = ExitPolicy.from_args(
             args,
             int(config.get_text_config().num_hidden_layers),
-            self.exits.config if self.exits is not None and checkpoint.might_be_needed(args) else None,
+            self.exits.config if self.exits is not None and checkpoint.may_use_exits(args) else None,
             recurrent_backbone=loading.is_recurrent(config),
         )
         if note:
@@ -280,7 +284,7 @@ class DynamaxLM(HFLM):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
-            if self.pacing.has_budget:
+            if self.budget.has_budget:
                 raise UserError(
                     "--use_cache and target_reduction or target_latency_ms exclude each other: an answer depends on "
                     "what ran before it"
@@ -363,7 +367,7 @@ class DynamaxLM(HFLM):
                 "preset_sets": self._preset_sets(),
                 "policy": self._described_policy(),
                 "policy_note": self._policy_note,
-                "budget": self.pacing.describe(),
+                "budget": self.budget.describe(),
                 "certificate": self.certified.describe() if self.certified is not None else None,
                 "confidence_chosen_by": "user" if self.args.confidence is not None else "default",
                 "repetition_penalty": self.args.repetition_penalty,
@@ -373,7 +377,7 @@ class DynamaxLM(HFLM):
 
     def _described_policy(self) -> dict[str, Any]:
         described = self.policy.describe()
-        if self.pacing.has_budget:
+        if self.budget.has_budget:
             described["thresholds"] = None  # they are in the budget's trajectory
         return described
 
@@ -393,18 +397,20 @@ class DynamaxLM(HFLM):
                     self.response_ledger.store("generate_until", args, record, text)
                     self.cache_hook.add_partial("generate_until", args, text)
 
-            settings = [(Setting(policy, self.args.repetition_penalty), requests[index]) for policy, index in asked]
-            self.answer_generations(settings, finished, disable_tqdm or self.pacing.in_blocks)
+            settings = [
+                (RequestSettings(policy, self.args.repetition_penalty), requests[index]) for policy, index in asked
+            ]
+            self.answer_generations(settings, finished, disable_tqdm or self.budget.in_blocks)
             return found
 
         self._check_followed()
-        self.pacing.run(_documents(requests), self.policy, answer, disable_tqdm)
+        self.budget.run(_documents(requests), self.policy, answer, disable_tqdm)
         self.response_ledger.keep("generate_until", zip((r.args for r in requests), records, strict=True))
         return texts
 
     def answer_generations(
         self,
-        asked: Sequence[tuple[Setting, Any]],
+        asked: Sequence[tuple[RequestSettings, Any]],
         finished: Callable[[int, str, list[int], ComputeRecord], None],
         disable_tqdm: bool = False,
     ) -> None:
@@ -420,7 +426,9 @@ class DynamaxLM(HFLM):
         prepared = []
         for setting, request in asked:
             with _of_document(_document(request)):
-                prepared.append(GenerationJob(self, setting.policy, setting.repetition_penalty, request, eos, known))
+                prepared.append(
+                    PreparedGeneration(self, setting.policy, setting.repetition_penalty, request, eos, known)
+                )
         self._seed_samplers([setting for setting, _ in asked], prepared)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
         with self._timed("generate_until"), self._progress(len(asked), "generate_until", disable_tqdm) as progress:
@@ -539,13 +547,13 @@ class DynamaxLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", texts, scored)
 
             pairs = [requests[index][1:] for _, index in asked]
-            hidden = disable_tqdm or self.pacing.in_blocks
+            hidden = disable_tqdm or self.budget.in_blocks
             named = [documents[index] for _, index in asked]
             self.answer_scorings([policy for policy, _ in asked], pairs, named, finished, hidden)
             return found
 
         documents = self._documents_of(requests)
-        self.pacing.run(documents, self.policy, answer, disable_tqdm)
+        self.budget.run(documents, self.policy, answer, disable_tqdm)
         self.response_ledger.keep("loglikelihood", zip((texts for texts, _, _ in requests), records, strict=True))
         return answers
 
@@ -594,12 +602,12 @@ class DynamaxLM(HFLM):
                     self.response_ledger.store(kind, args, record, value)
                     self.cache_hook.add_partial(kind, args, value)
 
-            hidden = disable_tqdm or self.pacing.in_blocks
+            hidden = disable_tqdm or self.budget.in_blocks
             self._answer_rolling([(policy, requests[index]) for policy, index in asked], finished, hidden)
             return found
 
         self._check_followed()
-        self.pacing.run(_documents(requests), self.policy, answer, disable_tqdm)
+        self.budget.run(_documents(requests), self.policy, answer, disable_tqdm)
         self.response_ledger.keep(kind, zip(((request.args[0],) for request in requests), records, strict=True))
         return values
 
@@ -734,7 +742,7 @@ class DynamaxLM(HFLM):
 
     def _check_followed(self) -> None:
         """Raises UserError where the harness asks and knows nothing of what certificates and budgets need."""
-        argument = "a certificate" if self.certified is not None else "a budget" if self.pacing.has_budget else None
+        argument = "a certificate" if self.certified is not None else "a budget" if self.budget.has_budget else None
         harness.check_followed(self.response_ledger, argument)
 
     def _ran(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
@@ -757,8 +765,8 @@ class DynamaxLM(HFLM):
             "repetition_penalty": self.args.repetition_penalty,
         }
 
-    def _seed_samplers(self, settings: Sequence[Setting], jobs: Sequence[GenerationJob]) -> None:
-        repeats: Counter[tuple[Setting, str]] = Counter()
+    def _seed_samplers(self, settings: Sequence[RequestSettings], jobs: Sequence[PreparedGeneration]) -> None:
+        repeats: Counter[tuple[RequestSettings, str]] = Counter()
         for setting, job in zip(settings, jobs, strict=True):
             if job.request.sampler.do_sample:
                 occurrence = repeats[setting, job.key]

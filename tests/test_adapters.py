@@ -79,10 +79,10 @@ def test_macs() -> None:
     # Four prompt tokens, two of which exit (they are not read out); then tokens that left at 2, at 4 and not at all.
     trace = Trace(4, 7, 4, (2, 3, LAYERS, 2, 4, LAYERS), generated=True)
     adapters = {2: 1000, 3: 100, 4: 10}
-    learned = account(trace, policy_with("affine", exit_scope="all").terms(4, None, adapters), cost)
+    learned = account(trace, policy_with("affine", exit_scope="all").cost_terms(4, None, adapters), cost)
     assert learned.adapter_macs == 1000 + 10
     assert learned.exit_macs == learned.adapter_macs + learned.recompute_macs
-    softmax = account(trace, policy_with("affine", "softmax", exit_scope="all").terms(4, None, adapters), cost)
+    softmax = account(trace, policy_with("affine", "softmax", exit_scope="all").cost_terms(4, None, adapters), cost)
     assert softmax.adapter_macs == 1000 + 1100 + 1110 + 1000 + 1110 + 1110
 
 

@@ -14,8 +14,8 @@ from test_lm import TASKS
 from test_trained_exits import save_exits
 
 from dynamax_lm_eval.budget import controller as budgets
-from dynamax_lm_eval.budget import runner as pacing
-from dynamax_lm_eval.budget.controller import Budget, Curve, LatencyBudget, Spent, blocks_of
+from dynamax_lm_eval.budget import runner as runner
+from dynamax_lm_eval.budget.controller import Curve, LatencyController, Measurement, ThresholdController, blocks_of
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.lm import DynamaxLM
 
@@ -25,7 +25,7 @@ def true_fraction(threshold: float) -> float:
     return float(np.interp(threshold, [0, 0.3, 0.6, 0.9, 1], [0.6, 0.65, 0.75, 0.99, 1]))
 
 
-def spent_by(budget: Budget, documents: int, seed: int) -> float:
+def spent_by(budget: ThresholdController, documents: int, seed: int) -> float:
     """Runs documents that differ in length and in how easy they are; returns the reduction in the end."""
     generator = np.random.default_rng(seed)
     full = spent = 0.0
@@ -35,7 +35,7 @@ def spent_by(budget: Budget, documents: int, seed: int) -> float:
         lengths = generator.integers(5, 40, count)
         ease = generator.normal(0, 0.03, count)
         cost = float((lengths * np.clip(true_fraction(threshold) + ease, 0.6, 1)).sum())
-        budget.took(threshold, count, float(lengths.sum()), cost)
+        budget.record(threshold, count, float(lengths.sum()), cost)
         full, spent = full + float(lengths.sum()), spent + cost
     return full / spent
 
@@ -43,12 +43,12 @@ def spent_by(budget: Budget, documents: int, seed: int) -> float:
 @pytest.mark.parametrize("target", [1.1, 1.2, 1.3, 1.5])
 def test_a_budget_is_held_within_two_percent(target: float) -> None:
     for seed in range(8):
-        found = spent_by(Budget(1 / target, Curve(0.55), 300), 300, seed)
+        found = spent_by(ThresholdController(1 / target, Curve(0.55), 300), 300, seed)
         assert found == pytest.approx(target, rel=0.02)
 
 
 def test_the_curve_never_falls_and_knows_its_ends() -> None:
-    curve = Curve(0.5, [Spent(0.8, 100, 70), Spent(0.6, 100, 80), Spent(0.9, 100, 95)])
+    curve = Curve(0.5, [Measurement(0.8, 100, 70), Measurement(0.6, 100, 80), Measurement(0.9, 100, 95)])
     found = [curve.threshold_for(fraction) for fraction in np.linspace(0, 1.1, 50)]
     assert found == sorted(found)
     assert (found[0], found[-1]) == (0, 1)
@@ -59,12 +59,12 @@ def test_the_curve_never_falls_and_knows_its_ends() -> None:
 
 def test_latency_is_held() -> None:
     seconds_of_full = 0.02
-    budget = LatencyBudget(0.016, Curve(0.55), 320)
+    budget = LatencyController(0.016, Curve(0.55), 320)
     total = tokens = 0.0
     for _ in range(10):
         threshold = budget.threshold()
         fraction = true_fraction(threshold)
-        budget.took(threshold, 32, 1000, 1000 * fraction)
+        budget.record(threshold, 32, 1000, 1000 * fraction)
         budget.timed(300 * seconds_of_full * fraction, 300)
         total, tokens = total + 300 * seconds_of_full * fraction, tokens + 300
     assert budget.trajectory[0]["threshold"] == 1, "the first block measures the machine"
@@ -182,7 +182,7 @@ def test_latency_budget_runs_and_says_that_it_is_of_this_machine(model_folder: P
 def test_a_missed_budget_is_warned_of(
     model_folder: Path, exits_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pacing, "_MISSED", 0.0)
+    monkeypatch.setattr(runner, "_MISSED", 0.0)
     run(model_folder, exits_folder, target_latency_ms=1e-6)
     assert "ms per token is" in caplog.text
 

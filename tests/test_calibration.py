@@ -38,7 +38,7 @@ from dynamax_lm_eval.calibration.testing import (
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME, ExitCheckpoint
-from dynamax_lm_eval.harness.certificate import Certificate, home, resolve, run_settings
+from dynamax_lm_eval.harness.certificate import Certificate, directory, find_certificate, run_settings
 from dynamax_lm_eval.lm import DynamaxLM
 
 Floats = npt.NDArray[np.float64]
@@ -542,14 +542,14 @@ def test_calibrated_finds_certificates_of_weights_that_are_not_known_yet(
 ) -> None:
     monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
     _, certificate, _ = made
-    kept = home("me/model", certificate.fingerprint, None)
+    kept = directory("me/model", certificate.fingerprint, None)
     kept.mkdir(parents=True)
     certificate.save(kept / "c.json")
     policy = {n.removeprefix("policy."): v for n, v in certificate.model.items() if n.startswith("policy.")}
     for fingerprint in (certificate.fingerprint, None):
-        assert resolve("calibrated", "me/model", fingerprint, None, policy) == (kept / "c.json", certificate)
+        assert find_certificate("calibrated", "me/model", fingerprint, None, policy) == (kept / "c.json", certificate)
     with pytest.raises(UserError, match="no certificate"):
-        resolve("calibrated", "me/model", "0" * 32, None, policy)
+        find_certificate("calibrated", "me/model", "0" * 32, None, policy)
 
 
 def test_other_exits_are_refused(made: tuple[Path, Certificate, Path], model_folder: Path, tmp_path: Path) -> None:
@@ -677,7 +677,7 @@ def test_metric_losses_are_what_the_full_model_had_and_the_exits_lost() -> None:
     from test_report import point
 
     task = made_results(4)
-    full = point("full", "full model", [1.0, 1.0, 0.0, 0.0], 1.0, family="full")
+    full = point("full", "full model", [1.0, 1.0, 0.0, 0.0], 1.0, kind="full")
     ours = point("p", "a", [1.0, 0.0, 1.0, 0.0], 1.5)
     task.points[:] = [full, ours]
     kind = LossKind.chosen("metric", None, task)

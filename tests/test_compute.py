@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax_lm_eval.backbones import MambaBackbone, TransformerBackbone
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account, exit_histogram, merge, reduction_stderr
-from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitTerms
+from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
@@ -149,8 +149,8 @@ COST = BackboneCost(
 )
 
 
-def terms(**changes: object) -> ExitTerms:
-    base = ExitTerms(
+def exit_cost(**changes: object) -> ExitCost:
+    base = ExitCost(
         evaluated_layers=(1, 3),
         classifier_macs=(0, 0),
         reads_lm_head=False,
@@ -162,7 +162,7 @@ def terms(**changes: object) -> ExitTerms:
 
 
 #: Two prompt tokens, three generated: positions 2 and 3 were fed, one left after block 1, one ran through.
-TRACE = Trace(prompt_tokens=2, fed_tokens=4, tokens_given=3, exit_layers=(1, 4), generated=True)
+TRACE = Trace(prompt_tokens=2, fed_tokens=4, num_output_tokens=3, exit_layers=(1, 4), generated=True)
 
 
 def blocks_at(position: int, *blocks: int) -> int:
@@ -187,7 +187,7 @@ def test_vectorised_block_macs_equal_the_sum_over_blocks() -> None:
 
 
 def test_account_of_a_copying_run() -> None:
-    record = account(TRACE, terms(), COST)
+    record = account(TRACE, exit_cost(), COST)
     assert record.full_macs == blocks_at(2, 1, 2, 3, 4) + blocks_at(3, 1, 2, 3, 4)
     assert record.block_macs == blocks_at(2, 1) + blocks_at(3, 1, 2, 3, 4)
     assert record.exit_macs == 0
@@ -202,52 +202,52 @@ def test_account_of_a_copying_run() -> None:
 
 
 def test_account_of_recompute() -> None:
-    record = account(TRACE, terms(recomputes_state=True), COST)
+    record = account(TRACE, exit_cost(recomputes_state=True), COST)
     assert record.recompute_macs == 20 + 30 + 40
     assert record.paper_spent == pytest.approx(5 + 3 / 6)
 
 
 def test_account_of_lm_head_reads() -> None:
     """The first token is evaluated once, and that read gives its token; the second twice, and neither does."""
-    record = account(TRACE, terms(reads_lm_head=True), COST)
+    record = account(TRACE, exit_cost(reads_lm_head=True), COST)
     assert record.lm_head_macs == 2 * 1000
     assert record.paper_spent == pytest.approx(5 + 2 * 1000 / 250)
     # The last token exits at 3: two evaluations, one of them its own.
     late = replace(TRACE, exit_layers=(1, 3))
-    assert account(late, terms(reads_lm_head=True), COST).lm_head_macs == 1000
+    assert account(late, exit_cost(reads_lm_head=True), COST).lm_head_macs == 1000
 
 
 def test_prompt_tokens_that_exit_pay_for_all_their_reads() -> None:
-    trace = Trace(prompt_tokens=4, fed_tokens=4, tokens_given=1, exit_layers=(1, 3, 1), generated=True)
-    record = account(trace, terms(reads_lm_head=True, first_eligible=1), COST)
+    trace = Trace(prompt_tokens=4, fed_tokens=4, num_output_tokens=1, exit_layers=(1, 3, 1), generated=True)
+    record = account(trace, exit_cost(reads_lm_head=True, first_eligible=1), COST)
     assert record.lm_head_macs == (1 + 2 + 0) * 1000, "only the last prompt token gives a token"
 
 
 def test_account_of_classifiers() -> None:
-    record = account(TRACE, terms(classifier_macs=(7, 11), classifier_paper_weights=(5, 6)), COST)
+    record = account(TRACE, exit_cost(classifier_macs=(7, 11), classifier_paper_weights=(5, 6)), COST)
     assert record.classifier_macs == 7 + (7 + 11)
     assert record.paper_spent == pytest.approx(5 + (5 + 5 + 6) / 250)
 
 
 def test_pruned_blocks_are_in_the_numerator_only() -> None:
     trace = replace(TRACE, exit_layers=(4, 4))
-    record = account(trace, terms(pruned_blocks=frozenset({3}), recomputes_state=True), COST)
+    record = account(trace, exit_cost(pruned_blocks=frozenset({3}), recomputes_state=True), COST)
     assert record.full_macs == blocks_at(2, 1, 2, 3, 4) + blocks_at(3, 1, 2, 3, 4)
     assert record.spent_macs == blocks_at(2, 1, 2, 4) + blocks_at(3, 1, 2, 4)
     assert record.full_total_macs - record.total_macs == 4 * 300 + 2 * 3 * (1 + 2 + 3 + 4)
 
 
 def test_a_full_run_is_exactly_one_and_no_eligible_tokens_too() -> None:
-    full = account(replace(TRACE, exit_layers=(4, 4)), terms(evaluated_layers=(), classifier_macs=()), COST)
+    full = account(replace(TRACE, exit_layers=(4, 4)), exit_cost(evaluated_layers=(), classifier_macs=()), COST)
     assert full.compute_reduction == full.compute_reduction_total == full.compute_reduction_paper == 1.0
-    empty = account(Trace(2, 2, 1, (), True), terms(), COST)
+    empty = account(Trace(2, 2, 1, (), True), exit_cost(), COST)
     assert empty.compute_reduction == 1.0
     assert empty.eligible_tokens == 0
     assert empty.mean_exit_layer is None
 
 
 def test_records_add_up_and_travel_as_json() -> None:
-    records = [account(replace(TRACE, exit_layers=layers), terms(), COST) for layers in ((1, 4), (3, 3), (1, 1))]
+    records = [account(replace(TRACE, exit_layers=layers), exit_cost(), COST) for layers in ((1, 4), (3, 3), (1, 1))]
     total = ComputeRecord.sum(records)
     assert total.full_macs == sum(record.full_macs for record in records)
     assert total.exit_layers == [[1, 4], [3, 3], [1, 1]]
@@ -255,10 +255,10 @@ def test_records_add_up_and_travel_as_json() -> None:
 
 
 def test_windows_of_one_text_are_one_response() -> None:
-    record = merge([account(TRACE, terms(), COST)] * 2)
+    record = merge([account(TRACE, exit_cost(), COST)] * 2)
     assert record.responses == 1
     assert record.exit_layers == [[1, 4, 1, 4]]
-    assert record.full_macs == 2 * account(TRACE, terms(), COST).full_macs
+    assert record.full_macs == 2 * account(TRACE, exit_cost(), COST).full_macs
 
 
 def test_stderr_of_the_ratio_agrees_with_resampling() -> None:

@@ -14,9 +14,9 @@ from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
 from dynamax_lm_eval.backbones.transformer import attention
-from dynamax_lm_eval.backbones.transformer.deferred_kv import OwedStates
+from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
 from dynamax_lm_eval.backbones.transformer.forward_pass import TransformerPass
-from dynamax_lm_eval.backbones.transformer.fused_llama import LeanBlock
+from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
 from dynamax_lm_eval.engine.parity import check_against_model, check_state_recompute, checked_engine
@@ -461,8 +461,8 @@ class TestSelfCheck:
             check_state_recompute(engine)
 
     def test_refuses_a_wrong_projection_of_a_lean_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = LeanBlock.states
-        monkeypatch.setattr(LeanBlock, "states", lambda *args: tuple(2 * x for x in right(*args)))
+        right = FusedLlamaBlock.states
+        monkeypatch.setattr(FusedLlamaBlock, "states", lambda *args: tuple(2 * x for x in right(*args)))
         with pytest.raises(UserError, match="block 1"):
             check_state_recompute(engine_for("llama"))
 
@@ -532,13 +532,13 @@ def test_nothing_stays_owed_to_blocks_that_are_given_nothing(
     """Tokens that left are forgotten once the last block that gets their states has them, while their row goes on."""
     policy = ExitPolicy(LAYERS, (2,), (0.0,), confidence="state", exit_scope="all", **changes)
     owing: list[int] = []
-    add = OwedStates.add
+    add = DeferredKV.add
 
-    def count(owed: OwedStates, *given: Any) -> None:
+    def count(owed: DeferredKV, *given: Any) -> None:
         add(owed, *given)
         owing.append(len(owed))
 
-    monkeypatch.setattr(OwedStates, "add", count)
+    monkeypatch.setattr(DeferredKV, "add", count)
     # Position 0 goes on, so the prompt's states are needed at once; those of generated tokens, which all leave, never.
     run_generate(engine_for("llama"), [policy], PROMPTS[:1], 1)
     assert owing == [len(PROMPTS[0]) - 1, *range(1, NEW_TOKENS)]

@@ -222,7 +222,7 @@ def test_compute_of_classifiers_warm_up_and_final_block() -> None:
     costs = {layer: ClassifierCost(macs, 2 * macs) for layer, macs in {2: 100, 3: 10, 4: 1}.items()}
     trace = Trace(5, 8, 4, (2, 4, LAYERS), generated=True)
     policy = classifier_policy("mamba", final_block=True, classifier_warmup=3)
-    record = account(trace, policy.terms(5, costs), cost)
+    record = account(trace, policy.cost_terms(5, costs), cost)
     assert record.classifier_macs == 3 * 111 + 100 + 111 + 111
     blocks = [block.at for block in cost.blocks]
     left_at = [(5, (1, 2, 6)), (6, (1, 2, 3, 4, 6)), (7, tuple(range(1, 7)))]
@@ -231,7 +231,7 @@ def test_compute_of_classifiers_warm_up_and_final_block() -> None:
     assert record.recompute_macs == sum(cost.blocks[b - 1].state_recompute for b in skipped)
     weights = 2 * record.classifier_macs
     assert record.paper_spent == pytest.approx(3 + 5 + 6 + 4 / 6 + weights / cost.mean_block_weights)
-    calm = account(trace, classifier_policy("calm").terms(5, costs), cost)
+    calm = account(trace, classifier_policy("calm").cost_terms(5, costs), cost)
     assert calm.classifier_macs == 100 + 111 + 111
 
 
@@ -245,7 +245,7 @@ def test_without_eligible_tokens_there_is_no_reduction() -> None:
     """Also where prompts warmed a classifier, which costs something."""
     trace = Trace(5, 5, 1, (), generated=True)
     costs = dict.fromkeys(EXITS, ClassifierCost(100, 100))
-    record = account(trace, classifier_policy("mamba").terms(5, costs), engine_with_exits().backbone.cost)
+    record = account(trace, classifier_policy("mamba").cost_terms(5, costs), engine_with_exits().backbone.cost)
     assert record.classifier_macs == 3 * 5 * 100
     assert record.compute_reduction == record.compute_reduction_paper == 1
     assert record.compute_reduction_total < 1

@@ -58,8 +58,8 @@ def test_exits_are_downloaded_at_the_revision_that_is_named(tmp_path: Path, monk
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert checkpoint.resolve("me/exits").config == exits_config()
-    checkpoint.resolve("me/exits@v2")
+    assert checkpoint.open_exits("me/exits").config == exits_config()
+    checkpoint.open_exits("me/exits@v2")
     files = ["config.json", "exits.safetensors"]
     assert asked == [("me/exits", None, files), ("me/exits", "v2", files)]
 
@@ -70,7 +70,7 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UserError, match="could not be had from the Hub: 404 not found"):
-        checkpoint.resolve("me/exits")
+        checkpoint.open_exits("me/exits")
 
 
 def test_push(model_folder: Path, texts: Path, tmp_path: Path, api: type[FakeApi]) -> None:

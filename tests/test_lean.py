@@ -9,8 +9,8 @@ import torch
 from conftest import LAYERS, TRANSFORMERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import linear, make_backbone
-from dynamax_lm_eval.backbones.linear import applied
-from dynamax_lm_eval.backbones.transformer.fused_llama import LeanBlock
+from dynamax_lm_eval.backbones.linear import linear
+from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
 from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest
@@ -38,7 +38,7 @@ def greedy(model: Any) -> list[list[int]]:
 def test_lean_blocks_compute_what_the_families_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
     ours = log_probs(model), greedy(model)
-    monkeypatch.setattr(LeanBlock, "may_replace", False)
+    monkeypatch.setattr(FusedLlamaBlock, "may_replace", False)
     theirs = log_probs(model), greedy(model)
     assert ours[0] == pytest.approx(theirs[0], abs=1e-4)
     assert ours[1] == theirs[1]
@@ -50,13 +50,13 @@ def test_in_half_precision_they_round_as_the_families_do(family: str, monkeypatc
     monkeypatch.setattr(linear, "_FEW", range(0))
     model = tiny_model(family, torch.bfloat16)
     ours = log_probs(model)
-    monkeypatch.setattr(LeanBlock, "may_replace", False)
+    monkeypatch.setattr(FusedLlamaBlock, "may_replace", False)
     assert ours == log_probs(model)
 
 
 def test_families_of_another_kind_run_their_own_code() -> None:
     for family in TRANSFORMERS:
-        lean = make_backbone(tiny_model(family), max_length=64).lean_blocks  # type: ignore[attr-defined]
+        lean = make_backbone(tiny_model(family), max_length=64).fused_blocks  # type: ignore[attr-defined]
         assert all((block is not None) == (family in LEAN) for block in lean)
 
 
@@ -81,8 +81,8 @@ def test_linear_layers(num_tokens: int, bias: bool) -> None:
     layer = torch.nn.Linear(24, 40, bias=bias)
     x = torch.randn(num_tokens, 24)
     with torch.no_grad():
-        torch.testing.assert_close(applied(layer, x), layer(x))
-        torch.testing.assert_close(applied(layer, x.unsqueeze(0)), layer(x).unsqueeze(0))
+        torch.testing.assert_close(linear(layer, x), layer(x))
+        torch.testing.assert_close(linear(layer, x.unsqueeze(0)), layer(x).unsqueeze(0))
 
 
 def test_layers_that_are_more_than_linear_are_called() -> None:
@@ -91,4 +91,4 @@ def test_layers_that_are_more_than_linear_are_called() -> None:
             return 2 * super().forward(input)
 
     layer, x = Doubled(24, 40), torch.randn(8, 24)
-    torch.testing.assert_close(applied(layer, x), layer(x))
+    torch.testing.assert_close(linear(layer, x), layer(x))

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, processors
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.harness.requests import GenerationJob
+from dynamax_lm_eval.harness.requests import PreparedGeneration
 from dynamax_lm_eval.lm import DynamaxLM
 
 TASKS = Path(__file__).parent / "tasks"
@@ -336,7 +336,7 @@ class TestCache:
         evaluate(lm, manager, "tiny_generate", use_cache=str(tmp_path / "c"))
         files = [*tmp_path.iterdir()]
         before = [file.read_bytes() for file in files]
-        lm.follow(replace(lm.args, threshold=(0.2,)))
+        lm.use_policy(replace(lm.args, threshold=(0.2,)))
         evaluate(lm, manager, "tiny_group")
         assert [file.read_bytes() for file in files] == before
         with pytest.raises(UserError, match="differs in policy"):
@@ -378,16 +378,16 @@ class TestSampling:
         torch.manual_seed(3)
         lm = dynamax(model_folder, batch_size=4, **EXITS)
         lengths: dict[str, set[int]] = defaultdict(set)
-        text_of = GenerationJob.text
+        text_of = PreparedGeneration.text
 
-        def remember(job: GenerationJob, tokens: list[int]) -> str:
+        def remember(job: PreparedGeneration, tokens: list[int]) -> str:
             text = text_of(job, tokens)
             lengths[text].add(len(tokens))
             return text
 
         kwargs = {"do_sample": True, "temperature": 1.5, "max_gen_toks": 20}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(GenerationJob, "text", remember)
+            patch.setattr(PreparedGeneration, "text", remember)
             results = evaluate(lm, manager, "tiny_filters", gen_kwargs=kwargs)
         checked = 0
         for sample in results["samples"]["tiny_filters"]:
@@ -538,7 +538,7 @@ class TestArguments:
         assert lm._rows_in_flight(100) == 7
         assert lm._rows_in_flight(1) == 32
         assert lm._rows_in_flight(10**6) == 1
-        lm.follow(replace(lm.args, prefix_caching=False))
+        lm.use_policy(replace(lm.args, prefix_caching=False))
         assert lm._rows_in_flight(100) == 10
 
     def test_repetition_penalty_argument(self, model_folder: Path) -> None:

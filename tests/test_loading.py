@@ -377,4 +377,4 @@ def test_without_a_home_folder_the_cache_has_to_be_named(monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=r"no home folder .* set DYNAMAX_CACHE="):
             aliases.cache_dir()
     with pytest.raises(UserError, match="there is no home folder; write the whole path"):
-        aliases.resolve("~/model")
+        aliases.resolve_backbone("~/model")

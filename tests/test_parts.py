@@ -1,4 +1,4 @@
-"""Small parts by themselves: room in the arenas, confidences, sampling, stop strings."""
+"""Small parts by themselves: room in the caches, confidences, sampling, stop strings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
-from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates, Room
+from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates, FreeList
 from dynamax_lm_eval.engine.sampling import Sampler, request_seed
 from dynamax_lm_eval.exits.confidence import entropy_confidence, softmax_margin, state_similarity
 from dynamax_lm_eval.harness.stopping import StopStrings
@@ -23,47 +23,47 @@ from dynamax_lm_eval.models.fingerprint import weights_fingerprint
 
 def test_room_never_overlaps_and_is_whole_again_at_the_end() -> None:
     rng = random.Random(0)
-    room, held = Room(100), {}
+    room, held = FreeList(100), {}
     for _ in range(2000):
         if held and rng.random() < 0.5:
             start = rng.choice(list(held))
-            room.give_back(start, held.pop(start))
+            room.free(start, held.pop(start))
         else:
             length = rng.randint(1, 30)
-            start = room.take(length)
+            start = room.allocate(length)
             if start is not None:
                 places = {place for s, n in held.items() for place in range(s, s + n)}
                 assert not places.intersection(range(start, start + length))
                 assert start + length <= 100
                 held[start] = length
     for start, length in held.items():
-        room.give_back(start, length)
-    assert room.take(100) == 0
+        room.free(start, length)
+    assert room.allocate(100) == 0
 
 
 def test_a_reused_place_forgets_that_its_token_had_left() -> None:
     states = AttentionStates(num_layers=4, capacity=8)
-    slot = states.open_row(8)
+    slot = states.allocate_row(8)
     assert slot == 0
     states.layer_of[3] = 2
-    states.close_row(slot)
-    assert states.open_row(8) == 0
+    states.free_row(slot)
+    assert states.allocate_row(8) == 0
     assert (states.layer_of == 4).all()
-    assert states.open_row(1) is None
+    assert states.allocate_row(1) is None
 
 
 def test_plan_masks_by_position_window_and_gap() -> None:
     """Two rows at places 0.. and 10..; the second has gaps, a window of 3 and a hidden place."""
     starts, positions = np.asarray([0, 0, 10, 10]), np.asarray([0, 1, 2, 5])
     plan = AttentionPlan(starts, positions, np.asarray([14]), torch.device("cpu"))
-    first, second = plan.pieces(3)
+    first, second = plan.segments(3)
     assert first.causal
     assert (first.queries, first.places) == (slice(0, 2), slice(0, 2))
     assert (second.queries, second.places) == (slice(2, 4), slice(10, 16))
     assert second.mask is not None
     seen = [np.flatnonzero(row).tolist() for row in second.mask.numpy()]
     assert seen == [[0, 1, 2], [3, 5]]
-    (alone,) = AttentionPlan(np.asarray([10]), np.asarray([5]), None, torch.device("cpu")).pieces(3)
+    (alone,) = AttentionPlan(np.asarray([10]), np.asarray([5]), None, torch.device("cpu")).segments(3)
     assert (alone.places, alone.mask) == (slice(13, 16), None)
 
 
@@ -184,7 +184,7 @@ def test_rows_that_decode_together_attend_as_each_alone(
     positions = np.asarray([position for _, fed in rows for position in fed])
     query = torch.randn(1, 6, len(starts), 8)
     places = None if hidden is None else np.asarray(hidden)
-    plans = [AttentionPlan(starts, positions, places, torch.device("cpu"), spacing) for spacing in (10, None)]
+    plans = [AttentionPlan(starts, positions, places, torch.device("cpu"), row_stride) for row_stride in (10, None)]
     together, apart = (
         ragged_attention(nn.Module(), query, key, value, None, sliding_window=window, plan=plan)[0] for plan in plans
     )

@@ -16,7 +16,7 @@ from test_engine import FULL, engine_for, separated_policy, with_modes
 from test_exits import classifier_policy, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.compute.accounting import Physical, account
+from dynamax_lm_eval.compute.accounting import ExecutedCompute, account
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.generation import generate
@@ -258,15 +258,15 @@ class TestMemory:
 
     @pytest.fixture
     def most(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-        """Room that was reserved, and how many prefixes were kept at a time."""
+        """FreeList that was reserved, and how many prefixes were kept at a time."""
         seen = {"rows": 0, "kept": 0, "at a time": 0}
         make, keep = Engine.new_states, RowStates.keep
         open_now: set[int] = set()
 
-        def new_states(engine: Engine, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> Any:
+        def new_states(engine: Engine, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> Any:
             seen.update({"rows": capacity, "kept": prefix_capacity})
             open_now.clear()
-            return make(engine, capacity, prefix_capacity, spacing)
+            return make(engine, capacity, prefix_capacity, row_stride)
 
         def kept(states: RowStates, slot: int, num_tokens: int) -> bool:
             open_now.add(num_tokens)
@@ -328,14 +328,14 @@ def test_what_ran_is_counted_apart(scope: Any, run: Any) -> None:
         results, runs = run(engine, policy, 4)
     finally:
         hook.remove()
-    physical, alone, saved = Physical(), 0, 0
+    physical, alone, saved = ExecutedCompute(), 0, 0
     for result in results:
-        record = account(result.trace, policy.terms(result.trace.prompt_tokens), cost)
+        record = account(result.trace, policy.cost_terms(result.trace.prompt_tokens), cost)
         physical.add_row(record)
         alone += record.total_macs
     assert physical.macs == alone
     for ran in runs:
-        physical.add_prefix(account(ran.trace, ran.policy.terms(ran.trace.prompt_tokens), cost), ran.uses)
+        physical.add_prefix(account(ran.trace, ran.policy.cost_terms(ran.trace.prompt_tokens), cost), ran.uses)
         saved += (ran.uses - 1) * ran.trace.fed_tokens
     assert physical.fed_tokens == sum(fed) == sum(result.trace.fed_tokens for result in results) - saved
     assert saved > 0

@@ -126,7 +126,7 @@ def test_a_profile_of_other_weights_is_refused(
     message = f"profile.json' was measured on other weights .*000000000000, here {found.current[:12]}"
     args = replace(lm.args, prune_layers=2, prune_strategy="angular", prune_profile=str(file))
     with pytest.raises(UserError, match=message):
-        lm.follow(args)
+        lm.use_policy(args)
     if known_before:
         monkeypatch.setattr(DynamaxLM, "_create_model", lambda *_, **__: pytest.fail("the weights are loaded"))
         options = {"tasks": "t", "output": str(tmp_path / "out"), "prune": "2", "device": "cpu"}

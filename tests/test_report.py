@@ -204,8 +204,8 @@ def point(name: str, line: str, scores: Sequence[float], reduction: float, famil
     macs = {"eligible_full": 100, "eligible": spent, "total_full": 100, "total": spent}
     return PointResult(
         name=name,
-        family=family,
-        line=line,
+        kind=family,
+        series=line,
         value=reduction,
         policy={},
         scores={"acc,none": (float(np.mean(scores)), 0.0)},
@@ -260,7 +260,7 @@ def test_differences_from_pruning_are_paired() -> None:
     assert row["low"] < row["value"] < row["high"]
     # The same documents in both: where pruning is the exits themselves, nothing is left to chance.
     task = made()
-    same = replace(task.points[1], name="same", family="pruning", line="pruning, deepest")
+    same = replace(task.points[1], name="same", kind="pruning", series="pruning, deepest")
     twins = TaskResults("b", "t", [task.points[0], task.points[1], same])
     (row,) = statistics.against_pruning(twins, "acc,none", "compute_reduction", count=200).to_dict("records")
     assert (row["value"], row["low"], row["high"]) == pytest.approx((0, 0, 0))

@@ -94,7 +94,7 @@ def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, 
     requests = [Instance("generate_until", {}, ("The quick", {"until": [], "max_gen_toks": 8}), 0, ("t", 0, 1))]
     lm = model(model_folder, exits=folder, threshold=1)
     other = model(model_folder, exits=folder, classifier="calm", state_mode="skip")
-    lm.follow(other.args)
+    lm.use_policy(other.args)
     assert lm.policy == other.policy
     assert lm.identity() == other.identity()
     assert lm.generate_until(requests) == other.generate_until(requests)
@@ -102,9 +102,9 @@ def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, 
     assert mine == theirs
     assert mine.classifier_macs > 0
     with pytest.raises(UserError, match="exits is loaded already"):
-        lm.follow(replace(other.args, exits=None))
+        lm.use_policy(replace(other.args, exits=None))
     with pytest.raises(UserError, match="exit_layers"):
-        lm.follow(replace(other.args, exit_layers=(5,)))
+        lm.use_policy(replace(other.args, exit_layers=(5,)))
     assert lm.policy == other.policy
 
 

@@ -75,11 +75,11 @@ class States(ABC):
     """What blocks keep of the tokens seen so far, for several rows."""
 
     @abstractmethod
-    def open_row(self, capacity: int) -> int | None:
+    def allocate_row(self, capacity: int) -> int | None:
         """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
 
     @abstractmethod
-    def close_row(self, slot: int) -> None:
+    def free_row(self, slot: int) -> None:
         """Gives the room of a row back."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class States(ABC):
 class ForwardPass(ABC):
     """One pass of a flat batch through the blocks, in order.
 
-    An ``eager`` pass leaves nothing owed: every block has the states of all its tokens at the end. Others may put
+    An ``materialize_all`` pass leaves nothing owed: every block has the states of all its tokens at the end. Others may put
     off the states of tokens that left until a later token of their row needs them.
     """
 
@@ -124,7 +124,7 @@ class ForwardPass(ABC):
         """
 
     @abstractmethod
-    def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+    def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         """Tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
 
         Rows with a final block run block L on them afterwards, so that block gets nothing.
@@ -163,14 +163,14 @@ class Backbone(ABC):
             )
 
     @abstractmethod
-    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> States:
+    def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> States:
         """Room for rows of ``capacity`` tokens in all, and beside them to keep states of ``prefix_capacity``.
 
-        ``spacing``: every row gets so many tokens, so that rows that decode together can be addressed as one.
+        ``row_stride``: every row gets so many tokens, so that rows that decode together can be addressed as one.
         """
 
     @abstractmethod
-    def start_pass(self, states: States, layout: RowLayout, eager: bool = False) -> ForwardPass:
+    def start_pass(self, states: States, layout: RowLayout, materialize_all: bool = False) -> ForwardPass:
         """Prepares a pass; the rows' earlier tokens must be in ``states``."""
 
     def running(self) -> AbstractContextManager[None]:

@@ -18,7 +18,7 @@ def is_changed(attributes: Mapping[str, Any]) -> bool:
     return bool("forward" in attributes or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
 
 
-def applied(linear: Any, x: Tensor) -> Tensor:
+def linear(linear: Any, x: Tensor) -> Tensor:
     """What the module ``linear`` makes of x (1, n, in) or (n, in); anything but a plain layer is called as it is.
 
     The result need not be contiguous.

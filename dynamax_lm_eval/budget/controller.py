@@ -22,7 +22,7 @@ SAMPLE_THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
-class Spent:
+class Measurement:
     """What some documents took at one threshold."""
 
     threshold: float
@@ -38,7 +38,7 @@ class Curve:
     """
 
     cheapest: float  # fraction at threshold 0, where every token leaves at the first exit
-    seen: list[Spent] = field(default_factory=list)
+    seen: list[Measurement] = field(default_factory=list)
 
     def threshold_for(self, fraction: float) -> float:
         """The threshold whose fraction this is, in [0, 1]."""
@@ -62,7 +62,7 @@ class Curve:
 
 
 @dataclass
-class Budget:
+class ThresholdController:
     """Decides the threshold of every block of documents of one task.
 
     Attributes:
@@ -84,13 +84,13 @@ class Budget:
         wanted = self._wanted()
         return self.curve.threshold_for(float(np.clip(wanted, self.curve.cheapest, 1.0)))
 
-    def took(self, threshold: float, documents: int, full: float, spent: float) -> dict[str, Any]:
+    def record(self, threshold: float, documents: int, full: float, spent: float) -> dict[str, Any]:
         """A block has run; returns its entry in the trajectory. Blocks without eligible tokens teach nothing."""
         first = self._done
         self._full += full
         self._spent += spent
         if full > 0:
-            self.curve.seen.append(Spent(threshold, full, spent))
+            self.curve.seen.append(Measurement(threshold, full, spent))
         self.trajectory.append(
             {
                 "first_document": first,
@@ -108,7 +108,7 @@ class Budget:
 
     def _wanted(self) -> float:
         """The fraction that the next block should take."""
-        return _made_up(self.target, self._full, self._spent, self._ahead(self._full)) if self._full else self.target
+        return _catch_up(self.target, self._full, self._spent, self._ahead(self._full)) if self._full else self.target
 
     def _ahead(self, quantity: float) -> float:
         """How much of something, that the documents so far had so much of, the next few blocks will have."""
@@ -117,7 +117,7 @@ class Budget:
 
 
 @dataclass
-class LatencyBudget(Budget):
+class LatencyController(ThresholdController):
     """The same in seconds: ``target`` is wall-clock seconds per generated token.
 
     Time is taken to be proportional to the fraction of compute; the factor is measured as blocks run. The first block
@@ -140,11 +140,11 @@ class LatencyBudget(Budget):
     def _wanted(self) -> float:
         if not self._tokens:
             return 1.0
-        seconds = _made_up(self.target, self._tokens, self._seconds, self._ahead(self._tokens))
+        seconds = _catch_up(self.target, self._tokens, self._seconds, self._ahead(self._tokens))
         return seconds / (self._seconds / self._token_fractions)
 
 
-def _made_up(target: float, quantity: float, spent: float, ahead: float) -> float:
+def _catch_up(target: float, quantity: float, spent: float, ahead: float) -> float:
     """What may be spent on each unit ahead for all units together to come to ``target``."""
     return (target * (quantity + ahead) - spent) / ahead
 

@@ -17,10 +17,10 @@ from tqdm import tqdm
 from dynamax_lm_eval.budget.controller import (
     SAMPLE_DOCUMENTS,
     SAMPLE_THRESHOLDS,
-    Budget,
     Curve,
-    LatencyBudget,
-    Spent,
+    LatencyController,
+    Measurement,
+    ThresholdController,
     blocks_of,
 )
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace
@@ -40,7 +40,7 @@ _TYPICAL_PROMPT, _TYPICAL_ANSWER = 64, 32
 _MISSED = 0.02
 
 
-class Pacing:
+class BudgetRunner:
     """Runs requests as the arguments of a run say."""
 
     def __init__(self, args: DynamaxArgs, policy: ExitPolicy, engine: Engine) -> None:
@@ -64,10 +64,10 @@ class Pacing:
 
     @property
     def has_budget(self) -> bool:
-        return self.wanted(self._args)
+        return self.is_asked_for(self._args)
 
     @staticmethod
-    def wanted(args: DynamaxArgs) -> bool:
+    def is_asked_for(args: DynamaxArgs) -> bool:
         """Whether these arguments name a budget."""
         return args.target_reduction is not None or args.target_latency_ms is not None
 
@@ -125,15 +125,17 @@ class Pacing:
         self, task: str, documents: Sequence[Any], policy: ExitPolicy, answer: Answer, disable_tqdm: bool
     ) -> None:
         args, curve, count = self._args, Curve(self._cheapest), len(set(documents))
-        latency = None if args.target_latency_ms is None else LatencyBudget(args.target_latency_ms / 1e3, curve, count)
-        budget = latency or Budget(1 / (args.target_reduction or 1), curve, count)
+        latency = (
+            None if args.target_latency_ms is None else LatencyController(args.target_latency_ms / 1e3, curve, count)
+        )
+        budget = latency or ThresholdController(1 / (args.target_reduction or 1), curve, count)
         self._trajectories[task] = budget.trajectory
         for block in tqdm(blocks_of(documents), desc=f"Running {task} to a budget, in blocks", disable=disable_tqdm):
             threshold = budget.threshold()
             start = time.perf_counter()
             total = _sum(answer([(_at(policy, threshold), i) for i in block], True))
             seconds = time.perf_counter() - start
-            found = budget.took(threshold, len({documents[i] for i in block}), total.full_macs, total.spent_macs)
+            found = budget.record(threshold, len({documents[i] for i in block}), total.full_macs, total.spent_macs)
             if latency is not None:
                 if not total.generations:
                     raise UserError(
@@ -155,12 +157,14 @@ class Pacing:
         for n, threshold in enumerate(SAMPLE_THRESHOLDS):
             total = _sum(records[n * len(tried) : (n + 1) * len(tried)])
             if total.full_macs:
-                curve.seen.append(Spent(threshold, total.full_macs, total.spent_macs))
+                curve.seen.append(Measurement(threshold, total.full_macs, total.spent_macs))
         threshold = curve.threshold_for(1 / self._args.target_reduction)
         logger.info("%s: threshold %.4f, chosen on %d documents", task, threshold, len(sample))
         total = _sum(answer([(_at(policy, threshold), i) for i in range(len(documents))], True))
-        budget = Budget(1 / self._args.target_reduction, curve, len(names), self._trajectories.setdefault(task, []))
-        budget.took(threshold, len(names), total.full_macs, total.spent_macs)
+        budget = ThresholdController(
+            1 / self._args.target_reduction, curve, len(names), self._trajectories.setdefault(task, [])
+        )
+        budget.record(threshold, len(names), total.full_macs, total.spent_macs)
         self._warn_if_missed(task, budget.trajectory)
 
     def _warn_if_missed(self, task: str, trajectory: list[dict[str, Any]]) -> None:
@@ -179,7 +183,7 @@ def cheapest_fraction(policy: ExitPolicy, engine: Engine) -> float:
     trace = Trace(
         prompt_tokens=_TYPICAL_PROMPT,
         fed_tokens=_TYPICAL_PROMPT + _TYPICAL_ANSWER,
-        tokens_given=_TYPICAL_ANSWER,
+        num_output_tokens=_TYPICAL_ANSWER,
         exit_layers=(policy.exit_layers[0],)
         * (_TYPICAL_ANSWER if policy.exit_scope == "generated" else _TYPICAL_PROMPT + _TYPICAL_ANSWER - 1),
         generated=True,

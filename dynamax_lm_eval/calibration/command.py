@@ -25,7 +25,7 @@ from dynamax_lm_eval.calibration.testing import (
 )
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, locked, naming, write_text
-from dynamax_lm_eval.harness.certificate import Certificate, binding, file_name, home
+from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
 from dynamax_lm_eval.harness.evaluate import document_hash
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
@@ -83,7 +83,7 @@ def _calibrate(
     folder = Path(options.output).expanduser()
     text = ",".join(name_of(thresholds) for thresholds in candidates)
     lm = load(options.sweep("calibration", text))
-    kept = home(options.backbone, lm.backbone_fingerprint(), lm.exits)
+    kept = directory(options.backbone, lm.backbone_fingerprint(), lm.exits)
     check_writable(kept, "the folder of the certificate,", "set DYNAMAX_CACHE to a folder that can be")
     if options.confidence is None:
         options = replace(options, confidence=lm.exits.config.classifiers[0] if lm.exits is not None else "softmax")
@@ -145,7 +145,7 @@ def _calibrate(
     with naming(folder):
         write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
         write_text(folder / TABLE_NAME, table(candidates, losses, found, reductions))
-    kept = kept / file_name(certificate, points[0].line.partition(",")[0], options.state_mode)
+    kept = kept / file_name(certificate, points[0].series.partition(",")[0], options.state_mode)
     certificate.save(kept)
     return certificate, kept
 

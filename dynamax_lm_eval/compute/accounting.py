@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamax_lm_eval.compute.cost import BackboneCost, ExitTerms
+from dynamax_lm_eval.compute.cost import BackboneCost, ExitCost
 
 #: Version of the accounting rules; raise it when a number changes its meaning.
 ACCOUNTING = "dynamax-macs-1"
@@ -28,7 +28,7 @@ class Trace:
     Attributes:
         prompt_tokens: tokens of the prompt (or of the scored context).
         fed_tokens: tokens that went through the model, the prompt included; positions 0..fed_tokens-1.
-        tokens_given: tokens that logits gave: generated, or scored. Logits of position prompt_tokens-1 gave
+        num_output_tokens: tokens that logits gave: generated, or scored. Logits of position prompt_tokens-1 gave
             the first.
         exit_layers: for each eligible token in order of position, the number of blocks that ran.
         generated: whether the tokens were generated (False: scored).
@@ -37,7 +37,7 @@ class Trace:
 
     prompt_tokens: int
     fed_tokens: int
-    tokens_given: int
+    num_output_tokens: int
     exit_layers: tuple[int, ...]
     generated: bool
     hit_limit: bool = False
@@ -135,36 +135,38 @@ def merge(rows: Iterable[ComputeRecord]) -> ComputeRecord:
     return record
 
 
-def account(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord:
+def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRecord:
     """What one row cost, as if it ran alone."""
-    depth, pruned = cost.num_layers, terms.pruned_blocks
+    depth, pruned = cost.num_layers, exit_cost.pruned_blocks
     layers = np.asarray(trace.exit_layers, dtype=np.int64)
     full_depth = np.full_like(layers, depth)
-    positions = np.arange(terms.first_eligible, terms.first_eligible + len(layers), dtype=np.int64)
+    positions = np.arange(exit_cost.first_eligible, exit_cost.first_eligible + len(layers), dtype=np.int64)
     # All other tokens run at full depth, less the pruned blocks.
     others = np.setdiff1d(np.arange(trace.fed_tokens, dtype=np.int64), positions)
     others_depth = np.full_like(others, depth)
 
     # Every LM-head read counts but the one whose logits give the token; after a final block it is another read.
-    evaluations = terms.evaluations(layers)
-    gives_token = (positions >= trace.prompt_tokens - 1) & (not terms.final_block)
-    reads = int((evaluations - (gives_token & (layers < depth))).sum()) if terms.reads_lm_head else 0
-    classifier = terms.classifier_total(terms.classifier_macs, evaluations)
+    evaluations = exit_cost.evaluations(layers)
+    gives_token = (positions >= trace.prompt_tokens - 1) & (not exit_cost.final_block)
+    reads = int((evaluations - (gives_token & (layers < depth))).sum()) if exit_cost.reads_lm_head else 0
+    classifier = exit_cost.classifier_total(exit_cost.classifier_macs, evaluations)
 
     # A confidence made of logits corrects the state at every evaluation, any other only where a token is read out.
     adapter = 0
-    if terms.adapter_macs:
-        if terms.reads_lm_head:
-            adapter = int(np.cumsum([0, *terms.adapter_macs])[evaluations].sum())
+    if exit_cost.adapter_macs:
+        if exit_cost.reads_lm_head:
+            adapter = int(np.cumsum([0, *exit_cost.adapter_macs])[evaluations].sum())
         else:
             read_out = layers[gives_token & (layers < depth)]
-            adapter = int(np.asarray(terms.adapter_macs)[np.searchsorted(terms.evaluated_layers, read_out)].sum())
+            adapter = int(
+                np.asarray(exit_cost.adapter_macs)[np.searchsorted(exit_cost.evaluated_layers, read_out)].sum()
+            )
 
-    runs_last = terms.final_block and depth not in pruned
+    runs_last = exit_cost.final_block and depth not in pruned
     recompute, recompute_units = 0, 0.0
-    if terms.recomputes_state:
+    if exit_cost.recomputes_state:
         # Block L writes its own state where it runs after the exit.
-        without = pruned | {depth} if terms.final_block else pruned
+        without = pruned | {depth} if exit_cost.final_block else pruned
         recompute = int(cost.skipped_sum([b.state_recompute for b in cost.blocks], layers, without).sum())
         recompute_units = float(cost.skipped_sum([b.paper_recompute for b in cost.blocks], layers, without).sum())
     block_macs = int(cost.block_macs(positions, layers, pruned).sum())
@@ -178,8 +180,8 @@ def account(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord
         prompt_tokens=trace.prompt_tokens,
         fed_tokens=trace.fed_tokens,
         eligible_tokens=len(layers),
-        scored_tokens=0 if trace.generated else trace.tokens_given,
-        generated_tokens=trace.tokens_given if trace.generated else 0,
+        scored_tokens=0 if trace.generated else trace.num_output_tokens,
+        generated_tokens=trace.num_output_tokens if trace.generated else 0,
         hit_limit=int(trace.hit_limit),
         full_macs=int(cost.block_macs(positions, full_depth, frozenset()).sum()),
         block_macs=block_macs,
@@ -188,7 +190,7 @@ def account(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord
         adapter_macs=adapter,
         lm_head_macs=reads * cost.lm_head,
     )
-    given = trace.tokens_given * cost.lm_head
+    given = trace.num_output_tokens * cost.lm_head
     others_full = int(cost.block_macs(others, others_depth, frozenset()).sum())
     others_spent = int(cost.block_macs(others, others_depth, pruned).sum())
     record.full_total_macs = record.full_macs + others_full + given
@@ -197,7 +199,7 @@ def account(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord
     ran = sum(int((layers >= block).sum()) for block in range(1, depth + 1) if block not in pruned)
     ran += int((layers < depth).sum()) if runs_last else 0
     # In the paper's table a classifier costs its weights over a block's, and the linear one nothing.
-    overhead = terms.classifier_total(terms.classifier_paper_weights, evaluations)
+    overhead = exit_cost.classifier_total(exit_cost.classifier_paper_weights, evaluations)
     overhead += record.adapter_macs + record.lm_head_macs
     record.paper_full = float(depth * len(layers))
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
@@ -205,7 +207,7 @@ def account(trace: Trace, terms: ExitTerms, cost: BackboneCost) -> ComputeRecord
 
 
 @dataclass
-class Physical:
+class ExecutedCompute:
     """What really ran. A beginning that requests share runs once; counts of logical tokens have it in each."""
 
     fed_tokens: int = 0
@@ -222,7 +224,7 @@ class Physical:
         self.macs += (1 - uses) * record.total_macs
 
     @classmethod
-    def sum(cls, parts: Iterable[Physical]) -> Physical:
+    def sum(cls, parts: Iterable[ExecutedCompute]) -> ExecutedCompute:
         parts = list(parts)
         return cls(sum(part.fed_tokens for part in parts), sum(part.macs for part in parts))
 

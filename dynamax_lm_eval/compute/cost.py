@@ -112,7 +112,7 @@ class BackboneCost:
 
 
 @dataclass(frozen=True)
-class ExitTerms:
+class ExitCost:
     """What of an exit policy matters for cost.
 
     Attributes:

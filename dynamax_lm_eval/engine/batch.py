@@ -24,7 +24,7 @@ class RowInput:
         ids: their token ids.
         first_position: position of the first of them; the row's earlier tokens are in the states.
         slot: the row's place in the states.
-        prompt_length: tokens of the row's prompt; logits are wanted from position prompt_length - 1 on.
+        prompt_length: tokens of the row's prompt; logits are needs_logits from position prompt_length - 1 on.
         max_steps: most tokens that the row may give (N of the decaying threshold).
         policy: the row's exit policy.
     """
@@ -45,13 +45,13 @@ class FlatBatch:
     layout: RowLayout
     policies: tuple[ExitPolicy, ...]  # R
     thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
-    wanted: BoolArray  # (N,) tokens whose logits are needed
+    needs_logits: BoolArray  # (N,) tokens whose logits are needed
     eligible: BoolArray  # (N,)
     #: What gives the confidence, and whether an adapter corrects the read-out: all pairs of the batch.
     ways: tuple[tuple[str, bool], ...]
     way_of_row: IntArray  # (R,) index into ways
     # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
-    warms: dict[int, BoolArray]
+    warmup_tokens: dict[int, BoolArray]
 
     @classmethod
     def build(cls, rows: Sequence[RowInput]) -> FlatBatch:
@@ -83,11 +83,11 @@ class FlatBatch:
             layout=layout,
             policies=tuple(row.policy for row in rows),
             thresholds=_thresholds(rows, layout, steps),
-            wanted=positions >= prompt_lengths[row_of] - 1,
+            needs_logits=positions >= prompt_lengths[row_of] - 1,
             eligible=steps >= 0,
             ways=every,
             way_of_row=np.asarray([every.index(way) for way in ways], dtype=np.int64),
-            warms=_warms(rows, layout, steps),
+            warmup_tokens=_warmup_tokens(rows, layout, steps),
         )
 
     def by_row(self, layers: IntArray) -> list[list[int]]:
@@ -125,7 +125,7 @@ def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) ->
     return table
 
 
-def _warms(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, BoolArray]:
+def _warmup_tokens(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, BoolArray]:
     if not any(row.policy.is_recurrent for row in rows):
         return {}
     first = np.asarray([row.policy.first_warmed_position(row.prompt_length) for row in rows])

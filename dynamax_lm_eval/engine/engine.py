@@ -27,26 +27,26 @@ from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
 from dynamax_lm_eval.exits.states import ClassifierStates
 
 
-class LogitsSink(Protocol):
-    """Takes the logits of wanted tokens, reduced to what its owner needs of them."""
+class LogitsCollector(Protocol):
+    """Takes the logits of needs_logits tokens, reduced to what its owner needs of them."""
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         """What is kept of logits (T, V) of these tokens: (T, anything). Called before it is known who exits."""
         ...
 
-    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
-        """The reduced logits at which these tokens were really read out. Called once for every wanted token."""
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
+        """The reduced logits at which these tokens were really read out. Called once for every needs_logits token."""
         ...
 
 
-class NoLogits(LogitsSink):
-    """For batches without wanted tokens."""
+class NoLogits(LogitsCollector):
+    """For batches without needs_logits tokens."""
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
-        raise AssertionError("no logits are wanted")
+        raise AssertionError("no logits are needs_logits")
 
-    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
-        raise AssertionError("no logits are wanted")
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
+        raise AssertionError("no logits are needs_logits")
 
 
 class RowStates:
@@ -56,11 +56,11 @@ class RowStates:
         self.backbone = backbone
         self.classifiers = classifiers
 
-    def open_row(self, capacity: int) -> int | None:
+    def allocate_row(self, capacity: int) -> int | None:
         """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
-        slot = self.backbone.open_row(capacity)
+        slot = self.backbone.allocate_row(capacity)
         if slot is not None:
-            self.classifiers.open_row(slot)
+            self.classifiers.allocate_row(slot)
         return slot
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
@@ -85,10 +85,10 @@ class RowStates:
         self.backbone.forget(num_tokens)
         self.classifiers.forget(num_tokens)
 
-    def close_row(self, slot: int) -> None:
+    def free_row(self, slot: int) -> None:
         """Gives the room of a row back."""
-        self.backbone.close_row(slot)
-        self.classifiers.close_row(slot)
+        self.backbone.free_row(slot)
+        self.classifiers.free_row(slot)
 
 
 class Engine:
@@ -101,10 +101,10 @@ class Engine:
         #: State recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
 
-    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> RowStates:
+    def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> RowStates:
         """As :meth:`Backbone.new_states`, with room for the states of the classifiers."""
         classifiers = ClassifierStates(self.classifiers, self.backbone.device)
-        return RowStates(self.backbone.new_states(capacity, prefix_capacity, spacing), classifiers)
+        return RowStates(self.backbone.new_states(capacity, prefix_capacity, row_stride), classifiers)
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
@@ -115,13 +115,15 @@ class Engine:
         exits, kind = self.classifiers, policy.classifier
         costs = exits.costs(kind) if exits is not None and kind is not None else {}
         adapters = exits.adapter_macs() if exits is not None else {}
-        return account(trace, policy.terms(trace.prompt_tokens, costs, adapters), self.backbone.cost)
+        return account(trace, policy.cost_terms(trace.prompt_tokens, costs, adapters), self.backbone.cost)
 
     @torch.inference_mode()
-    def forward(self, batch: FlatBatch, states: RowStates, sink: LogitsSink, eager: bool = False) -> IntArray:
-        """Feeds a batch and hands the logits of its wanted tokens to ``sink``.
+    def forward(
+        self, batch: FlatBatch, states: RowStates, collector: LogitsCollector, materialize_all: bool = False
+    ) -> IntArray:
+        """Feeds a batch and hands the logits of its needs_logits tokens to ``collector``.
 
-        ``eager``: no block is left without the states of a token, as it must be where others copy them.
+        ``materialize_all``: no block is left without the states of a token, as it must be where others copy them.
 
         Returns:
             (N,) the number of blocks that each token ran through; the backbone's depth without an exit.
@@ -131,7 +133,7 @@ class Engine:
         """
         backbone = self.backbone
         with backbone.running():
-            run = backbone.start_pass(states.backbone, batch.layout, eager)
+            run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             hidden = backbone.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
@@ -146,18 +148,18 @@ class Engine:
                     tokens, hidden = returning.in_order()
                 before = hidden
                 hidden = _run_block(run, batch, block, tokens, hidden)
-                leaves = self._decide(batch, block, tokens, before, hidden, states.classifiers, sink, read_out)
+                leaves = self._decide(batch, block, tokens, before, hidden, states.classifiers, collector, read_out)
                 if leaves is not None and leaves.any():
                     gone, stay = np.flatnonzero(leaves), np.flatnonzero(~leaves)
                     layer_of[tokens[gone]] = block
-                    run.leave(tokens[gone], _select(hidden, gone), block)
+                    run.exit_tokens(tokens[gone], _select(hidden, gone), block)
                     for_last = gone[_has_final_block(batch, tokens[gone])]
                     returning.add(tokens[for_last], _select(hidden, for_last))
                     tokens, hidden = tokens[stay], _select(hidden, stay)
-            wanted = np.flatnonzero(batch.wanted[tokens])
-            read_out.add(tokens[wanted], _select(hidden, wanted))
+            needs_logits = np.flatnonzero(batch.needs_logits[tokens])
+            read_out.add(tokens[needs_logits], _select(hidden, needs_logits))
             if read_out:
-                self._read_out(*read_out.in_order(), sink)
+                self._read_out(*read_out.in_order(), collector)
         return layer_of
 
     def _decide(
@@ -168,20 +170,20 @@ class Engine:
         before: Tensor,
         hidden: Tensor,
         classifiers: ClassifierStates,
-        sink: LogitsSink,
+        collector: LogitsCollector,
         read_out: _Tokens,
     ) -> BoolArray | None:
         """Which of the tokens in flight exit after ``block``: (n,), or None where none may.
 
-        Those whose logits are wanted are handed to ``sink`` where the decision read the LM head, else left in
+        Those whose logits are needs_logits are handed to ``collector`` where the decision read the LM head, else left in
         ``read_out``; not if block L runs on them first.
         """
         thresholds = batch.thresholds.get(block)
         if thresholds is None or len(tokens) == 0:
             return None
         evaluated = thresholds[tokens] < NEVER
-        if block in batch.warms:
-            evaluated |= batch.warms[block][tokens]
+        if block in batch.warmup_tokens:
+            evaluated |= batch.warmup_tokens[block][tokens]
         candidates = np.flatnonzero(evaluated)
         if len(candidates) == 0:
             return None
@@ -195,7 +197,7 @@ class Engine:
             limit = torch.from_numpy(thresholds[tokens[chosen]])
             if kind in confidence.READS_LM_HEAD:
                 read = _adapted(_select(hidden, chosen), adapter)
-                exits = self._decide_by_logits(kind, block, batch, tokens[chosen], read, limit, sink)
+                exits = self._decide_by_logits(kind, block, batch, tokens[chosen], read, limit, collector)
             else:
                 if kind == "state":
                     scores = confidence.state_similarity(_select(before, chosen)[0], _select(hidden, chosen)[0])
@@ -203,35 +205,46 @@ class Engine:
                     scores = _classify(kind, block, batch, tokens[chosen], _select(hidden, chosen)[0], classifiers)
                 exits = _reached(scores, limit, kind, block, batch, tokens[chosen])
                 gone = chosen[exits]
-                gone = gone[batch.wanted[tokens[gone]] & ~_has_final_block(batch, tokens[gone])]
+                gone = gone[batch.needs_logits[tokens[gone]] & ~_has_final_block(batch, tokens[gone])]
                 if len(gone):
                     read_out.add(tokens[gone], _adapted(_select(hidden, gone), adapter))
             leaves[chosen[exits]] = True
         return leaves
 
     def _decide_by_logits(
-        self, kind: str, block: int, batch: FlatBatch, tokens: IntArray, hidden: Tensor, limit: Tensor, sink: LogitsSink
+        self,
+        kind: str,
+        block: int,
+        batch: FlatBatch,
+        tokens: IntArray,
+        hidden: Tensor,
+        limit: Tensor,
+        collector: LogitsCollector,
     ) -> BoolArray:
         """As _decide for tokens whose confidence comes from logits; the read serves the exit as well."""
         scores, reduced = [], []
-        reads = batch.wanted[tokens] & ~_has_final_block(batch, tokens)
+        reads = batch.needs_logits[tokens] & ~_has_final_block(batch, tokens)
         for part, logits in self._logits(hidden[0]):
             scores.append(confidence.from_logits(kind, logits))
-            wanted = np.flatnonzero(reads[part])
-            if len(wanted):
-                chosen = logits if len(wanted) == len(logits) else logits[torch.from_numpy(wanted).to(logits.device)]
-                reduced.append(sink.reduce(tokens[part][wanted], chosen))
+            needs_logits = np.flatnonzero(reads[part])
+            if len(needs_logits):
+                chosen = (
+                    logits
+                    if len(needs_logits) == len(logits)
+                    else logits[torch.from_numpy(needs_logits).to(logits.device)]
+                )
+                reduced.append(collector.reduce(tokens[part][needs_logits], chosen))
         exits = _reached(torch.cat(scores), limit, kind, block, batch, tokens)
-        wanted = np.flatnonzero(reads)
-        committed = np.flatnonzero(exits[wanted])
+        needs_logits = np.flatnonzero(reads)
+        committed = np.flatnonzero(exits[needs_logits])
         if len(committed):
             rows = torch.from_numpy(committed).to(hidden.device)
-            sink.commit(tokens[wanted[committed]], torch.cat(reduced)[rows])
+            collector.store(tokens[needs_logits[committed]], torch.cat(reduced)[rows])
         return exits
 
-    def _read_out(self, tokens: IntArray, hidden: Tensor, sink: LogitsSink) -> None:
+    def _read_out(self, tokens: IntArray, hidden: Tensor, collector: LogitsCollector) -> None:
         for part, logits in self._logits(hidden[0]):
-            sink.commit(tokens[part], sink.reduce(tokens[part], logits))
+            collector.store(tokens[part], collector.reduce(tokens[part], logits))
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits (t, V) of hidden states (T, D), in parts of bounded size."""

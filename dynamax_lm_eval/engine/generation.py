@@ -19,7 +19,7 @@ from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
-from dynamax_lm_eval.engine.prefixes import Beginning, PrefixRun, PrefixStore, find_prefixes
+from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, SharedPrefix, find_prefixes
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
 from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
 
@@ -34,12 +34,12 @@ class _Row:
     index: int
     request: GenerationRequest
     slot: int
-    beginning: Beginning
+    shared_prefix: SharedPrefix
     generated: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
 
     def next_input(self) -> RowInput:
-        request, shared = self.request, self.beginning.tokens
+        request, shared = self.request, self.shared_prefix.tokens
         first = len(request.prompt) + len(self.generated) - 1 if self.generated else shared
         return RowInput(
             ids=self.generated[-1:] or request.prompt[shared:],
@@ -55,12 +55,12 @@ class _Row:
         trace = Trace(
             prompt_tokens=len(request.prompt),
             fed_tokens=len(request.prompt) + len(self.generated) - 1,
-            tokens_given=len(self.generated),
-            exit_layers=(*self.beginning.layers, *self.layers),
+            num_output_tokens=len(self.generated),
+            exit_layers=(*self.shared_prefix.layers, *self.layers),
             generated=True,
             hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
         )
-        return Generation(self.generated, trace, self.beginning.tokens)
+        return Generation(self.generated, trace, self.shared_prefix.tokens)
 
 
 def generate(
@@ -83,7 +83,7 @@ def generate(
     pending = deque(plan.order)
     longest = max(needs, default=1)
     capacity = longest * min(max_rows, len(requests))
-    states = engine.new_states(capacity, plan.room, spacing=longest)
+    states = engine.new_states(capacity, plan.room, row_stride=longest)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     rows: list[_Row] = []
     while pending or rows:
@@ -91,18 +91,18 @@ def generate(
         rows.sort(key=lambda row: row.slot)  # neighbours in the states are neighbours in the batch
         inputs = [row.next_input() for row in rows]
         batch = FlatBatch.build(inputs)
-        sink = _LastLogits(len(rows), batch.layout.row_of)
+        collector = _LastLogits(len(rows), batch.layout.row_of)
         with naming_request([row.index for row in rows]):
-            layers = engine.forward(batch, states, sink)
+            layers = engine.forward(batch, states, collector)
         for row, chosen in zip(rows, batch.by_row(layers), strict=True):
             row.layers += chosen
-        for row, token in zip(rows, _choose(rows, sink.logits()), strict=True):
+        for row, token in zip(rows, _choose(rows, collector.logits()), strict=True):
             row.generated.append(token)
         running = []
         for row in rows:
             request = row.request
             if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
-                states.close_row(row.slot)
+                states.free_row(row.slot)
                 on_finished(row.index, row.result())
             else:
                 running.append(row)
@@ -134,16 +134,16 @@ def _admit(
         length = len(requests[index].prompt) - prefixes.plan.shared_tokens(index)
         if length > budget and (in_flight or opened):
             break
-        slot = states.open_row(needs[index])
+        slot = states.allocate_row(needs[index])
         if slot is None:
             break
         pending.popleft()
         budget -= length
         opened.append((index, slot))
-    beginnings = prefixes.begin([index for index, _ in opened], [slot for _, slot in opened])
+    shared_prefixes = prefixes.begin([index for index, _ in opened], [slot for _, slot in opened])
     return [
-        _Row(index, requests[index], slot, beginning)
-        for (index, slot), beginning in zip(opened, beginnings, strict=True)
+        _Row(index, requests[index], slot, shared_prefix)
+        for (index, slot), shared_prefix in zip(opened, shared_prefixes, strict=True)
     ]
 
 
@@ -172,7 +172,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
 
 
 class _LastLogits:
-    """Keeps the logits of each row's only wanted token."""
+    """Keeps the logits of each row's only needs_logits token."""
 
     def __init__(self, num_rows: int, row_of: IntArray) -> None:
         self._row_of = row_of
@@ -183,7 +183,7 @@ class _LastLogits:
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         return logits
 
-    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
         self._rows.append(self._row_of[tokens])
         self._parts.append(reduced)
 

@@ -115,7 +115,7 @@ def check_against_model(engine: Engine, model: Any) -> None:
     _compare(name, "two rows in one batch", together, torch.cat(reference), dtype)
 
     first = texts[0].tolist()
-    slot = states.open_row(len(first))
+    slot = states.allocate_row(len(first))
     assert slot is not None
     stepped = [_logits(engine, states, [(first[:_PREFILL], 0, slot)])]
     stepped += [_logits(engine, states, [([first[i]], i, slot)]) for i in range(_PREFILL, len(first))]
@@ -145,12 +145,12 @@ def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | 
     policy = ExitPolicy(engine.backbone.num_layers)
     inputs = []
     for ids, first, slot in rows:
-        place = states.open_row(len(ids)) if slot is None else slot
+        place = states.allocate_row(len(ids)) if slot is None else slot
         inputs.append(RowInput(ids, first, place, prompt_length=1, max_steps=1, policy=policy))
     batch = FlatBatch.build(inputs)
-    sink = _AllLogits(len(batch))
-    engine.forward(batch, states, sink)
-    return torch.stack([row for row in sink.rows if row is not None])
+    collector = _AllLogits(len(batch))
+    engine.forward(batch, states, collector)
+    return torch.stack([row for row in collector.rows if row is not None])
 
 
 def _compare(name: str, what: str, ours: Tensor, theirs: Tensor, computed_in: torch.dtype) -> None:
@@ -171,6 +171,6 @@ class _AllLogits:
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         return logits
 
-    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
         for token, row in zip(tokens.tolist(), reduced, strict=True):
             self.rows[token] = row

@@ -55,7 +55,7 @@ class Prefix:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class SharedPrefix:
     """What a row begins with: so many tokens have run, and those of them that may exit ran so many blocks."""
 
     tokens: int = 0
@@ -232,7 +232,7 @@ class PrefixStore:
                 Trace(
                     prompt_tokens=ran.prefix.length + 1,
                     fed_tokens=ran.prefix.length,
-                    tokens_given=0,
+                    num_output_tokens=0,
                     exit_layers=ran.layers,
                     generated=False,
                 ),
@@ -241,7 +241,7 @@ class PrefixStore:
             for ran in self._all
         ]
 
-    def begin(self, requests: Sequence[int], slots: Sequence[int]) -> list[Beginning]:
+    def begin(self, requests: Sequence[int], slots: Sequence[int]) -> list[SharedPrefix]:
         """Gives new rows what their requests begin with. Requests come in the plan's order."""
         self._begun += len(requests)
         longest = [self.plan.prefix_of[i] for i in requests]
@@ -280,7 +280,8 @@ class PrefixStore:
                 if prefix in staying and self._states.keep(source, prefix.length):
                     self._kept[prefix] = ran[prefix]
         return [
-            Beginning(prefix.length, ran[prefix].layers) if prefix is not None else Beginning() for prefix in longest
+            SharedPrefix(prefix.length, ran[prefix].layers) if prefix is not None else SharedPrefix()
+            for prefix in longest
         ]
 
     def _needed_later(self, prefixes: Sequence[Prefix]) -> set[Prefix]:
@@ -330,7 +331,7 @@ class PrefixStore:
         for inputs in passes:
             batch = FlatBatch.build(inputs)
             with naming_request(range(len(layers), len(layers) + len(inputs))):
-                layers += batch.by_row(self._engine.forward(batch, self._states, NoLogits(), eager=True))
+                layers += batch.by_row(self._engine.forward(batch, self._states, NoLogits(), materialize_all=True))
         found = {
             prefix: _Ran(prefix, (*(before[prefix.parent].layers if prefix.parent is not None else ()), *chosen))
             for (prefix, _), chosen in zip(prefixes, layers, strict=True)

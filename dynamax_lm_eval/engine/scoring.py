@@ -44,35 +44,35 @@ def score(
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     for members in passes:
         slots = [_open(states, lengths[i]) for i in members]
-        beginnings = prefixes.begin(members, slots)
+        shared_prefixes = prefixes.begin(members, slots)
         inputs = [
             RowInput(
-                ids=requests[i].ids[beginning.tokens :],
-                first_position=beginning.tokens,
+                ids=requests[i].ids[shared_prefix.tokens :],
+                first_position=shared_prefix.tokens,
                 slot=slot,
                 prompt_length=requests[i].context_length,
                 max_steps=len(requests[i].targets),
                 policy=requests[i].policy,
             )
-            for i, slot, beginning in zip(members, slots, beginnings, strict=True)
+            for i, slot, shared_prefix in zip(members, slots, shared_prefixes, strict=True)
         ]
         batch = FlatBatch.build(inputs)
-        sink = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
+        collector = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
         with naming_request(members):
-            layers = engine.forward(batch, states, sink)
-        answers = zip(members, slots, beginnings, sink.by_row(), batch.by_row(layers), strict=True)
-        for i, slot, beginning, scores, chosen in answers:
-            states.close_row(slot)
+            layers = engine.forward(batch, states, collector)
+        answers = zip(members, slots, shared_prefixes, collector.by_row(), batch.by_row(layers), strict=True)
+        for i, slot, shared_prefix, scores, chosen in answers:
+            states.free_row(slot)
             if any(math.isnan(value) for line in scores[0] for value in line):
                 raise NotFiniteError(i)
             trace = Trace(
                 prompt_tokens=requests[i].context_length,
                 fed_tokens=len(requests[i].ids),
-                tokens_given=len(requests[i].targets),
-                exit_layers=(*beginning.layers, *chosen),
+                num_output_tokens=len(requests[i].targets),
+                exit_layers=(*shared_prefix.layers, *chosen),
                 generated=False,
             )
-            on_finished(i, Scoring(*scores, trace, beginning.tokens))
+            on_finished(i, Scoring(*scores, trace, shared_prefix.tokens))
     return prefixes.runs
 
 
@@ -98,13 +98,13 @@ def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[lis
 
 
 def _open(states: RowStates, length: int) -> int:
-    slot = states.open_row(length)
+    slot = states.allocate_row(length)
     assert slot is not None, "the states were made for the largest pass"
     return slot
 
 
 class _TargetScores:
-    """Keeps, for each wanted token, the log-probabilities of its targets and the arg-max."""
+    """Keeps, for each needs_logits token, the log-probabilities of its targets and the arg-max."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class _TargetScores:
         self._targets = targets
         self._dtype = softmax_dtype
         self._row_of = batch.layout.row_of
-        self._wanted = np.flatnonzero(batch.wanted)
+        self._needs_logits = np.flatnonzero(batch.needs_logits)
         flat = [asked for row in targets for asked in row]
-        assert len(flat) == len(self._wanted)
+        assert len(flat) == len(self._needs_logits)
         width = max(len(asked) for asked in flat)
         table = np.zeros((len(batch), width), dtype=np.int64)
-        for token, asked in zip(self._wanted, flat, strict=True):
+        for token, asked in zip(self._needs_logits, flat, strict=True):
             table[token, : len(asked)] = asked
         self._table = torch.from_numpy(table).to(device)
         # One table for log-probabilities and arg-maxes: float32 holds every token id below 2**24.
@@ -134,12 +134,12 @@ class _TargetScores:
             log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, asked)
         return torch.cat([log_probs.float(), logits.argmax(dim=-1, keepdim=True).float()], dim=1)
 
-    def commit(self, tokens: IntArray, reduced: Tensor) -> None:
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
         self._scores[torch.from_numpy(tokens).to(reduced.device)] = reduced
 
     def by_row(self) -> list[tuple[list[list[float]], list[int]]]:
         """For each row: log-probabilities as its targets, and the arg-max at each position."""
-        table = self._scores[torch.from_numpy(self._wanted).to(self._scores.device)].tolist()
+        table = self._scores[torch.from_numpy(self._needs_logits).to(self._scores.device)].tolist()
         results, start = [], 0
         for row in self._targets:
             lines = table[start : start + len(row)]

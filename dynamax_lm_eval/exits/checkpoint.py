@@ -294,7 +294,7 @@ def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -
     return None
 
 
-def resolve(name: str) -> ExitCheckpoint:
+def open_exits(name: str) -> ExitCheckpoint:
     """The checkpoint of a folder, or of a Hub id (``user/name`` or ``user/name@revision``), which is downloaded.
 
     Raises:
@@ -329,9 +329,9 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints 
         UserError: the exits cannot be read, or do not fit the backbone.
     """
     if args.exits is not None:
-        found = resolve(args.exits)
+        found = open_exits(args.exits)
     else:
-        if not might_be_needed(args):
+        if not may_use_exits(args):
             return None
         current, former = (None, ()) if fingerprints is None else (fingerprints.current, fingerprints.former)
         known = find(args.backbone, current, former)
@@ -346,7 +346,7 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints 
     return found
 
 
-def might_be_needed(args: DynamaxArgs) -> bool:
+def may_use_exits(args: DynamaxArgs) -> bool:
     """Whether a run could use trained exits: not with another confidence, nor where nothing exits."""
     if args.exits is not None or args.classifier is not None or args.confidence == "classifier":
         return True

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval import config
-from dynamax_lm_eval.compute.cost import ClassifierCost, ExitTerms
+from dynamax_lm_eval.compute.cost import ClassifierCost, ExitCost
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import pruning
@@ -79,7 +79,7 @@ class ExitPolicy:
             UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
                 not match the exits, or the exits are not what was asked for.
         """
-        pruned = pruning.resolve(args, num_layers)
+        pruned = pruning.pruned_blocks(args, num_layers)
         confidence = args.confidence or ("classifier" if exits is not None else "softmax")
         classifier, final_block = None, bool(args.final_block)
         if confidence == "classifier" and exits is not None:
@@ -196,8 +196,8 @@ class ExitPolicy:
         before_answer = prompt_length - 1
         if self.exit_scope == "all":
             return 0 if self.threshold_decay is not None else before_answer
-        warms = self.is_recurrent and bool(self.active_exits)
-        return min(before_answer, self.first_warmed_position(prompt_length)) if warms else before_answer
+        warmup_tokens = self.is_recurrent and bool(self.active_exits)
+        return min(before_answer, self.first_warmed_position(prompt_length)) if warmup_tokens else before_answer
 
     def effective_thresholds(self, steps: npt.NDArray[np.int64], max_steps: int) -> npt.NDArray[np.float32]:
         """What the confidence of each token is compared with.
@@ -223,12 +223,12 @@ class ExitPolicy:
         rounded: npt.NDArray[np.float32] = values.astype(np.float32)
         return rounded
 
-    def terms(
+    def cost_terms(
         self,
         prompt_length: int,
         classifier_costs: Mapping[int, ClassifierCost] | None = None,
         adapter_macs: Mapping[int, int] | None = None,
-    ) -> ExitTerms:
+    ) -> ExitCost:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
 
         ``classifier_costs``: cost of one evaluation at each exit layer, where a classifier gives the confidence;
@@ -236,7 +236,7 @@ class ExitPolicy:
         """
         first = self.first_eligible_position(prompt_length)
         costs = classifier_costs or {}
-        return ExitTerms(
+        return ExitCost(
             evaluated_layers=self.active_exits,
             classifier_macs=tuple(costs[layer].macs if layer in costs else 0 for layer in self.active_exits),
             classifier_paper_weights=tuple(

@@ -70,7 +70,7 @@ class PruneProfile:
             raise UserError(f"prune_profile={str(path)!r} is damaged ({error}); {FORMAT.remedy}") from error
 
 
-def resolve(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
+def pruned_blocks(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
     """The blocks (1-based) that a run disables on a backbone of ``num_layers`` blocks.
 
     Raises:

@@ -31,7 +31,7 @@ class ClassifierStates:
         # The exits of a pass mostly see the same rows.
         self._last: tuple[tuple[tuple[int, ...], tuple[int, ...]], slice | Tensor, RaggedRows] | None = None
 
-    def open_row(self, slot: int) -> None:
+    def allocate_row(self, slot: int) -> None:
         """A row starts; its states are those of a row that has seen nothing."""
         self._last = None
         self._line_of[slot] = self._open()
@@ -51,7 +51,7 @@ class ClassifierStates:
         for table in self._tables.values():
             table.copy(source, line)
 
-    def close_row(self, slot: int) -> None:
+    def free_row(self, slot: int) -> None:
         """The row has ended."""
         self._free.append(self._line_of.pop(slot))
 

@@ -31,7 +31,7 @@ class FrozenBackbone:
 
 def _read_config(options: TrainingOptions, run: RunOptions) -> Any:
     """The backbone's configuration, before any weights."""
-    config = loading.load_config(aliases.resolve(options.backbone), options.backbone, _load_options(run))
+    config = loading.load_config(aliases.resolve_backbone(options.backbone), options.backbone, _load_options(run))
     loading.check_architecture(config)
     return config
 
@@ -49,7 +49,7 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
     """
     if device is None:
         device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
-    config, source = _read_config(options, run), aliases.resolve(options.backbone)
+    config, source = _read_config(options, run), aliases.resolve_backbone(options.backbone)
     dtype = _dtype(options.dtype, device)
     shared = _load_options(run)
     engine_without_weights(config, shared, options.seq_len)

@@ -65,7 +65,7 @@ class FrozenPass:
         lengths = [len(row) for row in rows]
         total = sum(lengths)
         states = backbone.new_states(total)
-        slots = [states.open_row(length) for length in lengths]
+        slots = [states.allocate_row(length) for length in lengths]
         run = backbone.start_pass(states, full_depth_layout(slots, lengths, backbone.num_layers))
         tokens = np.arange(total)
         ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))

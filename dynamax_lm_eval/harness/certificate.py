@@ -272,7 +272,7 @@ def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
     return short_name("-".join([certificate.task, scorer, state_mode, *promise])) + ".json"
 
 
-def home(backbone: str, fingerprint: str, exits: ExitCheckpoint | None) -> Path:
+def directory(backbone: str, fingerprint: str, exits: ExitCheckpoint | None) -> Path:
     """Where certificates of a backbone are kept: beside its exits, or else among the user's own files."""
     return _homes(backbone, fingerprint, exits)[0]
 
@@ -286,7 +286,7 @@ def _homes(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None)
     return [own / f"{name}-{fingerprint[:12]}"] if fingerprint is not None else sorted(own.glob(f"{name}-*"))
 
 
-def resolve(
+def find_certificate(
     named: str, backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None, policy: Mapping[str, Any]
 ) -> tuple[Path, Certificate]:
     """The certificate that ``threshold=`` names: a file, or for ``calibrated`` the one that was made for this policy.

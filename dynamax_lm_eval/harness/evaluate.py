@@ -31,7 +31,7 @@ from dynamax_lm_eval.compute.accounting import (
     ACCOUNTING,
     SCHEMA_VERSION,
     ComputeRecord,
-    Physical,
+    ExecutedCompute,
     exit_histogram,
     reduction_stderr,
     total_reduction_stderr,
@@ -240,7 +240,7 @@ def _tasks(task_dict: Mapping[Any, Any]) -> Iterable[tuple[str, Any]]:
             yield key, value
 
 
-def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float], int, Physical]]) -> None:
+def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, float], int, ExecutedCompute]]) -> None:
     """Puts compute into the results of an evaluation, after the tasks' own metrics."""
     by_task: _ByDocument = defaultdict(dict)
     seconds: dict[str, float] = {}
@@ -288,7 +288,7 @@ def _write(results: dict[str, Any], gathered: list[tuple[_ByDocument, dict[str, 
         "overall": {
             **_breakdown(everything),
             **_timing(sum(fed for _, _, fed, _ in gathered), seconds),
-            "physical": Physical.sum(physical for *_, physical in gathered).to_json(),
+            "physical": ExecutedCompute.sum(physical for *_, physical in gathered).to_json(),
         },
     }
     if everything and not any(record.eligible_tokens for record in everything):

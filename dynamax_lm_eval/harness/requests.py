@@ -19,7 +19,7 @@ from dynamax_lm_eval.harness.generation import GenerationSettings
 from dynamax_lm_eval.harness.stopping import StopStrings
 
 
-class GenerationJob:
+class PreparedGeneration:
     """One request: its prompt and limits as HFLM would set them, and its text at the end."""
 
     def __init__(

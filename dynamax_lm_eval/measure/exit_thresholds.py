@@ -108,7 +108,7 @@ def search(options: SearchOptions) -> ThresholdPath:
     loaded = load_backbone(reading, RunOptions(device=options.device, trust_remote_code=options.trust_remote_code))
     identity = loaded.identity
     exits = (
-        checkpoint.resolve(options.exits)
+        checkpoint.open_exits(options.exits)
         if options.exits is not None
         else checkpoint.find(options.backbone, identity.fingerprint, loaded.former)
     )

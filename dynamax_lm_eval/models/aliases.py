@@ -68,7 +68,7 @@ def known() -> list[str]:
     return [*HUB_ALIASES, SMOLLM2_GGUF, *shipped_backbones()]
 
 
-def resolve(name: str, subfolder: str = "") -> str:
+def resolve_backbone(name: str, subfolder: str = "") -> str:
     """The Hub id or folder that a backbone name stands for; ``subfolder`` is where its files are in it.
 
     Raises:

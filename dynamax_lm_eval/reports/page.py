@@ -96,9 +96,9 @@ def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
 def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any]:
     return {
         "name": point.name,
-        "family": point.family,
-        "line": point.line,
-        "value": point.value,
+        "family": point.kind,
+        "line": point.series,
+        "value": point.x,
         "valid": point.valid,
         "scores": point.scores,
         "at": {axis: task.reduction(point, axis) for axis in AXES},

@@ -96,10 +96,10 @@ def summary(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: 
 def against_pruning(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: int = 0) -> pd.DataFrame:
     """For each line of exits and each pruned model: the difference of scores at the pruned model's compute."""
     lines = task.valid_lines()
-    pruned = [point for points in lines.values() for point in points if point.family == "pruning"]
+    pruned = [point for points in lines.values() for point in points if point.kind == "pruning"]
     rows = []
     for name, points in lines.items():
-        if not pruned or points[0].family != "exits":
+        if not pruned or points[0].kind != "exits":
             continue
         try:
             found = draw(task, [task.full, *points, *pruned], metric, axis, count, seed)

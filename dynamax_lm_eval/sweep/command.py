@@ -23,7 +23,7 @@ from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.files import file_checksum, locked, short_name
 from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
-from dynamax_lm_eval.lm import Setting
+from dynamax_lm_eval.lm import RequestSettings
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep.files import (
@@ -118,7 +118,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
 def load(options: SweepOptions) -> SweepLM:
     """The backbone with the exits that it has, whatever the full model needs."""
     if options.prune_profile is not None:
-        known = files_fingerprints(aliases.resolve(options.backbone), options.shared_arguments)
+        known = files_fingerprints(aliases.resolve_backbone(options.backbone), options.shared_arguments)
         if known is not None:  # else points are compared with the loaded weights
             pruning.check_profile(options.prune_profile, known)
     given: dict[str, Any] = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
@@ -164,7 +164,7 @@ def _bound(options: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve(
     lm: SweepLM, points: Sequence[Point], options: SweepOptions
-) -> list[tuple[Point, Setting, dict[str, Any]]]:
+) -> list[tuple[Point, RequestSettings, dict[str, Any]]]:
     """Each point with what it means for requests and the identity of its answers, options of the sweep included.
 
     Raises:
@@ -173,7 +173,7 @@ def _resolve(
     resolved = []
     for point in points:
         try:
-            lm.follow(point.args)
+            lm.use_policy(point.args)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from error
         resolved.append((point, lm.setting, {**lm.identity(), **_bound(options.to_json())}))
@@ -258,7 +258,7 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     # What ran, and how long it took, belongs to all points that were answered together.
     for name in ("physical", "seconds", "seconds_total", "fed_tokens_in_seconds", "fed_tokens_per_second"):
         found["compute"]["overall"].pop(name, None)
-    found["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.family}
+    found["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.kind}
     return found
 
 
@@ -290,9 +290,9 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
             raise OSError(f"the harness did not write {home / file}; is the disk full?")
     done = {
         "point": point.point.name,
-        "family": point.point.family,
-        "line": point.point.line,
-        "value": point.point.value,
+        "family": point.point.kind,
+        "line": point.point.series,
+        "value": point.point.x,
         "policy": point.setting.policy.describe(),
         "asked": _asked(options),
         "run": run,

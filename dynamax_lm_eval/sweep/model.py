@@ -12,7 +12,7 @@ from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.config import DynamaxArgs
-from dynamax_lm_eval.lm import DynamaxLM, Setting
+from dynamax_lm_eval.lm import DynamaxLM, RequestSettings
 from dynamax_lm_eval.sweep.options import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 
@@ -22,7 +22,7 @@ class SweepPoint:
     """A point that this process answers."""
 
     point: Point
-    setting: Setting
+    setting: RequestSettings
     store: ResponseStore
 
 
@@ -57,7 +57,7 @@ class SweepLM(DynamaxLM):
 
     def replay(self, point: SweepPoint) -> None:
         """The harness gets the answers of this point from now on."""
-        self.follow(point.point.args)
+        self.use_policy(point.point.args)
         self._present = point
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -138,16 +138,16 @@ class Point:
 
     Attributes:
         name: of its folder; tells it from all others of the sweep.
-        family: ``full``, ``exits`` or ``pruning``.
-        line: points of one line differ in one number only and are joined in plots.
-        value: that number: the threshold (the mean of several), or how many blocks are pruned.
+        kind: ``full``, ``exits`` or ``pruning``.
+        series: points of one series differ in one number only and are joined in plots.
+        x: that number: the threshold (the mean of several), or how many blocks are pruned.
         args: the model arguments that it stands for.
     """
 
     name: str
-    family: str
-    line: str
-    value: float
+    kind: str
+    series: str
+    x: float
     args: DynamaxArgs
 
 

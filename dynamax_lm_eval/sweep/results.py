@@ -41,9 +41,9 @@ class PointResult:
     """
 
     name: str
-    family: str
-    line: str
-    value: float
+    kind: str
+    series: str
+    x: float
     policy: dict[str, Any]
     scores: dict[str, tuple[float, float]]
     compute: dict[str, Any]
@@ -105,8 +105,8 @@ class TaskResults:
         """Points by line, in order of their value."""
         found: dict[str, list[PointResult]] = {}
         for point in self.points[1:]:
-            found.setdefault(point.line, []).append(point)
-        return {name: sorted(points, key=lambda point: point.value) for name, points in found.items()}
+            found.setdefault(point.series, []).append(point)
+        return {name: sorted(points, key=lambda point: point.x) for name, points in found.items()}
 
     def valid_lines(self) -> dict[str, list[PointResult]]:
         """Lines without their invalid points; those that have no others are left out."""
@@ -144,10 +144,10 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
                 groups.setdefault((backbone, task), []).append(result)
     found = []
     for (backbone, task), results in sorted(groups.items()):
-        full = [result for result in results if result.family == "full"]
+        full = [result for result in results if result.kind == "full"]
         if not full:
             raise UserError(f"{backbone}, {task}: the full model is missing; let the sweep finish")
-        others = [result for result in results if result.family != "full"]
+        others = [result for result in results if result.kind != "full"]
         documents = [sample["doc_id"] for sample in full[0].samples]
         kept = [point for point in others if [sample["doc_id"] for sample in point.samples] == documents]
         if len(kept) < len(others):
@@ -171,10 +171,10 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "backbone": task.backbone,
                 "task": task.task,
                 "point": point.name,
-                "family": point.family,
-                "line": point.line,
-                "value": point.value,
-                "state_mode": point.policy["state_mode"] if point.family == "exits" else None,
+                "family": point.kind,
+                "line": point.series,
+                "value": point.x,
+                "state_mode": point.policy["state_mode"] if point.kind == "exits" else None,
                 "documents": len(point.samples),
                 "valid": point.valid,
             }
@@ -211,9 +211,9 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
         )
         result = PointResult(
             name=point["point"],
-            family=point["family"],
-            line=point["line"],
-            value=point["value"],
+            kind=point["family"],
+            series=point["line"],
+            x=point["value"],
             policy=point["policy"],
             scores=_scores(data["results"][task]),
             compute=data["compute"]["by_task"][task],

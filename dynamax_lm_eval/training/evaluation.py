@@ -107,7 +107,7 @@ def predicted_point(
     for length in seen.lengths:
         inside[start] = False  # the first token of a row may not exit
         trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
-        records.append(account(trace, policy.terms(1, costs, classifiers.adapter_macs()), cost))
+        records.append(account(trace, policy.cost_terms(1, costs, classifiers.adapter_macs()), cost))
         start += length
     return {
         "threshold": threshold,

@@ -20,7 +20,7 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.linear import applied
+from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
@@ -66,16 +66,16 @@ class MambaBackbone(DecoderBackbone):
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
         )
 
-    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> MambaStates:
+    def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> MambaStates:
         return MambaStates(self)
 
-    def start_pass(self, states: States, layout: RowLayout, eager: bool = False) -> MambaPass:
+    def start_pass(self, states: States, layout: RowLayout, materialize_all: bool = False) -> MambaPass:
         assert isinstance(states, MambaStates)
         return MambaPass(self, states, layout)
 
     def readout(self, hidden: Tensor) -> Tensor:
         normed = self._final_norm(hidden)
-        logits = applied(self._lm_head, normed.to(self._lm_head.weight.dtype)).contiguous()
+        logits = linear(self._lm_head, normed.to(self._lm_head.weight.dtype)).contiguous()
         return logits.float()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
@@ -105,13 +105,13 @@ class MambaBackbone(DecoderBackbone):
         layout = full_depth_layout([0], [len(ids)], self.num_layers)
         written, recomputed = MambaStates(self), MambaStates(self)
         for states in (written, recomputed):
-            states.open_row(len(ids))
+            states.allocate_row(len(ids))
         run = self.start_pass(written, layout)
         hidden = self.embed(ids)
         for block in range(1, self.num_layers + 1):
             before, hidden = hidden, run.run_block(block, every, hidden)
             update = self.start_pass(recomputed, layout)
-            update.leave(every, before, block - 1)
+            update.exit_tokens(every, before, block - 1)
             update.run_block(block, none, before[:, :0])
             for name, theirs, ours in zip(("conv", "SSM"), written.of(block), recomputed.of(block), strict=True):
                 if not is_close(ours, theirs, dtype):
@@ -136,7 +136,7 @@ class MambaStates(States):
         self._num_lines = 0
         self._kept: dict[int, int] = {}  # tokens -> line
 
-    def open_row(self, capacity: int) -> int | None:
+    def allocate_row(self, capacity: int) -> int | None:
         """A line in every table: states do not grow with the row, so there is always room."""
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
@@ -144,7 +144,7 @@ class MambaStates(States):
             table.clear(line)
         return line
 
-    def close_row(self, slot: int) -> None:
+    def free_row(self, slot: int) -> None:
         self._free.append(slot)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
@@ -152,7 +152,7 @@ class MambaStates(States):
             table.copy(source, slot)
 
     def keep(self, slot: int, num_tokens: int) -> bool:
-        line = self.open_row(num_tokens)
+        line = self.allocate_row(num_tokens)
         assert line is not None
         self.copy_row(slot, line, num_tokens)
         self._kept[num_tokens] = line
@@ -162,7 +162,7 @@ class MambaStates(States):
         self.copy_row(self._kept[num_tokens], slot, num_tokens)
 
     def forget(self, num_tokens: int) -> None:
-        self.close_row(self._kept.pop(num_tokens))
+        self.free_row(self._kept.pop(num_tokens))
 
     def table(self, block: int) -> StateTable:
         """The table of a block (1-based), with a line for every open row."""
@@ -192,7 +192,7 @@ class MambaPass(ForwardPass):
     def has_pending_states(self) -> bool:
         return self._left.hidden is not None
 
-    def leave(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+    def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         self._left = self._left.joined(tokens, hidden, self._layout)
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:

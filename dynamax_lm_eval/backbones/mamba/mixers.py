@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones import families
-from dynamax_lm_eval.backbones.linear import applied
+from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.ssm import (
     MixerShape,
@@ -126,7 +126,7 @@ class Mamba2Mixer(Mixer):
         return self.shape.heads, self.shape.head_dim, self.shape.state
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        projected = applied(self.module.in_proj, normed).contiguous()
+        projected = linear(self.module.in_proj, normed).contiguous()
         return projected[:, : self.inner], projected[:, self.inner :]
 
     def project_update(self, normed: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Mamba2Mixer(Mixer):
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         normed = self.module.norm(scanned, gate)
-        return applied(self.module.out_proj, normed.to(gate.dtype))
+        return linear(self.module.out_proj, normed.to(gate.dtype))
 
 
 class Mamba1Mixer(Mixer):
@@ -165,7 +165,7 @@ class Mamba1Mixer(Mixer):
         return self.inner, self._sizes[1]
 
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        projected = applied(self.module.in_proj, normed).contiguous()
+        projected = linear(self.module.in_proj, normed).contiguous()
         return projected[:, self.inner :], projected[:, : self.inner]
 
     def project_update(self, normed: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Mamba1Mixer(Mixer):
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
         module = self.module
         x, conv = self._convolve(update, rows, None if state is None else state.conv)
-        parts = applied(module.x_proj, x).split(self._sizes, dim=-1)
+        parts = linear(module.x_proj, x).split(self._sizes, dim=-1)
         dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
         steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
         before = None if state is None else state.ssm
@@ -183,7 +183,7 @@ class Mamba1Mixer(Mixer):
         return torch.addcmul(read, x.float(), module.D.float()), MixerState(conv, ssm)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
-        return applied(self.module.out_proj, (scanned * self._activation(gate.float())).to(gate.dtype))
+        return linear(self.module.out_proj, (scanned * self._activation(gate.float())).to(gate.dtype))
 
 
 def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> Mixer:

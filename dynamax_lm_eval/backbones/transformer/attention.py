@@ -2,7 +2,7 @@
 
 Registered with transformers as an attention function, so that blocks run exactly as their family wrote
 them; the layout travels with the call as the keyword argument ``plan``.
-n tokens in flight, H heads, H_kv K/V heads, P head dim, C places of the arena.
+n tokens in flight, H heads, H_kv K/V heads, P head dim, C places of the cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_PADDING = 2
 
 
 @dataclass(frozen=True)
-class Piece:
+class AttentionSegment:
     """Some queries of one row and the places they look at."""
 
     queries: slice
@@ -43,15 +43,15 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """The m tokens that are alone in their rows, which stand at equal distances in the arena, as a batch.
+class DecodeBatch:
+    """The m tokens that are alone in their rows, which stand at equal distances in the cache, as a batch.
 
     The batch has S rows, those between the first and the last; of lines without a token nothing is read. All look
     at the same K positions; the mask hides what is not theirs.
     """
 
-    rows: slice  # of the arena: all places of the S rows
-    spacing: int
+    rows: slice  # of the cache: all places of the S rows
+    row_stride: int
     keys: slice  # of a row: the K positions
     tokens: Tensor | None  # (m,) the tokens; None: all in flight
     lines: Tensor | None  # (m,) their lines in the batch; None: they are all lines, in order
@@ -65,46 +65,46 @@ class AttentionPlan:
         self,
         starts: IntArray,
         positions: IntArray,
-        hidden_places: IntArray | None,
+        masked_slots: IntArray | None,
         device: torch.device,
-        spacing: int | None = None,
+        row_stride: int | None = None,
     ) -> None:
         """
         Args:
-            starts: (n,) first place of each token's row in the arena.
+            starts: (n,) first place of each token's row in the cache.
             positions: (n,) position of each token in its row.
-            hidden_places: places that no query may see, rising, or None.
+            masked_slots: places that no query may see, rising, or None.
             device: where masks are needed.
-            spacing: places from one row to the next, where that is the same for all.
+            row_stride: places from one row to the next, where that is the same for all.
         """
-        self._spacing = spacing
+        self._row_stride = row_stride
         self._starts = starts
         self._positions = positions
-        self._hidden = hidden_places
+        self._hidden = masked_slots
         self._device = device
-        self._pieces: dict[int | None, list[Piece]] = {}
-        self._decodings: dict[int | None, Decoding | None] = {}
+        self._segments: dict[int | None, list[AttentionSegment]] = {}
+        self._decodings: dict[int | None, DecodeBatch | None] = {}
         alone = np.diff(starts, prepend=-1) != 0
         alone &= np.diff(starts, append=-1) != 0
         self._alone = np.flatnonzero(alone)
         self._additive: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self.last_window: int | None = None
 
-    def pieces(self, window: int | None) -> list[Piece]:
+    def segments(self, window: int | None) -> list[AttentionSegment]:
         """The pieces for a sliding window of ``window`` tokens (None: no window), less what :meth:`decoding` has."""
         self.last_window = window
-        if window not in self._pieces:
-            self._pieces[window] = self._cut(window)
-        return self._pieces[window]
+        if window not in self._segments:
+            self._segments[window] = self._cut(window)
+        return self._segments[window]
 
-    def decoding(self, window: int | None) -> Decoding | None:
+    def decoding(self, window: int | None) -> DecodeBatch | None:
         """The tokens that are alone in their rows, where they make a batch that wastes little."""
         self.last_window = window
         if window not in self._decodings:
             self._decodings[window] = self._as_batch(window)
         return self._decodings[window]
 
-    def additive_mask(self, decoding: Decoding, window: int | None, dtype: torch.dtype) -> Tensor:
+    def additive_mask(self, decoding: DecodeBatch, window: int | None, dtype: torch.dtype) -> Tensor:
         """The mask as scores to add, (S, 1, 1, K), made once for all blocks."""
         key = (window, dtype)
         if key not in self._additive:
@@ -112,11 +112,11 @@ class AttentionPlan:
             self._additive[key] = zeros.masked_fill_(~decoding.mask, -math.inf)
         return self._additive[key]
 
-    def _as_batch(self, window: int | None) -> Decoding | None:
-        spacing, tokens = self._spacing, self._alone
-        if spacing is None or len(tokens) < 2:
+    def _as_batch(self, window: int | None) -> DecodeBatch | None:
+        row_stride, tokens = self._row_stride, self._alone
+        if row_stride is None or len(tokens) < 2:
             return None
-        numbers, positions = self._starts[tokens] // spacing, self._positions[tokens]
+        numbers, positions = self._starts[tokens] // row_stride, self._positions[tokens]
         first, last = int(numbers.min()), int(numbers.max())
         lows = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
         low, end = int(lows.min()), int(positions.max()) + 1
@@ -127,21 +127,21 @@ class AttentionPlan:
         lines = numbers - first
         seen[lines] = (keys <= positions[:, None]) & (keys >= lows[:, None])
         if self._hidden is not None:
-            inside = self._hidden[(self._hidden >= first * spacing) & (self._hidden < (last + 1) * spacing)]
-            row, key = np.divmod(inside - first * spacing, spacing)
+            inside = self._hidden[(self._hidden >= first * row_stride) & (self._hidden < (last + 1) * row_stride)]
+            row, key = np.divmod(inside - first * row_stride, row_stride)
             shown = (key >= low) & (key < end)
             seen[row[shown], key[shown] - low] = False
-        return Decoding(
-            rows=slice(first * spacing, (last + 1) * spacing),
-            spacing=spacing,
+        return DecodeBatch(
+            rows=slice(first * row_stride, (last + 1) * row_stride),
+            row_stride=row_stride,
             keys=slice(low, end),
             tokens=None if len(tokens) == len(self._starts) else torch.from_numpy(tokens).to(self._device),
             lines=None if np.array_equal(lines, np.arange(len(seen))) else torch.from_numpy(lines).to(self._device),
             mask=torch.from_numpy(seen)[:, None, None].to(self._device, non_blocking=True),
         )
 
-    def _cut(self, window: int | None) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _cut(self, window: int | None) -> list[AttentionSegment]:
+        pieces: list[AttentionSegment] = []
         batched = self.decoding(window) is not None
         bounds = np.flatnonzero(np.diff(self._starts, prepend=-1, append=-1))
         for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
@@ -153,13 +153,13 @@ class AttentionPlan:
             whole = window is None or end <= window
             hidden = self._hidden_between(start, start + end)
             if whole and len(hidden) == 0 and len(positions) == end and end > 1:
-                pieces.append(Piece(slice(first, last), slice(start, start + end), None, causal=True))
+                pieces.append(AttentionSegment(slice(first, last), slice(start, start + end), None, causal=True))
             else:
                 pieces += self._cut_row(first, start, positions, window)
         return pieces
 
-    def _cut_row(self, first: int, start: int, positions: IntArray, window: int | None) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _cut_row(self, first: int, start: int, positions: IntArray, window: int | None) -> list[AttentionSegment]:
+        pieces: list[AttentionSegment] = []
         for i in range(0, len(positions), _QUERY_CHUNK):
             queries = positions[i : i + _QUERY_CHUNK]
             low = 0 if window is None else max(0, int(queries[0]) - window + 1)
@@ -174,7 +174,7 @@ class AttentionPlan:
                 seen[:, hidden] = False
                 mask = torch.from_numpy(seen).to(self._device, non_blocking=True)
             places = slice(start + low, start + end)
-            pieces.append(Piece(slice(first + i, first + i + len(queries)), places, mask, causal=False))
+            pieces.append(AttentionSegment(slice(first + i, first + i + len(queries)), places, mask, causal=False))
         return pieces
 
     def _hidden_between(self, low: int, high: int) -> IntArray:
@@ -194,11 +194,11 @@ def ragged_attention(
     plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over arenas.
+    """transformers' attention interface over caches.
 
     Args:
         query: (1, H, n, P)
-        key: (C, H_kv, P), the arena that the cache object returned.
+        key: (C, H_kv, P), the cache that the cache object returned.
         value: (C, H_kv, P)
         attention_mask: must be None; the plan says who attends to what.
         scaling: factor of the scores; None: P ** -0.5.
@@ -228,7 +228,7 @@ def ragged_attention(
         output = query.new_empty(1, n, heads, value.shape[-1]).index_copy_(1, decoding.tokens, decoded)
     else:
         output = query.new_empty(1, n, heads, value.shape[-1])
-    for piece in plan.pieces(sliding_window):
+    for piece in plan.segments(sliding_window):
         k = key[piece.places].transpose(0, 1).unsqueeze(0)  # (1, H_kv, places, P)
         v = value[piece.places].transpose(0, 1).unsqueeze(0)
         q = query[:, :, piece.queries]  # (1, H, queries, P)
@@ -247,7 +247,7 @@ def ragged_attention(
 
 
 def _decode(
-    decoding: Decoding, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
     """(1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
@@ -259,8 +259,8 @@ def _decode(
     # The heads that share K and V become the queries of one head.
     q = q.reshape(len(mask), kv_heads, heads // kv_heads, head_dim)
     k, v = (
-        arena[decoding.rows].unflatten(0, (-1, decoding.spacing))[:, decoding.keys].transpose(1, 2)
-        for arena in (key, value)
+        cache[decoding.rows].unflatten(0, (-1, decoding.row_stride))[:, decoding.keys].transpose(1, 2)
+        for cache in (key, value)
     )  # (S, H_kv, K, P)
     out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(len(mask), heads, -1)
     if decoding.lines is not None:

@@ -1,7 +1,7 @@
 """Transformer decoders of transformers, run block by block over flat ragged batches.
 
 The blocks are the model's own, unmodified: an attention function registered with transformers reads the
-arenas (``attention``), and a cache object scatters what blocks write. Of the families only the names of
+caches (``attention``), and a cache object scatters what blocks write. Of the families only the names of
 modules and the layout of the fused K/V projections are known here; whatever else a family does is caught
 by the comparison with ``model.forward`` at load.
 
@@ -24,10 +24,16 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.linear import applied
+from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.transformer import attention
-from dynamax_lm_eval.backbones.transformer.forward_pass import Angles, TransformerPass, _Flight, _Scatter, _Step
-from dynamax_lm_eval.backbones.transformer.fused_llama import LeanBlock
+from dynamax_lm_eval.backbones.transformer.forward_pass import (
+    ActiveTokens,
+    RotaryEmbeddings,
+    TransformerPass,
+    _Scatter,
+    _Step,
+)
+from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.errors import UserError
@@ -72,21 +78,21 @@ class TransformerBackbone(DecoderBackbone):
         parameters = inspect.signature(self._layers[0].forward).parameters
         self._cache_argument = "layer_past" if "layer_past" in parameters else "past_key_values"
         self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers)]
-        self.lean_blocks = [LeanBlock.of(block.module, block.head_dim) for block in self.blocks]
+        self.fused_blocks = [FusedLlamaBlock.of(block.module, block.head_dim) for block in self.blocks]
         self.cost = BackboneCost(
             tuple(block.cost for block in self.blocks),
             lm_head=self.hidden_size * self.vocab_size,
         )
 
-    def new_states(self, capacity: int, prefix_capacity: int = 0, spacing: int | None = None) -> AttentionStates:
-        return AttentionStates(self.num_layers, capacity, prefix_capacity, spacing)
+    def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> AttentionStates:
+        return AttentionStates(self.num_layers, capacity, prefix_capacity, row_stride)
 
-    def start_pass(self, states: States, layout: RowLayout, eager: bool = False) -> TransformerPass:
+    def start_pass(self, states: States, layout: RowLayout, materialize_all: bool = False) -> TransformerPass:
         assert isinstance(states, AttentionStates)
-        return TransformerPass(self, states, layout, eager)
+        return TransformerPass(self, states, layout, materialize_all)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        logits = applied(self._lm_head, self._final_norm(hidden)).contiguous()
+        logits = linear(self._lm_head, self._final_norm(hidden)).contiguous()
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
@@ -121,11 +127,11 @@ class TransformerBackbone(DecoderBackbone):
         for block, step in enumerate(self._steps(ids), start=1):
             rotary = self.position_embeddings(places.unsqueeze(0), step.before)
             key, value = step.run.project(block, step.before, rotary)
-            for name, arena, ours in (
-                ("K", step.states.key_arena(block), key),
-                ("V", step.states.value_arena(block), value),
+            for name, cache, ours in (
+                ("K", step.states.key_cache(block), key),
+                ("V", step.states.value_cache(block), value),
             ):
-                if not is_close(ours, arena[places]):
+                if not is_close(ours, cache[places]):
                     raise UserError(
                         f"{self.name}: the {name} that state recompute projects in block {block} differs from what the "
                         f"block writes; use state_mode=skip or copy"
@@ -134,7 +140,7 @@ class TransformerBackbone(DecoderBackbone):
     def _steps(self, ids: Tensor) -> Iterator[_Step]:
         """Runs one row block by block, with a stop after each."""
         states = self.new_states(len(ids))
-        slot = states.open_row(len(ids))
+        slot = states.allocate_row(len(ids))
         run = self.start_pass(states, full_depth_layout([slot], [len(ids)], self.num_layers))
         hidden = self.embed(ids)
         for block in range(1, self.num_layers + 1):
@@ -153,14 +159,14 @@ class TransformerBackbone(DecoderBackbone):
         finally:
             config._attn_implementation = before
 
-    def position_embeddings(self, positions: Tensor, like: Tensor) -> Angles:
+    def position_embeddings(self, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
         """(cos, sin) of shape (1, N, P) for positions (1, N), by rotary key."""
         if not self._rotary_per_type:
-            return Angles({None: self._rotary(like, positions)})
+            return RotaryEmbeddings({None: self._rotary(like, positions)})
         keys = {block.rotary_key for block in self.blocks}
-        return Angles({key: self._rotary(like, positions, key) for key in keys})
+        return RotaryEmbeddings({key: self._rotary(like, positions, key) for key in keys})
 
-    def call_block(self, block: int, hidden: Tensor, scatter: _Scatter, flight: _Flight) -> Tensor:
+    def call_block(self, block: int, hidden: Tensor, scatter: _Scatter, flight: ActiveTokens) -> Tensor:
         """Block ``block`` (1-based) on (1, n, D), as its family wrote it."""
         described = self.blocks[block - 1]
         output: Any = described.module(

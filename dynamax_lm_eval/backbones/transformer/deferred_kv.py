@@ -14,7 +14,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray
 
 
-class OwedStates:
+class DeferredKV:
     """All tokens of the rows in flight that left and whose states some block still lacks."""
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class OwedStates:
         self.hidden = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
         self.version += 1
 
-    def close_row(self, slot: int) -> None:
+    def free_row(self, slot: int) -> None:
         """The row has ended; nobody will ask for its states."""
         self._keep(self.slots != slot)
 
-    def forget_paid(self, num_layers: int) -> None:
+    def drop_complete(self, num_layers: int) -> None:
         """Drops tokens whose states all blocks have."""
         self._keep(self.done < num_layers)
 

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.linear import applied, is_changed
+from dynamax_lm_eval.backbones.linear import is_changed, linear
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
 
 #: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
 _FAMILIES = {"Llama": False, "Mistral": True, "Qwen2": False, "Qwen3": False}
 
-#: K and V (n, H_kv, P) of the tokens in flight to the arenas (C, H_kv, P) that now hold them.
+#: K and V (n, H_kv, P) of the tokens in flight to the caches (C, H_kv, P) that now hold them.
 Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class LeanBlock:
+class FusedLlamaBlock:
     """Computes what one block of such a family computes."""
 
     def __init__(self, module: Any, head_dim: int, window: int | None) -> None:
@@ -43,7 +43,7 @@ class LeanBlock:
         self._passed_over = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
 
     @classmethod
-    def of(cls, module: Any, head_dim: int) -> LeanBlock | None:
+    def of(cls, module: Any, head_dim: int) -> FusedLlamaBlock | None:
         """For a block of transformers; None where its family is not known to be of this kind."""
         family = type(module).__name__.removesuffix("DecoderLayer")
         if family not in _FAMILIES or not type(module).__module__.startswith("transformers.models."):
@@ -62,18 +62,18 @@ class LeanBlock:
         return not any(is_changed(part) for part in self._passed_over)
 
     def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V (m, H_kv, P) that the block would write for (1, m, D) at angles as of :func:`turned`."""
+        """K and V (m, H_kv, P) that the block would write for (1, m, D) at angles as of :func:`signed_rotary`."""
         normed = _normed(self._norms[0], hidden)
-        key, value = (applied(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections[1:])
+        key, value = (linear(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections[1:])
         if self._head_norms is not None:
             key = self._head_norms[1](key)
         return _rotated(key, cos, sin)[0], value[0]
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan) -> Tensor:
-        """The block's output (1, n, D) for its input (1, n, D) and angles (1, n, 1, P) as of :func:`turned`."""
+        """The block's output (1, n, D) for its input (1, n, D) and angles (1, n, 1, P) as of :func:`signed_rotary`."""
         normed = _normed(self._norms[0], hidden)
         query, key, value = (
-            applied(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
+            linear(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
         )  # (1, n, heads, P)
         if self._head_norms is not None:
             query, key = self._head_norms[0](query), self._head_norms[1](key)
@@ -82,14 +82,14 @@ class LeanBlock:
         keys, values = write(rotated[0, :, heads:], value[0])
         query = rotated[:, :, :heads].transpose(1, 2)
         attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self._window, plan)
-        hidden = hidden + applied(self._output, attended.flatten(2))
+        hidden = hidden + linear(self._output, attended.flatten(2))
         normed = _normed(self._norms[1], hidden)
-        gated = self._activation(applied(self._gate, normed)).mul_(applied(self._up, normed))
-        return hidden + applied(self._down, gated)
+        gated = self._activation(linear(self._gate, normed)).mul_(linear(self._up, normed))
+        return hidden + linear(self._down, gated)
 
 
-def turned(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles (1, n, P) as :class:`LeanBlock` wants them, (1, n, 1, P): the sign is with the sine."""
+def signed_rotary(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """RotaryEmbeddings (1, n, P) as :class:`FusedLlamaBlock` wants them, (1, n, 1, P): the sign is with the sine."""
     half = sin.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return cos.unsqueeze(2), signed.unsqueeze(2)
