@@ -24,8 +24,8 @@ from tabulate import tabulate
 
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits import checkpoint
-from dynamax_lm_eval.exits.confidence import entropy_confidence
-from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.confidences.entropy import entropy_confidence
+from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.passes import FrozenPass
@@ -93,7 +93,7 @@ def main() -> None:
     rows, _ = data.held_out(data.text_documents(reading, args.dataset, loaded.tokenizer), args.tokens, args.seq_len)
     backbone = loaded.engine.backbone
     frozen = FrozenPass(backbone, exits.config.exit_layers, exits.config.final_block, exits.config.top_k)
-    policy = ExitPolicy.of_exits(exits.config, args.classifier, 0.5, exit_scope="all")
+    policy = policy_of_exits(exits.config, args.classifier, 0.5, exit_scope="all")
     recorded = record(frozen, Engine(backbone, exits.load()), rows, policy)
 
     sources = {"confidence": recorded.confidence[0], "entropy": entropies(frozen, rows)}

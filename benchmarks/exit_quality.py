@@ -32,6 +32,7 @@ from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -136,7 +137,7 @@ def main() -> None:
     add("full model", "", full)
     for kind, mode in product(trained.config.classifiers, args.state_modes):
         for threshold in args.thresholds:
-            policy = ExitPolicy.of_exits(trained.config, kind, threshold, state_mode=mode, exit_scope="all")
+            policy = policy_of_exits(trained.config, kind, threshold, state_mode=mode, exit_scope="all")
             learned = run(engine, policy, rows, args.batch_size)
             setting = f"{mode}, threshold {threshold}"
             add(kind, setting, learned, policy)

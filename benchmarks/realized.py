@@ -32,6 +32,7 @@ from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
@@ -134,7 +135,7 @@ def main() -> None:
         classifying = Engine(engine.backbone, trained.load(engine.backbone.device))
         for kind in args.classifiers:
             for threshold in args.thresholds:
-                policy = ExitPolicy.of_exits(trained.config, kind, threshold)
+                policy = policy_of_exits(trained.config, kind, threshold)
                 cases.append(Case(f"{kind} {threshold:g}", classifying, policy))
 
     generator = torch.Generator().manual_seed(0)

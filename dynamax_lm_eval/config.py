@@ -1,7 +1,7 @@
 """The arguments of ``--model dynamax``: every one is parsed and checked here, before weights load.
 
-Knows names, types and ranges, and what a number of blocks makes of them. Knows nothing of torch,
-transformers or the harness.
+Knows names, types and ranges. Knows nothing of a backbone (``exits.resolve`` does), of torch, transformers or the
+harness.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.types import (
     BudgetStrategy,
     ClassifierKind,
-    Confidence,
+    ConfidenceName,
     ExitScope,
     MambaKernels,
     Preset,
@@ -48,7 +48,7 @@ class DynamaxArgs:
     #: None: online.
     budget: BudgetStrategy | None = None
     #: What is compared with the threshold; None: ``classifier`` where trained exits are known, else ``softmax``.
-    confidence: Confidence | None = None
+    confidence: ConfidenceName | None = None
     #: Kind of exit classifier; None: the first of the checkpoint.
     classifier: ClassifierKind | None = None
     #: Checkpoint of exits, a folder or a Hub id (``user/name`` or ``user/name@revision``); None: looked up.
@@ -190,56 +190,9 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     return DynamaxArgs(**parsed), passed_on
 
 
-def default_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """floor(L/2 + i*L/8) for i = 0..3 (16, 20, 24, 28 of 32), without duplicates and below L."""
-    layers = {num_layers * (4 + i) // 8 for i in range(4)}
-    return tuple(sorted(layer for layer in layers if 1 <= layer < num_layers))
-
-
 def parse_exit_layers(value: Any) -> tuple[int, ...]:
     """Exit layers as the user may write them: a number, a list, or ``15+20``; UserError where they are none."""
     return _exit_layers("exit_layers", value)
-
-
-def resolve_exit_layers(
-    requested: tuple[int, ...] | None, num_layers: int, final_block: bool = False
-) -> tuple[int, ...]:
-    """The exit layers for a backbone of ``num_layers`` blocks.
-
-    Raises:
-        UserError: a layer is outside 1..L-1 (an exit at L is no exit; with the final block, one at L-1 neither).
-    """
-    last = num_layers - 2 if final_block else num_layers - 1
-    if requested is None:
-        return tuple(layer for layer in default_exit_layers(num_layers) if layer <= last)
-    for layer in requested:
-        if not 1 <= layer <= last:
-            why = " with final_block" if final_block else ""
-            raise UserError(
-                f"exit_layers must lie in 1..{last} for this backbone of {num_layers} blocks{why}, got {layer}"
-            )
-    return requested
-
-
-def resolve_pruned_blocks(requested: int | tuple[int, ...], num_layers: int) -> frozenset[int]:
-    """The disabled blocks (1-based): N means the N blocks just before the last one.
-
-    Raises:
-        UserError: a block does not exist, or none would be left to run besides the last.
-    """
-    if isinstance(requested, int):
-        if requested > num_layers - 2 and requested > 0:
-            raise UserError(
-                f"prune_layers={requested} must be at most {max(num_layers - 2, 0)} "
-                f"for this backbone of {num_layers} blocks"
-            )
-        return frozenset(range(num_layers - requested, num_layers))
-    for block in requested:
-        if not 1 <= block <= num_layers:
-            raise UserError(f"prune_layers names block {block}; this backbone has blocks 1..{num_layers}")
-    if len(requested) >= num_layers:
-        raise UserError(f"prune_layers disables all {num_layers} blocks; leave at least one")
-    return frozenset(requested)
 
 
 def check_pruning(strategy: str | None, profile: str | None, layers: int | tuple[int, ...]) -> None:
@@ -253,22 +206,6 @@ def check_pruning(strategy: str | None, profile: str | None, layers: int | tuple
         raise UserError("prune_profile has no effect without prune_strategy=angular; add it, or remove prune_profile")
     if strategy is not None and (not isinstance(layers, int) or layers == 0):
         raise UserError(f"prune_strategy={strategy} needs prune_layers=N, the number of blocks that it chooses")
-
-
-def resolve_thresholds(threshold: tuple[float, ...], exit_layers: tuple[int, ...]) -> tuple[float, ...]:
-    """One threshold per exit layer.
-
-    Raises:
-        UserError: a list was given whose length is not the number of exit layers.
-    """
-    if len(threshold) == 1:
-        return threshold * len(exit_layers)
-    if len(threshold) != len(exit_layers):
-        raise UserError(
-            f"threshold has {len(threshold)} values but there are {len(exit_layers)} exit layers "
-            f"{list(exit_layers)}; give one number, or one per exit layer"
-        )
-    return threshold
 
 
 def _names_certificate(threshold: Any) -> bool:
@@ -496,7 +433,7 @@ _PARSERS: dict[str, Any] = {
     "target_reduction": _reduction,
     "target_latency_ms": _milliseconds,
     "budget": _choice(BudgetStrategy),
-    "confidence": _choice(Confidence),
+    "confidence": _choice(ConfidenceName),
     "classifier": _choice(ClassifierKind),
     "exits": _text,
     "exits_check": _flag,

@@ -40,6 +40,7 @@ from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.errors import NotFiniteError, RequestError, UserError
 from dynamax_lm_eval.exits import checkpoint, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
 from dynamax_lm_eval.harness import evaluate as harness
 from dynamax_lm_eval.harness.certificate import CertifiedRun
@@ -125,7 +126,7 @@ class DynamaxLM(HFLM):
         self.certified = self._certified_run(config, self._fingerprints.current if self._fingerprints else None)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
-        self.policy, self._policy_note = self._policy_for(self.args, config)
+        self.policy = self._policy_for(self.args, config)
         if draft is not None:
             draft.check_policy(self.policy)
         if self._fingerprints is not None:
@@ -167,7 +168,7 @@ class DynamaxLM(HFLM):
         """The certificate of the run, if it names one; its thresholds become those of the run."""
         if self.args.certificate is None:
             return None
-        policy, _ = self._policy_for(self.args, config)
+        policy = self._policy_for(self.args, config)
         path, certificate = certificates.find_certificate(
             self.args.certificate, self.args.backbone, fingerprint, self.exits, policy.describe()
         )
@@ -213,10 +214,10 @@ class DynamaxLM(HFLM):
                 continue  # it uses none
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
-        policy, note = self._policy_for(args, self.model.config)
+        policy = self._policy_for(args, self.model.config)
         check_policy(self.engine, policy)
         self._check_prune_profile(args)
-        self.args, self.policy, self._policy_note = args, policy, note
+        self.args, self.policy = args, policy
         self.certified, self.budget = None, BudgetRunner(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
@@ -230,16 +231,16 @@ class DynamaxLM(HFLM):
         """Whether a generation ends in repetition, as the arguments define it."""
         return ends_in_repetition(tokens, self.args.degenerate_ngram, self.args.degenerate_tokens)
 
-    def _policy_for(self, args: DynamaxArgs, config: Any) -> tuple[ExitPolicy, str | None]:
-        policy, note = ExitPolicy.from_args(
+    def _policy_for(self, args: DynamaxArgs, config: Any) -> ExitPolicy:
+        policy = resolve_policy(
             args,
             int(config.get_text_config().num_hidden_layers),
             self.exits.config if self.exits is not None and checkpoint.may_use_exits(args) else None,
             recurrent_backbone=loading.is_recurrent(config),
         )
-        if note:
+        for note in policy.notes:
             logger.warning("%s", note)
-        return policy, note
+        return policy
 
     @classmethod
     def create_from_arg_obj(
@@ -366,7 +367,7 @@ class DynamaxLM(HFLM):
                 "preset": self.args.preset,
                 "preset_sets": self._preset_sets(),
                 "policy": self._described_policy(),
-                "policy_note": self._policy_note,
+                "policy_note": "; ".join(self.policy.notes) or None,
                 "budget": self.budget.describe(),
                 "certificate": self.certified.describe() if self.certified is not None else None,
                 "confidence_chosen_by": "user" if self.args.confidence is not None else "default",

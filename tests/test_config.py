@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 
-from dynamax_lm_eval.config import (
-    default_exit_layers,
-    parse_model_args,
-    resolve_exit_layers,
-    resolve_pruned_blocks,
-    resolve_thresholds,
-)
+from dynamax_lm_eval.config import parse_model_args
 from dynamax_lm_eval.errors import UserError
 
 HARNESS = {"pretrained", "dtype", "batch_size", "device", "backend", "max_length", "parallelize", "tp_plan"}
@@ -105,34 +99,3 @@ def test_pretrained_is_another_spelling_of_backbone() -> None:
     assert passed_on == {"dtype": "float16"}
     with pytest.raises(UserError, match="backbone must be"):
         parse_model_args({"threshold": 0.5}, HARNESS)
-
-
-def test_default_exits_of_the_paper() -> None:
-    assert default_exit_layers(32) == (16, 20, 24, 28)
-    assert default_exit_layers(30) == (15, 18, 22, 26)
-    assert default_exit_layers(64) == (32, 40, 48, 56)
-    assert default_exit_layers(2) == (1,)
-    assert default_exit_layers(1) == ()
-    for depth in range(1, 70):
-        expected = {math.floor(depth / 2 + i * depth / 8) for i in range(4)} - {0, depth}
-        assert default_exit_layers(depth) == tuple(sorted(expected))
-
-
-def test_pruning_disables_blocks_before_the_last() -> None:
-    assert resolve_pruned_blocks(0, 30) == frozenset()
-    assert resolve_pruned_blocks(2, 30) == {28, 29}
-    assert resolve_pruned_blocks((20, 30), 30) == {20, 30}
-    with pytest.raises(UserError, match="prune_layers=99 must be at most 28"):
-        resolve_pruned_blocks(99, 30)
-    with pytest.raises(UserError, match="block 31"):
-        resolve_pruned_blocks((31,), 30)
-    with pytest.raises(UserError, match="all 2 blocks"):
-        resolve_pruned_blocks((1, 2), 2)
-
-
-def test_exits_and_thresholds_must_fit_the_depth() -> None:
-    with pytest.raises(UserError, match=r"1\.\.29 for this backbone of 30 blocks, got 30"):
-        resolve_exit_layers((10, 30), 30)
-    with pytest.raises(UserError, match="threshold has 2 values but there are 3 exit layers"):
-        resolve_thresholds((0.5, 0.6), (1, 2, 3))
-    assert resolve_thresholds((0.5,), (1, 2)) == (0.5, 0.5)

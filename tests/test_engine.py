@@ -243,7 +243,7 @@ def test_threshold_one_is_the_backbone_and_evaluates_nothing(monkeypatch: pytest
         raise AssertionError("an exit was evaluated")
 
     expected = run_generate(engine, [FULL] * 2, PROMPTS[:2], 2)
-    monkeypatch.setattr("dynamax_lm_eval.exits.confidence.from_logits", forbidden)
+    monkeypatch.setattr("dynamax_lm_eval.exits.confidences.softmax.SoftmaxConfidence.score", forbidden)
     assert run_generate(engine, [policy] * 2, PROMPTS[:2], 2) == expected
 
 

@@ -18,7 +18,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.requests import ScoringRequest
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.measure.exit_thresholds import SearchOptions, compared, exit_costs, search
 from dynamax_lm_eval.measure.threshold_search import (
     Recorded,
@@ -98,9 +98,9 @@ def test_costs_are_those_of_the_engine(model_folder: Path, tmp_path: Path) -> No
     lm = model(model_folder, exits=str(save_exits(model_folder, tmp_path / "exits")))
     assert lm.exits is not None
     engine: Engine = lm.engine
-    policy = ExitPolicy.of_exits(lm.exits.config, "calm", 0.5, exit_scope="all")
+    policy = policy_of_exits(lm.exits.config, "calm", 0.5, exit_scope="all")
     costs = exit_costs(engine, policy, 12)
-    forced = ExitPolicy.of_exits(lm.exits.config, "calm", 0.0, exit_scope="all")
+    forced = policy_of_exits(lm.exits.config, "calm", 0.0, exit_scope="all")
     (scoring,) = score_all(engine, [ScoringRequest(list(range(12)), 1, [[0]] * 12, forced)], 1)
     assert costs[0] == pytest.approx(1 / engine.account(scoring.trace, forced).compute_reduction)
     assert costs[-1] > 1, "classifiers were asked at every exit for nothing"

@@ -29,8 +29,7 @@ from test_engine import (
 from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, RaggedRows, causal_conv, selective_scan
 from dynamax_lm_eval.compute.accounting import Trace, account
-from dynamax_lm_eval.compute.cost import ClassifierCost
-from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
@@ -219,7 +218,7 @@ def test_macs_of_a_mamba_classifier_by_hand() -> None:
 def test_compute_of_classifiers_warm_up_and_final_block() -> None:
     """One row by hand: a prompt of 5 tokens, then tokens that left at 2, at 4 and not at all."""
     cost = engine_with_exits().backbone.cost
-    costs = {layer: ClassifierCost(macs, 2 * macs) for layer, macs in {2: 100, 3: 10, 4: 1}.items()}
+    costs = {layer: EvaluationCost(macs, 2 * macs) for layer, macs in {2: 100, 3: 10, 4: 1}.items()}
     trace = Trace(5, 8, 4, (2, 4, LAYERS), generated=True)
     policy = classifier_policy("mamba", final_block=True, classifier_warmup=3)
     record = account(trace, policy.cost_terms(5, costs), cost)
@@ -236,7 +235,7 @@ def test_compute_of_classifiers_warm_up_and_final_block() -> None:
 
 
 def test_in_the_papers_table_a_linear_classifier_is_free() -> None:
-    assert CLASSIFIERS.at("calm", 2).cost == ClassifierCost(64, 0)
+    assert CLASSIFIERS.at("calm", 2).cost == EvaluationCost(64, 0)
     assert CLASSIFIERS.at("ffn", 2).cost.paper_weights == CLASSIFIERS.at("ffn", 2).macs
     assert CLASSIFIERS.at("mamba", 2).cost.paper_weights == 32 * (24 + 24 + 10 + 1) + 24 * 2
 
@@ -244,7 +243,7 @@ def test_in_the_papers_table_a_linear_classifier_is_free() -> None:
 def test_without_eligible_tokens_there_is_no_reduction() -> None:
     """Also where prompts warmed a classifier, which costs something."""
     trace = Trace(5, 5, 1, (), generated=True)
-    costs = dict.fromkeys(EXITS, ClassifierCost(100, 100))
+    costs = dict.fromkeys(EXITS, EvaluationCost(100, 100))
     record = account(trace, classifier_policy("mamba").cost_terms(5, costs), engine_with_exits().backbone.cost)
     assert record.classifier_macs == 3 * 5 * 100
     assert record.compute_reduction == record.compute_reduction_paper == 1
@@ -361,47 +360,6 @@ def test_classifier_sizes_follow_the_options() -> None:
     assert large.macs > 9 * small.macs
     with pytest.raises(UserError, match="mamba_state must be at least 1, got 0"):
         ClassifierOptions(mamba_state=0)
-
-
-def policy_of(trained: ExitConfig | None, **args: Any) -> ExitPolicy:
-    return ExitPolicy.from_args(DynamaxArgs("x", **args), LAYERS, trained)[0]
-
-
-def test_a_policy_follows_the_exits_at_hand() -> None:
-    trained = exits_config(final_block=True)
-    policy = policy_of(trained, threshold=(0.7,))
-    assert (policy.confidence, policy.classifier) == ("classifier", "mamba")
-    assert policy.exit_layers == EXITS
-    assert policy.final_block
-    assert policy_of(trained, classifier="calm", exit_layers=(3,)).exit_layers == (3,)
-    assert policy_of(trained, confidence="softmax").classifier is None
-    assert policy_of(None).confidence == "softmax"
-    assert policy_of(trained, preset="paper", final_block=True).state_mode == "copy"
-    # The reference point of a sweep needs no exits, whatever its other points use.
-    assert policy_of(None, classifier="calm", threshold=(1.0,)).active_exits == ()
-    assert policy_of(trained, threshold=(1.0, 1.0, 1.0)).exit_layers == EXITS
-
-
-@pytest.mark.parametrize(
-    ("exits", "args", "message"),
-    [
-        (None, {"confidence": "classifier"}, "needs exits that were trained for this backbone"),
-        (None, {"classifier": "calm"}, "classifier needs confidence=classifier"),
-        ({}, {"confidence": "softmax", "exits": "x"}, "exits='x' has no effect with confidence=softmax"),
-        ({}, {"confidence": "softmax", "classifier": "calm"}, "classifier needs confidence=classifier"),
-        ({"classifiers": ("ffn",)}, {"classifier": "calm"}, "not among the trained exits, which have ffn"),
-        ({}, {"classifier": "calm", "classifier_warmup": 4}, "carries no state"),
-        ({}, {"classifier_warmup": 4, "exit_scope": "all"}, "classifier_warmup has no effect with exit_scope=all"),
-        ({}, {"exit_layers": (2, 5)}, r"exit_layers \[5\] have no trained classifier"),
-        ({}, {"final_block": True}, "trained with final_block=false"),
-        ({}, {"preset": "paper", "final_block": True}, "preset=paper sets final_block=true"),
-        (None, {"final_block": True, "exit_layers": (5,)}, r"must lie in 1\.\.4 .* with final_block, got 5"),
-    ],
-)
-def test_policies_that_do_not_fit_the_exits_are_refused(exits: Any, args: dict[str, Any], message: str) -> None:
-    config = None if exits is None else exits_config(**exits)
-    with pytest.raises(UserError, match=message):
-        ExitPolicy.from_args(DynamaxArgs("x", **args), LAYERS, config)
 
 
 def test_lengths_of_rows_are_found_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model, check_state_recompute
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import resolve_policy
 
 
 def engine_for(family: str) -> Engine:
@@ -283,7 +284,7 @@ def test_copy_is_refused() -> None:
         engine_for("mamba2").check_policy(policy)
     args = DynamaxArgs(backbone="x", threshold=(0.5,), state_mode="copy")
     with pytest.raises(UserError, match="state_mode=copy is not possible"):
-        ExitPolicy.from_args(args, LAYERS, recurrent_backbone=True)
+        resolve_policy(args, LAYERS, recurrent_backbone=True)
 
 
 def test_a_wrong_update_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,9 @@ from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates, FreeList
 from dynamax_lm_eval.engine.sampling import Sampler, request_seed
-from dynamax_lm_eval.exits.confidence import entropy_confidence, softmax_margin, state_similarity
+from dynamax_lm_eval.exits.confidences.entropy import entropy_confidence
+from dynamax_lm_eval.exits.confidences.softmax import softmax_margin
+from dynamax_lm_eval.exits.confidences.state import state_similarity
 from dynamax_lm_eval.harness.stopping import StopStrings
 from dynamax_lm_eval.models.fingerprint import weights_fingerprint
 

@@ -16,8 +16,8 @@ from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs, parse_model_args
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.pruning import PruneProfile
+from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.measure.prune_profile import distances, last_states
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
@@ -78,10 +78,10 @@ def test_policies_read_the_file(tmp_path: Path) -> None:
     args = DynamaxArgs(
         backbone="b", threshold=(1.0,), prune_layers=2, prune_strategy="angular", prune_profile=str(file)
     )
-    policy, _ = ExitPolicy.from_args(args, 6)
+    policy = resolve_policy(args, 6)
     assert policy.pruned_blocks == {4, 5}
     with pytest.raises(UserError, match="this backbone has 8"):
-        ExitPolicy.from_args(args, 8)
+        resolve_policy(args, 8)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "other"}'])

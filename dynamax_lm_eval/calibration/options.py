@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamax_lm_eval.calibration.testing import BOUNDS
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.sweep.options import SweepOptions
+from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
 
 METHODS = ("ltt", "crc")
 LOSSES = ("consistency", "metric")
@@ -49,7 +49,7 @@ class CalibrateOptions:
     per_exit: str | None = _option(
         None, "file of dynamax-lm-eval exit-thresholds: its thresholds per exit are the candidates instead"
     )
-    confidence: str | None = _option(None, "calm, ffn, mamba, softmax, entropy or state; default: the exits' first")
+    confidence: str | None = _option(None, f"one of {', '.join(CONFIDENCES)}; default: the exits' first")
     state_mode: str = _option("recompute", "recompute, copy or skip")
     share: float = _option(0.5, "of the documents that calibrate; the others test")
     test: bool = _option(True, "run the certified thresholds on the other documents as well")

@@ -150,12 +150,12 @@ class ExitCost:
 
 
 @dataclass(frozen=True)
-class ClassifierCost:
-    """What one evaluation of a classifier costs."""
+class EvaluationCost:
+    """What one evaluation of a confidence costs, the LM head left aside."""
 
-    macs: int
-    #: In the paper's table: its weights, 0 for a linear layer.
-    paper_weights: int
+    macs: int = 0
+    #: In the paper's table: the weights of a classifier, 0 for a linear layer.
+    paper_weights: int = 0
 
 
 def _running_sum(values: Iterable[float]) -> npt.NDArray[Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout
+from dynamax_lm_eval.exits.confidences import Confidence
 from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
 
 
@@ -24,7 +26,7 @@ class RowInput:
         ids: their token ids.
         first_position: position of the first of them; the row's earlier tokens are in the states.
         slot: the row's place in the states.
-        prompt_length: tokens of the row's prompt; logits are needs_logits from position prompt_length - 1 on.
+        prompt_length: tokens of the row's prompt; logits are needed from position prompt_length - 1 on.
         max_steps: most tokens that the row may give (N of the decaying threshold).
         policy: the row's exit policy.
     """
@@ -37,9 +39,23 @@ class RowInput:
     policy: ExitPolicy
 
 
+class ConfidenceInUse(NamedTuple):
+    """A confidence, and whether an adapter corrects what is read out at an exit."""
+
+    confidence: Confidence
+    adapted: bool
+
+    @classmethod
+    def of(cls, policy: ExitPolicy) -> ConfidenceInUse | None:
+        """What rows of a policy use; None where nothing is evaluated."""
+        if policy.resolved_confidence is None or not policy.active_exits:
+            return None
+        return cls(policy.resolved_confidence, policy.adapter != "none")
+
+
 @dataclass(frozen=True)
 class FlatBatch:
-    """N tokens with their rows, thresholds and wishes."""
+    """N tokens with their rows, thresholds, and what is needed of them."""
 
     ids: IntArray  # (N,)
     layout: RowLayout
@@ -47,9 +63,9 @@ class FlatBatch:
     thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
     needs_logits: BoolArray  # (N,) tokens whose logits are needed
     eligible: BoolArray  # (N,)
-    #: What gives the confidence, and whether an adapter corrects the read-out: all pairs of the batch.
-    ways: tuple[tuple[str, bool], ...]
-    way_of_row: IntArray  # (R,) index into ways
+    #: What the rows that may exit use.
+    confidences: tuple[ConfidenceInUse, ...]
+    confidence_of_row: IntArray  # (R,) index into confidences; -1 where nothing is evaluated
     # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
     warmup_tokens: dict[int, BoolArray]
 
@@ -76,8 +92,8 @@ class FlatBatch:
             exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.active_exits})),
             final_block=np.asarray([row.policy.final_block for row in rows]),
         )
-        ways = [(row.policy.scorer, row.policy.adapter != "none") for row in rows]
-        every = tuple(sorted(set(ways)))
+        in_use = [ConfidenceInUse.of(row.policy) for row in rows]
+        confidences = tuple(dict.fromkeys(use for use in in_use if use is not None))
         return cls(
             ids=np.fromiter((token for row in rows for token in row.ids), dtype=np.int64, count=len(row_of)),
             layout=layout,
@@ -85,17 +101,23 @@ class FlatBatch:
             thresholds=_thresholds(rows, layout, steps),
             needs_logits=positions >= prompt_lengths[row_of] - 1,
             eligible=steps >= 0,
-            ways=every,
-            way_of_row=np.asarray([every.index(way) for way in ways], dtype=np.int64),
+            confidences=confidences,
+            confidence_of_row=np.asarray(
+                [-1 if use is None else confidences.index(use) for use in in_use], dtype=np.int64
+            ),
             warmup_tokens=_warmup_tokens(rows, layout, steps),
         )
 
     def by_row(self, layers: IntArray) -> list[list[int]]:
-        """Of values (N,) those of eligible tokens, for each row in turn."""
+        """Returns those of values (N,) that are of eligible tokens, row by row."""
         counts = np.bincount(self.layout.row_of[self.eligible], minlength=len(self.policies))
-        chosen = layers[self.eligible].tolist()
+        eligible = layers[self.eligible].tolist()
         ends = np.cumsum(counts).tolist()
-        return [chosen[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+        return [eligible[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
+
+    def has_final_block(self, tokens: IntArray) -> BoolArray:
+        """Returns which of ``tokens`` (t,) block L runs on after an exit."""
+        return self.layout.final_block[self.layout.row_of[tokens]]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -18,7 +18,8 @@ import numpy as np
 
 from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
-from dynamax_lm_eval.engine.engine import Engine, NoLogits, RowStates
+from dynamax_lm_eval.engine.decisions import NoLogits
+from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.errors import naming_request
 from dynamax_lm_eval.exits.policy import ExitPolicy
 

@@ -50,7 +50,7 @@ class BackboneIdentity:
     model_type: str
     hidden_size: int
     num_layers: int
-    #: Of its weight files, the same in every dtype (``backbones.fingerprint``).
+    #: Of its weight files, the same in every dtype (``models.fingerprint``).
     fingerprint: str
 
 
@@ -104,8 +104,9 @@ class ExitConfig:
         layers, depth = self.exit_layers, self.backbone.num_layers
         if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < depth:
             raise UserError(f"its exit_layers {list(layers)} are not rising numbers in 1..{depth - 1}")
-        if not self.classifiers or not set(self.classifiers) <= set(get_args(ClassifierKind)):
-            raise UserError(f"its classifiers {list(self.classifiers)} are not some of calm, ffn, mamba")
+        known = get_args(ClassifierKind)
+        if not self.classifiers or not set(self.classifiers) <= set(known):
+            raise UserError(f"its classifiers {list(self.classifiers)} are not some of {', '.join(known)}")
         if self.activation not in ACT2FN:
             raise UserError(f"its activation {self.activation!r} is unknown to transformers")
         check_adapter(self.adapter)

@@ -1,4 +1,4 @@
-"""Which blocks pruning disables, and the file of block distances that ``prune_strategy=angular`` reads.
+"""The file of block distances that ``prune_strategy=angular`` reads, and which blocks it says to disable.
 
 Gromov et al. 2024 (arXiv 2403.17887): the angular distance between the input of block l and that of block l + n,
 arccos(x_l . x_{l+n} / |x_l| |x_{l+n}|) / pi, at the last token of a text and averaged over texts, says how much blocks
@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dynamax_lm_eval import config
-from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import JsonFormat
 from dynamax_lm_eval.models.fingerprint import Fingerprints
@@ -68,24 +66,6 @@ class PruneProfile:
             return cls(**FORMAT.read(path, f"prune_profile={str(path)!r}"))
         except TypeError as error:
             raise UserError(f"prune_profile={str(path)!r} is damaged ({error}); {FORMAT.remedy}") from error
-
-
-def pruned_blocks(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
-    """The blocks (1-based) that a run disables on a backbone of ``num_layers`` blocks.
-
-    Raises:
-        UserError: there are no such blocks, or the profile is of a backbone of another depth.
-    """
-    if args.prune_strategy != "angular":
-        return config.resolve_pruned_blocks(args.prune_layers, num_layers)
-    assert args.prune_profile is not None and isinstance(args.prune_layers, int)
-    profile = PruneProfile.load(Path(args.prune_profile).expanduser())
-    if profile.num_layers != num_layers:
-        raise UserError(
-            f"prune_profile={args.prune_profile!r} is of {profile.backbone!r} with {profile.num_layers} blocks; this "
-            f"backbone has {num_layers}; make one: dynamax-lm-eval prune-profile --backbone ..."
-        )
-    return profile.blocks(args.prune_layers)
 
 
 def check_profile(path: str, fingerprints: Fingerprints) -> None:

@@ -6,12 +6,11 @@ them; knows no policies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -29,7 +28,7 @@ class ClassifierStates:
         self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
         # The exits of a pass mostly see the same rows.
-        self._last: tuple[tuple[tuple[int, ...], tuple[int, ...]], slice | Tensor, RaggedRows] | None = None
+        self._last: tuple[IntArray, slice | Tensor, RaggedRows] | None = None
 
     def allocate_row(self, slot: int) -> None:
         """A row starts; its states are those of a row that has seen nothing."""
@@ -69,15 +68,14 @@ class ClassifierStates:
         self._free.append(self._kept.pop(num_tokens))
 
     @torch.inference_mode()
-    def run(self, kind: str, layer: int, hidden: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    def run(self, kind: str, layer: int, hidden: Tensor, slots: IntArray) -> Tensor:
         """Logits (T, 2) of a classifier for hidden states (T, D); recurrent ones go on from their rows' states.
 
         Args:
             kind: of the classifier.
             layer: the exit layer.
             hidden: (T, D) tokens of the rows, side by side.
-            slots: R, the rows.
-            lengths: R, tokens of each row, at least one each.
+            slots: (T,) the slot of each token's row.
         """
         assert self._classifiers is not None
         classifier = self._classifiers.at(kind, layer)
@@ -88,17 +86,20 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            lines, rows = self._lines_and_rows(tuple(slots), tuple(lengths))
+            lines, rows = self._lines_and_rows(slots)
             table = self._table(kind, layer)
             logits, after = classifier(hidden, rows, table.read(lines))
             assert after is not None
             table.write(lines, after)
             return logits
 
-    def _lines_and_rows(self, slots: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[slice | Tensor, RaggedRows]:
-        if self._last is None or self._last[0] != (slots, lengths):
-            numbers = np.asarray([self._line_of[slot] for slot in slots], dtype=np.int64)
-            self._last = (slots, lengths), lines_of(numbers, self._device), RaggedRows(lengths, self._device)
+    def _lines_and_rows(self, slots: IntArray) -> tuple[slice | Tensor, RaggedRows]:
+        """The lines of the rows whose tokens these are, and where the rows begin and end."""
+        if self._last is None or not np.array_equal(self._last[0], slots):
+            starts = np.flatnonzero(np.diff(slots, prepend=-1))
+            numbers = np.asarray([self._line_of[slot] for slot in slots[starts].tolist()], dtype=np.int64)
+            lengths = np.diff(starts, append=len(slots))
+            self._last = slots, lines_of(numbers, self._device), RaggedRows(lengths.tolist(), self._device)
         return self._last[1:]
 
     def _table(self, kind: str, layer: int) -> StateTable:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamax_lm_eval.exits.classifiers import ExitClassifiers, confidence_of
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers, exit_probability
 from dynamax_lm_eval.frozen.passes import FrozenPass
 
 FloatArray = npt.NDArray[np.float64]
@@ -41,7 +41,7 @@ def observe(
         agrees.append(labels.agrees.cpu().numpy())
         for kind in classifiers.kinds:
             found = [
-                confidence_of(classifiers.at(kind, layer)(batch.exits[layer].float(), batch.rows)[0])
+                exit_probability(classifiers.at(kind, layer)(batch.exits[layer].float(), batch.rows)[0])
                 for layer in frozen.exit_layers
             ]
             confidences[kind].append(torch.stack(found).double().cpu().numpy())

@@ -15,6 +15,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.files import check_writable
 from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.frozen.model import load_backbone
@@ -50,7 +51,9 @@ class SearchOptions:
     backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
     output: str = field(default="exit-thresholds.json", metadata={"help": "file of the result"})
     exits: str | None = field(default=None, metadata={"help": "folder or Hub id of exits; default: the backbone's"})
-    classifier: str | None = field(default=None, metadata={"help": "calm, ffn or mamba; default: the exits' first"})
+    classifier: str | None = field(
+        default=None, metadata={"help": f"one of {', '.join(get_args(ClassifierKind))}; default: the exits' first"}
+    )
     state_mode: str = field(default="recompute", metadata={"help": "recompute, copy or skip; decides what exits cost"})
     dataset: str = field(
         default=DEFAULT_DATASET,
@@ -128,7 +131,7 @@ def search(options: SearchOptions) -> ThresholdPath:
     backbone.check_state_mode(options.state_mode, exits.config.exit_layers)
     classifiers = exits.load(backbone.device)
     frozen = FrozenPass(backbone, exits.config.exit_layers, exits.config.final_block, exits.config.top_k)
-    policy = ExitPolicy.of_exits(exits.config, kind, 0.5, state_mode=options.state_mode, exit_scope="all")
+    policy = policy_of_exits(exits.config, kind, 0.5, state_mode=options.state_mode, exit_scope="all")
     recorded = record(frozen, Engine(backbone, classifiers), rows, policy)
     found = compared(recorded, options.seed)
     result = ThresholdPath(

@@ -17,10 +17,10 @@ from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
-from dynamax_lm_eval.types import ClassifierKind, Confidence, StateMode
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
-CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(Confidence) if name != "classifier"))
+CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(ConfidenceName) if name != "classifier"))
 
 
 #: Model arguments that a sweep decides.

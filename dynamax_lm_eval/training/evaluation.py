@@ -6,6 +6,7 @@ in training; in decoding, the states that early tokens leave behind differ, so m
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
-from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ExitClassifiers
+from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen.observe import BoolArray, FloatArray, Observations
 from dynamax_lm_eval.types import StateMode
 
@@ -23,6 +24,8 @@ THRESHOLDS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.99)
 #: Thresholds at which precision and recall of "exit" are given.
 OPERATING_POINTS = (0.5, 0.7, 0.8, 0.9)
 _BINS = 20
+#: Lines and markers of the kinds in a plot.
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"))
 
 
 def report(
@@ -101,7 +104,7 @@ def predicted_point(
     first = np.where(exits.any(0), exits.argmax(0), len(config.exit_layers))
     right = np.vstack([seen.agrees, np.ones((1, seen.agrees.shape[1]), dtype=np.bool_)])
     layers = np.asarray([*config.exit_layers, config.backbone.num_layers])[first]
-    policy = ExitPolicy.of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")
+    policy = policy_of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")
     costs = classifiers.costs(kind)
     records, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
     for length in seen.lengths:
@@ -126,10 +129,10 @@ def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    styles = {"mamba": ("-", "o"), "ffn": ("--", "s"), "calm": (":", "^")}
-    for kind, found in evaluation["classifiers"].items():
-        line, marker = styles.get(kind, ("-", "x"))
-        curve = found["curve"]
+    styles = dict(zip(CLASSIFIERS, itertools.cycle(_STYLES), strict=False))
+    for kind, measured in evaluation["classifiers"].items():
+        line, marker = styles[kind]
+        curve = measured["curve"]
         left.plot(
             [point["compute_reduction"] for point in curve],
             [point["agreement"] for point in curve],
@@ -138,7 +141,7 @@ def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
             markersize=3,
             label=kind,
         )
-        exits = found["exits"]
+        exits = measured["exits"]
         right.plot(
             [int(layer) for layer in exits], [e["auroc"] for e in exits.values()], line, marker=marker, label=kind
         )

@@ -9,11 +9,12 @@ from typing import Any, get_args
 from dynamax_lm_eval import config
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
-from dynamax_lm_eval.exits.classifiers import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
+from dynamax_lm_eval.exits.resolve import resolve_exit_layers
 from dynamax_lm_eval.types import ClassifierKind
 
-#: Kinds in the order in which an evaluation prefers them.
-KINDS: tuple[str, ...] = ("mamba", "ffn", "calm")
+#: What may be named as ``--classifier``.
+_KINDS = ", ".join(get_args(ClassifierKind))
 DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 #: ``--dataset self``: text that the backbone itself generates.
 SELF_DATASET = "self"
@@ -22,6 +23,12 @@ SAVE_DTYPES = ("float32", "bfloat16")
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _size(name: str) -> Any:
+    """The option for a size of the classifiers."""
+    size = ClassifierOptions.__dataclass_fields__[name]
+    return _option(size.default, size.metadata["help"])
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class TrainingOptions:
     backbone: str = field(
         metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder of the frozen model"}
     )
-    classifier: str = _option("mamba,ffn,calm", "kinds to train in one pass, separated by commas: calm, ffn, mamba")
+    classifier: str = _option("mamba,ffn,calm", f"kinds to train in one pass, separated by commas: {_KINDS}")
     dataset: str = _option(
         DEFAULT_DATASET,
         "text to train on: a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such "
@@ -94,10 +101,10 @@ class TrainingOptions:
         0.0, "share of the steps in which the adapters are trained alone and then left as they are; 0: all together"
     )
     top_k: int = _option(1, "an exit is right if its best token is among the k best of the full model")
-    mamba_state: int = _option(16, "SSM state of the mamba classifier")
-    mamba_expand: float = _option(0.25, "inner width of the mamba classifier, in hidden sizes")
-    mamba_kernel: int = _option(4, "tokens that its convolution sees")
-    ffn_expand: float = _option(4.0, "hidden width of the ffn classifier, in hidden sizes")
+    mamba_state: int = _size("mamba_state")
+    mamba_expand: float = _size("mamba_expand")
+    mamba_kernel: int = _size("mamba_kernel")
+    ffn_expand: float = _size("ffn_expand")
 
     max_tokens: int = _option(2_000_000, "tokens to train on")
     seq_len: int = _option(512, "longest row; longer documents are cut into several")
@@ -169,19 +176,21 @@ class TrainingOptions:
             )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
-        sizes = dataclasses.asdict(self.classifier_options)
         for name, default in dataclasses.asdict(ClassifierOptions()).items():
-            if (kind := name.partition("_")[0]) not in self.kinds and sizes[name] != default:
-                raise UserError(f"--{name} has no effect on --classifier {self.classifier}; add {kind} or remove it")
+            users = [kind for kind, classifier in CLASSIFIERS.items() if name in classifier.sizes]
+            if getattr(self, name) != default and not set(users).intersection(self.kinds):
+                raise UserError(
+                    f"--{name} has no effect on --classifier {self.classifier}; add {' or '.join(users)}, or remove it"
+                )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds to train, in the order in which an evaluation prefers them."""
-        asked = [kind.strip() for kind in self.classifier.split(",")]
-        for kind in asked:
-            if kind not in get_args(ClassifierKind):
-                raise UserError(f"--classifier must name some of calm, ffn, mamba, got {kind!r}")
-        return tuple(kind for kind in KINDS if kind in asked)
+        requested = [kind.strip() for kind in self.classifier.split(",")]
+        for kind in requested:
+            if kind not in CLASSIFIERS:
+                raise UserError(f"--classifier must name some of {_KINDS}, got {kind!r}")
+        return tuple(kind for kind in CLASSIFIERS if kind in requested)
 
     @property
     def classifier_options(self) -> ClassifierOptions:
@@ -209,8 +218,8 @@ class TrainingOptions:
 
     def resolve_exit_layers(self, num_layers: int) -> tuple[int, ...]:
         """The exits for a backbone of ``num_layers`` blocks."""
-        asked = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
-        return config.resolve_exit_layers(asked, num_layers, self.final_block)
+        requested = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
+        return resolve_exit_layers(requested, num_layers, self.final_block)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -1,0 +1,187 @@
+"""Which tokens leave at an exit layer, and at which hidden state each token is read out.
+
+N tokens of the batch, n in flight, t of them evaluated, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray
+from dynamax_lm_eval.engine.batch import ConfidenceInUse, FlatBatch
+from dynamax_lm_eval.engine.tokens import WaitingTokens, select
+from dynamax_lm_eval.exits.adapters import Adapter
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.confidences import Confidence, ExitInputs
+from dynamax_lm_eval.exits.policy import NEVER
+from dynamax_lm_eval.exits.states import ClassifierStates
+
+
+class LogitsCollector(Protocol):
+    """Takes the logits of the tokens that need them, reduced to what its owner needs of them."""
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        """Returns what is kept of logits (T, V) of these tokens, (T, anything). Called before it is known who exits."""
+        ...
+
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
+        """Keeps the reduced logits at which these tokens were read out. Called once for each token that needs them."""
+        ...
+
+
+class NoLogits(LogitsCollector):
+    """The collector of batches none of whose tokens needs logits."""
+
+    def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
+        raise AssertionError("no logits are needed")
+
+    def store(self, tokens: IntArray, reduced: Tensor) -> None:
+        raise AssertionError("no logits are needed")
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What one confidence decided at an exit layer."""
+
+    places: IntArray  # (t,) of its tokens among those in flight
+    exits: Tensor  # (t,) bool, still on the device
+    adapter: Adapter | None
+    reduced: Sequence[Tensor]  # of the tokens that need logits, where the decision read them
+
+
+class ExitDecisions:
+    """Decides at the exit layers of one pass who leaves, and hands the logits of the pass to a collector."""
+
+    def __init__(
+        self,
+        batch: FlatBatch,
+        backbone: Backbone,
+        exits: ExitClassifiers | None,
+        states: ClassifierStates,
+        collector: LogitsCollector,
+    ) -> None:
+        self._batch = batch
+        self._backbone = backbone
+        self._exits = exits
+        self._states = states
+        self._collector = collector
+        self._slots = np.asarray(batch.layout.slots, dtype=np.int64)[batch.layout.row_of]  # (N,)
+        # One read for all: the LM head's weights are most of what a read costs.
+        self._unread = WaitingTokens()
+
+    def leaving(self, block: int, tokens: IntArray, before: Tensor, hidden: Tensor) -> BoolArray | None:
+        """Returns which of the tokens in flight exit after ``block``, (n,); None where none may.
+
+        Args:
+            block: the number of blocks that have run.
+            tokens: (n,) in flight.
+            before: (1, n, D) their hidden states before the block.
+            hidden: (1, n, D) and after it.
+        """
+        candidates = self._candidates(block, tokens)
+        if len(candidates) == 0:
+            return None
+        in_use = self._batch.confidence_of_row[self._batch.layout.row_of[tokens[candidates]]]
+        evaluations = [
+            self._evaluate(use, block, tokens, places, before, hidden)
+            for i, use in enumerate(self._batch.confidences)
+            if len(places := candidates[in_use == i])
+        ]
+        exits = _joined([evaluation.exits for evaluation in evaluations]).cpu().numpy()  # the only wait for the device
+        leaves = np.zeros(len(tokens), dtype=np.bool_)
+        leaves[np.concatenate([evaluation.places for evaluation in evaluations])] = exits
+        for evaluation in evaluations:
+            self._keep_logits(evaluation, leaves, tokens, hidden)
+        return leaves
+
+    def read_out(self, tokens: IntArray, hidden: Tensor) -> None:
+        """Reads out what the decisions did not: tokens (n,) at the end of the pass, and those that left unread."""
+        needs_logits = np.flatnonzero(self._batch.needs_logits[tokens])
+        self._unread.add(tokens[needs_logits], select(hidden, needs_logits))
+        if self._unread:
+            tokens, hidden = self._unread.in_order()
+            for part, logits in self._logits(hidden[0]):
+                self._collector.store(tokens[part], self._collector.reduce(tokens[part], logits))
+
+    def _candidates(self, block: int, tokens: IntArray) -> IntArray:
+        """Places of the tokens in flight that may exit after ``block``, or that a classifier has to see there."""
+        if block not in self._batch.thresholds:
+            return np.zeros(0, dtype=np.int64)
+        evaluated = self._batch.thresholds[block][tokens] < NEVER
+        if block in self._batch.warmup_tokens:
+            evaluated |= self._batch.warmup_tokens[block][tokens]
+        return np.flatnonzero(evaluated)
+
+    def _evaluate(
+        self, use: ConfidenceInUse, block: int, tokens: IntArray, places: IntArray, before: Tensor, hidden: Tensor
+    ) -> _Evaluation:
+        """Compares one confidence of the tokens at ``places`` (t,) with their thresholds."""
+        own = tokens[places]
+        before, after = select(before, places)[0], select(hidden, places)[0]
+        inputs = ExitInputs(block, before, after, self._slots[own], self._states)
+        adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
+        reduced: Sequence[Tensor] = ()
+        if use.confidence.reads_lm_head:
+            scores, reduced = self._score_logits(use.confidence, inputs, own, adapter)
+        else:
+            scores = use.confidence.score(inputs)
+        thresholds = torch.from_numpy(self._batch.thresholds[block][own]).to(scores.device)
+        return _Evaluation(places, scores >= thresholds, adapter, reduced)
+
+    def _score_logits(
+        self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Returns confidences (t,) that come from logits, and what is kept of those: the read serves the exit too."""
+        scores, reduced = [], []
+        is_read = self._read_at_exit(tokens)
+        for part, logits in self._logits(_adapted(inputs.after, adapter)):
+            scores.append(confidence.score(inputs.part(part, logits)))
+            needed = np.flatnonzero(is_read[part])
+            if len(needed):
+                kept = logits if len(needed) == len(logits) else logits[torch.from_numpy(needed).to(logits.device)]
+                reduced.append(self._collector.reduce(tokens[part][needed], kept))
+        return _joined(scores), reduced
+
+    def _keep_logits(self, evaluation: _Evaluation, leaves: BoolArray, tokens: IntArray, hidden: Tensor) -> None:
+        """Stores the logits of tokens that leave where the decision read them, else keeps the tokens to be read."""
+        read = evaluation.places[self._read_at_exit(tokens[evaluation.places])]
+        gone = np.flatnonzero(leaves[read])
+        if len(gone) == 0:
+            return
+        if evaluation.reduced:
+            rows = torch.from_numpy(gone).to(hidden.device)
+            self._collector.store(tokens[read[gone]], _joined(evaluation.reduced)[rows])
+        else:
+            corrected = _adapted(select(hidden, read[gone])[0], evaluation.adapter)
+            self._unread.add(tokens[read[gone]], corrected.unsqueeze(0))
+
+    def _read_at_exit(self, tokens: IntArray) -> BoolArray:
+        """Returns which tokens are read out where they leave: not those that block L still runs on."""
+        needs_logits: BoolArray = self._batch.needs_logits[tokens] & ~self._batch.has_final_block(tokens)
+        return needs_logits
+
+    def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the logits (T, V) of hidden states (t, D), in parts of bounded size."""
+        at_once = max(1, LOGITS_AT_ONCE // self._backbone.vocab_size)
+        for start in range(0, len(hidden), at_once):
+            part = slice(start, start + at_once)
+            yield part, self._backbone.readout(hidden[part])
+
+
+def _adapted(hidden: Tensor, adapter: Adapter | None) -> Tensor:
+    """Returns what is read out of hidden states (t, D) at an exit; the states left behind are those of ``hidden``."""
+    if adapter is None:
+        return hidden
+    corrected: Tensor = adapter(hidden)
+    return corrected
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Returns the parts as one; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,111 @@
+"""What every kind of exit classifier is: a normalisation of its own, two logits, a cost, and the sizes it is made of.
+
+T tokens, R rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.compute.cost import EvaluationCost
+from dynamax_lm_eval.errors import UserError
+
+EPS = 1e-5
+
+
+def _size(default: Any, least: int | None, text: str) -> Any:
+    """A size with its smallest value, None where any number above 0 will do, and the help text of ``train``."""
+    return field(default=default, metadata={"least": least, "help": text})
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """Sizes that the user may choose; all of them decide what an evaluation costs."""
+
+    mamba_state: int = _size(16, 1, "SSM state of the mamba classifier")
+    # Wider ones detect a little better and cost more than that gains (docs/search.md).
+    mamba_expand: float = _size(0.25, None, "inner width of the mamba classifier, in hidden sizes")
+    mamba_kernel: int = _size(4, 2, "tokens that the convolution of that mixer sees")
+    ffn_expand: float = _size(4.0, None, "hidden width of the ffn classifier, in hidden sizes")
+
+    def __post_init__(self) -> None:
+        for name, size in self.__dataclass_fields__.items():
+            value, least = getattr(self, name), size.metadata["least"]
+            if least is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+            if least is None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be a finite number above 0, got {value}")
+
+
+class RmsNorm(nn.RMSNorm):
+    """Root-mean-square normalisation in plain operations: torch's own takes several times as long on a few tokens."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.weight
+
+
+class Classifier(nn.Module, ABC):
+    """A classifier at one exit layer."""
+
+    #: Whether it carries a state from token to token.
+    recurrent: ClassVar[bool] = False
+    #: The sizes of :class:`ClassifierOptions` that decide how it is made.
+    sizes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm = RmsNorm(hidden_size)
+
+    @classmethod
+    def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> Classifier:
+        """Returns a freshly initialised classifier of these sizes; the global random stream decides its weights.
+
+        Every kind of the table has this. ``activation``: transformers' name of the backbone's.
+        """
+        raise NotImplementedError(f"{cls.__name__} is no kind of the table")
+
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """MACs of one evaluation for one token; norms and activations are left out."""
+
+    @property
+    def cost(self) -> EvaluationCost:
+        """Cost of one evaluation, also in the paper's table, where the linear classifier costs nothing."""
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        weights = sum(linear.weight.numel() for linear in linears)
+        return EvaluationCost(self.macs, weights if len(linears) > 1 else 0)
+
+    @abstractmethod
+    def forward(
+        self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
+    ) -> tuple[Tensor, MixerState | None]:
+        """Returns logits (T, 2) of "stay" and "exit" for hidden states (T, D), and the rows' new state if it has one.
+
+        ``rows`` and ``state`` matter to recurrent classifiers only; a state of None is that of a new row.
+        """
+
+    def new_state(self, num_rows: int, device: torch.device) -> MixerState | None:
+        """Returns the state of rows that have seen nothing; None without recurrence."""
+        return None
+
+
+def width(expand: float, hidden_size: int) -> int:
+    """A width that is given in hidden sizes, in channels; at least one."""
+    return max(1, round(expand * hidden_size))
+
+
+def exit_probability(logits: Tensor) -> Tensor:
+    """Probability of "exit" (T,) in float32, from logits (T, 2)."""
+    logits = logits.float()
+    return torch.sigmoid(logits[:, 1] - logits[:, 0])

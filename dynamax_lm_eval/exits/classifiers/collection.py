@@ -1,0 +1,60 @@
+"""The classifiers of one backbone: one or more kinds at its exit layers, and the adapters of its read-outs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynamax_lm_eval.compute.cost import EvaluationCost
+from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
+from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.kinds import make_classifier
+
+
+class ExitClassifiers(nn.Module):
+    """Classifiers of one or more kinds at the exit layers of one backbone, and the adapters of its read-outs."""
+
+    def __init__(
+        self,
+        kinds: tuple[str, ...],
+        exit_layers: tuple[int, ...],
+        hidden_size: int,
+        activation: str,
+        options: ClassifierOptions,
+        seed: int = 0,
+        adapter: str = "none",
+    ) -> None:
+        """The ``seed`` decides the initial weights of each kind, whichever others there are."""
+        super().__init__()
+        self.exit_layers = exit_layers
+        self.kinds = kinds
+        self.adapters = make_adapters(adapter, exit_layers, hidden_size)
+        self.by_kind = nn.ModuleDict()
+        for kind in kinds:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.by_kind[kind] = nn.ModuleDict(
+                    {str(layer): make_classifier(kind, hidden_size, activation, options) for layer in exit_layers}
+                )
+
+    def at(self, kind: str, layer: int) -> Classifier:
+        """The classifier of a kind at an exit layer."""
+        classifiers: Any = self.by_kind[kind]
+        classifier: Classifier = classifiers[str(layer)]
+        return classifier
+
+    def adapter(self, layer: int) -> Adapter | None:
+        """The adapter at an exit layer, if these exits have any."""
+        adapters: Any = self.adapters
+        return adapters[str(layer)] if len(adapters) else None
+
+    def adapter_macs(self) -> dict[int, int]:
+        """MACs of one read-out's correction at each exit layer; empty without adapters."""
+        adapters = {layer: self.adapter(layer) for layer in self.exit_layers}
+        return {layer: adapter.macs for layer, adapter in adapters.items() if adapter is not None}
+
+    def costs(self, kind: str) -> dict[int, EvaluationCost]:
+        """Cost of one evaluation at each exit layer."""
+        return {layer: self.at(kind, layer).cost for layer in self.exit_layers}

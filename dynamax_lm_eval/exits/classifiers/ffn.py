@@ -1,0 +1,35 @@
+"""``ffn``: one hidden layer, with the backbone's activation. T tokens, D hidden size."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions, width
+
+
+class FfnClassifier(Classifier):
+    """D -> ffn_expand * D -> 2."""
+
+    sizes = ("ffn_expand",)
+
+    def __init__(self, hidden_size: int, inner: int, activation: str) -> None:
+        """``inner``: width of the hidden layer."""
+        super().__init__(hidden_size)
+        self.in_proj = nn.Linear(hidden_size, inner)
+        self.out_proj = nn.Linear(inner, 2)
+        self.activation = ACT2FN[activation]
+
+    @classmethod
+    def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> FfnClassifier:
+        return cls(hidden_size, width(options.ffn_expand, hidden_size), activation)
+
+    @property
+    def macs(self) -> int:
+        return self.in_proj.weight.numel() + self.out_proj.weight.numel()
+
+    def forward(
+        self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
+    ) -> tuple[Tensor, MixerState | None]:
+        return self.out_proj(self.activation(self.in_proj(self.norm(hidden)))), None

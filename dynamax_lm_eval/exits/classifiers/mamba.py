@@ -1,0 +1,101 @@
+"""``mamba``: a Mamba-2 block without its skip connection, recurrent over the tokens that reach it.
+
+T tokens, R rows, D hidden size; H heads, P head dim, N SSM state, K kernel, C channels of the mixer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions, RmsNorm, width
+
+#: Time steps that a fresh mixer starts with, log-uniform (Mamba's own initialisation).
+_FIRST_STEPS = (1e-3, 1e-1)
+
+
+class MixerClassifier(Classifier):
+    """A classifier around a Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060).
+
+    Training and scoring run the mixer in parallel, decoding token by token; both give the same.
+    """
+
+    recurrent = True
+    sizes: ClassVar[tuple[str, ...]] = ("mamba_state", "mamba_expand", "mamba_kernel")
+
+    def __init__(self, hidden_size: int, shape: MixerShape) -> None:
+        super().__init__(hidden_size)
+        self.shape = shape
+        self.in_proj = nn.Linear(hidden_size, shape.inner + shape.channels + shape.heads, bias=False)
+        bound = 1 / math.sqrt(shape.kernel)
+        self.conv_weight = nn.Parameter(torch.empty(shape.channels, shape.kernel).uniform_(-bound, bound))
+        self.conv_bias = nn.Parameter(torch.zeros(shape.channels))
+        low, high = (math.log(step) for step in _FIRST_STEPS)
+        steps = torch.empty(shape.heads).uniform_(low, high).exp()
+        self.dt_bias = nn.Parameter(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
+        self.A_log = nn.Parameter(torch.empty(shape.heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(shape.heads))
+        self.gate_norm = RmsNorm(shape.inner)
+
+    @property
+    def mixer_macs(self) -> int:
+        """MACs of the mixer for one token: in_proj, convolution, and 3 * H * P * N of the recurrence."""
+        recurrence = 3 * self.shape.inner * self.shape.state
+        return self.in_proj.weight.numel() + self.conv_weight.numel() + recurrence
+
+    def mix(
+        self, normalised: Tensor, rows: RaggedRows | None, state: MixerState | None
+    ) -> tuple[Tensor, MixerState | None]:
+        """Returns the mixer's output, gated and normalised, (T, H * P) for inputs (T, D), and the rows' new state."""
+        assert rows is not None
+        shape = self.shape
+        gate, mixed, dt = self.in_proj(normalised).split([shape.inner, shape.channels, shape.heads], dim=-1)
+        conv, ssm = (None, None) if state is None else state
+        mixed, conv = causal_conv(mixed.float(), self.conv_weight, self.conv_bias, rows, conv)
+        steps = F.softplus(dt.float() + self.dt_bias)
+        mixed = F.silu(mixed)
+        output, ssm = selective_scan(mixed, steps, -self.A_log.exp(), shape, rows, ssm)  # (T, H, P)
+        x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
+        output = (output + x * self.D.unsqueeze(-1)).flatten(1)
+        return self.gate_norm(output * F.silu(gate)), None if ssm is None else MixerState(conv, ssm)
+
+    def new_state(self, num_rows: int, device: torch.device) -> MixerState:
+        shape = self.shape
+        return MixerState(
+            torch.zeros(num_rows, shape.kernel - 1, shape.channels, device=device),
+            torch.zeros(num_rows, shape.heads, shape.head_dim, shape.state, device=device),
+        )
+
+
+class MambaClassifier(MixerClassifier):
+    """A mixer whose output has two channels."""
+
+    def __init__(self, hidden_size: int, shape: MixerShape) -> None:
+        super().__init__(hidden_size, shape)
+        self.out_proj = nn.Linear(shape.inner, 2)
+
+    @classmethod
+    def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> MambaClassifier:
+        return cls(hidden_size, mixer_shape(hidden_size, options))
+
+    @property
+    def macs(self) -> int:
+        return self.mixer_macs + self.out_proj.weight.numel()
+
+    def forward(
+        self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
+    ) -> tuple[Tensor, MixerState | None]:
+        output, after = self.mix(self.norm(hidden), rows, state)
+        return self.out_proj(output), after
+
+
+def mixer_shape(hidden_size: int, options: ClassifierOptions) -> MixerShape:
+    """The shape of a classifier's mixer: heads as wide as divides its inner width, at most 64."""
+    inner = width(options.mamba_expand, hidden_size)
+    head_dim = max(size for size in range(1, 65) if inner % size == 0)
+    return MixerShape(inner // head_dim, head_dim, 1, options.mamba_state, options.mamba_kernel)

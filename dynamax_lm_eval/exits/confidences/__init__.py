@@ -1,0 +1,33 @@
+"""Confidences: how sure an exit is, as a number that a threshold is compared with.
+
+A confidence is one file here, one line in the table, and its word in ``types.ConfidenceName``. Knows logits, hidden
+states and classifiers; does not know thresholds or who exits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+from dynamax_lm_eval.exits.confidences.base import Confidence, ExitInputs
+from dynamax_lm_eval.exits.confidences.entropy import EntropyConfidence
+from dynamax_lm_eval.exits.confidences.softmax import SoftmaxConfidence
+from dynamax_lm_eval.exits.confidences.state import StateConfidence
+from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName
+
+__all__ = ["CONFIDENCES", "Confidence", "ExitInputs", "resolve_confidence"]
+
+#: Every confidence by the name that a policy gives it.
+CONFIDENCES: Mapping[ConfidenceName, type[Confidence]] = {
+    "classifier": TrainedConfidence,
+    "softmax": SoftmaxConfidence,
+    "entropy": EntropyConfidence,
+    "state": StateConfidence,
+}
+
+
+@functools.cache
+def resolve_confidence(name: ConfidenceName, classifier: ClassifierKind | None = None) -> Confidence:
+    """The confidence that a policy names, the same object every time; ``classifier`` is the kind of a trained one."""
+    return CONFIDENCES[name].make(classifier)

@@ -1,0 +1,248 @@
+"""From arguments to a policy: which exits, thresholds and pruned blocks a run has on a backbone.
+
+Knows arguments, the configuration of trained exits and a number of blocks; knows no weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
+from dynamax_lm_eval.exits.policy import DEFAULT_WARMUP, ExitPolicy
+from dynamax_lm_eval.exits.pruning import PruneProfile
+from dynamax_lm_eval.models.loading import copy_is_impossible
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
+
+
+def resolve_policy(
+    args: DynamaxArgs, num_layers: int, exits: ExitConfig | None = None, recurrent_backbone: bool = False
+) -> ExitPolicy:
+    """Returns the policy that arguments mean for a backbone; its notes say what was left out.
+
+    Args:
+        args: what the user asked for.
+        num_layers: blocks of the backbone.
+        exits: the trained exits at hand.
+        recurrent_backbone: Mamba; decides what ``preset=paper`` leaves behind, and excludes ``copy``.
+
+    Raises:
+        UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
+            not match the exits, or the exits are not what was asked for.
+    """
+    pruned = pruned_blocks(args, num_layers)
+    confidence: ConfidenceName = args.confidence or ("classifier" if exits is not None else "softmax")
+    classifier, final_block = _resolve_exits(args, confidence, exits)
+    if args.exit_layers is None and exits is not None:
+        exit_layers = exits.exit_layers
+    else:
+        exit_layers = resolve_exit_layers(args.exit_layers, num_layers, final_block)
+    notes: tuple[str, ...] = ()
+    if args.exit_layers is None and (dropped := sorted(pruned.intersection(exit_layers))):
+        exit_layers = tuple(layer for layer in exit_layers if layer not in pruned)
+        if any(threshold < 1 for threshold in args.threshold):
+            notes = (
+                f"default exits {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}",
+            )
+    policy = ExitPolicy(
+        num_layers=num_layers,
+        exit_layers=exit_layers,
+        thresholds=resolve_thresholds(args.threshold, exit_layers),
+        confidence=confidence,
+        state_mode=_state_mode(args, recurrent_backbone),
+        pruned_blocks=pruned,
+        exit_scope=args.exit_scope,
+        threshold_decay=args.threshold_decay,
+        classifier=classifier,
+        classifier_warmup=DEFAULT_WARMUP if args.classifier_warmup is None else args.classifier_warmup,
+        final_block=final_block,
+        adapter=exits.adapter if exits is not None else "none",
+        notes=notes,
+    )
+    _check_active(policy, exits, recurrent_backbone)
+    return policy
+
+
+def policy_of_exits(exits: ExitConfig, kind: str, threshold: float, **settings: Any) -> ExitPolicy:
+    """Returns the policy with one threshold at all layers of trained exits, and their classifiers of this kind.
+
+    ``settings``: other attributes of the policy.
+    """
+    return ExitPolicy(
+        num_layers=exits.backbone.num_layers,
+        exit_layers=exits.exit_layers,
+        thresholds=(threshold,) * len(exits.exit_layers),
+        confidence="classifier",
+        classifier=cast(ClassifierKind, kind),
+        final_block=exits.final_block,
+        adapter=exits.adapter,
+        **settings,
+    )
+
+
+def default_exit_layers(num_layers: int) -> tuple[int, ...]:
+    """floor(L/2 + i*L/8) for i = 0..3 (16, 20, 24, 28 of 32), without duplicates and below L."""
+    layers = {num_layers * (4 + i) // 8 for i in range(4)}
+    return tuple(sorted(layer for layer in layers if 1 <= layer < num_layers))
+
+
+def resolve_exit_layers(
+    requested: tuple[int, ...] | None, num_layers: int, final_block: bool = False
+) -> tuple[int, ...]:
+    """Returns the exit layers for a backbone of ``num_layers`` blocks.
+
+    Raises:
+        UserError: a layer is outside 1..L-1 (an exit at L is no exit; with the final block, one at L-1 neither).
+    """
+    last = num_layers - 2 if final_block else num_layers - 1
+    if requested is None:
+        return tuple(layer for layer in default_exit_layers(num_layers) if layer <= last)
+    for layer in requested:
+        if not 1 <= layer <= last:
+            why = " with final_block" if final_block else ""
+            raise UserError(
+                f"exit_layers must lie in 1..{last} for this backbone of {num_layers} blocks{why}, got {layer}"
+            )
+    return requested
+
+
+def resolve_thresholds(threshold: tuple[float, ...], exit_layers: tuple[int, ...]) -> tuple[float, ...]:
+    """Returns one threshold per exit layer.
+
+    Raises:
+        UserError: a list was given whose length is not the number of exit layers.
+    """
+    if len(threshold) == 1:
+        return threshold * len(exit_layers)
+    if len(threshold) != len(exit_layers):
+        raise UserError(
+            f"threshold has {len(threshold)} values but there are {len(exit_layers)} exit layers "
+            f"{list(exit_layers)}; give one number, or one per exit layer"
+        )
+    return threshold
+
+
+def pruned_blocks(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
+    """Returns the blocks (1-based) that a run disables on a backbone of ``num_layers`` blocks.
+
+    Raises:
+        UserError: there are no such blocks, or the profile is of another backbone.
+    """
+    if args.prune_strategy != "angular":
+        return resolve_pruned_blocks(args.prune_layers, num_layers)
+    assert args.prune_profile is not None and isinstance(args.prune_layers, int)
+    profile = PruneProfile.load(Path(args.prune_profile).expanduser())
+    if profile.num_layers != num_layers:
+        raise UserError(
+            f"prune_profile={args.prune_profile!r} is of {profile.backbone!r} with {profile.num_layers} blocks; this "
+            f"backbone has {num_layers}; make one: dynamax-lm-eval prune-profile --backbone ..."
+        )
+    return profile.blocks(args.prune_layers)
+
+
+def resolve_pruned_blocks(requested: int | tuple[int, ...], num_layers: int) -> frozenset[int]:
+    """Returns the disabled blocks (1-based); N means the N blocks just before the last one.
+
+    Raises:
+        UserError: a block does not exist, or none would be left to run besides the last.
+    """
+    if isinstance(requested, int):
+        if requested > num_layers - 2 and requested > 0:
+            raise UserError(
+                f"prune_layers={requested} must be at most {max(num_layers - 2, 0)} "
+                f"for this backbone of {num_layers} blocks"
+            )
+        return frozenset(range(num_layers - requested, num_layers))
+    for block in requested:
+        if not 1 <= block <= num_layers:
+            raise UserError(f"prune_layers names block {block}; this backbone has blocks 1..{num_layers}")
+    if len(requested) >= num_layers:
+        raise UserError(f"prune_layers disables all {num_layers} blocks; leave at least one")
+    return frozenset(requested)
+
+
+def _resolve_exits(
+    args: DynamaxArgs, confidence: ConfidenceName, exits: ExitConfig | None
+) -> tuple[ClassifierKind | None, bool]:
+    """Returns the kind of classifier, if one gives the confidence, and whether block L runs after an exit."""
+    final_block = bool(args.final_block)
+    if confidence == "classifier" and exits is not None:
+        classifier = _choose_classifier(args, exits)
+        _check_final_block(args, exits)
+        _check_trained_layers(args, exits)
+        return classifier, exits.final_block
+    if all(threshold >= 1 for threshold in args.threshold):
+        return None, final_block  # the plain backbone: nothing is evaluated, whatever would have been
+    if args.classifier is not None or args.classifier_warmup is not None:
+        name = "classifier" if args.classifier is not None else "classifier_warmup"
+        raise UserError(f"{name} needs confidence=classifier and trained exits; this run uses {confidence}")
+    if args.exits is not None and confidence != "classifier":
+        if exits is None or exits.adapter == "none":
+            raise UserError(
+                f"exits={args.exits!r} has no effect with confidence={confidence}: these exits have no adapters; "
+                "remove one of them"
+            )
+        # Their adapters correct the read-outs of training-free confidences as well.
+        _check_trained_layers(args, exits)
+        if final_block:
+            raise UserError("final_block and exit adapters exclude each other; remove final_block or exits")
+    return None, final_block
+
+
+def _state_mode(args: DynamaxArgs, recurrent_backbone: bool) -> StateMode:
+    if args.state_mode is not None:
+        return args.state_mode
+    if args.preset == "paper":
+        return "skip" if recurrent_backbone else "copy"
+    return "recompute"
+
+
+def _choose_classifier(args: DynamaxArgs, exits: ExitConfig) -> ClassifierKind:
+    kind = cast(ClassifierKind, args.classifier or exits.classifiers[0])
+    if kind not in exits.classifiers:
+        raise UserError(f"classifier={kind} is not among the trained exits, which have {', '.join(exits.classifiers)}")
+    if args.classifier_warmup is not None and not CLASSIFIERS[kind].recurrent:
+        raise UserError(f"classifier_warmup has no effect with classifier={kind}, which carries no state; remove it")
+    if args.classifier_warmup is not None and args.exit_scope == "all":
+        raise UserError("classifier_warmup has no effect with exit_scope=all, where prompts are evaluated; remove it")
+    return kind
+
+
+def _check_final_block(args: DynamaxArgs, exits: ExitConfig) -> None:
+    """Raises UserError where the run asks for a final block unlike that of the exits: they work as trained only."""
+    if args.final_block is not None and args.final_block != exits.final_block:
+        source = "preset=paper sets final_block=true" if args.preset else f"final_block={str(args.final_block).lower()}"
+        raise UserError(
+            f"{source}, but these exits were trained with final_block={str(exits.final_block).lower()}; "
+            "leave it out, or train others (dynamax-lm-eval train --final_block)"
+        )
+
+
+def _check_trained_layers(args: DynamaxArgs, exits: ExitConfig) -> None:
+    missing = sorted(set(args.exit_layers or ()) - set(exits.exit_layers))
+    if missing:
+        raise UserError(
+            f"exit_layers {missing} have no trained classifier; there are some at {list(exits.exit_layers)}"
+        )
+
+
+def _check_active(policy: ExitPolicy, exits: ExitConfig | None, recurrent_backbone: bool) -> None:
+    """Raises UserError where tokens could exit and something that they need is missing."""
+    if not policy.active_exits:
+        return
+    if recurrent_backbone and policy.state_mode == "copy":
+        raise UserError(copy_is_impossible("a Mamba backbone"))
+    if policy.confidence == "classifier" and exits is None:
+        raise UserError(
+            "confidence=classifier needs exits that were trained for this backbone, and none are known; name them "
+            "with exits=, or train them: dynamax-lm-eval train --backbone ..."
+        )
+    at_pruned = sorted(policy.pruned_blocks.intersection(policy.active_exits))
+    if at_pruned:
+        raise UserError(
+            f"exit_layers {at_pruned} end with a pruned block, so there is nothing new to decide on; "
+            "choose other exit_layers or prune_layers"
+        )
