@@ -7,7 +7,7 @@ from typing import Literal
 ConfidenceName = Literal["classifier", "softmax", "entropy", "state"]
 
 
-ClassifierKind = Literal["calm", "ffn", "mamba"]
+ClassifierKind = Literal["calm", "ffn", "mamba", "hybrid"]
 
 
 StateMode = Literal["recompute", "copy", "skip"]

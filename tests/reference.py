@@ -16,6 +16,9 @@ from transformers import DynamicCache
 
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
+#: Kinds of classifiers that see one token after the other.
+RECURRENT = ("mamba", "hybrid")
+
 
 @dataclass
 class Row:
@@ -100,7 +103,7 @@ class Reference:
             threshold = 0.9 * threshold + 0.1 * math.exp(-policy.threshold_decay * step / self.max_steps)
             threshold = min(max(threshold, 0.0), 1.0)
         if policy.confidence == "classifier":
-            seen = self.seen[block] if policy.classifier == "mamba" else [after.flatten()]
+            seen = self.seen[block] if policy.classifier in RECURRENT else [after.flatten()]
             confidence = float(slow_classifier(self.classifiers.at(policy.classifier, block), seen).softmax(-1)[1])
         elif policy.confidence == "state":
             a, b = before.flatten(), after.flatten()
@@ -124,7 +127,7 @@ class Reference:
 
     def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
         policy = self.policy
-        if policy.classifier != "mamba" or block not in policy.exit_layers:
+        if policy.classifier not in RECURRENT or block not in policy.exit_layers:
             return
         if policy.thresholds[policy.exit_layers.index(block)] >= 1:
             return
@@ -210,6 +213,9 @@ def slow_classifier(classifier: Any, seen: list[Tensor]) -> Tensor:
         state = decay[:, None, None] * state + (step[:, None] * values)[:, :, None] * b
         y = (state * c).sum(-1) + parts["D"][:, None] * values
         y = norm(y.flatten() * gate * gate.sigmoid(), parts["gate_norm.weight"])
+    if "hidden_proj.weight" in parts:
+        both = torch.cat([y, inputs[-1]])
+        y = torch.nn.functional.silu(parts["hidden_proj.weight"] @ both + parts["hidden_proj.bias"])
     return parts["out_proj.weight"] @ y + parts["out_proj.bias"]
 
 

@@ -9,13 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, random_ids, tiny_model
-from reference import reference_generate, reference_score
+from reference import RECURRENT, reference_generate, reference_score
 from safetensors.torch import load_file, save_file
 from test_engine import (
     NEW_TOKENS,
@@ -34,13 +34,16 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitCheckpoint, ExitConfig
+from dynamax_lm_eval.exits.classifiers import CLASSIFIERS as TABLE
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers, make_classifier
+from dynamax_lm_eval.exits.confidences import CONFIDENCES, resolve_confidence
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import file_checksum
 from dynamax_lm_eval.models.fingerprint import files_fingerprint, model_fingerprint
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName
 
 EXITS = (2, 3, 4)
-KINDS = ("mamba", "ffn", "calm")
+KINDS = ("mamba", "hybrid", "ffn", "calm")
 HIDDEN = 32
 
 
@@ -48,7 +51,7 @@ def exits_config(model: Any = None, **changes: Any) -> ExitConfig:
     """What a checkpoint for the tiny Llama says of itself."""
     model = model or tiny_model("llama")
     identity = BackboneIdentity("tiny", "main", "llama", HIDDEN, LAYERS, model_fingerprint(model))
-    options = ClassifierOptions(mamba_state=5, mamba_expand=0.75, mamba_kernel=3)
+    options = ClassifierOptions(mamba_state=5, mamba_expand=0.75, mamba_kernel=3, hybrid_expand=0.5)
     config = ExitConfig(identity, EXITS, KINDS, "silu", options)
     return replace(config, **changes)
 
@@ -158,11 +161,12 @@ def test_generation_through_classifiers_equals_the_reference(kind: str, mode: An
 @pytest.mark.parametrize("scope", ["generated", "all"])
 @pytest.mark.parametrize("warmup", [16, 0, 3])
 @pytest.mark.parametrize("final_block", [False, True])
-def test_scoring_through_mamba_classifiers_equals_feeding_one_by_one(
-    scope: Any, warmup: int, final_block: bool
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_scoring_through_recurrent_classifiers_equals_feeding_one_by_one(
+    kind: str, scope: Any, warmup: int, final_block: bool
 ) -> None:
     model = tiny_model("mistral")
-    policy = classifier_policy("mamba", exit_scope=scope, classifier_warmup=warmup, final_block=final_block)
+    policy = classifier_policy(kind, exit_scope=scope, classifier_warmup=warmup, final_block=final_block)
     policy = separated(policy, "mistral")
     pairs = [(prompt, random_ids(9, 70 + i)) for i, prompt in enumerate(PROMPTS)]
     results = run_score(engine_with_exits("mistral"), policy, pairs, 3)
@@ -186,15 +190,17 @@ def test_final_block_with_training_free_confidences(confidence: Any) -> None:
         assert list(result.trace.exit_layers) == row.layers[result.trace.prompt_tokens :]
 
 
-def test_rows_of_one_batch_may_use_different_classifiers() -> None:
+def test_rows_of_one_batch_may_use_different_confidences() -> None:
     policies = [separated(classifier_policy(kind)) for kind in KINDS]
     policies.append(separated(classifier_policy("mamba", final_block=True, state_mode="skip")))
-    prompts = PROMPTS[:4]
+    for name in ("softmax", "entropy", "state"):
+        policies.append(separated(ExitPolicy(LAYERS, EXITS, (0.5,) * 3, confidence=name)))  # type: ignore[arg-type]
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(policies))]
     alone = [
         run_generate(engine_with_exits(), [policy], [prompt], 1)[0]
         for policy, prompt in zip(policies, prompts, strict=True)
     ]
-    assert run_generate(engine_with_exits(), policies, prompts, 4) == alone
+    assert run_generate(engine_with_exits(), policies, prompts, len(policies)) == alone
 
 
 def test_threshold_1_evaluates_no_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,12 +221,20 @@ def test_macs_of_a_mamba_classifier_by_hand() -> None:
     assert CLASSIFIERS.at("mamba", 2).macs == 32 * (24 + 24 + 10 + 1) + 34 * 3 + 3 * 24 * 5 + 24 * 2
 
 
-def test_compute_of_classifiers_warm_up_and_final_block() -> None:
+def test_macs_of_a_hybrid_classifier_by_hand() -> None:
+    # The mixer as above; then inner and D beside each other to 0.5 D = 16, and 16 to 2.
+    mixer, decision = 32 * (24 + 24 + 10 + 1) + 34 * 3 + 3 * 24 * 5, (24 + 32) * 16 + 16 * 2
+    assert CLASSIFIERS.at("hybrid", 2).macs == mixer + decision
+    assert CLASSIFIERS.at("hybrid", 2).cost.paper_weights == 32 * (24 + 24 + 10 + 1) + decision
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_compute_of_classifiers_warm_up_and_final_block(kind: str) -> None:
     """One row by hand: a prompt of 5 tokens, then tokens that left at 2, at 4 and not at all."""
     cost = engine_with_exits().backbone.cost
     costs = {layer: EvaluationCost(macs, 2 * macs) for layer, macs in {2: 100, 3: 10, 4: 1}.items()}
     trace = Trace(5, 8, 4, (2, 4, LAYERS), generated=True)
-    policy = classifier_policy("mamba", final_block=True, classifier_warmup=3)
+    policy = classifier_policy(kind, final_block=True, classifier_warmup=3)
     record = account(trace, policy.cost_terms(5, costs), cost)
     assert record.classifier_macs == 3 * 111 + 100 + 111 + 111
     blocks = [block.at for block in cost.blocks]
@@ -262,6 +276,27 @@ def test_round_trip(tmp_path: Path) -> None:
     assert opened.fingerprint() != ExitCheckpoint.open(tmp_path / "other").fingerprint()
 
 
+def test_checkpoints_from_before_a_size_was_added_are_read(tmp_path: Path) -> None:
+    config = exits_config(classifiers=("mamba", "calm"), options=ClassifierOptions(mamba_state=5))
+    checkpoint.save(tmp_path, config, varied_classifiers(config))
+    options = {"mamba_state": 5, "mamba_expand": 0.25, "mamba_kernel": 4, "ffn_expand": 4.0}
+    set_config(tmp_path, options=options)
+    opened = ExitCheckpoint.open(tmp_path)
+    assert opened.config == config
+    assert opened.load().kinds == ("mamba", "calm")
+
+
+def test_every_kind_and_every_confidence_is_in_its_table() -> None:
+    assert set(TABLE) == set(get_args(ClassifierKind))
+    assert set(CONFIDENCES) == set(get_args(ConfidenceName))
+    assert {kind for kind, classifier in TABLE.items() if classifier.recurrent} == set(RECURRENT)
+    sizes = {name for classifier in TABLE.values() for name in classifier.sizes}
+    assert sizes == set(ClassifierOptions.__dataclass_fields__)
+    named = resolve_confidence("classifier", "hybrid")
+    assert named is resolve_confidence("classifier", "hybrid"), "policies share it"
+    assert (named.name, named.recurrent, named.reads_lm_head) == ("hybrid", True, False)
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, exits_config(), CLASSIFIERS)
     opened = ExitCheckpoint.open(tmp_path)
@@ -286,7 +321,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         (lambda folder: set_config(folder, format_version=99), "format_version is 99"),
         (lambda folder: set_config(folder, exit_layers=[3, 2, 4]), "are not rising numbers"),
         (lambda folder: set_config(folder, exit_layers=[2, 6]), "are not rising numbers"),
-        (lambda folder: set_config(folder, classifiers=[]), "are not some of calm, ffn, mamba"),
+        (lambda folder: set_config(folder, classifiers=[]), "are not some of calm, ffn, mamba, hybrid"),
         (lambda folder: set_config(folder, activation="swoosh"), "activation 'swoosh' is unknown"),
         (lambda folder: set_config(folder, exit_layers=[2, 3]), "exits.safetensors cannot be used"),
         (lambda folder: (folder / "exits.safetensors").write_bytes(b"1234"), "exits.safetensors cannot be used"),
@@ -358,8 +393,12 @@ def test_classifier_sizes_follow_the_options() -> None:
     large = make_classifier("mamba", 576, "silu", ClassifierOptions(mamba_state=128, mamba_expand=2))
     assert small.macs == 193_952  # a twentieth of a block of SmolLM2
     assert large.macs > 9 * small.macs
+    hybrid = make_classifier("hybrid", 576, "silu", ClassifierOptions())
+    assert hybrid.macs == small.macs - 144 * 2 + (144 + 576) * 144 + 144 * 2
     with pytest.raises(UserError, match="mamba_state must be at least 1, got 0"):
         ClassifierOptions(mamba_state=0)
+    with pytest.raises(UserError, match="hybrid_expand must be a finite number above 0, got 0"):
+        ClassifierOptions(hybrid_expand=0)
 
 
 def test_lengths_of_rows_are_found_by_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def test_scan_of_single_channels_equals_the_recurrence(lengths: Sequence[int], w
 
 @pytest.mark.parametrize("final_block", [False, True])
 @pytest.mark.parametrize("mode", ["recompute", "skip"])
-@pytest.mark.parametrize("kind", ["mamba", "ffn", "calm"])
+@pytest.mark.parametrize("kind", ["mamba", "hybrid", "ffn", "calm"])
 def test_generation_through_classifiers_equals_the_reference(kind: str, mode: Any, final_block: bool) -> None:
     model = tiny_model("mamba2")
     policy = classifier_policy(kind, state_mode=mode, final_block=final_block)
@@ -77,6 +77,7 @@ def test_generation_through_classifiers_equals_the_reference(kind: str, mode: An
         ("mamba2", "mamba", True),
         ("mamba2", "ffn", True),
         ("mamba2", "calm", False),
+        ("mamba2", "hybrid", False),
         ("mamba", "mamba", False),
     ],
 )

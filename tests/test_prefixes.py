@@ -129,6 +129,7 @@ class TestFinding:
         [
             ({}, 19),
             ({"classifier": "mamba", "classifier_warmup": 4}, 16),
+            ({"classifier": "hybrid", "classifier_warmup": 4}, 16),
             ({"classifier": "mamba", "classifier_warmup": 99}, 0),
             ({"classifier": "mamba", "classifier_warmup": 4, "exit_scope": "all"}, 19),
             ({"classifier": "ffn", "exit_scope": "all", "threshold_decay": 4.0}, 0),

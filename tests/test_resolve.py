@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,7 @@ def test_a_policy_follows_the_exits_at_hand() -> None:
     assert policy.exit_layers == EXITS
     assert policy.final_block
     assert policy_of(trained, classifier="calm", exit_layers=(3,)).exit_layers == (3,)
+    assert policy_of(trained, classifier="hybrid", classifier_warmup=4).classifier_warmup == 4
     assert policy_of(trained, confidence="softmax").classifier is None
     assert policy_of(None).confidence == "softmax"
     assert policy_of(trained, preset="paper", final_block=True).state_mode == "copy"
@@ -92,3 +94,12 @@ def test_policies_that_do_not_fit_the_exits_are_refused(exits: Any, args: dict[s
     config = None if exits is None else exits_config(**exits)
     with pytest.raises(UserError, match=message):
         resolve_policy(DynamaxArgs("x", **args), LAYERS, config)
+
+
+def test_what_was_left_out_is_noted_and_decides_nothing() -> None:
+    policy = policy_of(None, prune_layers=(3,))
+    assert policy.notes == ("default exits [3] end with pruned blocks and are left out; exits are at [4, 5]",)
+    plain = replace(policy, notes=())
+    assert (plain, hash(plain), plain.describe()) == (policy, hash(policy), policy.describe())
+    assert "notes" not in policy.describe()
+    assert policy_of(None, prune_layers=(3,), threshold=(1.0,)).notes == ()

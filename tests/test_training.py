@@ -183,12 +183,13 @@ class TestLoop:
         torch.testing.assert_close(found, by_hand.detach() * exit_weights(3)[0] / 2)
 
     def test_training_learns_what_can_be_learned(self) -> None:
-        trainer, batches = make_trainer(("mamba", "calm"), learning_rate=3e-2, label_share=1.0, max_tokens=40 * 128)
+        kinds = ("mamba", "hybrid", "calm")
+        trainer, batches = make_trainer(kinds, learning_rate=3e-2, label_share=1.0, max_tokens=40 * 128)
         trainer.options = replace(trainer.options, clip=1.0)
         first = trainer.step(0, batches)
         for step in range(1, 40):
             last = trainer.step(step, batches)
-        for kind in ("mamba", "calm"):
+        for kind in kinds:
             assert sum(last.losses[kind]) < 0.8 * sum(first.losses[kind])
 
     def test_a_gradient_that_is_not_finite_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,7 +617,7 @@ class TestEvaluation:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--classifier", "calm,cnn"], "must name some of calm, ffn, mamba, got 'cnn'"),
+        (["--classifier", "calm,cnn"], "must name some of calm, ffn, mamba, hybrid, got 'cnn'"),
         (["--top_k", "0"], "--top_k must be at least 1, got 0"),
         (["--label_share", "1.5"], "--label_share must be at most 1"),
         (["--batch_tokens", "1000", "--micro_batch_tokens", "600"], "must be a multiple of"),
@@ -634,6 +635,9 @@ class TestEvaluation:
         (["--classifier", "calm", "--ffn_expand", "2"], "--ffn_expand has no effect on --classifier calm"),
         (["--classifier", "ffn", "--mamba_state", "8"], "--mamba_state has no effect on --classifier ffn"),
         (["--dataset", "self", "--dataset_split", "test"], "have no effect with --dataset self"),
+        (["--classifier", "calm", "--mamba_state", "8"], "add mamba or hybrid, or remove it"),
+        (["--hybrid_expand", "0.5"], "--hybrid_expand has no effect on --classifier mamba,ffn,calm"),
+        (["--classifier", "hybrid", "--hybrid_expand", "0"], "hybrid_expand must be a finite number above 0"),
         (["--mamba_expand", "-1"], "mamba_expand must be a finite number above 0"),
     ],
 )

@@ -25,7 +25,7 @@ THRESHOLDS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.99)
 OPERATING_POINTS = (0.5, 0.7, 0.8, 0.9)
 _BINS = 20
 #: Lines and markers of the kinds in a plot.
-_STYLES = (("-", "o"), ("--", "s"), (":", "^"))
+_STYLES = (("-", "o"), ("-.", "D"), ("--", "s"), (":", "^"))
 
 
 def report(

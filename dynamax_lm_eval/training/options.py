@@ -105,6 +105,7 @@ class TrainingOptions:
     mamba_expand: float = _size("mamba_expand")
     mamba_kernel: int = _size("mamba_kernel")
     ffn_expand: float = _size("ffn_expand")
+    hybrid_expand: float = _size("hybrid_expand")
 
     max_tokens: int = _option(2_000_000, "tokens to train on")
     seq_len: int = _option(512, "longest row; longer documents are cut into several")

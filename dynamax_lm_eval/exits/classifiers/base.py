@@ -29,11 +29,12 @@ def _size(default: Any, least: int | None, text: str) -> Any:
 class ClassifierOptions:
     """Sizes that the user may choose; all of them decide what an evaluation costs."""
 
-    mamba_state: int = _size(16, 1, "SSM state of the mamba classifier")
+    mamba_state: int = _size(16, 1, "SSM state of the mamba and hybrid classifiers")
     # Wider ones detect a little better and cost more than that gains (docs/search.md).
-    mamba_expand: float = _size(0.25, None, "inner width of the mamba classifier, in hidden sizes")
+    mamba_expand: float = _size(0.25, None, "inner width of the mamba and hybrid classifiers' mixer, in hidden sizes")
     mamba_kernel: int = _size(4, 2, "tokens that the convolution of that mixer sees")
     ffn_expand: float = _size(4.0, None, "hidden width of the ffn classifier, in hidden sizes")
+    hybrid_expand: float = _size(0.25, None, "hidden width of the hybrid classifier, in hidden sizes")
 
     def __post_init__(self) -> None:
         for name, size in self.__dataclass_fields__.items():

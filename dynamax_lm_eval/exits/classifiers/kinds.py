@@ -9,12 +9,14 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
 from dynamax_lm_eval.exits.classifiers.calm import CalmClassifier
 from dynamax_lm_eval.exits.classifiers.ffn import FfnClassifier
+from dynamax_lm_eval.exits.classifiers.hybrid import HybridClassifier
 from dynamax_lm_eval.exits.classifiers.mamba import MambaClassifier
 from dynamax_lm_eval.types import ClassifierKind
 
 #: Every kind, in the order in which an evaluation prefers them where exits have several.
 CLASSIFIERS: Mapping[ClassifierKind, type[Classifier]] = {
     "mamba": MambaClassifier,
+    "hybrid": HybridClassifier,
     "ffn": FfnClassifier,
     "calm": CalmClassifier,
 }
