@@ -11,7 +11,8 @@ import torch
 from conftest import LAYERS, random_ids, tiny_model
 from reference import reference_generate, reference_score
 from test_engine import NEW_TOKENS, PROMPTS, is_separated, run_generate, run_score, separated_policy
-from test_exits import EXITS, exits_config, policy_of, varied_classifiers
+from test_exits import EXITS, exits_config, varied_classifiers
+from test_resolve import policy_of
 from test_training import ROWS, frozen, make_trainer, options_for
 
 from dynamax_lm_eval.backbones import TransformerBackbone

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray
 from dynamax_lm_eval.engine.batch import ConfidenceInUse, FlatBatch
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
+from dynamax_lm_eval.errors import NotFiniteError
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.confidences import Confidence, ExitInputs
@@ -49,8 +50,9 @@ class NoLogits(LogitsCollector):
 class _Evaluation:
     """What one confidence decided at an exit layer."""
 
+    name: str  # of the confidence
     places: IntArray  # (t,) of its tokens among those in flight
-    exits: Tensor  # (t,) bool, still on the device
+    verdicts: Tensor  # (t,) uint8, still on the device: 1 exits, 0 does not, 2 has no number to compare
     adapter: Adapter | None
     reduced: Sequence[Tensor]  # of the tokens that need logits, where the decision read them
 
@@ -83,6 +85,9 @@ class ExitDecisions:
             tokens: (n,) in flight.
             before: (1, n, D) their hidden states before the block.
             hidden: (1, n, D) and after it.
+
+        Raises:
+            NotFiniteError: with the row of the first confidence that is no number.
         """
         candidates = self._candidates(block, tokens)
         if len(candidates) == 0:
@@ -93,9 +98,15 @@ class ExitDecisions:
             for i, use in enumerate(self._batch.confidences)
             if len(places := candidates[in_use == i])
         ]
-        exits = _joined([evaluation.exits for evaluation in evaluations]).cpu().numpy()  # the only wait for the device
+        # The only wait for the device.
+        verdicts = _joined([evaluation.verdicts for evaluation in evaluations]).cpu().numpy()
+        places = np.concatenate([evaluation.places for evaluation in evaluations])
+        if len(broken := np.flatnonzero(verdicts == 2)):
+            name = [evaluation.name for evaluation in evaluations for _ in evaluation.places][broken[0]]
+            row = int(self._batch.layout.row_of[tokens[places[broken[0]]]])
+            raise NotFiniteError(row, f"{name} confidences at exit layer {block}")
         leaves = np.zeros(len(tokens), dtype=np.bool_)
-        leaves[np.concatenate([evaluation.places for evaluation in evaluations])] = exits
+        leaves[places] = verdicts == 1
         for evaluation in evaluations:
             self._keep_logits(evaluation, leaves, tokens, hidden)
         return leaves
@@ -132,7 +143,8 @@ class ExitDecisions:
         else:
             scores = use.confidence.score(inputs)
         thresholds = torch.from_numpy(self._batch.thresholds[block][own]).to(scores.device)
-        return _Evaluation(places, scores >= thresholds, adapter, reduced)
+        verdicts = torch.where(scores.isfinite(), (scores >= thresholds).to(torch.uint8), 2)
+        return _Evaluation(use.confidence.name, places, verdicts, adapter, reduced)
 
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None
