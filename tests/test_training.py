@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, TEXT, launcher, random_ids, tiny_model
+from reference import RECURRENT
 from safetensors.torch import load_file
 from test_exits import EXITS, KINDS, exits_config
 
@@ -29,8 +30,10 @@ from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.files import locked
 from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.passes import FrozenPass, best_tokens
 from dynamax_lm_eval.training import command, evaluation, state
+from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 from dynamax_lm_eval.training.trainer import Trainer, exit_weights, labelled_positions, learning_rate
@@ -69,7 +72,7 @@ def options_for(backbone: Path, texts: Path, **changes: Any) -> TrainingOptions:
         "learning_rate": 1e-2,
         **changes,
     }
-    if "mamba" not in settings["classifier"]:
+    if not any(kind in settings["classifier"] for kind in RECURRENT):
         del settings["mamba_state"]
     return TrainingOptions(backbone=str(backbone), dataset=str(texts), **settings)
 
@@ -139,7 +142,7 @@ def make_trainer(kinds: tuple[str, ...], **changes: Any) -> tuple[Trainer, Any]:
     def documents(epoch: int, first: int) -> Any:
         return itertools.islice((random_ids(40, i) for i in itertools.count()), first, None)
 
-    return Trainer(frozen(), classifiers, options), data.MicroBatches(documents, 64, 32)
+    return Trainer(frozen(), classifiers, options), MicroBatches(documents, 64, 32)
 
 
 class TestLoop:
@@ -220,7 +223,7 @@ class TestData:
         return itertools.islice(([100 * i + t for t in range(n)] for i, n in enumerate(lengths)), first, None)
 
     def test_rows_hold_one_document_each_and_fill_the_batch(self) -> None:
-        batches = data.MicroBatches(self.documents, 12, 10)
+        batches = MicroBatches(self.documents, 12, 10)
         found = [next(batches) for _ in range(6)]
         assert all(sum(map(len, rows)) == 12 for rows in found)
         rows = [row for batch in found for row in batch]
@@ -228,13 +231,13 @@ class TestData:
         assert rows[:4] == [[0, 1, 2, 3, 4], list(range(200, 207)), list(range(207, 217)), [217, 218]]
 
     def test_any_position_can_be_continued(self) -> None:
-        batches = data.MicroBatches(self.documents, 7, 6)
+        batches = MicroBatches(self.documents, 7, 6)
         positions, found = [batches.position], []
         for _ in range(25):
             found.append(next(batches))
             positions.append(batches.position)
         for start in range(25):
-            resumed = data.MicroBatches(self.documents, 7, 6, data.Position(**positions[start].to_json()))
+            resumed = MicroBatches(self.documents, 7, 6, Position(**positions[start].to_json()))
             assert [next(resumed) for _ in range(25 - start)] == found[start:]
 
     def test_held_out_text_is_never_trained_on(self) -> None:
@@ -429,7 +432,7 @@ class TestResume:
         backbone = command.load_backbone(options_for(model_folder, texts), run)
         frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
         _, rows = command._data(options_for(model_folder, texts), backbone)
-        seen = evaluation.observe(frozen, loaded, rows, 64)
+        seen = observe(frozen, loaded, rows, 64)
         measured = json.loads((tmp_path / "evaluation.json").read_text())
         again = evaluation.report(seen, saved.config, loaded, backbone.engine.backbone.cost)
         assert measured["classifiers"]["mamba"]["exits"] == again["classifiers"]["mamba"]["exits"]

@@ -177,9 +177,10 @@ class TrainingOptions:
             )
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        kinds, sizes = self.kinds, dataclasses.asdict(self.classifier_options)
         for name, default in dataclasses.asdict(ClassifierOptions()).items():
             users = [kind for kind, classifier in CLASSIFIERS.items() if name in classifier.sizes]
-            if getattr(self, name) != default and not set(users).intersection(self.kinds):
+            if sizes[name] != default and not set(users).intersection(kinds):
                 raise UserError(
                     f"--{name} has no effect on --classifier {self.classifier}; add {' or '.join(users)}, or remove it"
                 )
