@@ -6,8 +6,7 @@ N tokens of the batch, n in flight, t of them evaluated, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -46,8 +45,7 @@ class NoLogits(LogitsCollector):
         raise AssertionError("no logits are needed")
 
 
-@dataclass(frozen=True)
-class _Evaluation:
+class _Evaluation(NamedTuple):
     """What one confidence decided at an exit layer."""
 
     name: str  # of the confidence

@@ -6,8 +6,7 @@ T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +17,7 @@ from dynamax_lm_eval.exits.states import ClassifierStates
 from dynamax_lm_eval.types import ClassifierKind
 
 
-@dataclass(frozen=True)
-class ExitInputs:
+class ExitInputs(NamedTuple):
     """What is known of T tokens at an exit layer, row by row and in the order of their positions.
 
     Attributes:
@@ -39,10 +37,9 @@ class ExitInputs:
     logits: Tensor | None = None
 
     def part(self, tokens: slice, logits: Tensor) -> ExitInputs:
-        """The same of some of the tokens, with their logits."""
-        return ExitInputs(
-            self.layer, self.before[tokens], self.after[tokens], self.slots[tokens], self.classifiers, logits
-        )
+        """Returns what is known of some of the tokens, with their logits."""
+        before, after, slots = self.before[tokens], self.after[tokens], self.slots[tokens]
+        return self._replace(before=before, after=after, slots=slots, logits=logits)
 
 
 class Confidence(ABC):
