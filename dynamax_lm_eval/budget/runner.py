@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -31,8 +31,17 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 logger = logging.getLogger(__name__)
 
-#: Answers requests, each a (policy, index); returns their records in order. With False the answers are thrown away.
-Answer = Callable[[Sequence[tuple[ExitPolicy, int]], bool], Sequence[ComputeRecord]]
+
+class Answered(Protocol):
+    """An answer to a request; all that a budget needs of it is what it took."""
+
+    @property
+    def record(self) -> ComputeRecord: ...
+
+
+AnyAnswer = TypeVar("AnyAnswer", bound=Answered)
+#: Answers requests, each a (policy, index of the request); yields places in what was asked, with their answers.
+Run = Callable[[Sequence[tuple[ExitPolicy, int]]], Iterator[tuple[int, AnyAnswer]]]
 
 #: Prompt and answer of the row whose cost at threshold 0 bounds what a budget may ask for.
 _TYPICAL_PROMPT, _TYPICAL_ANSWER = 64, 32
@@ -43,15 +52,20 @@ _MISSED = 0.02
 class BudgetRunner:
     """Runs requests as the arguments of a run say."""
 
-    def __init__(self, args: DynamaxArgs, policy: ExitPolicy, engine: Engine) -> None:
+    def __init__(self, args: DynamaxArgs, policy: ExitPolicy, engine: Engine, num_processes: int = 1) -> None:
         """
         Raises:
-            UserError: no threshold can hold the budget.
+            UserError: no threshold can hold the budget, or several processes share the documents.
         """
         self._args = args
         self._trajectories: dict[str, list[dict[str, Any]]] = {}
         if not self.has_budget:
             return
+        if num_processes > 1:
+            raise UserError(
+                "target_reduction and target_latency_ms follow one sequence of documents and cannot be shared by "
+                f"{num_processes} processes; run one"
+            )
         if not policy.exit_layers:
             raise UserError("a budget needs exits, and this policy has none")
         self._cheapest = cheapest_fraction(policy, engine)
@@ -70,6 +84,14 @@ class BudgetRunner:
     def is_asked_for(args: DynamaxArgs) -> bool:
         """Whether these arguments name a budget."""
         return args.target_reduction is not None or args.target_latency_ms is not None
+
+    def check_no_cache(self) -> None:
+        """Raises UserError where answers depend on what ran before them, so that none can be taken from a cache."""
+        if self.has_budget:
+            raise UserError(
+                "--use_cache and target_reduction or target_latency_ms exclude each other: an answer depends on "
+                "what ran before it"
+            )
 
     @property
     def in_blocks(self) -> bool:
@@ -93,19 +115,23 @@ class BudgetRunner:
         """Forgets earlier evaluations."""
         self._trajectories = {}
 
-    def run(
-        self, documents: Sequence[tuple[str, Any]], policy: ExitPolicy, answer: Answer, disable_tqdm: bool = False
-    ) -> None:
-        """Answers all requests.
+    def answers(
+        self,
+        documents: Sequence[tuple[str, Any]],
+        policy: ExitPolicy,
+        run: Run[AnyAnswer],
+        disable_tqdm: bool = False,
+    ) -> Iterator[tuple[int, AnyAnswer]]:
+        """Yields the index of every request with its answer, as soon as it is known.
 
         Args:
             documents: task and document of every request.
             policy: of the run; a budget replaces its thresholds.
-            answer: runs some of them.
+            run: answers some of the requests.
             disable_tqdm: shows no progress over blocks.
         """
         if not self.has_budget:
-            answer([(policy, i) for i in range(len(documents))], True)
+            yield from run([(policy, i) for i in range(len(documents))])
             return
         tasks: dict[str, list[int]] = {}
         for index, (task, _) in enumerate(documents):
@@ -113,59 +139,72 @@ class BudgetRunner:
         for task, indices in tasks.items():
             own = [documents[i] for i in indices]
 
-            def run(asked: Sequence[tuple[ExitPolicy, int]], keep: bool, indices: list[int] = indices) -> Any:
-                return answer([(chosen, indices[i]) for chosen, i in asked], keep)
+            def run_task(
+                asked: Sequence[tuple[ExitPolicy, int]], indices: list[int] = indices
+            ) -> Iterator[tuple[int, AnyAnswer]]:
+                return run([(chosen, indices[i]) for chosen, i in asked])
 
             if self._args.budget == "two_pass":
-                self._two_passes(task, own, policy, run)
+                answers = self._two_passes(task, own, policy, run_task)
             else:
-                self._blocks(task, own, policy, run, disable_tqdm)
+                answers = self._blocks(task, own, policy, run_task, disable_tqdm)
+            for place, answer in answers:
+                yield indices[place], answer
 
     def _blocks(
-        self, task: str, documents: Sequence[Any], policy: ExitPolicy, answer: Answer, disable_tqdm: bool
-    ) -> None:
+        self, task: str, documents: Sequence[Any], policy: ExitPolicy, run: Run[AnyAnswer], disable_tqdm: bool
+    ) -> Iterator[tuple[int, AnyAnswer]]:
         args, curve, count = self._args, Curve(self._cheapest), len(set(documents))
-        latency = (
-            None if args.target_latency_ms is None else LatencyController(args.target_latency_ms / 1e3, curve, count)
-        )
-        budget = latency or ThresholdController(1 / (args.target_reduction or 1), curve, count)
-        self._trajectories[task] = budget.trajectory
+        latency = None
+        if args.target_latency_ms is not None:
+            latency = LatencyController(args.target_latency_ms / 1e3, curve, count)
+        controller = latency or ThresholdController(1 / (args.target_reduction or 1), curve, count)
+        self._trajectories[task] = controller.trajectory
         for block in tqdm(blocks_of(documents), desc=f"Running {task} to a budget, in blocks", disable=disable_tqdm):
-            threshold = budget.threshold()
+            threshold = controller.threshold()
             start = time.perf_counter()
-            total = _sum(answer([(_at(policy, threshold), i) for i in block], True))
+            records = []
+            for place, answer in run([(_at(policy, threshold), i) for i in block]):
+                records.append(answer.record)
+                yield block[place], answer
             seconds = time.perf_counter() - start
-            found = budget.record(threshold, len({documents[i] for i in block}), total.full_macs, total.spent_macs)
+            total = ComputeRecord.sum(records)
+            entry = controller.record(threshold, len({documents[i] for i in block}), total.full_macs, total.spent_macs)
             if latency is not None:
                 if not total.generations:
                     raise UserError(
                         f"target_latency_ms is per generated token, and {task} generates none; use target_reduction"
                     )
                 latency.timed(seconds, total.generated_tokens)
-            logger.info("%s, %s", task, ", ".join(f"{name} {_shown(value)}" for name, value in found.items()))
-        self._warn_if_missed(task, budget.trajectory)
+            logger.info("%s, %s", task, ", ".join(f"{name} {_shown(value)}" for name, value in entry.items()))
+        self._warn_if_missed(task, controller.trajectory)
 
-    def _two_passes(self, task: str, documents: Sequence[Any], policy: ExitPolicy, answer: Answer) -> None:
+    def _two_passes(
+        self, task: str, documents: Sequence[Any], policy: ExitPolicy, run: Run[AnyAnswer]
+    ) -> Iterator[tuple[int, AnyAnswer]]:
         assert self._args.target_reduction is not None
         names = list(dict.fromkeys(documents))
         step = max(1, len(names) // SAMPLE_DOCUMENTS)
         sample = set(names[::step][:SAMPLE_DOCUMENTS])
         tried = [i for i, document in enumerate(documents) if document in sample]
         asked = [(_at(policy, threshold), i) for threshold in SAMPLE_THRESHOLDS for i in tried]
-        records = answer(asked, False)
+        records = {place: answer.record for place, answer in run(asked)}  # what was answered is thrown away
         curve = Curve(self._cheapest)
         for n, threshold in enumerate(SAMPLE_THRESHOLDS):
-            total = _sum(records[n * len(tried) : (n + 1) * len(tried)])
+            total = ComputeRecord.sum(records[place] for place in range(n * len(tried), (n + 1) * len(tried)))
             if total.full_macs:
                 curve.seen.append(Measurement(threshold, total.full_macs, total.spent_macs))
         threshold = curve.threshold_for(1 / self._args.target_reduction)
         logger.info("%s: threshold %.4f, chosen on %d documents", task, threshold, len(sample))
-        total = _sum(answer([(_at(policy, threshold), i) for i in range(len(documents))], True))
-        budget = ThresholdController(
-            1 / self._args.target_reduction, curve, len(names), self._trajectories.setdefault(task, [])
-        )
-        budget.record(threshold, len(names), total.full_macs, total.spent_macs)
-        self._warn_if_missed(task, budget.trajectory)
+        taken = []
+        for place, answer in run([(_at(policy, threshold), i) for i in range(len(documents))]):
+            taken.append(answer.record)
+            yield place, answer
+        total = ComputeRecord.sum(taken)
+        trajectory = self._trajectories.setdefault(task, [])
+        controller = ThresholdController(1 / self._args.target_reduction, curve, len(names), trajectory)
+        controller.record(threshold, len(names), total.full_macs, total.spent_macs)
+        self._warn_if_missed(task, controller.trajectory)
 
     def _warn_if_missed(self, task: str, trajectory: list[dict[str, Any]]) -> None:
         if not trajectory:
@@ -193,10 +232,6 @@ def cheapest_fraction(policy: ExitPolicy, engine: Engine) -> float:
 
 def _at(policy: ExitPolicy, threshold: float) -> ExitPolicy:
     return replace(policy, thresholds=(threshold,) * len(policy.exit_layers))
-
-
-def _sum(records: Sequence[ComputeRecord]) -> ComputeRecord:
-    return ComputeRecord.sum(records)
 
 
 def _shown(value: Any) -> str:

@@ -67,12 +67,28 @@ class RowStates:
 class Engine:
     """Runs flat batches through a backbone under exit policies."""
 
-    def __init__(self, backbone: Backbone, classifiers: ExitClassifiers | None = None) -> None:
-        """``classifiers``: the trained exits that policies with ``confidence=classifier`` use."""
+    def __init__(
+        self,
+        backbone: Backbone,
+        classifiers: ExitClassifiers | None = None,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            backbone: runs the blocks.
+            classifiers: the trained exits that policies with ``confidence=classifier`` use.
+            autocast_dtype: dtype that torch's autocast computes products in; None: each module's own.
+        """
         self.backbone = backbone
         self.classifiers = classifiers
+        self._autocast_dtype = autocast_dtype
         #: State recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
+
+    def autocast(self) -> torch.autocast:
+        """The context that blocks run in."""
+        dtype = self._autocast_dtype
+        return torch.autocast(self.backbone.device.type, dtype=dtype, enabled=dtype is not None)
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> RowStates:
         """As :meth:`Backbone.new_states`, with room for the states of the classifiers."""
@@ -105,7 +121,7 @@ class Engine:
             NotFiniteError: a confidence is no number; its ``index`` is that of the row.
         """
         backbone = self.backbone
-        with backbone.running():
+        with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
             hidden = backbone.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,13 +67,12 @@ def generate(
     engine: Engine,
     requests: Sequence[GenerationRequest],
     max_rows: int,
-    on_finished: Callable[[int, Generation], None],
     share_prefixes: bool = True,
-) -> list[PrefixRun]:
+) -> Generator[tuple[int, Generation], None, list[PrefixRun]]:
     """Generates for all requests with up to ``max_rows`` of them in flight.
 
-    ``on_finished`` is called with a request's index as soon as it is done, so that nothing is lost when a
-    run is interrupted.
+    Yields:
+        a request's index and its generation as soon as it is done, so that nothing is lost when a run is interrupted.
 
     Returns:
         what was run for prefixes that requests share, beside what the requests' own generations tell.
@@ -103,7 +102,7 @@ def generate(
             request = row.request
             if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
                 states.free_row(row.slot)
-                on_finished(row.index, row.result())
+                yield row.index, row.result()
             else:
                 running.append(row)
         rows = running
@@ -112,9 +111,8 @@ def generate(
 
 def generate_all(engine: Engine, requests: Sequence[GenerationRequest], max_rows: int) -> list[Generation]:
     """As :func:`generate`: all results, in order of the requests."""
-    found: dict[int, Generation] = {}
-    generate(engine, requests, max_rows, found.__setitem__)
-    return [found[i] for i in range(len(requests))]
+    results = dict(generate(engine, requests, max_rows))
+    return [results[i] for i in range(len(requests))]
 
 
 def _admit(

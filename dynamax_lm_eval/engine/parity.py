@@ -62,6 +62,7 @@ def checked_engine(
     max_length: int,
     classifiers: ExitClassifiers | None = None,
     mamba_kernels: MambaKernels = "auto",
+    autocast_dtype: torch.dtype | None = None,
 ) -> Engine:
     """An engine for a loaded model that was seen to compute what the model computes.
 
@@ -71,14 +72,16 @@ def checked_engine(
         max_length: longest row that will be run.
         classifiers: the trained exits that the policy uses, if it does.
         mamba_kernels: what runs the scans of a Mamba backbone.
+        autocast_dtype: as :class:`Engine` takes it.
 
     Raises:
         UserError: the model cannot be run block by block, or not under this policy; says why.
     """
     with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
-        engine = Engine(make_backbone(model, max_length, mamba_kernels), classifiers)
+        engine = Engine(make_backbone(model, max_length, mamba_kernels), classifiers, autocast_dtype)
         engine.check_policy(policy)
-        check_against_model(engine, model)
+        with engine.autocast():
+            check_against_model(engine, model)
     check_policy(engine, policy)
     return engine
 
@@ -87,7 +90,8 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
     """Raises UserError where the backbone cannot follow the policy, or makes other states than its blocks do."""
     engine.check_policy(policy)
     if policy.active_exits and policy.state_mode == "recompute" and not engine.recomputes_states:
-        with _naming_model(engine.backbone.name, "with state_mode=recompute (skip and copy may work)"):
+        what = "with state_mode=recompute (skip and copy may work)"
+        with _naming_model(engine.backbone.name, what), engine.autocast():
             check_state_recompute(engine)
         engine.recomputes_states = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
@@ -24,17 +24,15 @@ def score(
     engine: Engine,
     requests: Sequence[ScoringRequest],
     max_rows: int,
-    on_finished: Callable[[int, Scoring], None],
     softmax_dtype: torch.dtype | None = None,
     share_prefixes: bool = True,
-) -> list[PrefixRun]:
+) -> Generator[tuple[int, Scoring], None, list[PrefixRun]]:
     """Scores all requests through the exits, each in one parallel pass.
 
     A token's exit depends only on earlier layers of earlier tokens, so the pass gives what feeding the
     tokens one by one would. ``softmax_dtype`` is that of the log-softmax (None: that of the logits).
 
-    Returns:
-        as :func:`generate`.
+    Yields and returns what :func:`generate` does, with scores in place of generations.
     """
     lengths = [len(request.ids) for request in requests]
     plan = find_prefixes([(r.ids, r.context_length, r.policy) for r in requests], lengths, share_prefixes)
@@ -72,15 +70,14 @@ def score(
                 exit_layers=(*shared_prefix.layers, *chosen),
                 generated=False,
             )
-            on_finished(i, Scoring(*scores, trace, shared_prefix.tokens))
+            yield i, Scoring(*scores, trace, shared_prefix.tokens)
     return prefixes.runs
 
 
 def score_all(engine: Engine, requests: Sequence[ScoringRequest], max_rows: int) -> list[Scoring]:
     """As :func:`score`: all results, in order of the requests."""
-    found: dict[int, Scoring] = {}
-    score(engine, requests, max_rows, found.__setitem__)
-    return [found[i] for i in range(len(requests))]
+    results = dict(score(engine, requests, max_rows))
+    return [results[i] for i in range(len(requests))]
 
 
 def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[list[int]]:

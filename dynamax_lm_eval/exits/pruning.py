@@ -68,8 +68,10 @@ class PruneProfile:
             raise UserError(f"prune_profile={str(path)!r} is damaged ({error}); {FORMAT.remedy}") from error
 
 
-def check_profile(path: str, fingerprints: Fingerprints) -> None:
-    """Raises UserError where a profile was measured on other weights than these."""
+def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:
+    """Raises UserError where a profile, if there is one, was measured on other weights than these, if they are known."""
+    if path is None or fingerprints is None:
+        return
     profile = PruneProfile.load(Path(path).expanduser())
     if profile.fingerprint not in (fingerprints.current, *fingerprints.former):
         raise UserError(

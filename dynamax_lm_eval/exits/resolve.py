@@ -5,6 +5,7 @@ Knows arguments, the configuration of trained exits and a number of blocks; know
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,13 @@ from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
+logger = logging.getLogger(__name__)
+
 
 def resolve_policy(
     args: DynamaxArgs, num_layers: int, exits: ExitConfig | None = None, recurrent_backbone: bool = False
 ) -> ExitPolicy:
-    """Returns the policy that arguments mean for a backbone; its notes say what was left out.
+    """Returns the policy that arguments mean for a backbone; its notes, which are logged, say what was left out.
 
     Args:
         args: what the user asked for.
@@ -63,6 +66,8 @@ def resolve_policy(
         notes=notes,
     )
     _check_active(policy, exits, recurrent_backbone)
+    for note in notes:
+        logger.warning("%s", note)
     return policy
 
 

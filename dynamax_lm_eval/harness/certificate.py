@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamax_lm_eval.config import CALIBRATED
+from dynamax_lm_eval.config import CALIBRATED, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, shipped_home
+from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import JsonFormat, short_name
 from dynamax_lm_eval.models.aliases import cache_dir
+from dynamax_lm_eval.models.fingerprint import Fingerprints
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +189,11 @@ class CertifiedRun:
         if not certificate.certifies_exits:
             logger.warning("%s certifies no exit: this run is the full model", path)
 
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Those of the certificate: one, or one per exit."""
+        return tuple(self.certificate.thresholds)
+
     def check_tasks(self, settings: Mapping[str, Mapping[str, Any]], documents: Callable[[str], Sequence[str]]) -> None:
         """Raises UserError where the certificate does not allow a task; notes for which tasks its promise holds.
 
@@ -284,6 +291,30 @@ def _homes(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None)
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(backbone).name)
     own = cache_dir() / "certificates"
     return [own / f"{name}-{fingerprint[:12]}"] if fingerprint is not None else sorted(own.glob(f"{name}-*"))
+
+
+def for_run(
+    args: DynamaxArgs,
+    policy_for: Callable[[DynamaxArgs], ExitPolicy],
+    fingerprints: Fingerprints | None,
+    exits: ExitCheckpoint | None,
+) -> CertifiedRun | None:
+    """The certificate that a run's arguments name, if they name one.
+
+    Args:
+        args: of the run.
+        policy_for: gives the policy that arguments mean for the backbone.
+        fingerprints: of the backbone's weight files; None where they are not known yet.
+        exits: trained exits at hand.
+
+    Raises:
+        UserError: as :func:`find_certificate`.
+    """
+    if args.certificate is None:
+        return None
+    policy, fingerprint = policy_for(args).describe(), None if fingerprints is None else fingerprints.current
+    path, certificate = find_certificate(args.certificate, args.backbone, fingerprint, exits, policy)
+    return CertifiedRun(path, certificate, args.certificate_any_task)
 
 
 def find_certificate(

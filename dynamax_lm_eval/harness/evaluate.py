@@ -172,7 +172,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 _records_by_document(task_dict, ledger, given.get("samples")),
                 dict(ledger.seconds),
                 ledger.fed_tokens,
-                ledger.physical,
+                ledger.executed,
             ),
             dst=0,
         )

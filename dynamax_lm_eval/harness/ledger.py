@@ -47,7 +47,7 @@ class ResponseLedger:
         #: Wall-clock seconds spent answering, by kind of request, and the tokens that ran in them.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.fed_tokens = 0
-        self.physical = ExecutedCompute()
+        self.executed = ExecutedCompute()
         #: An evaluation is under way that will read the records.
         self.is_followed = False
 
@@ -56,7 +56,7 @@ class ResponseLedger:
         self._records.clear()
         self.seconds.clear()
         self.fed_tokens = 0
-        self.physical = ExecutedCompute()
+        self.executed = ExecutedCompute()
 
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Stores records in the harness's cache from now on. Responses that are damaged are removed with a warning.

@@ -7,6 +7,7 @@ post-processing. Knows texts and one tokenizer; does not run anything.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -19,26 +20,43 @@ from dynamax_lm_eval.harness.generation import GenerationSettings
 from dynamax_lm_eval.harness.stopping import StopStrings
 
 
+@dataclass(frozen=True)
+class RequestSettings:
+    """What decides how a request is answered, beside the request itself."""
+
+    policy: ExitPolicy
+    repetition_penalty: float | None
+
+
+class PreparedArguments:
+    """Generation arguments with their stop strings, prepared once for all requests of a call that share them."""
+
+    def __init__(self, lm: Any) -> None:
+        self._lm = lm
+        self._prepared: dict[str, tuple[GenerationSettings, StopStrings]] = {}
+
+    def of(self, kwargs: dict[str, Any], stops: list[str]) -> tuple[GenerationSettings, StopStrings]:
+        """The settings that ``generate`` would follow, and what tells that a generation is over."""
+        key = json.dumps([kwargs, stops], sort_keys=True, default=repr)
+        if key not in self._prepared:
+            settings = GenerationSettings(self._lm.model, kwargs, self._lm.tokenizer.pad_token_id)
+            self._prepared[key] = settings, StopStrings(self._lm.tokenizer, stops, settings.eos_ids)
+        return self._prepared[key]
+
+
 class PreparedGeneration:
     """One request: its prompt and limits as HFLM would set them, and its text at the end."""
 
     def __init__(
-        self,
-        lm: Any,
-        policy: ExitPolicy,
-        repetition_penalty: float | None,
-        request: Any,
-        eos: str | None,
-        known: dict[str, tuple[GenerationSettings, StopStrings]],
+        self, lm: Any, settings: RequestSettings, request: Any, eos: str | None, arguments: PreparedArguments
     ) -> None:
         """
         Args:
             lm: the model, for its tokenizer and limits.
-            policy: when the request's tokens exit.
-            repetition_penalty: used unless the request names its own.
+            settings: when the request's tokens exit, and the penalty that it gets unless it names its own.
             request: the harness's instance with ``args`` (context, generation arguments).
             eos: text of the end token, always a stop; None where the tokenizer has none.
-            known: settings and stops of the call's earlier requests, by their arguments; added to.
+            arguments: what earlier requests of the call were prepared with.
 
         Raises:
             UserError: the prompt or an argument cannot be honoured.
@@ -70,19 +88,15 @@ class PreparedGeneration:
             raise UserError("cannot generate after an empty prompt; add a few-shot example or a system instruction")
         lm.engine.backbone.check_ids(prompt)
         max_length = kwargs.pop("max_length", len(prompt) + max_gen_toks)
-        if repetition_penalty is not None:
-            kwargs.setdefault("repetition_penalty", repetition_penalty)
-        arguments = json.dumps([kwargs, self._stops], sort_keys=True, default=repr)
-        if arguments not in known:
-            settings = GenerationSettings(lm.model, kwargs, lm.tokenizer.pad_token_id)
-            known[arguments] = settings, StopStrings(lm.tokenizer, self._stops, settings.eos_ids)
-        settings, is_finished = known[arguments]
-        max_new_tokens, processors = settings.for_prompt(prompt, max_length)
+        if settings.repetition_penalty is not None:
+            kwargs.setdefault("repetition_penalty", settings.repetition_penalty)
+        generation, is_finished = arguments.of(kwargs, self._stops)
+        max_new_tokens, processors = generation.for_prompt(prompt, max_length)
         self.request = GenerationRequest(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
-            policy=policy,
-            sampler=Sampler(processors, settings.do_sample),
+            policy=settings.policy,
+            sampler=Sampler(processors, generation.do_sample),
             is_finished=is_finished,
         )
 

@@ -23,7 +23,7 @@ from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.files import file_checksum, locked, short_name
 from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
-from dynamax_lm_eval.lm import RequestSettings
+from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep.files import (
@@ -99,8 +99,8 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
     points = [
-        SweepPoint(point, setting, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
-        for point, setting, identity in answered
+        SweepPoint(point, settings, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
+        for point, settings, identity in answered
     ]
     waiting = [point for point in points if not _is_done(folder, point, options)]
     if done := len(points) - len(waiting):
@@ -176,7 +176,7 @@ def _resolve(
             lm.use_policy(point.args)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from error
-        resolved.append((point, lm.setting, {**lm.identity(), **_bound(options.to_json())}))
+        resolved.append((point, lm.settings, {**lm.identity(), **_bound(options.to_json())}))
     return resolved
 
 
@@ -293,7 +293,7 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
         "family": point.point.kind,
         "line": point.point.series,
         "value": point.point.x,
-        "policy": point.setting.policy.describe(),
+        "policy": point.settings.policy.describe(),
         "asked": _asked(options),
         "run": run,
         "results": summary,

@@ -10,9 +10,12 @@ from typing import Any
 
 from lm_eval.api.model import hash_args
 
-from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.config import DynamaxArgs
-from dynamax_lm_eval.lm import DynamaxLM, RequestSettings
+from dynamax_lm_eval.harness.documents import Document
+from dynamax_lm_eval.harness.encoding import EncodedPair
+from dynamax_lm_eval.harness.requests import RequestSettings
+from dynamax_lm_eval.harness.responder import Answers
+from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.sweep.options import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 
@@ -22,7 +25,7 @@ class SweepPoint:
     """A point that this process answers."""
 
     point: Point
-    setting: RequestSettings
+    settings: RequestSettings
     store: ResponseStore
 
 
@@ -63,52 +66,41 @@ class SweepLM(DynamaxLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         keys = _keys("generate_until", [request.args for request in requests])
         asked = self._missing(keys)
-
-        def finished(index: int, text: str, tokens: list[int], record: ComputeRecord) -> None:
-            point, request = asked[index]
-            point.store.add(keys[request], Response(text, record, self._pieces(tokens)))
-
-        self.answer_generations([(point.setting, requests[i]) for point, i in asked], finished, disable_tqdm)
+        jobs = [(point.settings, requests[i]) for point, i in asked]
+        self._store(asked, keys, self.responder.generations(jobs, disable_tqdm))
         return [r.answer for r in self._replayed("generate_until", [request.args for request in requests], keys)]
 
     def _loglikelihood_tokens(
         self,
-        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        requests: Sequence[EncodedPair],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
+        documents: Sequence[Document] | None = None,
     ) -> list[tuple[float, bool]]:
+        assert documents is not None, "sweeps answer requests of the harness"
         texts = [request[0] for request in requests]
         keys = _keys("loglikelihood", texts)
         asked = self._missing(keys)
-
-        def finished(index: int, answer: tuple[float, bool], record: ComputeRecord) -> None:
-            point, request = asked[index]
-            point.store.add(keys[request], Response(list(answer), record))
-
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        policies = [point.setting.policy for point, _ in asked]
-        documents = self._documents_of(requests)
-        named = [documents[i] for _, i in asked]
-        self.answer_scorings(policies, [pairs[i] for _, i in asked], named, finished, disable_tqdm)
+        policies = [point.settings.policy for point, _ in asked]
+        pairs = [requests[i][1:] for _, i in asked]
+        self._store(asked, keys, self.responder.scores(policies, pairs, [documents[i] for _, i in asked], disable_tqdm))
         return [(float(r.answer[0]), bool(r.answer[1])) for r in self._replayed("loglikelihood", texts, keys)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        # Texts have no common beginnings that points could share: each point answers for itself.
-        assert self._present is not None
-        kind, store = "loglikelihood_rolling", self._present.store
-        arguments = [(request.args[0],) for request in requests]
+        kind, arguments = "loglikelihood_rolling", [(request.args[0],) for request in requests]
         keys = _keys(kind, arguments)
-        missing = [i for i, key in enumerate(keys) if key not in store]
-        values = super().loglikelihood_rolling([requests[i] for i in missing], disable_tqdm) if missing else []
-        # The ledger has the records of these by now, in the order of their requests.
-        seen: Counter[str] = Counter()
-        for i, value in zip(missing, values, strict=True):
-            request = keys[i].partition(":")[0]
-            store.add(keys[i], Response(value, self.response_ledger.find(kind, arguments[i], seen[request])))
-            seen[request] += 1
-        others = sorted(set(range(len(keys))) - set(missing))
-        self._replayed(kind, [arguments[i] for i in others], [keys[i] for i in others])
-        return [float(store[key].answer) for key in keys]
+        asked = self._missing(keys)
+        texts = [(point.settings.policy, requests[i]) for point, i in asked]
+        self._store(asked, keys, self.responder.rolling_scores(texts, disable_tqdm))
+        return [float(r.answer) for r in self._replayed(kind, arguments, keys)]
+
+    def _store(self, asked: Sequence[tuple[SweepPoint, int]], keys: Sequence[str], answers: Answers) -> None:
+        """Keeps each answer with its point, on disk as soon as it is known."""
+        for index, answer in answers:
+            point, request = asked[index]
+            value = list(answer.value) if isinstance(answer.value, tuple) else answer.value
+            pieces = None if answer.tokens is None else self._pieces(answer.tokens)
+            point.store.add(keys[request], Response(value, answer.record, pieces))
 
     def _missing(self, keys: Sequence[str]) -> list[tuple[SweepPoint, int]]:
         return [(point, i) for i, key in enumerate(keys) for point in self._points if key not in point.store]

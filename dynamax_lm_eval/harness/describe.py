@@ -1,0 +1,89 @@
+"""What result files and caches say of a run: every setting that decides an answer, and how it came about."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import dynamax_lm_eval
+from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
+
+logger = logging.getLogger(__name__)
+
+
+def identity(lm: Any) -> dict[str, Any]:
+    """Everything that decides what a model answers: weights, dtype, tokenizer, policy. Not batch or device."""
+    return {
+        "weights": lm.weights,
+        "config": config_fingerprint(lm.model.config),
+        "dtype": str(lm.model.dtype),
+        "mixed_precision_dtype": str(lm.mixed_precision_dtype),
+        "softmax_dtype": str(lm.softmax_dtype),
+        "tokenizer": lm.tokenizer_content,
+        "add_bos_token": lm.add_bos_token,
+        "max_length": lm.max_length,
+        "truncation": lm.truncation,
+        "prefix_token_id": lm.prefix_token_id,
+        "think_end_token": lm.think_end_token,
+        "generation_config": generation_settings(lm.model.generation_config),
+        "repetition_penalty": lm.args.repetition_penalty,
+        "exits": lm.exits_fingerprint,
+        "policy": lm.policy.describe(),
+        "degenerate": [lm.args.degenerate_ngram, lm.args.degenerate_tokens],
+    }
+
+
+def run_settings(lm: Any) -> dict[str, Any]:
+    """The section ``config.dynamax`` of a result file."""
+    backbone, exits = lm.engine.backbone, lm.exits
+    policy = lm.policy.describe()
+    if lm.budget.has_budget:
+        policy["thresholds"] = None  # they are in the budget's trajectory
+    return {
+        "version": dynamax_lm_eval.__version__,
+        "backbone": lm.args.backbone,
+        "resolved_backbone": getattr(lm.model, "name_or_path", None),
+        "revision": lm.revision,
+        "exits": str(exits.path) if exits is not None else None,
+        "exits_fingerprint": lm.exits_fingerprint,
+        "exits_config": exits.config.to_json() if exits is not None else None,
+        "preset": lm.args.preset,
+        "preset_sets": _preset_sets(lm),
+        "policy": policy,
+        "policy_note": "; ".join(lm.policy.notes) or None,
+        "budget": lm.budget.describe(),
+        "certificate": lm.certified.describe() if lm.certified is not None else None,
+        "confidence_chosen_by": "user" if lm.args.confidence is not None else "default",
+        "repetition_penalty": lm.args.repetition_penalty,
+        "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
+    }
+
+
+def warn_of_read_cost(lm: Any) -> None:
+    """Warns where confidences read the LM head and nobody asked for that."""
+    if lm.args.confidence is None and lm.exits is None and lm.policy.active_exits:
+        cost = lm.engine.backbone.cost
+        logger.warning(
+            "No trained exits are known for this backbone and no confidence was named, so this run uses "
+            "confidence=softmax. Each of its LM-head reads costs as much as %.1f blocks here, so compute_reduction "
+            "can fall below 1; confidence=state costs nothing",
+            cost.lm_head / cost.mean_block_weights,
+        )
+
+
+def needs_tasks(lm: Any) -> str | None:
+    """What of a run cannot do without knowing which tasks are evaluated; None where nothing needs it."""
+    if lm.certified is not None:
+        return "a certificate"
+    return "a budget" if lm.budget.has_budget else None
+
+
+def _preset_sets(lm: Any) -> dict[str, Any] | None:
+    """What the preset decided, so that the result file tells it from what the user gave."""
+    if lm.args.preset is None:
+        return None
+    return {
+        "final_block": lm.policy.final_block,
+        "state_mode": lm.policy.state_mode,
+        "repetition_penalty": lm.args.repetition_penalty,
+    }

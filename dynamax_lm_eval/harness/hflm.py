@@ -1,0 +1,64 @@
+"""What has to be known of the harness's ``HFLM``: the arguments that it takes, and how it passes them on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from lm_eval.models.huggingface import HFLM
+
+from dynamax_lm_eval.config import QUANTIZATION_ARGUMENTS
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models import loading
+
+
+def harness_arguments() -> frozenset[str]:
+    """The names that HFLM takes, without the two that only make sense inside it."""
+    return frozenset(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
+
+
+def quantization(kwargs: dict[str, Any]) -> Any:
+    """The bitsandbytes configuration that HFLM's arguments mean, which are taken out of ``kwargs``; None for none.
+
+    transformers 5 takes a configuration only; HFLM still passes its parts one by one.
+
+    Raises:
+        UserError: some have no meaning without the others.
+    """
+    given = {name: kwargs.pop(name) for name in QUANTIZATION_ARGUMENTS if name in kwargs}
+    if given.get("load_in_4bit") or given.get("load_in_8bit"):
+        configuration: Any = transformers.BitsAndBytesConfig
+        return configuration(**given)
+    if any(name.startswith("bnb_") for name in given):
+        raise UserError(f"{', '.join(sorted(given))}: needs load_in_4bit=True to have a meaning")
+    return None
+
+
+@contextmanager
+def loading_whole_models(lm: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """While HFLM loads, refuses models whose files lack weights, and names the argument that an error belongs to.
+
+    HFLM loads the backbone, and the weights of a delta, through its attribute ``AUTO_MODEL_CLASS``.
+
+    Args:
+        lm: the model.
+        options: of its ``_create_model``.
+    """
+    others = [name for name in ("peft", "delta", "autogptq", "gptqmodel") if options.get(name)]
+    backbone = f"backbone={lm.args.backbone!r}"
+
+    def name_of(loaded_from: str) -> str:
+        return f"delta={loaded_from!r}" if loaded_from == options.get("delta") else backbone
+
+    auto_class = lm.AUTO_MODEL_CLASS
+    lm.AUTO_MODEL_CLASS = loading.CompleteModels(auto_class, name_of)
+    try:
+        with loading.naming(", ".join(f"{name}={options[name]!r}" for name in others) or backbone):
+            yield
+            if options.get("peft"):
+                loading.check_adapter_weights(lm._model, options["peft"], options["revision"])
+    finally:
+        lm.AUTO_MODEL_CLASS = auto_class

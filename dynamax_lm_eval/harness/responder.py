@@ -1,0 +1,295 @@
+"""From the harness's requests to the engine and back: texts in, answers with their compute out.
+
+Tokenises, shares rows, seeds samplers, decides how many rows are in flight, and shows progress. Every answer is yielded
+as soon as it is known; what becomes of it (the harness's cache, a sweep's files) is the caller's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from lm_eval import utils
+from tqdm import tqdm
+
+from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
+from dynamax_lm_eval.compute.repetition import ends_in_repetition
+from dynamax_lm_eval.engine.generation import generate
+from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
+from dynamax_lm_eval.engine.requests import Generation, Scoring, ScoringRequest
+from dynamax_lm_eval.engine.sampling import request_seed
+from dynamax_lm_eval.engine.scoring import score
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.harness.documents import Document, document_of, documents_of, naming_document, of_document
+from dynamax_lm_eval.harness.encoding import TokenPair, encode_pair, fit, needed_prefix
+from dynamax_lm_eval.harness.ledger import ResponseLedger
+from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
+
+logger = logging.getLogger(__name__)
+
+#: Share of free memory that ``batch_size=auto`` gives to K and V; the rest is for activations and logits.
+_AUTO_MEMORY_SHARE = 0.5
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the harness gets, and what it took.
+
+    Attributes:
+        value: a text, (log-likelihood, is_greedy), or a log-likelihood.
+        record: the compute.
+        tokens: of a generation; else None.
+    """
+
+    value: Any
+    record: ComputeRecord
+    tokens: Sequence[int] | None = None
+
+
+Answers = Iterator[tuple[int, Answer]]
+
+
+class Responder:
+    """Answers requests of the harness with the engine of a model."""
+
+    def __init__(self, lm: Any, ledger: ResponseLedger) -> None:
+        """
+        Args:
+            lm: the model, for its engine, tokenizer, limits and arguments as they are when requests come.
+            ledger: is told how long answers took and what really ran for them.
+        """
+        self._lm = lm
+        self._ledger = ledger
+
+    def generations(self, asked: Sequence[tuple[RequestSettings, Any]], disable_tqdm: bool = False) -> Answers:
+        """Yields the index and the text of ``generate_until`` requests, each under settings of its own."""
+        if not asked:
+            return
+        lm = self._lm
+        eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
+        arguments = PreparedArguments(lm)
+        prepared = [PreparedGeneration(lm, settings, request, eos, arguments) for settings, request in asked]
+        _seed_samplers([settings for settings, _ in asked], prepared)
+        longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
+        jobs = [job.request for job in prepared]
+        running = generate(lm.engine, jobs, self._rows_in_flight(longest), lm.args.prefix_caching)
+
+        def answer(index: int, generation: Generation) -> Answer:
+            job, tokens = prepared[index], generation.tokens
+            record = self._account(generation.trace, job.request.policy)
+            record.degenerate = int(ends_in_repetition(tokens, lm.args.degenerate_ngram, lm.args.degenerate_tokens))
+            return Answer(job.text(tokens), record, tokens)
+
+        with (
+            self._timed("generate_until"),
+            self._progress(len(asked), "generate_until", disable_tqdm) as progress,
+            naming_document(documents_of([request for _, request in asked])),
+        ):
+            for index, generation in self._driven(running):
+                result = answer(index, generation)
+                progress.advance(result.record)
+                yield index, result
+
+    def encode(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[TokenPair]:
+        """Token ids of the contexts and continuations of ``loglikelihood`` requests.
+
+        Raises:
+            UserError: one of them cannot be scored; names its document.
+        """
+        if self._lm.enable_thinking:
+            tasks = sorted({task for task, _ in documents_of(requests)})
+            raise UserError(f"enable_thinking=true is for generations only, and {', '.join(tasks)} asks for scores")
+        pairs = []
+        for request in tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm):
+            with of_document(document_of(request)):
+                pairs.append(encode_pair(self._lm, *request.args))
+        return pairs
+
+    def scores(
+        self,
+        policies: Sequence[ExitPolicy],
+        pairs: Sequence[TokenPair],
+        documents: Sequence[Document],
+        disable_tqdm: bool = False,
+    ) -> Answers:
+        """Yields the index and (log-likelihood, is_greedy) of token pairs, each under a policy of its own."""
+        kind = "loglikelihood"
+        with self._timed(kind), self._progress(len(pairs), kind, disable_tqdm) as progress:
+            for index, answer in self._score(policies, pairs, documents):
+                progress.advance(answer.record)
+                yield index, answer
+
+    def rolling_scores(self, asked: Sequence[tuple[ExitPolicy, Any]], disable_tqdm: bool = False) -> Answers:
+        """Yields the index and the log-likelihood of whole texts, scored in windows of the model's length."""
+        lm, kind = self._lm, "loglikelihood_rolling"
+        documents = documents_of([request for _, request in asked])
+        windows: list[TokenPair] = []
+        owner: list[int] = []
+        for index, (_, request) in enumerate(asked):
+            with of_document(documents[index]):
+                tokens = lm.tok_encode(request.args[0])
+                prefix = needed_prefix(lm) if tokens else 0
+            rolling = utils.get_rolling_token_windows(
+                token_list=tokens, prefix_token=prefix, max_seq_len=lm.max_length, context_len=1
+            )
+            for window in map(utils.make_disjoint_window, rolling):
+                windows.append(window)
+                owner.append(index)
+
+        sums = [0.0] * len(asked)
+        parts: list[list[ComputeRecord]] = [[] for _ in asked]
+        open_windows = Counter(owner)
+
+        def whole(index: int) -> tuple[int, Answer]:
+            answer = Answer(sums[index], merge(parts[index]))
+            progress.advance(answer.record)
+            return index, answer
+
+        with self._timed(kind), self._progress(len(asked), kind, disable_tqdm) as progress:
+            for index in range(len(asked)):
+                if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
+                    yield whole(index)
+            policies = [asked[index][0] for index in owner]
+            for window, answer in self._score(policies, windows, [documents[index] for index in owner]):
+                index = owner[window]
+                sums[index] += answer.value[0]
+                parts[index].append(answer.record)
+                open_windows[index] -= 1
+                if not open_windows[index]:
+                    yield whole(index)
+
+    def _score(
+        self, policies: Sequence[ExitPolicy], pairs: Sequence[TokenPair], documents: Sequence[Document]
+    ) -> Answers:
+        """Scores token pairs of documents.
+
+        Pairs with the same context that differ only in the last token share one row (unless
+        ``logits_cache=False``): the split between context and continuation decides who may exit, so it is
+        part of what must be equal.
+        """
+        lm = self._lm
+        groups: dict[Any, list[int]] = {}
+        rows: list[tuple[list[int], int, ExitPolicy]] = []
+        for index, (policy, (context, continuation)) in enumerate(zip(policies, pairs, strict=True)):
+            with of_document(documents[index]):
+                ids, context_length = fit(lm, context, continuation)
+            key = (tuple(ids), context_length, policy) if lm.logits_cache else index
+            if key not in groups:
+                groups[key] = []
+                rows.append((ids, context_length, policy))
+            groups[key].append(index)
+        members = list(groups.values())
+        requests = [
+            ScoringRequest(
+                ids=ids,
+                context_length=context_length,
+                targets=[
+                    *([token] for token in ids[context_length:]),
+                    [pairs[index][1][-1] for index in group],
+                ],
+                policy=policy,
+            )
+            for (ids, context_length, policy), group in zip(rows, members, strict=True)
+        ]
+        longest = max((len(request.ids) for request in requests), default=1)
+        in_flight = self._rows_in_flight(longest)
+        running = score(lm.engine, requests, in_flight, lm.softmax_dtype, lm.args.prefix_caching)
+        with naming_document(documents, [group[0] for group in members]):
+            for row, scoring in self._driven(running):
+                record = self._account(scoring.trace, requests[row].policy)
+                for index, value in _shared_row(scoring, requests[row], members[row]):
+                    yield index, Answer(value, record)
+
+    def _driven(self, running: Generator[tuple[int, Result], None, list[PrefixRun]]) -> Iterator[tuple[int, Result]]:
+        """What the engine yields; what it ran for prefixes is counted in the end."""
+        runs = yield from running
+        for run in runs:
+            record = self._lm.engine.account(run.trace, run.policy)
+            self._ledger.executed.add_prefix(record, run.uses)
+
+    def _account(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
+        record: ComputeRecord = self._lm.engine.account(trace, policy)
+        self._ledger.executed.add_row(record)
+        return record
+
+    def _rows_in_flight(self, longest: int) -> int:
+        """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""
+        lm = self._lm
+        if lm.batch_size != "auto":
+            return int(lm.batch_size)
+        backbone = lm.engine.backbone
+        per_row = backbone.row_bytes(longest) * (1 + ROOM_SHARE if lm.args.prefix_caching else 1)
+        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
+        rows = max(1, min(rows, lm.max_batch_size or rows))
+        logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
+        lm.batch_sizes[0] = rows
+        return rows
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._ledger.seconds[kind] += time.perf_counter() - start
+
+    @contextmanager
+    def _progress(self, total: int, kind: str, disable: bool) -> Iterator[Progress]:
+        with tqdm(total=total, disable=disable or self._lm.rank != 0, desc=f"Running {kind} requests") as bar:
+            yield Progress(bar)
+
+
+class Progress:
+    """A progress bar that also shows the reduction so far."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._full = 0
+        self._spent = 0
+
+    def advance(self, record: ComputeRecord) -> None:
+        self._full += record.full_macs
+        self._spent += record.spent_macs
+        if self._spent:
+            self._bar.set_postfix_str(f"compute_reduction={self._full / self._spent:.3f}", refresh=False)
+        self._bar.update(1)
+
+
+def _shared_row(
+    scoring: Scoring, request: ScoringRequest, members: Sequence[int]
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """(log-likelihood, is_greedy) of each of the ``members`` of a row, whose last tokens are the row's last targets."""
+    common = sum(line[0] for line in scoring.log_probs[:-1])
+    common_greedy = all(
+        token == target[0] for token, target in zip(scoring.greedy_tokens[:-1], request.targets[:-1], strict=True)
+    )
+    for index, last, target in zip(members, scoring.log_probs[-1], request.targets[-1], strict=True):
+        yield index, (common + last, common_greedy and scoring.greedy_tokens[-1] == target)
+
+
+def _seed_samplers(settings: Sequence[RequestSettings], prepared: Sequence[PreparedGeneration]) -> None:
+    """Gives every request that samples a random stream of its own, whatever else is in the batch."""
+    repeats: Counter[tuple[RequestSettings, str]] = Counter()
+    for setting, job in zip(settings, prepared, strict=True):
+        if job.request.sampler.do_sample:
+            occurrence = repeats[setting, job.key]
+            job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, occurrence)
+            repeats[setting, job.key] += 1
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,95 @@
+"""What a run's backbone is loaded from: an alias, a Hub id, a folder, or a model at hand."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+
+from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models.fingerprint import (
+    Fingerprints,
+    fetched_files_fingerprints,
+    files_fingerprints,
+    model_fingerprints,
+)
+
+
+class ModelSource:
+    """A backbone's files and configuration, judged before its weights are loaded.
+
+    Attributes:
+        model: the model, where it was loaded before; else None.
+        path: folder or Hub id; empty where a model is at hand.
+        options: arguments that the model is loaded with; the device is one that exists.
+        config: of transformers.
+        fingerprints: of the weights, where they are known.
+    """
+
+    def __init__(self, backbone: str, options: dict[str, Any], model: transformers.PreTrainedModel | None) -> None:
+        """
+        Args:
+            backbone: as the user named it.
+            options: arguments of HFLM and of ``from_pretrained``.
+            model: at hand.
+
+        Raises:
+            UserError: there is no such model, it cannot be run block by block, or an option cannot be honoured.
+        """
+        self.model = model
+        self.options = {**options, "trust_remote_code": loading.trusts_remote_code(options)}
+        self.path = "" if model is not None else aliases.resolve_backbone(backbone, options.get("subfolder") or "")
+        self.config: Any = model.config if model is not None else loading.load_config(self.path, backbone, self.options)
+        loading.check_architecture(self.config)
+        if model is None and not _is_launched():
+            self.options["device"] = loading.resolve_device(options.get("device"))
+        if not options.get("peft"):  # an adapter may bring tokens of its own
+            self.check_token_ids(self.config.get_text_config().vocab_size)
+        if options.get("peft"):
+            loading.check_peft(options["peft"])
+        self.fingerprints: Fingerprints | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of blocks."""
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether its blocks are Mamba blocks."""
+        return loading.is_recurrent(self.config)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that the options or the configuration allow."""
+        limit = self.options.get("max_length") or getattr(self.config.get_text_config(), "max_position_embeddings", 0)
+        return int(limit or 0)
+
+    def check_token_ids(self, vocabulary: int) -> None:
+        """Raises UserError where an option names a token that a vocabulary of this size does not have."""
+        names = ("prefix_token_id", "think_end_token")
+        loading.check_token_ids({name: self.options.get(name) for name in names}, vocabulary)
+
+    def read_fingerprints(self) -> Fingerprints | None:
+        """Fingerprints of the weight files, which are downloaded where they are not here; None where none tell."""
+        if self.model is not None:
+            fingerprints: Fingerprints | None = model_fingerprints(self.model)
+        else:
+            fingerprints = files_fingerprints(self.path, self.options)
+            fingerprints = fingerprints or fetched_files_fingerprints(self.path, self.options)
+        if fingerprints is not None and (changed := self.options.get("peft") or self.options.get("delta")):
+            fingerprints = fingerprints.changed_by(changed)  # not the weights that exits were trained for
+        self.fingerprints = fingerprints
+        return fingerprints
+
+    def fingerprints_of(self, loaded: Any) -> Fingerprints:
+        """Fingerprints of the backbone, which is loaded by now: of its files, or else of the model."""
+        if self.fingerprints is None:
+            self.fingerprints = self.read_fingerprints() or model_fingerprints(loaded)
+        return self.fingerprints
+
+
+def _is_launched() -> bool:
+    """Whether this is one of several processes, whose devices the launcher gives them."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
