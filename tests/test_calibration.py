@@ -39,6 +39,7 @@ from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME, ExitCheckpoint
 from dynamax_lm_eval.harness.certificate import Certificate, directory, find_certificate, run_settings
+from dynamax_lm_eval.harness.responder import Responder
 from dynamax_lm_eval.lm import DynamaxLM
 
 Floats = npt.NDArray[np.float64]
@@ -625,7 +626,7 @@ def test_a_restart_answers_nothing_twice(
 ) -> None:
     options = options_for(model_folder, own_exits, tmp_path / "out", test=False)
     first, _ = command.calibrate(options)
-    monkeypatch.setattr(DynamaxLM, "answer_generations", _never)
+    monkeypatch.setattr(Responder, "generations", _never)
     for file in (tmp_path / "out" / "calibration").rglob("point.json"):  # as an earlier version wrote it
         point = json.loads(file.read_text())
         point["asked"].pop("recorded")
@@ -640,8 +641,9 @@ def test_a_restart_answers_nothing_twice(
     assert again.level is None and again.bound is None
 
 
-def _never(_self: Any, asked: Any, *_args: Any, **_kwargs: Any) -> None:
+def _never(_self: Any, asked: Any, *_args: Any, **_kwargs: Any) -> Any:
     assert not asked, "everything was answered before"
+    return iter(())
 
 
 @pytest.mark.parametrize(

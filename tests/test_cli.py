@@ -130,7 +130,7 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
     def broken(*_: object) -> None:
         raise ValueError("a bug, not the user's input")
 
-    monkeypatch.setattr("dynamax_lm_eval.lm.generate", broken)
+    monkeypatch.setattr("dynamax_lm_eval.harness.responder.generate", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["run", "--model_args", f"backbone={model_folder}", "--tasks", "trivia_demo", "--limit", "1"])
 
@@ -157,8 +157,8 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
         ("sweep", "sweep.command.sweep"),
         ("report", "reports.command.report"),
         ("calibrate", "calibration.command.calibrate"),
-        ("prune-profile", "training.prune_profile.profile"),
-        ("exit-thresholds", "calibration.exit_thresholds.search"),
+        ("prune-profile", "measure.prune_profile.profile"),
+        ("exit-thresholds", "measure.exit_thresholds.search"),
     ],
 )
 def test_what_is_no_bug_ends_in_one_line(
@@ -205,7 +205,7 @@ def test_run_ends_in_one_line_too(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "cache")
 
-    monkeypatch.setattr("dynamax_lm_eval.lm.generate", full)
+    monkeypatch.setattr("dynamax_lm_eval.harness.responder.generate", full)
     assert main([*line, "--device", "cpu"]) == 2
     assert capsys.readouterr().err.strip().endswith("error: cache: No space left on device")
 

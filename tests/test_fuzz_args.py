@@ -71,7 +71,8 @@ def configured(model_folder: Path) -> Any:
             patch.setattr("lm_eval.models.huggingface.HFLM.__init__", stop)
             # __init__ is replaced, so its argument names must be kept.
             patch.setattr(
-                "dynamax_lm_eval.lm._harness_arguments", lambda: frozenset({"pretrained", "batch_size", "dtype"})
+                "dynamax_lm_eval.harness.hflm.harness_arguments",
+                lambda: frozenset({"pretrained", "batch_size", "dtype"}),
             )
             lm = DynamaxLM.__new__(DynamaxLM)
             try:

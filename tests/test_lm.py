@@ -261,8 +261,12 @@ class TestCache:
         self, model_folder: Path, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = self.run(model_folder, manager, tmp_path / "c", **EXITS)
-        monkeypatch.setattr("dynamax_lm_eval.lm.generate", lambda *_: pytest.fail("not answered from the cache"))
-        monkeypatch.setattr("dynamax_lm_eval.lm.score", lambda *_: pytest.fail("not answered from the cache"))
+        monkeypatch.setattr(
+            "dynamax_lm_eval.harness.responder.generate", lambda *_: pytest.fail("not answered from the cache")
+        )
+        monkeypatch.setattr(
+            "dynamax_lm_eval.harness.responder.score", lambda *_: pytest.fail("not answered from the cache")
+        )
         second = self.run(model_folder, manager, tmp_path / "c", **EXITS)
         assert second["compute"]["by_task"] == first["compute"]["by_task"]
         assert second["results"] == first["results"]
@@ -534,7 +538,7 @@ class TestArguments:
     def test_automatic_batch_size_follows_memory(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lm = dynamax(model_folder, batch_size="auto", max_batch_size=32)
         per_token = LAYERS * 2 * 2 * 8 * 4
-        monkeypatch.setattr("dynamax_lm_eval.lm._free_memory", lambda _: 3 * per_token * 100 * 7)
+        monkeypatch.setattr("dynamax_lm_eval.harness.responder._free_memory", lambda _: 3 * per_token * 100 * 7)
         assert lm._rows_in_flight(100) == 7
         assert lm._rows_in_flight(1) == 32
         assert lm._rows_in_flight(10**6) == 1

@@ -117,7 +117,7 @@ def test_a_profile_of_other_weights_is_refused(
     given = {"threshold": 1, "prune_layers": 2, "prune_strategy": "angular", "prune_profile": str(file)}
     if not known_before:
         for name in ("files_fingerprints", "fetched_files_fingerprints"):
-            monkeypatch.setattr(f"dynamax_lm_eval.lm.{name}", lambda *_: None)
+            monkeypatch.setattr(f"dynamax_lm_eval.models.source.{name}", lambda *_: None)
     for fingerprint in (found.current, *found.former):  # of this version, and of an earlier one
         made(fingerprint=fingerprint).save(file)
         assert DynamaxLM(str(model_folder), device="cpu", **given).policy.pruned_blocks == {4, 5}

@@ -23,6 +23,7 @@ from dynamax_lm_eval.compute.repetition import ends_in_repetition
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import locked
+from dynamax_lm_eval.harness.responder import Responder
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
@@ -254,13 +255,13 @@ def test_all_points_are_answered_in_one_batch(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    answer = SweepLM.answer_generations
+    answers = Responder.generations
 
-    def counted(self: SweepLM, asked: Any, *args: Any) -> None:
+    def counted(self: Responder, asked: Any, *args: Any) -> Any:
         calls.append(len(asked))
-        answer(self, asked, *args)
+        return answers(self, asked, *args)
 
-    monkeypatch.setattr(SweepLM, "answer_generations", counted)
+    monkeypatch.setattr(Responder, "generations", counted)
     options = options_for(model_folder, tmp_path, tasks="tiny_generate", limit=3)
     command.sweep(options)
     assert calls[0] == 6 * 3
