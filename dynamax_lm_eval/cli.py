@@ -1,16 +1,21 @@
-"""The command ``dynamax-lm-eval``: ``run`` is the harness with our model and tasks; the rest is our own."""
+"""The command ``dynamax-lm-eval``: ``run`` is the harness with our model and tasks; the rest is our own.
+
+A command is a row of a table: where its options are declared, what runs it, what its help says. Nothing is imported
+before it is needed, so that help comes at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
-import functools
+import importlib
 import json
 import logging
 import sqlite3
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +51,133 @@ _DAMAGED_TEXT = (json.JSONDecodeError, UnicodeError)
 _DEBUG = "--debug"
 
 
+@dataclass(frozen=True)
+class Command:
+    """A subcommand whose options are dataclasses.
+
+    Attributes:
+        options: ``module:Class`` of its options.
+        run: ``module:function``; is given the options, and returns what the terminal shows at the end.
+        summary: one line for the list of commands.
+        description: for its own help.
+        prepare: rewrites its arguments before they are parsed.
+        usage: what stands between the command and its options.
+    """
+
+    options: tuple[str, ...]
+    run: str
+    summary: str
+    description: str
+    prepare: Callable[[list[str]], list[str]] = list
+    usage: str = ""
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """The arguments of a sweep, after those that the file of ``--config`` holds, so that they win."""
+    from dynamax_lm_eval.sweep.options import read_yaml
+
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path)
+    file, given = files.parse_known_args(arguments)
+    if file.config is None:
+        return given
+    try:
+        stored = read_yaml(file.config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file.config} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise UserError(f"--config {file.config} is no YAML file: {error}") from error
+    pairs = [[f"--{name}", str(value)] for name, value in stored.items() if value is not None]
+    return [*(part for pair in pairs for part in pair), *given]
+
+
+def _with_folders(arguments: list[str]) -> list[str]:
+    """The arguments of a report, whose folders come first and without a name."""
+    options = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    return ["--folders", *arguments] if options else arguments
+
+
+COMMANDS = {
+    "train": Command(
+        ("training.options:TrainingOptions", "training.options:RunOptions"),
+        "training.command:train",
+        "train exits for a backbone",
+        """\
+Train exit classifiers for a frozen backbone. A token's label at an exit is whether the exit's own best token is
+(among the k best) that of the full model. Evaluations of the same backbone then find the exits by themselves.
+On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or torchrun.""",
+    ),
+    "sweep": Command(
+        ("sweep.options:SweepOptions",),
+        "sweep.command:sweep",
+        "evaluate many policies in one run",
+        """\
+Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, and always the full
+model. The backbone is loaded once, prompts run once, and points decode together. Each point gets the harness's own
+result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was stopped goes on when
+it is started again. Options may come from a YAML file: --config sweep.yaml; those on the command line win. Several
+processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ... Pictures:
+dynamax-lm-eval report.""",
+        prepare=_with_config,
+    ),
+    "report": Command(
+        ("reports.options:ReportOptions",),
+        "reports.command:report",
+        "tables, plots and one HTML page of sweeps",
+        """\
+Show what sweeps found: points.csv and points.parquet (one row per point, task and metric), report.md with intervals,
+plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts.""",
+        prepare=_with_folders,
+        usage=" FOLDER...",
+    ),
+    "prune-profile": Command(
+        ("measure.prune_profile:ProfileOptions",),
+        "measure.prune_profile:command",
+        "measure which blocks to prune",
+        """\
+Measure how much blocks in a row turn the hidden state (angular distance, Gromov et al. 2024), on text. The file that
+this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps.""",
+    ),
+    "exit-thresholds": Command(
+        ("measure.exit_thresholds:SearchOptions",),
+        "measure.exit_thresholds:command",
+        "search thresholds per exit on text",
+        """\
+Choose thresholds for each exit together. One pass over text records the confidence at every exit and whether the exit
+agrees with the full model; thresholds are searched in that record. The file that this writes holds a path of
+thresholds by rising savings, for calibrate --per_exit FILE, and how much they gain over one threshold for all.""",
+    ),
+    "calibrate": Command(
+        ("calibration.options:CalibrateOptions",),
+        "calibration.command:command",
+        "choose a threshold with a guarantee",
+        """\
+Choose a threshold that keeps a promise: the expected loss per document is at most TOLERANCE, and that holds with
+probability 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
+Candidates are tested from the most careful one down until one fails; of those that passed, the one that saves the
+most is chosen. Half of the task's documents, drawn at random, decide, the others test. The certificate is written to
+OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and refuse what it does not
+cover.""",
+    ),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns the exit status; errors of the user end in one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _DEBUG in arguments
     arguments = [argument for argument in arguments if argument != _DEBUG]
-    if arguments[:1] == ["run"]:
+    name = arguments[0] if arguments else ""
+    if name == "run":
         return _run(arguments[1:], debug)
-    if arguments[:1] == ["train"]:
-        return _status(functools.partial(_train, arguments[1:]), debug)
-    if arguments[:1] == ["sweep"]:
-        return _status(functools.partial(_sweep, arguments[1:]), debug)
-    if arguments[:1] == ["report"]:
-        return _status(functools.partial(_report, arguments[1:]), debug)
-    if arguments[:1] == ["prune-profile"]:
-        return _status(functools.partial(_prune_profile, arguments[1:]), debug)
-    if arguments[:1] == ["exit-thresholds"]:
-        return _status(functools.partial(_exit_thresholds, arguments[1:]), debug)
-    if arguments[:1] == ["calibrate"]:
-        return _status(functools.partial(_calibrate, arguments[1:]), debug)
+    if name in COMMANDS:
+        return _status(lambda: _execute(name, arguments[1:]), debug)
+    options = _overview().parse_args(arguments)
+    return _tasks(options.path)
+
+
+def _overview() -> argparse.ArgumentParser:
+    """The parser of what comes before a command, and of ``tasks``."""
     parser = argparse.ArgumentParser(
         prog="dynamax-lm-eval",
         description=_DESCRIPTION,
@@ -74,142 +187,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {dynamax_lm_eval.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser("run", help="evaluate: lm_eval with --model dynamax and our tasks (all its options)")
-    commands.add_parser("train", help="train exits for a backbone (all its options: dynamax-lm-eval train --help)")
-    commands.add_parser(
-        "sweep", help="evaluate many policies in one run (all its options: dynamax-lm-eval sweep --help)"
-    )
-    commands.add_parser("report", help="tables, plots and one HTML page of sweeps (dynamax-lm-eval report FOLDER...)")
-    commands.add_parser("prune-profile", help="measure which blocks to prune (dynamax-lm-eval prune-profile --help)")
-    commands.add_parser("calibrate", help="choose a threshold with a guarantee (dynamax-lm-eval calibrate --help)")
-    commands.add_parser(
-        "exit-thresholds", help="search thresholds per exit on text (dynamax-lm-eval exit-thresholds --help)"
-    )
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=f"{command.summary} (all its options: dynamax-lm-eval {name} --help)")
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
-    options = parser.parse_args(arguments)
-    return _tasks(options.path)
+    return parser
 
 
 def _tasks(path_only: bool) -> int:
     folder = dynamax_lm_eval.tasks_dir()
     lines = [str(folder)]
     if not path_only:
-        lines += [f"  {yaml.stem}" for yaml in sorted(folder.rglob("*.yaml")) if not yaml.stem.startswith("_")]
+        lines += [f"  {file.stem}" for file in sorted(folder.rglob("*.yaml")) if not file.stem.startswith("_")]
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
 
-_TRAIN_DESCRIPTION = """\
-Train exit classifiers for a frozen backbone. A token's label at an exit is whether the exit's own best token is
-(among the k best) that of the full model. Evaluations of the same backbone then find the exits by themselves.
-On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or torchrun."""
-
-
-def _train(arguments: list[str]) -> None:
-    from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
-
-    options, run = _parsed("train", _TRAIN_DESCRIPTION, arguments, TrainingOptions, RunOptions)
-    from dynamax_lm_eval.training.command import train
-
-    train(options, run)
-
-
-_SWEEP_DESCRIPTION = """\
-Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, and always the full
-model. The backbone is loaded once, prompts run once, and points decode together. Each point gets the harness's own
-result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was stopped goes on when
-it is started again. Options may come from a YAML file: --config sweep.yaml; those on the command line win. Several
-processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ... Pictures:
-dynamax-lm-eval report."""
-
-
-def _sweep(arguments: list[str]) -> None:
-    from dynamax_lm_eval.sweep.options import SweepOptions, read_yaml
-
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config", type=Path)
-    file, given = files.parse_known_args(arguments)
-    if file.config is not None:
-        try:
-            stored = read_yaml(file.config.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"--config {file.config} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeError) as error:
-            raise UserError(f"--config {file.config} is no YAML file: {error}") from error
-        pairs = [[f"--{name}", str(value)] for name, value in stored.items() if value is not None]
-        given = [*(part for pair in pairs for part in pair), *given]
-    (options,) = _parsed("sweep", _SWEEP_DESCRIPTION, given, SweepOptions)
+def _execute(name: str, arguments: list[str]) -> None:
+    """Parses the options of a command, runs it, and shows what it returns."""
+    command = COMMANDS[name]
+    kinds = [_named(options) for options in command.options]
+    options = _parsed(f"{name}{command.usage}", command.description, command.prepare(arguments), *kinds)
     _autoload.register()
-    from dynamax_lm_eval.sweep.command import sweep
-
-    folder = sweep(options)
-    sys.stdout.write(f"{folder}\n")
-
-
-_REPORT_DESCRIPTION = """\
-Show what sweeps found: points.csv and points.parquet (one row per point, task and metric), report.md with intervals,
-plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts."""
+    shown = _named(command.run)(*options)
+    if isinstance(shown, (str, Path)):
+        sys.stdout.write(f"{shown}\n")
 
 
-def _report(arguments: list[str]) -> None:
-    folders: list[str] = []
-    rest = list(arguments)
-    while rest and not rest[0].startswith("-"):
-        folders.append(rest.pop(0))
-    from dynamax_lm_eval.reports.options import ReportOptions
-
-    named = ["--folders", *folders] if folders else []
-    (options,) = _parsed("report FOLDER...", _REPORT_DESCRIPTION, [*named, *rest], ReportOptions)
-    from dynamax_lm_eval.reports.command import report
-
-    sys.stdout.write(f"{report(options)}\n")
-
-
-_PROFILE_DESCRIPTION = """\
-Measure how much blocks in a row turn the hidden state (angular distance, Gromov et al. 2024), on text. The file that
-this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps."""
-
-
-def _prune_profile(arguments: list[str]) -> None:
-    from dynamax_lm_eval.measure import prune_profile
-
-    (options,) = _parsed("prune-profile", _PROFILE_DESCRIPTION, arguments, prune_profile.ProfileOptions)
-    measured = prune_profile.profile(options)
-    sys.stdout.write(f"{prune_profile.table(measured)}{options.output}\n")
-
-
-_SEARCH_DESCRIPTION = """\
-Choose thresholds for each exit together. One pass over text records the confidence at every exit and whether the exit
-agrees with the full model; thresholds are searched in that record. The file that this writes holds a path of
-thresholds by rising savings, for calibrate --per_exit FILE, and how much they gain over one threshold for all."""
-
-
-def _exit_thresholds(arguments: list[str]) -> None:
-    from dynamax_lm_eval.measure import exit_thresholds
-
-    (options,) = _parsed("exit-thresholds", _SEARCH_DESCRIPTION, arguments, exit_thresholds.SearchOptions)
-    found = exit_thresholds.search(options)
-    sys.stdout.write(f"{exit_thresholds.table(found)}{options.output}\n")
-
-
-_CALIBRATE_DESCRIPTION = """\
-Choose a threshold that keeps a promise: the expected loss per document is at most TOLERANCE, and that holds with
-probability 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
-Candidates are tested from the most careful one down until one fails; of those that passed, the one that saves the
-most is chosen. Half of the task's documents, drawn at random, decide, the others test. The certificate is written to
-OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and refuse what it does not
-cover."""
-
-
-def _calibrate(arguments: list[str]) -> None:
-    from dynamax_lm_eval.calibration.options import CalibrateOptions
-
-    (options,) = _parsed("calibrate", _CALIBRATE_DESCRIPTION, arguments, CalibrateOptions)
-    _autoload.register()
-    from dynamax_lm_eval.calibration.command import calibrate, summary
-
-    certificate, path = calibrate(options)
-    sys.stdout.write(summary(certificate, path, options))
+def _named(place: str) -> Any:
+    """What ``module:name`` of this package names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"{dynamax_lm_eval.__name__}.{module}"), name)
 
 
 def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -> tuple[Any, ...]:

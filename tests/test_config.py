@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynamax_lm_eval.config import parse_model_args
+from dynamax_lm_eval.config import OWN_ARGUMENTS, DynamaxArgs, argument_table, parse_model_args
 from dynamax_lm_eval.errors import UserError
 
 HARNESS = {"pretrained", "dtype", "batch_size", "device", "backend", "max_length", "parallelize", "tp_plan"}
@@ -99,3 +101,16 @@ def test_pretrained_is_another_spelling_of_backbone() -> None:
     assert passed_on == {"dtype": "float16"}
     with pytest.raises(UserError, match="backbone must be"):
         parse_model_args({"threshold": 0.5}, HARNESS)
+
+
+def test_the_table_of_the_readme_is_generated() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("argument_table() -->\n")[2].partition("<!-- end of arguments -->")[0]
+    assert table == argument_table()
+
+
+def test_every_argument_has_a_meaning_and_a_parser() -> None:
+    for row in dataclasses.fields(DynamaxArgs):
+        if row.name in OWN_ARGUMENTS:
+            assert row.metadata["help"], row.name
+            assert row.name == "backbone" or callable(row.metadata["parse"]), row.name

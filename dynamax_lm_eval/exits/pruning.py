@@ -69,7 +69,7 @@ class PruneProfile:
 
 
 def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:
-    """Raises UserError where a profile, if there is one, was measured on other weights than these, if they are known."""
+    """Raises UserError where a profile was measured on other weights than these; None where one of both is not known."""
     if path is None or fingerprints is None:
         return
     profile = PruneProfile.load(Path(path).expanduser())

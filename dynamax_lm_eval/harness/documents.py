@@ -36,7 +36,7 @@ def of_document(document: Document) -> Iterator[None]:
 
 @contextmanager
 def naming_document(documents: Sequence[Document], owner: Sequence[int] | None = None) -> Iterator[None]:
-    """Turns an error of one computation (of document ``owner[index]``, or ``index``) into one that names its document."""
+    """Turns an error of computation ``index`` into one that names its document, ``owner[index]`` of ``documents``."""
     try:
         yield
     except RequestError as error:

@@ -10,8 +10,8 @@ from typing import Any
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from dynamax_lm_eval.config import QUANTIZATION_ARGUMENTS
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.hf_arguments import QUANTIZATION_ARGUMENTS
 from dynamax_lm_eval.models import loading
 
 

@@ -85,6 +85,11 @@ class SearchOptions:
                 raise UserError(f"--{name} must be one of {', '.join(known)}, got {given!r}")
 
 
+def command(options: SearchOptions) -> str:
+    """Searches, and returns what the terminal shows."""
+    return f"{table(search(options))}{options.output}"
+
+
 def search(options: SearchOptions) -> ThresholdPath:
     """Records, searches and writes.
 

@@ -54,6 +54,11 @@ class ProfileOptions:
                 raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
 
+def command(options: ProfileOptions) -> str:
+    """Measures, and returns what the terminal shows."""
+    return f"{table(profile(options))}{options.output}"
+
+
 def profile(options: ProfileOptions) -> PruneProfile:
     """Measures block distances and writes them.
 

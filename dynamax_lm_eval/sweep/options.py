@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
-from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
@@ -23,27 +23,8 @@ from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(ConfidenceName) if name != "classifier"))
 
 
-#: Model arguments that a sweep decides.
-_VARIED = frozenset(
-    [
-        "backbone",
-        "pretrained",
-        "threshold",
-        "certificate",
-        "certificate_any_task",
-        "target_reduction",
-        "target_latency_ms",
-        "budget",
-        "confidence",
-        "classifier",
-        "state_mode",
-        "prune_layers",
-        "prune_strategy",
-        "prune_profile",
-        "batch_size",
-        "device",
-    ]
-)
+#: Arguments of a run that a sweep decides.
+_DECIDED = VARIED_ARGUMENTS | {"pretrained", "batch_size", "device"}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -89,7 +70,7 @@ class SweepOptions:
         if self.limit is not None and self.samples is not None:
             raise UserError("--limit and --samples both choose documents; give one")
         given = self.shared_arguments
-        if clash := sorted(_VARIED & set(given)):
+        if clash := sorted(_DECIDED & set(given)):
             raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep decides them")
 
     @property

@@ -1,0 +1,163 @@
+"""The arguments of ``--model hf`` that are passed on to the harness's ``HFLM``: checked by name before weights load.
+
+Knows names, types and ranges. Knows nothing of torch, transformers or the harness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from dynamax_lm_eval import values
+from dynamax_lm_eval.errors import UserError, unknown_name
+
+Backend = Literal["default", "causal"]
+
+#: Arguments that make a bitsandbytes configuration.
+QUANTIZATION_ARGUMENTS = frozenset(
+    {
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "load_in_4bit",
+        "load_in_8bit",
+    }
+)
+#: Arguments of ``from_pretrained`` that reach it through the harness's ``**kwargs``.
+FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
+    {
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "token",
+        "use_safetensors",
+        "variant",
+    }
+)
+
+#: Arguments that ``--model hf`` takes and this model cannot honour, with the reason.
+REFUSED_ARGUMENTS = {
+    "certificate": "write threshold=FILE, or threshold=calibrated",
+    "attn_implementation": "dynamax runs its own attention over ragged batches; remove attn_implementation",
+    "device_map": "the blocks of a dynamax backbone must be on one device; remove device_map",
+    "max_cpu_memory": "it only acts on blocks spread over devices, and these are on one device; remove max_cpu_memory",
+    "max_memory_per_gpu": (
+        "it only acts on blocks spread over devices, and these are on one device; remove max_memory_per_gpu"
+    ),
+    "offload_folder": "it only acts on blocks spread over devices, and these are on one device; remove offload_folder",
+    "parallelize": "the blocks of a dynamax backbone must be on one device; remove parallelize",
+    "tp_plan": "tensor parallelism is not supported by dynamax; remove tp_plan",
+    "torch_dtype": "it was renamed in transformers 5; write dtype= instead",
+}
+
+
+def check(args: Mapping[str, Any], harness_arguments: Collection[str], own: Collection[str]) -> dict[str, Any]:
+    """The arguments that are passed on, parsed.
+
+    Args:
+        args: model_args that are not ours.
+        harness_arguments: names that ``HFLM.__init__`` takes.
+        own: names of our arguments, for the error about an unknown one.
+
+    Raises:
+        UserError: a name is unknown, a value is out of range, or an argument cannot be honoured.
+    """
+    known = {*own, *harness_arguments, *FROM_PRETRAINED_ARGUMENTS}
+    for name, value in args.items():
+        if name in REFUSED_ARGUMENTS and _is_set(value):
+            raise UserError(f"{name}={value!r} cannot be honoured: {REFUSED_ARGUMENTS[name]}")
+        if name not in known and name not in REFUSED_ARGUMENTS:
+            raise UserError(unknown_name("model argument", name, known, "dynamax's own are", own))
+    passed_on = {name: value for name, value in args.items() if name not in REFUSED_ARGUMENTS}
+    if passed_on.get("backend", "default") == "seq2seq":
+        raise UserError("backend=seq2seq cannot be honoured: early exit needs a decoder-only (causal) backbone")
+    _check_batch_size(passed_on.get("batch_size", 1))
+    for name, parse in _PARSERS.items():
+        if passed_on.get(name) is not None:
+            passed_on[name] = parse(name, passed_on[name])
+    _check_combinations(passed_on)
+    return passed_on
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and str(value).lower() not in ("false", "none")
+
+
+def _check_batch_size(value: Any) -> None:
+    size, _, schedule = str(value).partition(":")
+    is_auto = size == "auto" and (not schedule or schedule.replace(".", "", 1).isdigit())
+    if isinstance(value, bool) or not (is_auto or (str(value).isdecimal() and int(value) >= 1)):
+        raise UserError(f"batch_size must be a whole number of at least 1, or auto, got {value!r}")
+
+
+def _check_combinations(args: Mapping[str, Any]) -> None:
+    """What ``HFLM`` would only notice after the weights have been loaded."""
+    for first, second in (("peft", "delta"), ("autogptq", "gptqmodel")):
+        if args.get(first) and args.get(second):
+            raise UserError(f"{first} and {second} exclude each other; give one")
+    if args.get("enable_thinking") and args.get("think_end_token") is None:
+        raise UserError("enable_thinking=true needs think_end_token=, the token after which the answer begins; add it")
+    if not isinstance(device := args.get("device", "cuda"), str):
+        raise UserError(f"device must be a name such as cpu or cuda:0, got {device!r}")
+
+
+def _whole(least: int) -> Callable[[str, Any], int]:
+    """A parser of whole numbers, also in text; other than ``_integer`` it refuses 64.0, which is no length."""
+
+    def parse(name: str, value: Any) -> int:
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        if not (is_number or (isinstance(value, str) and value.strip().isdecimal())) or int(value) < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        return int(value)
+
+    return parse
+
+
+def _dtype(name: str, value: Any) -> Any:
+    """A torch dtype (known by its name: torch is not imported here) or its name, as text without ``torch.``."""
+    text = str(value).removeprefix("torch.")
+    if text not in _DTYPES and not (text == "auto" and name == "dtype"):
+        auto = "auto, " if name == "dtype" else ""
+        raise UserError(f"{name} must be one of {auto}{', '.join(_DTYPES)}, got {value!r}")
+    return text if isinstance(value, str) else value
+
+
+def _think_end_token(name: str, value: Any) -> str | int:
+    if isinstance(value, str) and value:
+        return int(value) if value.isdecimal() else value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise UserError(f"{name} must be a token's text or its id, got {value!r}")
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name} must be a mapping of names to values, got {value!r}")
+    return value
+
+
+def _location(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a file, a folder or a Hub id, got {value!r}")
+    return value
+
+
+#: dtypes of weights and of a softmax, by the names that torch has for them.
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
+
+#: How arguments of ``HFLM`` that it takes as they come are checked; None is left to it.
+_PARSERS: dict[str, Any] = {
+    "backend": values.choice(Backend),
+    "max_length": _whole(1),
+    "max_batch_size": _whole(1),
+    "prefix_token_id": _whole(0),
+    "think_end_token": _think_end_token,
+    "chat_template_args": _mapping,
+    **dict.fromkeys(("dtype", "softmax_dtype", "mixed_precision_dtype"), _dtype),
+    **dict.fromkeys(("subfolder", "peft", "delta", "gguf_file"), _location),
+    **dict.fromkeys(
+        ("truncation", "logits_cache", "trust_remote_code", "use_fast_tokenizer", "gptqmodel"), values.flag
+    ),
+    **dict.fromkeys(("add_bos_token", "enable_thinking"), values.flag),
+}
