@@ -24,9 +24,10 @@ from dynamax_lm_eval.calibration.testing import (
     learn_then_test,
 )
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.files import check_writable, locked, naming, write_text
+from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
 from dynamax_lm_eval.harness.evaluate import document_hash
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points

@@ -29,7 +29,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.harness.documents import Document, document_of, documents_of, naming_document, of_document
 from dynamax_lm_eval.harness.encoding import TokenPair, encode_pair, fit, needed_prefix
-from dynamax_lm_eval.harness.ledger import ResponseLedger
+from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 
 logger = logging.getLogger(__name__)
@@ -278,12 +278,10 @@ def _shared_row(
 
 def _seed_samplers(settings: Sequence[RequestSettings], prepared: Sequence[PreparedGeneration]) -> None:
     """Gives every request that samples a random stream of its own, whatever else is in the batch."""
-    repeats: Counter[tuple[RequestSettings, str]] = Counter()
-    for setting, job in zip(settings, prepared, strict=True):
+    keys = [(setting, job.key) for setting, job in zip(settings, prepared, strict=True)]
+    for job, occurrence in zip(prepared, occurrences(keys), strict=True):
         if job.request.sampler.do_sample:
-            occurrence = repeats[setting, job.key]
             job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, occurrence)
-            repeats[setting, job.key] += 1
 
 
 def _free_memory(device: torch.device) -> int:

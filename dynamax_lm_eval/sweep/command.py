@@ -21,9 +21,10 @@ from lm_eval.tasks import TaskManager
 import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
-from dynamax_lm_eval.files import file_checksum, locked, short_name
+from dynamax_lm_eval.files import file_checksum, short_name
 from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.requests import RequestSettings
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep.files import (

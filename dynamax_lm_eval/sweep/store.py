@@ -16,7 +16,7 @@ from typing import Any
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import checksum, naming, write_text
-from dynamax_lm_eval.harness.ledger import identity_of_answers
+from dynamax_lm_eval.harness.cache import identity_of_answers
 
 logger = logging.getLogger(__name__)
 
