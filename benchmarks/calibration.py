@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
 
     (task,) = collect.read([args.sweep], max_degenerate=1.0)
-    lines = {name: points for name, points in task.lines().items() if points[0].kind == "exits"}
+    lines = {name: points for name, points in task.series().items() if points[0].kind == "exits"}
     points = lines[args.series] if args.series else next(iter(lines.values()))
     points = points[::-1]  # the most careful first
     hashes = [sample["doc_hash"] for sample in task.full.samples]
@@ -70,7 +70,7 @@ def main() -> None:
         for i, point in enumerate(points)
     ]
     for loss in args.loss.split(","):
-        kind = LossKind.chosen(loss, args.metric if loss == "metric" else None, task)
+        kind = LossKind.find(loss, args.metric if loss == "metric" else None, task)
         losses: Floats = loss_matrix(kind, task, points)
         for candidate, mean in zip(candidates, losses.mean(axis=1), strict=True):
             candidate[f"{kind.measured_by.partition(',')[0]} lost"] = float(mean)

@@ -540,11 +540,11 @@ class TestArguments:
         lm = dynamax(model_folder, batch_size="auto", max_batch_size=32)
         per_token = LAYERS * 2 * 2 * 8 * 4
         monkeypatch.setattr("dynamax_lm_eval.harness.responder._free_memory", lambda _: 3 * per_token * 100 * 7)
-        assert lm._rows_in_flight(100) == 7
-        assert lm._rows_in_flight(1) == 32
-        assert lm._rows_in_flight(10**6) == 1
+        assert lm.responder._rows_in_flight(100) == 7
+        assert lm.responder._rows_in_flight(1) == 32
+        assert lm.responder._rows_in_flight(10**6) == 1
         lm.use_policy(replace(lm.args, prefix_caching=False))
-        assert lm._rows_in_flight(100) == 10
+        assert lm.responder._rows_in_flight(100) == 10
 
     def test_repetition_penalty_argument(self, model_folder: Path) -> None:
         by_argument = dynamax(model_folder, repetition_penalty=1.7)

@@ -32,6 +32,11 @@ class RequestKey(NamedTuple):
     def __str__(self) -> str:
         return f"{self.digest}:{self.occurrence}"
 
+    @staticmethod
+    def digest_in(text: str) -> str:
+        """Returns the digest of a key that was written as text."""
+        return text.partition(":")[0]
+
 
 def request_keys(requests: Iterable[tuple[str, Iterable[Any]]]) -> list[RequestKey]:
     """Returns the keys of requests (kind, arguments), in their order."""
