@@ -120,9 +120,10 @@ def betting_p_values(
 ) -> Floats:
     """Returns (C,) p-values by betting: 1 / the largest capital of a gambler who bets against the hypothesis.
 
-    One bet is made for each document.     Capital after i documents is prod (1 - b_j (L_j - m_j)), a supermartingale under the hypothesis for any bets b_j in
-    [0, 1] that depend on earlier documents only; its maximum obeys Ville's inequality. The bets are those of
-    Waudby-Smith and Ramdas's predictable plug-in, min(1, sqrt(2 ln(1/level) / (n s_{j-1}^2))).
+    One bet is made for each document. Capital after i documents is prod (1 - b_j (L_j - m_j)), a supermartingale under
+    the hypothesis for any bets b_j in [0, 1] that depend on earlier documents only; its maximum obeys Ville's
+    inequality. The bets are those of Waudby-Smith and Ramdas's predictable plug-in,
+    min(1, sqrt(2 ln(1/level) / (n s_{j-1}^2))).
 
     This holds only where a document's expected loss, given the earlier ones, is at least m_j. In the order of a sorted
     task it is not: the gambler would have won on the easy documents before the hard ones come. So bets follow a random
