@@ -89,7 +89,7 @@ def main() -> None:
                 lost = 0.0 if chosen is None else float(losses[chosen, split.test].mean())
                 found.append(
                     (
-                        1.0 if chosen is None else points[chosen].value,
+                        1.0 if chosen is None else points[chosen].x,
                         reduction(points, chosen, split.calibration),
                         reduction(points, chosen, split.test),
                         lost,
