@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--sweep", type=Path, required=True, help="folder of a sweep of one task with one line of exits"
     )
-    parser.add_argument("--line", help="the line of exits; default: the sweep's only one")
+    parser.add_argument("--line", dest="series", help="the line of exits; default: the sweep's only one")
     parser.add_argument("--loss", default="consistency,metric", help="losses, separated by commas")
     parser.add_argument("--metric", help="of loss metric; default: the task's first")
     parser.add_argument("--tolerances", default="0.05,0.1")
@@ -62,7 +62,7 @@ def main() -> None:
     (task,) = collect.read([args.sweep], max_degenerate=1.0)
     lines = {name: points for name, points in task.series().items() if points[0].kind == "exits"}
     points = lines[args.series] if args.series else next(iter(lines.values()))
-    points = points[::-1]  # the most careful first
+    points = points[::-1]  # the most conservative first
     hashes = [sample["doc_hash"] for sample in task.full.samples]
     rows = []
     candidates = [
