@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--sweep", type=Path, required=True, help="folder of a sweep of one task with one line of exits"
     )
-    parser.add_argument("--line", help="the line of exits; default: the sweep's only one")
+    parser.add_argument("--line", dest="series", help="the line of exits; default: the sweep's only one")
     parser.add_argument("--loss", default="consistency,metric", help="losses, separated by commas")
     parser.add_argument("--metric", help="of loss metric; default: the task's first")
     parser.add_argument("--tolerances", default="0.05,0.1")
@@ -60,9 +60,9 @@ def main() -> None:
     args = parser.parse_args()
 
     (task,) = collect.read([args.sweep], max_degenerate=1.0)
-    lines = {name: points for name, points in task.lines().items() if points[0].kind == "exits"}
+    lines = {name: points for name, points in task.series().items() if points[0].kind == "exits"}
     points = lines[args.series] if args.series else next(iter(lines.values()))
-    points = points[::-1]  # the most careful first
+    points = points[::-1]  # the most conservative first
     hashes = [sample["doc_hash"] for sample in task.full.samples]
     rows = []
     candidates = [
@@ -70,7 +70,7 @@ def main() -> None:
         for i, point in enumerate(points)
     ]
     for loss in args.loss.split(","):
-        kind = LossKind.chosen(loss, args.metric if loss == "metric" else None, task)
+        kind = LossKind.find(loss, args.metric if loss == "metric" else None, task)
         losses: Floats = loss_matrix(kind, task, points)
         for candidate, mean in zip(candidates, losses.mean(axis=1), strict=True):
             candidate[f"{kind.measured_by.partition(',')[0]} lost"] = float(mean)
@@ -89,7 +89,7 @@ def main() -> None:
                 lost = 0.0 if chosen is None else float(losses[chosen, split.test].mean())
                 found.append(
                     (
-                        1.0 if chosen is None else points[chosen].value,
+                        1.0 if chosen is None else points[chosen].x,
                         reduction(points, chosen, split.calibration),
                         reduction(points, chosen, split.test),
                         lost,

@@ -1,6 +1,6 @@
 """Files written so that a reader, or a restart after a kill, never sees half of one, and read so that damage shows.
 
-Knows texts, JSON, checksums and locks of folders; knows nothing of what the files say.
+Knows texts, JSON, checksums and names; knows nothing of what the files say.
 """
 
 from __future__ import annotations
@@ -8,15 +8,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import os
 import secrets
-import socket
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,8 @@ from safetensors import SafetensorError
 
 from dynamax_lm_eval.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-#: Of a folder that a command writes into: which process that is.
-LOCK_NAME = ".dynamax.lock"
 #: Characters of a name that stays as it is; with an ending and a date it still fits the 255 bytes of a file name.
 _LONGEST_NAME = 120
-#: Seconds by which two readings of a process's start may differ.
-_CLOCK_ERROR = 2.0
 
 
 def write_text(path: Path, text: str) -> None:
@@ -59,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def checksum(data: Any, salt: str = "") -> str:
-    """16 hex digits over the content of JSON data, however it is laid out.
+    """Returns 16 hex digits over the content of JSON data, however it is laid out.
 
     Args:
         data: what ``json`` can write; NaN is allowed.
@@ -84,7 +75,7 @@ def sync(path: Path) -> None:
 
 
 def file_checksum(path: Path) -> str:
-    """16 hex digits over the bytes of a file. Raises OSError where it cannot be read."""
+    """Returns 16 hex digits over the bytes of a file; raises OSError where it cannot be read."""
     digest = hashlib.blake2b(digest_size=8)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -94,7 +85,7 @@ def file_checksum(path: Path) -> str:
 
 @dataclass(frozen=True)
 class JsonFormat:
-    """One kind of JSON file of ours: an object that names its format and ends with a checksum of its content.
+    """One kind of JSON file: it holds an object that names its format and ends with a checksum of its content.
 
     Attributes:
         name: what its ``format`` says.
@@ -113,13 +104,13 @@ class JsonFormat:
     outdated: Mapping[int, str] = field(default_factory=dict)
 
     def write(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Writes a file in one step. Raises OSError, with the path, where that is not possible."""
+        """Writes a file in one step; raises OSError, with the path, where that is not possible."""
         content = {"format": self.name, "format_version": self.version, **data}
         with naming(path):
             write_text(path, json.dumps({**content, "checksum": checksum(content)}, indent=2) + "\n")
 
     def read(self, path: Path, called: str | None = None) -> dict[str, Any]:
-        """The data of a file, without format, version and checksum.
+        """Returns the data of a file, without format, version and checksum.
 
         Args:
             path: of the file.
@@ -159,7 +150,7 @@ class JsonFormat:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives errors of writing that name no file, as that of a full disk, this one's name."""
+    """Puts the name of the file into errors of writing that name none, as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -170,18 +161,23 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
+def clean_name(name: str, kept: str = "-_.") -> str:
+    """Replaces what is no letter, digit or one of ``kept`` by an underscore; two names may become one."""
+    return "".join(c if c.isalnum() or c in kept else "_" for c in name)
+
+
 def short_name(name: str) -> str:
-    """A name that can be a file's: as it is where it can, else with a hash in place of what cannot stay."""
-    safe = "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)
+    """Returns the name itself where it can be a file's, else a cleaned one with a hash that tells it from others."""
+    safe = clean_name(name, kept="-_.+")
     if safe == name and len(name.encode()) <= _LONGEST_NAME and not name.startswith("."):
         return name
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=5).hexdigest()
-    kept = safe.encode()[:_LONGEST_NAME].decode(errors="ignore").lstrip(".")
-    return f"{kept}-{digest}"
+    beginning = safe.encode()[:_LONGEST_NAME].decode(errors="ignore").lstrip(".")
+    return f"{beginning}-{digest}"
 
 
 def check_writable(folder: Path, called: str, remedy: str) -> None:
-    """Makes a folder and a file in it, which it removes again; what it had to make of folders it leaves.
+    """Makes a folder, and a file in it to see that it can; the file is removed again, the folder stays.
 
     Raises:
         UserError: that is not possible.
@@ -192,123 +188,3 @@ def check_writable(folder: Path, called: str, remedy: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{called} {folder} cannot be written ({error.strerror or error}); {remedy}") from error
-
-
-@contextmanager
-def locked(folder: Path, option: str = "--output") -> Iterator[None]:
-    """Holds a folder for this process, which must be the only one that writes there; makes it where it is missing.
-
-    The lock is a file with the host, the process and its start. One that a killed process of this host left is
-    taken over.
-
-    Args:
-        folder: to be written into.
-        option: that named it.
-
-    Raises:
-        UserError: another process holds the folder, or it cannot be written.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    path = folder / LOCK_NAME
-    content = json.dumps(_owner()).encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _take(path, content, option)
-    except OSError as error:
-        raise UserError(
-            f"{option} {folder} cannot be written ({error.strerror or error}); choose another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if path.read_bytes() == content:  # nobody was told to remove it and has it now
-                path.unlink()
-        with suppress(OSError):  # folders that hold something stay
-            for empty in made:
-                empty.rmdir()
-
-
-def _take(path: Path, content: bytes, option: str) -> None:
-    """Makes the file of a lock. Raises UserError where another process has it."""
-    for attempt in range(10):
-        try:
-            return _create(path, content)
-        except FileExistsError:
-            pass
-        try:
-            found = path.read_bytes()
-        except FileNotFoundError:
-            continue  # released in between
-        owner = _parsed(found)
-        if owner is None and not attempt:
-            time.sleep(0.2)  # it may be in the making, where files cannot be made with their content
-            continue
-        if owner is not None and not _is_gone(owner):
-            raise UserError(
-                f"{option} {path.parent} is in use by process {owner['pid']} on {owner['host']}; wait for it, choose "
-                f"another folder, or remove {path} if that process is gone"
-            )
-        logger.warning("Taking over %s, which a process that is gone left", path)
-        _remove(path, found)
-    raise UserError(f"{option} {path.parent} is in use by other processes; try again, or remove {path}")
-
-
-def _create(path: Path, content: bytes) -> None:
-    """Makes a file that did not exist, with its content in one step where the file system can."""
-    handle, partial = tempfile.mkstemp(prefix=f"{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links here
-            with path.open("xb") as file:
-                file.write(content)
-    finally:
-        Path(partial).unlink()
-
-
-def _remove(path: Path, content: bytes) -> None:
-    """Removes a stale lock, but not one that another process put in its place meanwhile."""
-    aside = f"{path}-{os.getpid()}-stale"
-    try:
-        os.rename(path, aside)  # noqa: PTH104 - of several processes one succeeds
-    except FileNotFoundError:
-        return
-    if Path(aside).read_bytes() != content:
-        with suppress(OSError):
-            os.link(aside, path)
-    Path(aside).unlink()
-
-
-def _owner() -> dict[str, Any]:
-    import psutil
-
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _parsed(content: bytes) -> dict[str, Any] | None:
-    """What a lock says of its owner; None where it is damaged."""
-    try:
-        owner = json.loads(content.decode("utf-8"))
-        return {"host": str(owner["host"]), "pid": int(owner["pid"]), "started": float(owner["started"])}
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
-def _is_gone(owner: Mapping[str, Any]) -> bool:
-    """Whether the owner of a lock ran on this host and runs no more. Its number may be another process's by now."""
-    import psutil
-
-    if owner["host"] != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(owner["pid"])
-        return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - owner["started"]) > _CLOCK_ERROR
-    except psutil.NoSuchProcess:
-        return True
-    except (psutil.Error, ValueError, OverflowError):
-        return False

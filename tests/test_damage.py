@@ -28,8 +28,9 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.pruning import PruneProfile
+from dynamax_lm_eval.harness.cache import check_database
 from dynamax_lm_eval.harness.certificate import Certificate
-from dynamax_lm_eval.harness.ledger import ResponseLedger, check_database
+from dynamax_lm_eval.harness.ledger import ResponseLedger
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 from dynamax_lm_eval.sweep import command

@@ -17,8 +17,10 @@ from lm_eval.tasks import TaskManager
 from test_lm import EXITS, TASKS, dynamax
 from test_trained_exits import save_exits
 
+from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness import evaluate as harness
+from dynamax_lm_eval.harness.ledger import RequestKey, ResponseLedger, request_keys
 from dynamax_lm_eval.lm import DynamaxLM
 
 
@@ -101,3 +103,18 @@ def test_installed_once() -> None:
     before = evaluator.evaluate.__closure__[0].cell_contents  # type: ignore[attr-defined]
     harness.install()
     assert evaluator.evaluate.__closure__[0].cell_contents is before  # type: ignore[attr-defined]
+
+
+def test_equal_requests_are_numbered() -> None:
+    """The key says which of several equal requests one is, in the form that stores of responses have."""
+    requests = [("generate_until", ("a", {"until": []})), ("generate_until", ("b", {"until": []}))]
+    first, other, again, scored = request_keys([*requests, requests[0], ("loglikelihood", requests[0][1])])
+    assert (first.occurrence, other.occurrence, again.occurrence, scored.occurrence) == (0, 0, 1, 0)
+    assert len({first.digest, other.digest, scored.digest}) == 3
+    assert str(again) == f"{first.digest}:1"
+    assert RequestKey.digest_in(str(again)) == first.digest
+    ledger = ResponseLedger()
+    ledger.keep("generate_until", [(requests[0][1], ComputeRecord(fed_tokens=n)) for n in (3, 5)])
+    assert [ledger.find(key).fed_tokens for key in (first, again)] == [3, 5]
+    with pytest.raises(RuntimeError, match="no compute record for a generate_until request"):
+        ledger.find(other)

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, processors
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.harness.requests import PreparedGeneration
 from dynamax_lm_eval.lm import DynamaxLM
 
@@ -222,7 +223,7 @@ class TestCompute:
         lm = dynamax(model_folder, **EXITS)
         pairs = [Instance("loglikelihood", {}, ("The quick", text), i, ("t", i, 1)) for i, text in enumerate("ab")]
         lm.loglikelihood(pairs, disable_tqdm=True)
-        record = lm.response_ledger.find("loglikelihood", pairs[0].args, 0)
+        record = lm.response_ledger.find(*request_keys([("loglikelihood", pairs[0].args)]))
         assert (record.eligible_tokens, record.compute_reduction) == (0, 1.0)
         single = {
             "task": "single",
@@ -292,7 +293,7 @@ class TestCache:
         (edited / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="differs in config"):
             self.run(edited, manager, tmp_path / "c", **EXITS)
-        monkeypatch.setattr("dynamax_lm_eval.harness.evaluate.ACCOUNTING", "other")
+        monkeypatch.setattr("dynamax_lm_eval.harness.cache.ACCOUNTING", "other")
         with pytest.raises(UserError, match="differs in accounting"):
             self.run(model_folder, manager, tmp_path / "c", **EXITS)
 
@@ -539,11 +540,11 @@ class TestArguments:
         lm = dynamax(model_folder, batch_size="auto", max_batch_size=32)
         per_token = LAYERS * 2 * 2 * 8 * 4
         monkeypatch.setattr("dynamax_lm_eval.harness.responder._free_memory", lambda _: 3 * per_token * 100 * 7)
-        assert lm._rows_in_flight(100) == 7
-        assert lm._rows_in_flight(1) == 32
-        assert lm._rows_in_flight(10**6) == 1
+        assert lm.responder._rows_in_flight(100) == 7
+        assert lm.responder._rows_in_flight(1) == 32
+        assert lm.responder._rows_in_flight(10**6) == 1
         lm.use_policy(replace(lm.args, prefix_caching=False))
-        assert lm._rows_in_flight(100) == 10
+        assert lm.responder._rows_in_flight(100) == 10
 
     def test_repetition_penalty_argument(self, model_folder: Path) -> None:
         by_argument = dynamax(model_folder, repetition_penalty=1.7)

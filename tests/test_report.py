@@ -198,15 +198,15 @@ def test_refusals(
 # Statistics on points that are made by hand.
 
 
-def point(name: str, line: str, scores: Sequence[float], reduction: float, family: str = "exits") -> PointResult:
+def point(name: str, series: str, scores: Sequence[float], reduction: float, kind: str = "exits") -> PointResult:
     """Documents that cost 100 MACs at full depth and save by the same factor."""
     spent = 100 / reduction
     macs = {"eligible_full": 100, "eligible": spent, "total_full": 100, "total": spent}
     return PointResult(
         name=name,
-        kind=family,
-        series=line,
-        value=reduction,
+        kind=kind,
+        series=series,
+        x=reduction,
         policy={},
         scores={"acc,none": (float(np.mean(scores)), 0.0)},
         compute={"compute_reduction": reduction, "degenerate_rate": 0.0},

@@ -28,10 +28,10 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
-from dynamax_lm_eval.files import locked
 from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.passes import FrozenPass, best_tokens
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.training import command, evaluation, state
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.generated import generated_documents

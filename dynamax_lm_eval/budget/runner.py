@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 class Answered(Protocol):
-    """An answer to a request; all that a budget needs of it is what it took."""
+    """An answer to a request; all that a budget needs of it is its compute."""
 
     @property
     def record(self) -> ComputeRecord: ...
 
 
 AnyAnswer = TypeVar("AnyAnswer", bound=Answered)
-#: Answers requests, each a (policy, index of the request); yields places in what was asked, with their answers.
+#: Answers requests, each a (policy, index of the request); yields places among them, with the answers.
 Run = Callable[[Sequence[tuple[ExitPolicy, int]]], Iterator[tuple[int, AnyAnswer]]]
 
 #: Prompt and answer of the row whose cost at threshold 0 bounds what a budget may ask for.
@@ -53,7 +53,8 @@ class BudgetRunner:
     """Runs requests as the arguments of a run say."""
 
     def __init__(self, args: DynamaxArgs, policy: ExitPolicy, engine: Engine, num_processes: int = 1) -> None:
-        """
+        """Checks that the budget, if there is one, can be held.
+
         Raises:
             UserError: no threshold can hold the budget, or several processes share the documents.
         """
@@ -78,15 +79,16 @@ class BudgetRunner:
 
     @property
     def has_budget(self) -> bool:
+        """Says whether the run has a budget."""
         return self.is_asked_for(self._args)
 
     @staticmethod
     def is_asked_for(args: DynamaxArgs) -> bool:
-        """Whether these arguments name a budget."""
+        """Says whether these arguments name a budget."""
         return args.target_reduction is not None or args.target_latency_ms is not None
 
     def check_no_cache(self) -> None:
-        """Raises UserError where answers depend on what ran before them, so that none can be taken from a cache."""
+        """Refuses a cache of answers (UserError) where answers depend on what ran before them."""
         if self.has_budget:
             raise UserError(
                 "--use_cache and target_reduction or target_latency_ms exclude each other: an answer depends on "
@@ -95,11 +97,11 @@ class BudgetRunner:
 
     @property
     def in_blocks(self) -> bool:
-        """Requests run in several calls, each too short for a progress bar of its own."""
+        """Says whether requests run in several calls, each too short for a progress bar of its own."""
         return self.has_budget and self._args.budget != "two_pass"
 
     def describe(self) -> dict[str, Any] | None:
-        """For result files: what was asked for, and the thresholds of every block of every task so far."""
+        """Returns for result files what was asked for, and the thresholds of all blocks of all tasks so far."""
         if not self.has_budget:
             return None
         args = self._args
@@ -140,9 +142,9 @@ class BudgetRunner:
             own = [documents[i] for i in indices]
 
             def run_task(
-                asked: Sequence[tuple[ExitPolicy, int]], indices: list[int] = indices
+                jobs: Sequence[tuple[ExitPolicy, int]], indices: list[int] = indices
             ) -> Iterator[tuple[int, AnyAnswer]]:
-                return run([(chosen, indices[i]) for chosen, i in asked])
+                return run([(job_policy, indices[i]) for job_policy, i in jobs])
 
             if self._args.budget == "two_pass":
                 answers = self._two_passes(task, own, policy, run_task)
@@ -186,21 +188,21 @@ class BudgetRunner:
         names = list(dict.fromkeys(documents))
         step = max(1, len(names) // SAMPLE_DOCUMENTS)
         sample = set(names[::step][:SAMPLE_DOCUMENTS])
-        tried = [i for i, document in enumerate(documents) if document in sample]
-        asked = [(_at(policy, threshold), i) for threshold in SAMPLE_THRESHOLDS for i in tried]
-        records = {place: answer.record for place, answer in run(asked)}  # what was answered is thrown away
+        sampled = [i for i, document in enumerate(documents) if document in sample]
+        jobs = [(_at(policy, threshold), i) for threshold in SAMPLE_THRESHOLDS for i in sampled]
+        records = {place: answer.record for place, answer in run(jobs)}  # the answers are thrown away
         curve = Curve(self._cheapest)
         for n, threshold in enumerate(SAMPLE_THRESHOLDS):
-            total = ComputeRecord.sum(records[place] for place in range(n * len(tried), (n + 1) * len(tried)))
+            total = ComputeRecord.sum(records[place] for place in range(n * len(sampled), (n + 1) * len(sampled)))
             if total.full_macs:
-                curve.seen.append(Measurement(threshold, total.full_macs, total.spent_macs))
+                curve.measurements.append(Measurement(threshold, total.full_macs, total.spent_macs))
         threshold = curve.threshold_for(1 / self._args.target_reduction)
         logger.info("%s: threshold %.4f, chosen on %d documents", task, threshold, len(sample))
-        taken = []
+        final_records = []
         for place, answer in run([(_at(policy, threshold), i) for i in range(len(documents))]):
-            taken.append(answer.record)
+            final_records.append(answer.record)
             yield place, answer
-        total = ComputeRecord.sum(taken)
+        total = ComputeRecord.sum(final_records)
         trajectory = self._trajectories.setdefault(task, [])
         controller = ThresholdController(1 / self._args.target_reduction, curve, len(names), trajectory)
         controller.record(threshold, len(names), total.full_macs, total.spent_macs)
@@ -209,16 +211,16 @@ class BudgetRunner:
     def _warn_if_missed(self, task: str, trajectory: list[dict[str, Any]]) -> None:
         if not trajectory:
             return
-        for name, target, found, missed in (
+        for name, target, reached, miss in (
             ("compute_reduction", self._args.target_reduction, trajectory[-1]["compute_reduction_so_far"], abs),
             ("ms per token", self._args.target_latency_ms, trajectory[-1].get("ms_per_token_so_far"), float),
         ):
-            if target is not None and (found is None or missed(found / target - 1) > _MISSED):
-                logger.warning("%s: %s is %s, not the %g that was asked for", task, name, _shown(found), target)
+            if target is not None and (reached is None or miss(reached / target - 1) > _MISSED):
+                logger.warning("%s: %s is %s, not the %g that was asked for", task, name, _shown(reached), target)
 
 
 def cheapest_fraction(policy: ExitPolicy, engine: Engine) -> float:
-    """Fraction of compute at threshold 0, for a row of typical length."""
+    """Returns the fraction of compute at threshold 0, for a row of typical length."""
     trace = Trace(
         prompt_tokens=_TYPICAL_PROMPT,
         fed_tokens=_TYPICAL_PROMPT + _TYPICAL_ANSWER,

@@ -1,4 +1,7 @@
-"""``dynamax-lm-eval calibrate``: a threshold with a promise, and the file that says so."""
+"""``dynamax-lm-eval calibrate``: a threshold with a guarantee, and the file that says so.
+
+Knows the order of work: sweep over candidates, losses, test, certificate. Knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,15 @@ from dynamax_lm_eval.calibration.testing import (
     learn_then_test,
 )
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.files import check_writable, locked, naming, write_text
+from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
 from dynamax_lm_eval.harness.evaluate import document_hash
-from dynamax_lm_eval.sweep import results as collect
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, name_of, parse_thresholds
-from dynamax_lm_eval.sweep.results import PointResult, TaskResults
+from dynamax_lm_eval.sweep.results import PointResult, TaskResults, read
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ TEST_SAMPLES_NAME = "test_samples.json"
 
 @dataclass(frozen=True)
 class Split:
-    """Which documents do what; indices in the task's order.
+    """The documents of a task by what they are used for, as indices in the task's order.
 
     Attributes:
         calibration: documents that choose.
@@ -83,43 +86,49 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
         return _calibrate(options, candidates, hashes, split)
 
 
+def command(options: CalibrateOptions) -> str:
+    """Calibrates; returns the summary, for the terminal."""
+    certificate, path = calibrate(options)
+    return summary(certificate, path, options)
+
+
 def _calibrate(
     options: CalibrateOptions, candidates: Sequence[tuple[float, ...]], hashes: Sequence[str], split: Split
 ) -> tuple[Certificate, Path]:
     folder = Path(options.output).expanduser()
-    text = ",".join(name_of(thresholds) for thresholds in candidates)
+    text = ",".join(name_of(candidate) for candidate in candidates)
     lm = load(options.sweep("calibration", text))
-    kept = directory(options.backbone, lm.backbone_fingerprint(), lm.exits)
-    check_writable(kept, "the folder of the certificate,", "set DYNAMAX_CACHE to a folder that can be")
+    beside_exits = directory(options.backbone, lm.backbone_fingerprint(), lm.exits)
+    check_writable(beside_exits, "the folder of the certificate,", "set DYNAMAX_CACHE to a folder that can be")
     if options.confidence is None:
         options = replace(options, confidence=lm.exits.config.classifiers[0] if lm.exits is not None else "softmax")
     first = options.sweep("calibration", text, _samples(options, split.calibration))
     task, points = _answered(first, lm, candidates)
     run = finished_points(folder / "calibration")[0]["run"][options.tasks]
     model = _binding(lm, points)
-    kind = LossKind.chosen(options.loss, options.metric if options.loss == "metric" else options.likeness, task)
+    kind = LossKind.find(options.loss, options.metric if options.loss == "metric" else options.likeness, task)
     losses = loss_matrix(kind, task, points)[:, split.first]
     reductions = [_reduction(point) for point in points]
     if options.method == "ltt":
-        found = learn_then_test(
+        selection = learn_then_test(
             losses,
             options.tolerance,
             options.level,
-            _bound(options),
+            options.p_values,
             seed=options.seed,
             population=split.population,
         )
     else:
-        found = conformal_risk_control(losses, options.tolerance)
-    best = found.best(reductions)
-    chosen = list(candidates[best]) if best is not None else [1.0]
+        selection = conformal_risk_control(losses, options.tolerance)
+    best = selection.best(reductions)
+    thresholds = list(candidates[best]) if best is not None else [1.0]
 
     tested = None
     if options.test and best is not None:
-        second = options.sweep("test", name_of(chosen), _samples(options, split.test))
-        tested = _tested(kind, *_answered(second, lm, [tuple(chosen)]))
+        second = options.sweep("test", name_of(thresholds), _samples(options, split.test))
+        tested = _tested(kind, *_answered(second, lm, [tuple(thresholds)]))
     elif options.test:
-        what = "None that passed saves compute" if found.certified else "No candidate passed"
+        what = "None that passed saves compute" if selection.certified else "No candidate passed"
         logger.warning("%s: the certified threshold is 1, the full model, which loses nothing", what)
 
     certificate = Certificate(
@@ -129,10 +138,10 @@ def _calibrate(
         measured_by=kind.measured_by,
         tolerance=options.tolerance,
         level=options.level if options.method == "ltt" else None,
-        thresholds=chosen,
-        candidates=[list(thresholds) for thresholds in candidates],
-        certified=found.certified,
-        scores=list(found.scores),
+        thresholds=thresholds,
+        candidates=[list(candidate) for candidate in candidates],
+        certified=selection.certified,
+        scores=list(selection.scores),
         losses=losses.mean(axis=1).tolist(),
         reductions=reductions,
         compute_reduction=reductions[best] if best is not None else 1.0,
@@ -150,19 +159,19 @@ def _calibrate(
     certificate.save(folder / CERTIFICATE_NAME)
     with naming(folder):
         write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
-        write_text(folder / TABLE_NAME, table(candidates, losses, found, reductions))
-    kept = kept / file_name(certificate, points[0].series.partition(",")[0], options.state_mode)
-    certificate.save(kept)
-    return certificate, kept
+        write_text(folder / TABLE_NAME, table(candidates, losses, selection, reductions))
+    path = beside_exits / file_name(certificate, points[0].series.partition(",")[0], options.state_mode)
+    certificate.save(path)
+    return certificate, path
 
 
 def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> str:
-    """What was found and how to use it, for people."""
+    """Returns for people what was certified and how to use it."""
     folder = Path(options.output).expanduser()
     lines = [(folder / TABLE_NAME).read_text(encoding="utf-8")]
     if certificate.certifies_exits:
         at, reduction = name_of(certificate.thresholds), certificate.compute_reduction
-        lines.append(f"threshold {at}: {certificate.promise}; expected compute_reduction {reduction:.3f}\n")
+        lines.append(f"threshold {at}: {certificate.guarantee}; expected compute_reduction {reduction:.3f}\n")
     elif certificate.certified:
         most = max(certificate.reductions[: certificate.certified])
         lines.append(
@@ -206,23 +215,25 @@ def split_documents(hashes: Sequence[str], share: float, seed: int, limit: int |
     count = round(share * len(order))
     if not 0 < count < len(order):
         raise UserError(f"--share {share:g} of {len(order)} documents leaves none to calibrate or none to test")
-    chosen, others = ({distinct[i] for i in part} for part in (order[:count], order[count:]))
-    calibration = [i for i, found in enumerate(hashes) if found in chosen]
+    calibrating, testing = ({distinct[i] for i in part} for part in (order[:count], order[count:]))
+    calibration = [i for i, digest in enumerate(hashes) if digest in calibrating]
     return Split(
         calibration,
-        test=[i for i, found in enumerate(hashes) if found in others],
+        test=[i for i, digest in enumerate(hashes) if digest in testing],
         first=sorted(np.unique([hashes[i] for i in calibration], return_index=True)[1].tolist()),
         population=len(distinct),
     )
 
 
-def table(candidates: Sequence[Sequence[float]], losses: Floats, found: Selection, reductions: Sequence[float]) -> str:
-    """Every candidate with its loss, its score and what became of it, as Markdown."""
+def table(
+    candidates: Sequence[Sequence[float]], losses: Floats, selection: Selection, reductions: Sequence[float]
+) -> str:
+    """Returns all candidates with their losses, their scores and what became of them, as Markdown."""
     rows = []
-    best = found.best(reductions)
+    best = selection.best(reductions)
     for i, thresholds in enumerate(candidates):
-        verdict = "passed" if i < found.certified else "failed" if i < len(found.scores) else "not tested"
-        score = found.scores[i] if i < len(found.scores) else None
+        verdict = "passed" if i < selection.certified else "failed" if i < len(selection.scores) else "not tested"
+        score = selection.scores[i] if i < len(selection.scores) else None
         verdict = "chosen" if i == best else verdict
         rows.append([name_of(thresholds), float(losses[i].mean()), score, reductions[i], verdict])
     headers = ["thresholds", "mean loss", "p-value or bound", "compute_reduction", "verdict"]
@@ -231,7 +242,7 @@ def table(candidates: Sequence[Sequence[float]], losses: Floats, found: Selectio
 
 
 def _candidates(options: CalibrateOptions) -> list[tuple[float, ...]]:
-    """In the order of testing: the most careful first."""
+    """Returns the candidates in the order of testing: the most conservative first."""
     if options.per_exit is not None:
         from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 
@@ -240,6 +251,7 @@ def _candidates(options: CalibrateOptions) -> list[tuple[float, ...]]:
 
 
 def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:
+    """Returns the hashes of all documents of the task; UserError where the options name several tasks."""
     names = options.sweep("calibration", "0.5").task_names
     with naming_tasks():
         tasks = manager.load(names)["tasks"]
@@ -252,13 +264,10 @@ def _samples(options: CalibrateOptions, documents: list[int]) -> str:
     return json.dumps({options.tasks: documents})
 
 
-def _bound(options: CalibrateOptions) -> Any:
-    return options.bound
-
-
 def _warn_of_few(options: CalibrateOptions, count: int) -> None:
+    """Warns where ``count`` documents are too few to certify anything."""
     level = options.level if options.method == "ltt" else None
-    fewest = fewest_documents(options.tolerance, level, _bound(options))
+    fewest = fewest_documents(options.tolerance, level, options.p_values)
     if count < fewest:
         logger.warning(
             "%d documents cannot certify tolerance %g, even if none of them lost anything: that takes %d. Raise "
@@ -272,11 +281,11 @@ def _warn_of_few(options: CalibrateOptions, count: int) -> None:
 def _answered(
     options: SweepOptions, lm: SweepLM, candidates: Sequence[tuple[float, ...]]
 ) -> tuple[TaskResults, list[PointResult]]:
-    """Runs a sweep; its results, and the points of the candidates in their order."""
-    (task,) = collect.read([sweep(options, lm)], max_degenerate=1.0)
-    known = {point.name: point for point in task.points}
-    line = f"{options.confidences}-{options.state_modes}"
-    return task, [known[f"{line}-{name_of(thresholds)}"] for thresholds in candidates]
+    """Runs a sweep; returns its results, and the points of the candidates in their order."""
+    (task,) = read([sweep(options, lm)], max_degenerate=1.0)
+    by_name = {point.name: point for point in task.points}
+    series = f"{options.confidences}-{options.state_modes}"
+    return task, [by_name[f"{series}-{name_of(thresholds)}"] for thresholds in candidates]
 
 
 def _binding(lm: SweepLM, points: Sequence[PointResult]) -> dict[str, Any]:
@@ -288,7 +297,7 @@ def _reduction(point: PointResult) -> float:
 
 
 def _tested(kind: LossKind, task: TaskResults, points: Sequence[PointResult]) -> dict[str, Any]:
-    """What the certified thresholds did on documents that they were not chosen on."""
+    """Returns what the certified thresholds did on documents that they were not chosen on."""
     (point,) = points
     losses = kind.of(task, point)
     n = len(losses)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamax_lm_eval.calibration.testing import BOUNDS
+from dynamax_lm_eval.calibration.testing import BOUNDS, Bound
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
 
@@ -21,7 +21,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What is to be promised, on which documents, for which policy."""
+    """The guarantee that is wanted, the documents that it comes from, and the policy that it is for."""
 
     backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
     tasks: str = field(metadata={"help": "one task of the harness; the promise holds for documents like its own"})
@@ -68,15 +68,15 @@ class CalibrateOptions:
     system_instruction: str | None = _option(None, "put before every prompt")
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, choices in (
             ("method", METHODS),
             ("bound", BOUNDS),
             ("loss", LOSSES),
             ("likeness", (*LIKENESSES, None)),
         ):
-            if getattr(self, name) not in known:
-                choices = ", ".join(str(choice) for choice in known if choice is not None)
-                raise UserError(f"--{name} must be one of {choices}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in choices:
+                names = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise UserError(f"--{name} must be one of {names}, got {getattr(self, name)!r}")
         for name in ("tolerance", "level", "share"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"--{name} must be in (0, 1), got {getattr(self, name):g}")
@@ -91,8 +91,13 @@ class CalibrateOptions:
             raise UserError(f"--limit must be at least 2, got {self.limit}: one document each to calibrate and to test")
         self.sweep("t", "0.5")  # what it shares with a sweep is checked there
 
+    @property
+    def p_values(self) -> Bound:
+        """The bound that gives the p-values of ltt."""
+        return BOUNDS[BOUNDS.index(self.bound)]
+
     def sweep(self, folder: str, thresholds: str, samples: str | None = None) -> SweepOptions:
-        """The sweep over candidates that this asks for."""
+        """Returns the sweep over candidates that these options ask for."""
         return SweepOptions(
             backbone=self.backbone,
             tasks=self.tasks,

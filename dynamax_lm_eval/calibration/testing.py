@@ -2,7 +2,7 @@
 
 Losses lie in [0, 1]. Documents are independent draws, or a random share of a fixed set of documents; the order in
 which they come is free: what depends on an order draws one of its own. Candidates come in an order that was fixed
-before any loss was seen, the most careful first. Knows numbers only. C candidates, n documents.
+before any loss was seen, the most conservative first. Knows numbers only. C candidates, n documents.
 
 - Angelopoulos, Bates, Candes, Jordan, Lei 2021, "Learn then Test" (arXiv 2110.01052): fixed-sequence testing, and the
   p-value of Hoeffding and Bentkus.
@@ -33,10 +33,10 @@ _ORDER_OF_BETS = 0x626574  # "bet"
 
 @dataclass(frozen=True)
 class Selection:
-    """What a procedure certified.
+    """The candidates that a procedure certified.
 
     Attributes:
-        certified: how many candidates passed before the first that did not. The promise holds for all of them at once.
+        certified: how many candidates passed before the first that did not. The guarantee holds for all of them.
         scores: p-value of each candidate that was looked at (learn then test), or the bound on its expected loss
             (risk control). Candidates behind the first failure were not looked at.
     """
@@ -45,7 +45,7 @@ class Selection:
     scores: tuple[float, ...]
 
     def best(self, reductions: Sequence[float]) -> int | None:
-        """Index of the certified candidate that saves the most, the most careful of equals.
+        """Returns the index of the certified candidate that saves the most, the most conservative of equals.
 
         None where no certified candidate saves anything: then the full model is the better choice.
 
@@ -65,7 +65,7 @@ def learn_then_test(
     seed: int,
     population: int | None = None,
 ) -> Selection:
-    """Fixed-sequence testing: with probability 1 - level no certified candidate's expected loss exceeds tolerance.
+    """Tests in a fixed sequence: with probability 1 - level no certified candidate's expected loss exceeds tolerance.
 
     Each candidate's hypothesis "the expected loss is more than tolerance" is tested at ``level`` until the first that
     cannot be rejected. No monotony is needed. The probability is that of any wrong candidate among the certified ones,
@@ -93,7 +93,9 @@ def learn_then_test(
 
 
 def conformal_risk_control(losses: Floats, tolerance: float) -> Selection:
-    """The loss of a new document is at most tolerance in expectation, over calibration documents and that one.
+    """Certifies that a new document's expected loss is at most tolerance.
+
+    The expectation is over the calibration documents and the new one.
 
     A candidate passes where (n R + 1) / (n + 1) <= tolerance, R its mean loss (equation 4 of the paper). This needs
     losses that only grow along the candidates; others are replaced by the largest so far of each document, which are
@@ -116,11 +118,12 @@ def conformal_risk_control(losses: Floats, tolerance: float) -> Selection:
 def betting_p_values(
     losses: Floats, tolerance: float, level: float, *, seed: int, population: int | None = None
 ) -> Floats:
-    """(C,) p-values: 1 / the largest capital of a gambler who bets against the hypothesis document by document.
+    """Returns (C,) p-values by betting: 1 / the largest capital of a gambler who bets against the hypothesis.
 
-    Capital after i documents is prod (1 - b_j (L_j - m_j)), a supermartingale under the hypothesis for any bets b_j in
-    [0, 1] that depend on earlier documents only; its maximum obeys Ville's inequality. The bets are those of
-    Waudby-Smith and Ramdas's predictable plug-in, min(1, sqrt(2 ln(1/level) / (n s_{j-1}^2))).
+    One bet is made for each document. Capital after i documents is prod (1 - b_j (L_j - m_j)), a supermartingale under
+    the hypothesis for any bets b_j in [0, 1] that depend on earlier documents only; its maximum obeys Ville's
+    inequality. The bets are those of Waudby-Smith and Ramdas's predictable plug-in,
+    min(1, sqrt(2 ln(1/level) / (n s_{j-1}^2))).
 
     This holds only where a document's expected loss, given the earlier ones, is at least m_j. In the order of a sorted
     task it is not: the gambler would have won on the easy documents before the hard ones come. So bets follow a random
@@ -152,13 +155,15 @@ def betting_p_values(
         expected = np.clip(others, 0.0, tolerance)
     with np.errstate(divide="ignore"):  # everything may be lost, and the capital stays at 0
         capital = np.cumsum(np.log1p(-bets * (losses - expected)), axis=1)
-    found: Floats = np.exp(-np.maximum(0.0, capital.max(axis=1)))
-    return found
+    p_values: Floats = np.exp(-np.maximum(0.0, capital.max(axis=1)))
+    return p_values
 
 
 def hoeffding_bentkus_p_values(losses: Floats, tolerance: float) -> Floats:
-    """(C,): min(exp(-n h(R, tolerance)), e P(Binomial(n, tolerance) <= ceil(n R))), R the mean loss, h the relative
-    entropy of two coins; proposition 3 of Learn then Test.
+    """Returns (C,) p-values of Hoeffding and Bentkus (proposition 3 of Learn then Test).
+
+    They are min(exp(-n h(R, tolerance)), e P(Binomial(n, tolerance) <= ceil(n R))), R the mean loss, h the relative
+    entropy of two coins.
 
     Both parts come from expectations of convex functions of a sum, which are no larger without replacement (Hoeffding
     1963, theorem 4); the order of documents does not enter.
@@ -172,24 +177,24 @@ def hoeffding_bentkus_p_values(losses: Floats, tolerance: float) -> Floats:
     hoeffding = np.exp(-n * (rel_entr(low, tolerance) + rel_entr(1 - low, 1 - tolerance)))
     # Sums of equal numbers land a little above the whole number that they are.
     bentkus = math.e * binom.cdf(np.ceil(n * mean - 1e-9), n, tolerance)
-    found: Floats = np.minimum(1.0, np.minimum(hoeffding, bentkus))
-    return found
+    p_values: Floats = np.minimum(1.0, np.minimum(hoeffding, bentkus))
+    return p_values
 
 
 def fewest_documents(tolerance: float, level: float | None, bound: Bound = "betting") -> int:
-    """How many documents are needed for any candidate to pass, were nothing lost on any of them.
+    """Returns how many documents are needed for any candidate to pass, were nothing lost on any of them.
 
     ``level``: None for conformal risk control.
     """
 
     def passes(n: int) -> bool:
         nothing = np.zeros((1, n))
-        found = (
+        selection = (
             conformal_risk_control(nothing, tolerance)
             if level is None
             else learn_then_test(nothing, tolerance, level, bound, seed=0)  # all orders are one
         )
-        return found.certified > 0
+        return selection.certified > 0
 
     most = 1
     while not passes(most):
@@ -202,7 +207,7 @@ def fewest_documents(tolerance: float, level: float | None, bound: Bound = "bett
 
 
 def _until_first_failure(scores: Floats, most: float) -> Selection:
-    """Candidates are certified until the first whose score is more than ``most``; no later one is looked at."""
+    """Certifies candidates until the first whose score is more than ``most``; no later one is looked at."""
     failed = np.flatnonzero(scores > most)
     certified = int(failed[0]) if len(failed) else len(scores)
     return Selection(certified, tuple(scores[: certified + 1].tolist()))

@@ -1,7 +1,8 @@
-"""Certificates: what was promised of a threshold, for which model and task, and whether a run is covered by it.
+"""Certificates: what is guaranteed of a threshold, for which model and task, and whether a run is covered by it.
 
 A certificate is a JSON file. It binds everything that decides what a model answers except the thresholds themselves,
-the task with its settings, and the documents that it was made from, which no run may be judged on.
+the task with its settings, and the documents that it was made from, which no run may be judged on. Knows
+identities as JSON data and the harness's tasks; does not run anything.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dynamax_lm_eval.config import CALIBRATED, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, shipped_home
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.files import JsonFormat, short_name
+from dynamax_lm_eval.files import JsonFormat, clean_name, short_name
 from dynamax_lm_eval.models.aliases import cache_dir
 from dynamax_lm_eval.models.fingerprint import Fingerprints
 
@@ -45,18 +46,18 @@ _DECIDED = frozenset({"thresholds"})
 
 @dataclass(frozen=True)
 class Certificate:
-    """Thresholds and what is known of them.
+    """Thresholds, what they guarantee, and the model, task and documents that this holds for.
 
     Attributes:
         method: ``ltt`` (learn then test) or ``crc`` (conformal risk control).
         bound: of the p-values; None for crc.
         loss: ``metric`` or ``consistency``.
-        measured_by: the metric, or the likeness to the full model's answers.
+        measured_by: the metric, or the similarity to the full model's answers.
         tolerance: the most that may be lost per document, in expectation.
         level: probability of a worse threshold; None for crc.
         thresholds: one, or one per exit: the certified candidate that saves the most; [1] where none saves anything.
         candidates: all thresholds of the grid, in the order of testing.
-        certified: how many of them, from the first on, the promise holds for.
+        certified: how many of them, from the first on, the guarantee holds for.
         scores: p-value (ltt) or bound (crc) of those that were looked at.
         losses: mean loss of every candidate on the calibration documents.
         reductions: compute_reduction of every candidate on the calibration documents.
@@ -98,8 +99,8 @@ class Certificate:
     version: str
 
     @property
-    def promise(self) -> str:
-        """In words."""
+    def guarantee(self) -> str:
+        """The guarantee in words."""
         lost = f"the expected {self.loss} loss ({self.measured_by}) per document is at most {self.tolerance:g}"
         if self.level is None:
             return f"{lost}, averaged over calibration samples"
@@ -107,40 +108,52 @@ class Certificate:
 
     @property
     def certifies_exits(self) -> bool:
-        """False where the thresholds are those of the full model: no candidate passed, or none of them saves."""
+        """Says whether anything may exit; nothing may where no candidate passed, or none of them saves."""
         return any(threshold < 1 for threshold in self.thresholds)
 
     def to_json(self) -> dict[str, Any]:
-        return {"promise": self.promise, **asdict(self)}
+        return {"promise": self.guarantee, **asdict(self)}
 
     def summary(self) -> dict[str, Any]:
-        """For result files: all but the documents."""
+        """Returns the certificate for result files, with a count in place of the documents."""
         data = {"format": FORMAT.name, "format_version": FORMAT.version, **self.to_json()}
         data["calibration_documents"] = len(self.calibration_documents)
         return data
 
     @classmethod
     def load(cls, path: Path) -> Certificate:
-        """Raises UserError where the file is missing, damaged, or no certificate."""
+        """Reads a certificate.
+
+        Raises:
+            UserError: the file is missing, damaged, or no certificate.
+        """
         called = f"threshold={str(path)!r}"
         data = FORMAT.read(path, called)
         data.pop("promise", None)
         try:
-            found = cls(**data)
-            tuple(float(threshold) for threshold in found.thresholds)
+            certificate = cls(**data)
+            tuple(float(threshold) for threshold in certificate.thresholds)
         except (TypeError, ValueError) as error:
             raise UserError(f"{called} is damaged ({error}); {FORMAT.remedy}") from error
-        return found
+        return certificate
 
     def save(self, path: Path) -> None:
         FORMAT.write(path, self.to_json())
 
     def check_policy(self, policy: Mapping[str, Any]) -> None:
-        """Raises UserError where the policy (``ExitPolicy.describe``) is not the certified one, thresholds aside."""
+        """Compares a policy (``ExitPolicy.describe``) with the certified one, thresholds aside.
+
+        Raises:
+            UserError: it is another.
+        """
         self._check(_policy_binding(policy), {name for name in self.model if name.startswith("policy.")})
 
     def check_model(self, identity: Mapping[str, Any]) -> None:
-        """The same for the whole identity (``DynamaxLM.identity``)."""
+        """Compares the whole identity (``DynamaxLM.identity``) with the certified one, thresholds aside.
+
+        Raises:
+            UserError: it is another.
+        """
         self._check(binding(identity), set(self.model))
 
     def _check(self, now: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -152,7 +165,7 @@ class Certificate:
             )
 
     def check_task(self, name: str, run: Mapping[str, Any], documents: Sequence[str], any_task: bool) -> bool:
-        """Whether the promise holds for these documents (hashes) of a task.
+        """Says whether the guarantee holds for these documents (hashes) of a task.
 
         Raises:
             UserError: the task or its settings are others (unless ``any_task``), or documents are among those that
@@ -180,26 +193,32 @@ class CertifiedRun:
     """A run whose thresholds come from a certificate."""
 
     def __init__(self, path: Path, certificate: Certificate, any_task: bool) -> None:
-        """``any_task``: other tasks than the certificate's may be run, without a guarantee."""
+        """Logs what the certificate guarantees.
+
+        ``any_task``: other tasks than the certificate's may be run, without a guarantee.
+        """
         self.path = path
         self.certificate = certificate
         self._any_task = any_task
         self._guaranteed: dict[str, bool] = {}
-        logger.info("%s: thresholds %s; %s", path, certificate.thresholds, certificate.promise)
+        logger.info("%s: thresholds %s; %s", path, certificate.thresholds, certificate.guarantee)
         if not certificate.certifies_exits:
             logger.warning("%s certifies no exit: this run is the full model", path)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
-        """Those of the certificate: one, or one per exit."""
+        """The thresholds of the certificate: one, or one per exit."""
         return tuple(self.certificate.thresholds)
 
     def check_tasks(self, settings: Mapping[str, Mapping[str, Any]], documents: Callable[[str], Sequence[str]]) -> None:
-        """Raises UserError where the certificate does not allow a task; notes for which tasks its promise holds.
+        """Takes note of the tasks that the guarantee holds for.
 
         Args:
             settings: of each task, see :func:`run_settings`.
             documents: gives the hashes of a task's documents.
+
+        Raises:
+            UserError: the certificate does not allow a task.
         """
         self._guaranteed = {
             name: self.certificate.check_task(name, run, documents(name), self._any_task)
@@ -207,12 +226,12 @@ class CertifiedRun:
         }
 
     def describe(self) -> dict[str, Any]:
-        """For result files."""
+        """Returns for result files the certificate and what it guarantees of this run."""
         return {"path": str(self.path), "guarantee": self._guaranteed, **self.certificate.summary()}
 
 
 def binding(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a model's identity a certificate depends on, flat."""
+    """Returns the part of a model's identity that a certificate depends on, flat."""
     bound = {name: value for name, value in identity.items() if name not in _UNBOUND}
     return dict(_as_json({**bound, **_policy_binding(identity["policy"])}))
 
@@ -224,7 +243,7 @@ def _policy_binding(policy: Mapping[str, Any]) -> dict[str, Any]:
 def run_settings(
     task: Any, apply_chat_template: Any, system_instruction: str | None, fewshot_as_multiturn: bool | None
 ) -> dict[str, Any]:
-    """What of a run of a task decides its documents' losses.
+    """Returns the settings of a task's run that decide its documents' losses.
 
     Call it when the harness has seeded the task's sampler of few-shot examples and has drawn none.
     """
@@ -248,7 +267,7 @@ def run_settings(
 
 
 def _fewshot(task: Any, count: int) -> dict[str, str | None]:
-    """What tells one choice of few-shot examples from another.
+    """Returns what tells one choice of few-shot examples from another.
 
     ``fewshot_examples`` is a digest of those that a first prompt would show, and ``fewshot_draw`` one of the generator
     that draws them, as the harness's few-shot seed left it; None where nothing is drawn and the seed is free.
@@ -257,7 +276,7 @@ def _fewshot(task: Any, count: int) -> dict[str, str | None]:
         return {"fewshot_examples": None, "fewshot_draw": None}
     sampler: Any = getattr(task, "sampler", None)
     if not type(sampler).__module__.startswith("lm_eval."):
-        # A task that draws by its own means, which one more draw might change: all that is known is the seed.
+        # A task that draws by its own means, which one more draw might change: only its seed can be told.
         generator = getattr(sampler, "rnd", None) or getattr(task, "fewshot_rnd", None)
         return {"fewshot_examples": None, "fewshot_draw": _digest(repr(generator and generator.getstate()))}
     generator = sampler.rnd
@@ -273,22 +292,22 @@ def _digest(text: str) -> str:
 
 
 def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
-    """Says what it is for; another promise on the same task has another name."""
-    promise = [certificate.method, certificate.loss, f"{certificate.tolerance:g}"]
-    promise += [f"{certificate.level:g}"] if certificate.level is not None else []
-    return short_name("-".join([certificate.task, scorer, state_mode, *promise])) + ".json"
+    """Returns a name that says what a certificate is for; another guarantee on the same task has another name."""
+    guarantee = [certificate.method, certificate.loss, f"{certificate.tolerance:g}"]
+    guarantee += [f"{certificate.level:g}"] if certificate.level is not None else []
+    return short_name("-".join([certificate.task, scorer, state_mode, *guarantee])) + ".json"
 
 
 def directory(backbone: str, fingerprint: str, exits: ExitCheckpoint | None) -> Path:
-    """Where certificates of a backbone are kept: beside its exits, or else among the user's own files."""
-    return _homes(backbone, fingerprint, exits)[0]
+    """Returns where certificates of a backbone are kept: beside its exits, or else among the user's own files."""
+    return _directories(backbone, fingerprint, exits)[0]
 
 
-def _homes(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None) -> list[Path]:
-    """Where certificates of a backbone can be; of those of its name where its weights are not known yet."""
+def _directories(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None) -> list[Path]:
+    """Returns where certificates of a backbone can be; without ``fingerprint``, those of all backbones of its name."""
     if exits is not None and shipped_home() not in exits.path.parents and os.access(exits.path, os.W_OK):
         return [exits.path / "certificates"]
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in Path(backbone).name)
+    name = clean_name(Path(backbone).name)
     own = cache_dir() / "certificates"
     return [own / f"{name}-{fingerprint[:12]}"] if fingerprint is not None else sorted(own.glob(f"{name}-*"))
 
@@ -299,7 +318,7 @@ def for_run(
     fingerprints: Fingerprints | None,
     exits: ExitCheckpoint | None,
 ) -> CertifiedRun | None:
-    """The certificate that a run's arguments name, if they name one.
+    """Returns the certificate that a run's arguments name, if they name one.
 
     Args:
         args: of the run.
@@ -320,7 +339,7 @@ def for_run(
 def find_certificate(
     named: str, backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None, policy: Mapping[str, Any]
 ) -> tuple[Path, Certificate]:
-    """The certificate that ``threshold=`` names: a file, or for ``calibrated`` the one that was made for this policy.
+    """Returns the certificate that ``threshold=`` names: a file, or for ``calibrated`` the one of this policy.
 
     Args:
         named: as the user gave it.
@@ -337,31 +356,33 @@ def find_certificate(
         certificate = Certificate.load(path)
         certificate.check_policy(policy)
         return path, certificate
-    found, others = [], []
-    for path in (path for folder in _homes(backbone, fingerprint, exits) for path in sorted(folder.glob("*.json"))):
+    fitting, reasons = [], []
+    for path in (
+        path for folder in _directories(backbone, fingerprint, exits) for path in sorted(folder.glob("*.json"))
+    ):
         try:
             certificate = Certificate.load(path)
         except UserError as error:  # it must not stand in the way of one that was made since
             logger.warning("%s", error)
-            others.append(str(error))
+            reasons.append(str(error))
             continue
         if fingerprint not in (None, certificate.fingerprint):
             continue
         try:
             certificate.check_policy(policy)
         except UserError as error:
-            others.append(f"{path.name}: {error}")
+            reasons.append(f"{path.name}: {error}")
         else:
-            found.append((path, certificate))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(str(path) for path, _ in found)
+            fitting.append((path, certificate))
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(str(path) for path, _ in fitting)
         raise UserError(f"threshold={CALIBRATED}: several certificates fit, name one: threshold=FILE with {names}")
-    reason = others[0] if others else "none was made for this backbone; run dynamax-lm-eval calibrate"
+    reason = reasons[0] if reasons else "none was made for this backbone; run dynamax-lm-eval calibrate"
     raise UserError(f"threshold={CALIBRATED}: there is no certificate that fits. {reason}")
 
 
 def _as_json(data: Any) -> Any:
-    """As it will be when read back."""
+    """Returns data as they will be when read back."""
     return json.loads(json.dumps(data, sort_keys=True, default=str))

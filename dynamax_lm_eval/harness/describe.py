@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def identity(lm: Any) -> dict[str, Any]:
-    """Everything that decides what a model answers: weights, dtype, tokenizer, policy. Not batch or device."""
+    """Returns everything that decides what a model answers: weights, dtype, tokenizer, policy; not batch or device."""
     return {
         "weights": lm.weights,
         "config": config_fingerprint(lm.model.config),
@@ -34,7 +34,7 @@ def identity(lm: Any) -> dict[str, Any]:
 
 
 def run_settings(lm: Any) -> dict[str, Any]:
-    """The section ``config.dynamax`` of a result file."""
+    """Returns the section ``config.dynamax`` of a result file."""
     backbone, exits = lm.engine.backbone, lm.exits
     policy = lm.policy.describe()
     if lm.budget.has_budget:
@@ -72,14 +72,14 @@ def warn_of_read_cost(lm: Any) -> None:
 
 
 def needs_tasks(lm: Any) -> str | None:
-    """What of a run cannot do without knowing which tasks are evaluated; None where nothing needs it."""
+    """Returns the part of a run that needs to know which tasks are evaluated; None where none does."""
     if lm.certified is not None:
         return "a certificate"
     return "a budget" if lm.budget.has_budget else None
 
 
 def _preset_sets(lm: Any) -> dict[str, Any] | None:
-    """What the preset decided, so that the result file tells it from what the user gave."""
+    """Returns what the preset decided, so that the result file tells it from what the user gave."""
     if lm.args.preset is None:
         return None
     return {

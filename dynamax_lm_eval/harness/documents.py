@@ -1,4 +1,7 @@
-"""Tasks and documents of requests: what an answer is for, and what an error has to name."""
+"""Tasks and documents of requests: what an answer is for, and what an error has to name.
+
+Knows the harness's instances and the errors of the engine; knows nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ Document = tuple[str, Any]
 
 
 def document_of(request: Any, place: int = 0) -> Document:
-    """The document of a request; one that was made by hand, and says nothing of it, is its own document."""
+    """Returns the document of a request; one that was made by hand, and says nothing of it, is its own document."""
     task, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
     return "" if task is None else str(task), f"request {place}" if document is None else document
 
 
 def documents_of(requests: Sequence[Any]) -> list[Document]:
-    """The document of each request."""
+    """Returns the document of each request."""
     return [document_of(request, place) for place, request in enumerate(requests)]
 
 
@@ -36,7 +39,10 @@ def of_document(document: Document) -> Iterator[None]:
 
 @contextmanager
 def naming_document(documents: Sequence[Document], owner: Sequence[int] | None = None) -> Iterator[None]:
-    """Turns an error of computation ``index`` into one that names its document, ``owner[index]`` of ``documents``."""
+    """Turns an error of one computation into one that names its document.
+
+    ``owner``: gives for each computation the place of its document; None: they have the same places.
+    """
     try:
         yield
     except RequestError as error:
@@ -49,6 +55,6 @@ def naming_document(documents: Sequence[Document], owner: Sequence[int] | None =
 
 
 def _named(document: Document) -> str:
-    """A document in words."""
+    """Returns a document in words."""
     task, doc_id = document
     return f"document {doc_id} of task {task!r}" if task else str(doc_id)

@@ -16,7 +16,7 @@ EncodedPair = tuple[tuple[str, str], list[int], list[int]]
 
 
 def encode_pair(lm: Any, context: str, continuation: str) -> TokenPair:
-    """Token ids of a context and of its continuation, as the harness splits them.
+    """Returns the token ids of a context and of its continuation, as the harness splits them.
 
     The harness's own ``hf`` ends in an assertion in two cases that have an answer: a context that is made of
     spaces, which belong to the continuation, counts as empty; and where one token holds the end of the context and
@@ -50,7 +50,7 @@ def encode_pair(lm: Any, context: str, continuation: str) -> TokenPair:
 
 
 def needed_prefix(lm: Any) -> int:
-    """The token that stands before what has no context; UserError where the tokenizer has none for it."""
+    """Returns the token that stands before what has no context; UserError where the tokenizer has none for it."""
     prefix: int | None = lm.prefix_token_id
     if prefix is None:
         raise UserError(
@@ -61,7 +61,7 @@ def needed_prefix(lm: Any) -> int:
 
 
 def fit(lm: Any, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
-    """Tokens to feed and how many of them are context, cut from the left to the model's length.
+    """Returns tokens to feed and how many of them are context, cut from the left to the model's length.
 
     Raises:
         UserError: one of both is empty, the continuation alone is too long, or an id has no embedding.

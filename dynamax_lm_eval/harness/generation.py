@@ -91,7 +91,8 @@ class GenerationSettings:
     """One set of generation arguments, merged with the model's generation_config as ``generate`` does."""
 
     def __init__(self, model: Any, kwargs: Mapping[str, Any], pad_token_id: int | None) -> None:
-        """
+        """Merges the arguments, and refuses what cannot be honoured.
+
         Args:
             model: the transformers model.
             kwargs: what ``--model hf`` would pass to ``generate`` besides inputs, lengths and stops.
@@ -120,10 +121,11 @@ class GenerationSettings:
 
     @property
     def do_sample(self) -> bool:
+        """Says whether tokens are sampled."""
         return bool(self.config.do_sample)
 
     def for_prompt(self, prompt: Sequence[int], max_length: int) -> tuple[int, LogitsProcessorList]:
-        """How many tokens may follow a prompt, and transformers' logits processors and warpers for it.
+        """Returns how many tokens may follow a prompt, and transformers' logits processors and warpers for it.
 
         As ``generate`` prepares them: a model's own max_new_tokens precedes ``max_length`` (tokens of prompt and
         text), and what penalises or bans a prompt's tokens gets them.
@@ -175,29 +177,29 @@ class GenerationSettings:
 
 
 def _known_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Generation arguments without those that ask for nothing; UserError for names that cannot be honoured."""
+    """Returns generation arguments without those that ask for nothing; UserError for names that cannot be honoured."""
     fields = _fields()
-    known: dict[str, Any] = {}
+    honoured: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name in _SET_BY_HARNESS:
             raise UserError(f"generation argument {name}={value!r} cannot be given: the harness sets it; remove it")
         if name in fields:
-            known[name] = value
+            honoured[name] = value
         elif name not in _OF_GENERATE:
             raise UserError(
                 unknown_name("generation argument", name, fields, "those of transformers' generate are", fields)
             )
         elif value is not None:
             raise UserError(f"generation argument {name}={value!r} is not supported by dynamax; remove it")
-    for name, value in known.items():
+    for name, value in honoured.items():
         if name in INERT and not _changes_nothing(name, value):
             raise UserError(f"generation argument {name}={value!r} has no effect: {INERT[name]}; remove it")
         _check_supported(name, value, "generation argument {}={!r} is not supported by dynamax")
-    return known
+    return honoured
 
 
 def _check_merged(config: GenerationConfig, kwargs: Mapping[str, Any]) -> None:
-    """Raises UserError for what a model's generation_config asks for and cannot get (unless ``kwargs`` override it)."""
+    """Refuses (UserError) what a model's generation_config asks for and cannot get, unless ``kwargs`` override it."""
     for name in sorted(_fields() - kwargs.keys()):  # a model's entries of other names are not read by generate
         shown = "the model's generation_config sets {}={!r}, which is not supported by dynamax"
         _check_supported(name, getattr(config, name, None), shown)
@@ -210,13 +212,13 @@ def _check_merged(config: GenerationConfig, kwargs: Mapping[str, Any]) -> None:
 
 
 def _fields() -> frozenset[str]:
-    """Names that the installed transformers has in its GenerationConfig."""
+    """Returns the names that the installed transformers has in its GenerationConfig."""
     configuration: Any = GenerationConfig
     return frozenset(configuration().to_dict())
 
 
 def _check_supported(name: str, value: Any, shown: str) -> None:
-    """Raises UserError for a field that is refused, or that a later transformers has and this module does not know."""
+    """Refuses (UserError) a field that cannot be honoured, or that is of a later transformers and not known here."""
     if name in HONOURED or name in INERT or _changes_nothing(name, value):
         return
     why = REFUSED.get(name, "it is newer than dynamax")
@@ -224,7 +226,7 @@ def _check_supported(name: str, value: Any, shown: str) -> None:
 
 
 def _changes_nothing(name: str, value: Any) -> bool:
-    """Whether a field's value is as good as none: of the same type as a neutral one, so that True is not 1."""
+    """Says whether a field's value is as good as none: of the same type as a neutral one, so that True is not 1."""
     return value is None or any(
         value == neutral and (type(value) is type(neutral) or (type(value), type(neutral)) == (int, float))
         for neutral in (*_NEUTRAL.get(name, ()), _harmless(name))
@@ -232,12 +234,12 @@ def _changes_nothing(name: str, value: Any) -> bool:
 
 
 def _harmless(name: str) -> Any:
-    """transformers' own default of a field."""
+    """Returns transformers' own default of a field."""
     return GenerationConfig._get_default_generation_params().get(name)
 
 
 def _as_hf_passes(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as the harness's HFLM hands them to ``generate``: without a temperature, greedy."""
+    """Returns the arguments as the harness's HFLM hands them to ``generate``: without a temperature, greedy."""
     passed = dict(kwargs)
     temperature = passed.setdefault("temperature", 0.0)
     if temperature == 0.0 and passed.get("do_sample") is None:

@@ -16,12 +16,12 @@ from dynamax_lm_eval.models import loading
 
 
 def harness_arguments() -> frozenset[str]:
-    """The names that HFLM takes, without the two that only make sense inside it."""
+    """Returns the names that HFLM takes, without the two that only make sense inside it."""
     return frozenset(inspect.signature(HFLM.__init__).parameters) - {"self", "kwargs"}
 
 
 def quantization(kwargs: dict[str, Any]) -> Any:
-    """The bitsandbytes configuration that HFLM's arguments mean, which are taken out of ``kwargs``; None for none.
+    """Takes HFLM's arguments of bitsandbytes out of ``kwargs``; returns the configuration that they mean, or None.
 
     transformers 5 takes a configuration only; HFLM still passes its parts one by one.
 
@@ -39,7 +39,7 @@ def quantization(kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def loading_whole_models(lm: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """While HFLM loads, refuses models whose files lack weights, and names the argument that an error belongs to.
+    """Refuses, while HFLM loads, models whose files lack weights, and names the argument that an error belongs to.
 
     HFLM loads the backbone, and the weights of a delta, through its attribute ``AUTO_MODEL_CLASS``.
 

@@ -22,7 +22,7 @@ from dynamax_lm_eval.harness.stopping import StopStrings
 
 @dataclass(frozen=True)
 class RequestSettings:
-    """What decides how a request is answered, beside the request itself."""
+    """The settings that decide how a request is answered, beside the request itself."""
 
     policy: ExitPolicy
     repetition_penalty: float | None
@@ -36,7 +36,7 @@ class PreparedArguments:
         self._prepared: dict[str, tuple[GenerationSettings, StopStrings]] = {}
 
     def of(self, kwargs: dict[str, Any], stops: list[str]) -> tuple[GenerationSettings, StopStrings]:
-        """The settings that ``generate`` would follow, and what tells that a generation is over."""
+        """Returns the settings that ``generate`` would follow, and what tells that a generation is over."""
         key = json.dumps([kwargs, stops], sort_keys=True, default=repr)
         if key not in self._prepared:
             settings = GenerationSettings(self._lm.model, kwargs, self._lm.tokenizer.pad_token_id)
@@ -50,7 +50,8 @@ class PreparedGeneration:
     def __init__(
         self, lm: Any, settings: RequestSettings, request: Any, eos: str | None, arguments: PreparedArguments
     ) -> None:
-        """
+        """Tokenises the prompt and works out the request's limits.
+
         Args:
             lm: the model, for its tokenizer and limits.
             settings: when the request's tokens exit, and the penalty that it gets unless it names its own.
@@ -101,7 +102,7 @@ class PreparedGeneration:
         )
 
     def text(self, tokens: list[int]) -> str:
-        """What the harness gets: decoded, without what follows a stop string or precedes the end of thinking."""
+        """Returns the text for the harness, without what follows a stop string or precedes the end of thinking."""
         think_end = self._lm.think_end_token
         if isinstance(think_end, int) and think_end in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(think_end) :]

@@ -29,7 +29,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.harness.documents import Document, document_of, documents_of, naming_document, of_document
 from dynamax_lm_eval.harness.encoding import TokenPair, encode_pair, fit, needed_prefix
-from dynamax_lm_eval.harness.ledger import ResponseLedger
+from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Answer:
-    """What the harness gets, and what it took.
+    """An answer for the harness, and its compute.
 
     Attributes:
         value: a text, (log-likelihood, is_greedy), or a log-likelihood.
@@ -62,7 +62,8 @@ class Responder:
     """Answers requests of the harness with the engine of a model."""
 
     def __init__(self, lm: Any, ledger: ResponseLedger) -> None:
-        """
+        """Takes the model and the ledger that is told of what ran.
+
         Args:
             lm: the model, for its engine, tokenizer, limits and arguments as they are when requests come.
             ledger: is told how long answers took and what really ran for them.
@@ -70,15 +71,15 @@ class Responder:
         self._lm = lm
         self._ledger = ledger
 
-    def generations(self, asked: Sequence[tuple[RequestSettings, Any]], disable_tqdm: bool = False) -> Answers:
+    def generations(self, requests: Sequence[tuple[RequestSettings, Any]], disable_tqdm: bool = False) -> Answers:
         """Yields the index and the text of ``generate_until`` requests, each under settings of its own."""
-        if not asked:
+        if not requests:
             return
         lm = self._lm
         eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
         arguments = PreparedArguments(lm)
-        prepared = [PreparedGeneration(lm, settings, request, eos, arguments) for settings, request in asked]
-        _seed_samplers([settings for settings, _ in asked], prepared)
+        prepared = [PreparedGeneration(lm, settings, request, eos, arguments) for settings, request in requests]
+        _seed_samplers([settings for settings, _ in requests], prepared)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
         jobs = [job.request for job in prepared]
         running = generate(lm.engine, jobs, self._rows_in_flight(longest), lm.args.prefix_caching)
@@ -91,8 +92,8 @@ class Responder:
 
         with (
             self._timed("generate_until"),
-            self._progress(len(asked), "generate_until", disable_tqdm) as progress,
-            naming_document(documents_of([request for _, request in asked])),
+            self._progress(len(requests), "generate_until", disable_tqdm) as progress,
+            naming_document(documents_of([request for _, request in requests])),
         ):
             for index, generation in self._driven(running):
                 result = answer(index, generation)
@@ -100,7 +101,7 @@ class Responder:
                 yield index, result
 
     def encode(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[TokenPair]:
-        """Token ids of the contexts and continuations of ``loglikelihood`` requests.
+        """Returns the token ids of the contexts and continuations of ``loglikelihood`` requests.
 
         Raises:
             UserError: one of them cannot be scored; names its document.
@@ -128,13 +129,13 @@ class Responder:
                 progress.advance(answer.record)
                 yield index, answer
 
-    def rolling_scores(self, asked: Sequence[tuple[ExitPolicy, Any]], disable_tqdm: bool = False) -> Answers:
+    def rolling_scores(self, requests: Sequence[tuple[ExitPolicy, Any]], disable_tqdm: bool = False) -> Answers:
         """Yields the index and the log-likelihood of whole texts, scored in windows of the model's length."""
         lm, kind = self._lm, "loglikelihood_rolling"
-        documents = documents_of([request for _, request in asked])
+        documents = documents_of([request for _, request in requests])
         windows: list[TokenPair] = []
         owner: list[int] = []
-        for index, (_, request) in enumerate(asked):
+        for index, (_, request) in enumerate(requests):
             with of_document(documents[index]):
                 tokens = lm.tok_encode(request.args[0])
                 prefix = needed_prefix(lm) if tokens else 0
@@ -145,8 +146,8 @@ class Responder:
                 windows.append(window)
                 owner.append(index)
 
-        sums = [0.0] * len(asked)
-        parts: list[list[ComputeRecord]] = [[] for _ in asked]
+        sums = [0.0] * len(requests)
+        parts: list[list[ComputeRecord]] = [[] for _ in requests]
         open_windows = Counter(owner)
 
         def whole(index: int) -> tuple[int, Answer]:
@@ -154,11 +155,11 @@ class Responder:
             progress.advance(answer.record)
             return index, answer
 
-        with self._timed(kind), self._progress(len(asked), kind, disable_tqdm) as progress:
-            for index in range(len(asked)):
+        with self._timed(kind), self._progress(len(requests), kind, disable_tqdm) as progress:
+            for index in range(len(requests)):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     yield whole(index)
-            policies = [asked[index][0] for index in owner]
+            policies = [requests[index][0] for index in owner]
             for window, answer in self._score(policies, windows, [documents[index] for index in owner]):
                 index = owner[window]
                 sums[index] += answer.value[0]
@@ -210,7 +211,7 @@ class Responder:
                     yield index, Answer(value, record)
 
     def _driven(self, running: Generator[tuple[int, Result], None, list[PrefixRun]]) -> Iterator[tuple[int, Result]]:
-        """What the engine yields; what it ran for prefixes is counted in the end."""
+        """Yields what the engine yields; what it ran for prefixes is counted in the end."""
         runs = yield from running
         for run in runs:
             record = self._lm.engine.account(run.trace, run.policy)
@@ -222,7 +223,7 @@ class Responder:
         return record
 
     def _rows_in_flight(self, longest: int) -> int:
-        """``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""
+        """Returns ``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""
         lm = self._lm
         if lm.batch_size != "auto":
             return int(lm.batch_size)
@@ -267,8 +268,8 @@ class Progress:
 def _shared_row(
     scoring: Scoring, request: ScoringRequest, members: Sequence[int]
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """(log-likelihood, is_greedy) of each of the ``members`` of a row, whose last tokens are the row's last targets."""
-    common = sum(line[0] for line in scoring.log_probs[:-1])
+    """Yields each member of a row with its (log-likelihood, is_greedy); their last tokens are the last targets."""
+    common = sum(log_probs[0] for log_probs in scoring.log_probs[:-1])
     common_greedy = all(
         token == target[0] for token, target in zip(scoring.greedy_tokens[:-1], request.targets[:-1], strict=True)
     )
@@ -278,16 +279,14 @@ def _shared_row(
 
 def _seed_samplers(settings: Sequence[RequestSettings], prepared: Sequence[PreparedGeneration]) -> None:
     """Gives every request that samples a random stream of its own, whatever else is in the batch."""
-    repeats: Counter[tuple[RequestSettings, str]] = Counter()
-    for setting, job in zip(settings, prepared, strict=True):
+    keys = [(setting, job.key) for setting, job in zip(settings, prepared, strict=True)]
+    for job, occurrence in zip(prepared, occurrences(keys), strict=True):
         if job.request.sampler.do_sample:
-            occurrence = repeats[setting, job.key]
             job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, occurrence)
-            repeats[setting, job.key] += 1
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Returns the bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

@@ -28,7 +28,7 @@ class StopStrings:
         self._may_end: dict[int, bool] = {}
 
     def __call__(self, generated: list[int]) -> bool:
-        """Whether the generation ends with the last of these tokens."""
+        """Says whether the generation ends with the last of these tokens."""
         last = generated[-1]
         if last in self._eos_ids:
             return True

@@ -13,13 +13,12 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import page, plots, statistics
 from dynamax_lm_eval.reports.options import ReportOptions
-from dynamax_lm_eval.sweep import results as collect
-from dynamax_lm_eval.sweep.results import TaskResults
+from dynamax_lm_eval.sweep.results import TaskResults, read, tidy
 
 logger = logging.getLogger(__name__)
 
 #: Shown beside each task's own metric.
-_LIKENESS = "consistency_rouge_l"
+_SIMILARITY = "consistency_rouge_l"
 _COLUMNS = (
     "line",
     "value",
@@ -45,64 +44,68 @@ def report(options: ReportOptions) -> Path:
     if importlib.util.find_spec("plotly") is None:
         raise UserError("reports need plotly; run: pip install 'dynamax-lm-eval[report]'")
     folders = [Path(folder).expanduser() for folder in options.folders]
-    results = collect.read(folders, options.max_degenerate)
-    chosen = _chosen_metrics(options, results)
+    results = read(folders, options.max_degenerate)
+    metrics = _shown_metrics(options, results)
     output = Path(options.output).expanduser() if options.output else folders[0] / "report"
     check_writable(output, "--output: the folder", "choose another")
     with naming(output):
-        _write(output, results, chosen, options)
+        _write(output, results, metrics, options)
     return output
 
 
-def _write(output: Path, results: Sequence[TaskResults], chosen: dict[str, str], options: ReportOptions) -> None:
-    table = collect.tidy(results)
+def command(options: ReportOptions) -> str:
+    """Writes a report; returns its folder, for the terminal."""
+    return f"{report(options)}\n"
+
+
+def _write(output: Path, results: Sequence[TaskResults], metrics: dict[str, str], options: ReportOptions) -> None:
+    table = tidy(results)
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
     parts = ["# Early exits: score against compute\n"]
     for task in results:
         parts.append(f"## {task.title}\n")
-        for metric in dict.fromkeys((chosen[task.task], _LIKENESS)):
+        for metric in dict.fromkeys((metrics[task.task], _SIMILARITY)):
             if metric in task.metrics:
                 files = plots.plot(task, metric, output / plots.file_stem(task, metric))
                 logger.info("%s: %s", task.title, files[0])
                 parts += _figure(task, metric, files[0].name, options)
-        parts += ["### All points\n", _markdown(_points(task, chosen[task.task], table))]
+        parts += ["### All points\n", _markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
-    write_text(output / "report.html", page.render(results, chosen, options.samples))
+    write_text(output / "report.html", page.render(results, metrics, options.samples))
 
 
-def _chosen_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:
-    """The metric (with its filter) that each task is shown by."""
-    asked = {}
+def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:
+    """Returns the metric (with its filter) that each task is shown by."""
+    named_metrics = {}
     for pair in filter(None, (options.metrics or "").split(",")):
-        named, equals, metric = pair.partition("=")
+        task_name, equals, metric = pair.partition("=")
         if not equals:
             raise UserError(f"--metrics must be task=metric pairs separated by commas, got {pair!r}")
-        asked[named.strip()] = metric.strip()
-    chosen = {}
+        named_metrics[task_name.strip()] = metric.strip()
+    shown = {}
     for task in results:
-        known = task.metrics
-        if not known:
+        if not task.metrics:
             raise UserError(f"{task.title} has no metric to show")
-        name = asked.pop(task.task, known[0].partition(",")[0])
-        found = [metric for metric in known if metric.partition(",")[0] == name]
-        if not found:
-            names = ", ".join(metric.partition(",")[0] for metric in known)
+        name = named_metrics.pop(task.task, task.metrics[0].partition(",")[0])
+        with_filters = [metric for metric in task.metrics if metric.partition(",")[0] == name]
+        if not with_filters:
+            names = ", ".join(metric.partition(",")[0] for metric in task.metrics)
             raise UserError(f"--metrics: {task.task} has no metric {name!r}; it has {names}")
-        chosen[task.task] = found[0]
-    if asked:
-        raise UserError(f"--metrics: there is no task {', '.join(asked)} in these folders")
-    return chosen
+        shown[task.task] = with_filters[0]
+    if named_metrics:
+        raise UserError(f"--metrics: there is no task {', '.join(named_metrics)} in these folders")
+    return shown
 
 
 def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions) -> list[str]:
-    """A plot and the numbers that belong to it."""
+    """Returns a plot and the numbers that belong to it, as Markdown."""
     name = metric.partition(",")[0]
     parts = [f"### {name}, {len(task.full.samples)} documents\n", f"![{task.title}, {name}]({figure})\n"]
     for axis, label in statistics.AXES.items():
-        found = statistics.summary(task, metric, axis, options.bootstrap, options.seed)
-        if len(found):
-            parts += [f"Against {label}, with 95 % intervals over documents:\n", _markdown(found)]
+        summary = statistics.summary(task, metric, axis, options.bootstrap, options.seed)
+        if len(summary):
+            parts += [f"Against {label}, with 95 % intervals over documents:\n", _markdown(summary)]
         paired = statistics.against_pruning(task, metric, axis, options.bootstrap, options.seed)
         if len(paired):
             parts += [f"Score minus that of a pruned model at its {label}, paired over documents:\n", _markdown(paired)]
@@ -110,10 +113,10 @@ def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions)
 
 
 def _points(task: TaskResults, metric: str, table: pd.DataFrame) -> pd.DataFrame:
-    """The table of a task's points."""
+    """Returns the table of a task's points."""
     of_task = table[(table["backbone"] == task.backbone) & (table["task"] == task.task)]
     name, _, harness_filter = metric.partition(",")
-    if metric in task.full.likeness:
+    if metric in task.full.similarity:
         shown = of_task.drop_duplicates("point")
     else:
         shown = of_task[(of_task["metric"] == name) & (of_task["filter"] == harness_filter)]

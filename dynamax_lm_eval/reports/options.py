@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report shows."""
+    """The sweeps that a report is of, and what it shows of them."""
 
     folders: list[str] = field(metadata={"help": "folders that sweeps wrote, or folders of such folders"})
     output: str | None = field(default=None, metadata={"help": "where to write; default: report in the first folder"})

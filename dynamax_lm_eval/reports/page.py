@@ -17,14 +17,20 @@ _ASSETS = Path(__file__).parent / "assets"
 _PROMPT_SHOWN = 300
 
 
-def render(results: Sequence[TaskResults], chosen: Mapping[str, str], samples: int) -> str:
-    """The page as a text; ``chosen`` is the metric that each task begins with, ``samples`` documents per point."""
+def render(results: Sequence[TaskResults], first_metrics: Mapping[str, str], samples: int) -> str:
+    """Returns the page as a text.
+
+    Args:
+        results: of all tasks.
+        first_metrics: the metric that each task begins with.
+        samples: documents shown per point.
+    """
     from plotly.offline import get_plotlyjs
 
     data = {
         "axes": AXES,
         "colours": COLOURS,
-        "tasks": [_task(task, chosen[task.task], samples) for task in results],
+        "tasks": [_task(task, first_metrics[task.task], samples) for task in results],
     }
     parts = {
         "STYLE": (_ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -39,19 +45,19 @@ def render(results: Sequence[TaskResults], chosen: Mapping[str, str], samples: i
 
 
 def as_script(data: Any) -> str:
-    """JSON that may stand inside a script element, whatever texts it holds."""
+    """Returns JSON that may stand inside a script element, whatever texts it holds."""
     text = json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def differing_samples(full: PointResult, point: PointResult, count: int) -> list[dict[str, Any]]:
-    """The first documents whose answers are not the full model's."""
-    found: list[dict[str, Any]] = []
+    """Returns the first documents whose answers are not the full model's."""
+    differing: list[dict[str, Any]] = []
     for i, (theirs, ours) in enumerate(zip(full.answers, point.answers, strict=True)):
-        if theirs != ours and len(found) < count:
+        if theirs != ours and len(differing) < count:
             sample = point.samples[i]
             prompt = str(sample["arguments"]["gen_args_0"]["arg_0"])
-            found.append(
+            differing.append(
                 {
                     "document": sample["doc_id"],
                     "prompt": ("… " if len(prompt) > _PROMPT_SHOWN else "") + prompt[-_PROMPT_SHOWN:],
@@ -61,11 +67,11 @@ def differing_samples(full: PointResult, point: PointResult, count: int) -> list
                     "tokens": strip(point, i),
                 }
             )
-    return found
+    return differing
 
 
 def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
-    """Each generated token of a document and the number of blocks that gave it; None where nothing was generated.
+    """Returns each generated token of a document with the number of blocks that gave it; None where none was generated.
 
     The first one comes from the prompt's last token: at full depth, unless prompts may exit.
     """
@@ -87,7 +93,7 @@ def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
         "metric": metric,
         "metrics": {name: name.partition(",")[0] for name in task.metrics},
         "higher_is_better": {name: task.higher_is_better(name) for name in task.metrics},
-        "lines": [*task.lines()],
+        "lines": [*task.series()],
         "points": [_point(task, point, samples) for point in task.points],
         "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
     }
@@ -111,14 +117,14 @@ def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any
 
 
 def _front(task: TaskResults, metric: str, axis: str) -> list[int]:
-    """Places of the points that no other surpasses, among all points."""
+    """Returns the places of the points that no other surpasses, among all points."""
     shown = [i for i, point in enumerate(task.points) if point.valid]
     places = [coordinates(task, task.points[i], metric, axis)[:2] for i in shown]
     return [shown[i] for i in front(places, task.higher_is_better(metric))]
 
 
 def _without_nan(data: Any) -> Any:
-    """JSON has no NaN."""
+    """Returns data with None in place of numbers that are not finite, which JSON does not have."""
     if isinstance(data, float):
         return data if math.isfinite(data) else None
     if isinstance(data, Mapping):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dynamax_lm_eval.files import short_name
+from dynamax_lm_eval.files import clean_name, short_name
 from dynamax_lm_eval.reports.statistics import AXES, front
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
@@ -18,20 +18,20 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)), (0,
 
 
 def coordinates(task: TaskResults, point: PointResult, metric: str, axis: str) -> tuple[float, float, float]:
-    """(reduction, score, its standard error or NaN)."""
+    """Returns (reduction, score, its standard error or NaN) of a point."""
     return (task.reduction(point, axis), *point.scores[metric])
 
 
 def file_stem(task: TaskResults, metric: str) -> str:
-    """The beginning of the names of a figure's files."""
+    """Returns the beginning of the names of a figure's files."""
     # The backbone may be a path: only what makes a name too long gets a hash.
     name = f"{task.backbone}-{task.task}-{metric.partition(',')[0]}"
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    safe = clean_name(name)
     return safe if len(safe.encode()) <= 200 else short_name(name)
 
 
 def plot(task: TaskResults, metric: str, stem: Path) -> list[Path]:
-    """Both compute axes side by side; returns the files."""
+    """Draws both compute axes side by side; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,14 +62,14 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str) -> None:
     baseline = task.full.scores[metric][0]
     panel.axhline(baseline, color="0.35", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     panel.plot(1, baseline, marker="*", markersize=13, color="black", zorder=5)
-    everything = [(1.0, baseline)]
+    plotted = [(1.0, baseline)]
     ends: list[tuple[float, float, str, str]] = []
-    for i, (name, points) in enumerate(task.lines().items()):
+    for i, (name, points) in enumerate(task.series().items()):
         shown = [coordinates(task, point, metric, axis) for point in points if point.valid]
         if not shown:
             continue
         x, y, errors = (list(column) for column in zip(*shown, strict=True))
-        everything += list(zip(x, y, strict=True))
+        plotted += list(zip(x, y, strict=True))
         colour = COLOURS[i % len(COLOURS)]
         panel.errorbar(
             x,
@@ -85,19 +85,19 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str) -> None:
             zorder=3,
         )
         ends.append((*max(zip(x, y, strict=True)), name, colour))
-    best = [everything[i] for i in front(everything, task.higher_is_better(metric))]
+    best = [plotted[i] for i in front(plotted, task.higher_is_better(metric))]
     panel.plot(*zip(*best, strict=True), color="0.75", linewidth=6, alpha=0.6, zorder=0, solid_capstyle="round")
     _name_lines(panel, ends, baseline)
 
 
 def _name_lines(panel: Any, ends: Sequence[tuple[float, float, str, str]], baseline: float) -> None:
-    """Names right of the plot, at the height of each line's end, moved apart where they would touch."""
+    """Writes names right of the plot, at the height of each line's end, moved apart where they would touch."""
     low, high = panel.get_ylim()
     gap = (high - low) * 0.045  # the axis is turned around after this, where less is better
-    wanted = [(baseline, None, "full model", "black"), *((y, x, name, colour) for x, y, name, colour in ends)]
+    labels = [(baseline, None, "full model", "black"), *((y, x, name, colour) for x, y, name, colour in ends)]
     right = panel.get_xlim()[1]
     place = low - gap
-    for height, x, name, colour in sorted(wanted, key=lambda end: end[0]):
+    for height, x, name, colour in sorted(labels, key=lambda end: end[0]):
         place = max(height, place + gap)
         panel.annotate(
             name,

@@ -22,14 +22,14 @@ _LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Draws:
-    """Scores and reductions of points, (P, 1 + B): the data first, then B draws of documents."""
+    """The scores and reductions of points, (P, 1 + B): the data first, then B draws of documents."""
 
     scores: Floats
     reductions: Floats
 
 
 def draw(task: TaskResults, points: Sequence[PointResult], metric: str, axis: str, count: int, seed: int) -> Draws:
-    """Draws for some points of a task.
+    """Draws documents for some points of a task.
 
     Raises:
         ValueError: the metric is no mean over documents.
@@ -51,14 +51,14 @@ def draw(task: TaskResults, points: Sequence[PointResult], metric: str, axis: st
     return Draws(np.asarray(scores), np.asarray(reductions))
 
 
-def at_reduction(reductions: Floats, scores: Floats, wanted: float) -> float:
-    """The score of a line at a reduction, between its points; NaN beyond them."""
+def at_reduction(reductions: Floats, scores: Floats, reduction: float) -> float:
+    """Returns the score of a series at a reduction, between its points; NaN beyond them."""
     order = np.argsort(reductions, kind="stable")
-    return float(np.interp(wanted, reductions[order], scores[order], left=np.nan, right=np.nan))
+    return float(np.interp(reduction, reductions[order], scores[order], left=np.nan, right=np.nan))
 
 
 def mean_until(reductions: Floats, scores: Floats, last: float) -> float:
-    """The area under a line from reduction 1 to ``last``, over its width: a mean score. NaN where it ends before."""
+    """Returns the area under a series from reduction 1 to ``last``, over its width; NaN where it ends before."""
     order = np.argsort(reductions, kind="stable")
     x, y = reductions[order], scores[order]
     if last <= 1 or x[0] > 1 or x[-1] < last:
@@ -68,25 +68,25 @@ def mean_until(reductions: Floats, scores: Floats, last: float) -> float:
 
 
 def summary(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """For each line: the mean score up to the reduction that all lines reach, and scores at fixed reductions.
+    """Returns for each series the mean score up to the reduction that all reach, and scores at fixed reductions.
 
-    Every line begins at the full model. Columns ``low`` and ``high`` are a 95 % interval of the draws in which the
+    Every series begins at the full model. Columns ``low`` and ``high`` are a 95 % interval of the draws in which the
     number exists; empty without draws or where the metric is no mean over documents.
     """
     try:
         drawn = {
             name: draw(task, [task.full, *points], metric, axis, count, seed)
-            for name, points in task.valid_lines().items()
+            for name, points in task.valid_series().items()
         }
     except ValueError:
         return pd.DataFrame()
     reached = {name: float(d.reductions[:, 0].max()) for name, d in drawn.items()}
     common = min((value for value in reached.values() if value > 1), default=1.0)
     rows = []
-    for name, found in drawn.items():
-        number = {f"mean score up to {common:.2f}": [mean_until(x, y, common) for x, y in _columns(found)]}
-        for wanted in REDUCTIONS:
-            number[f"score at {wanted:g}"] = [at_reduction(x, y, wanted) for x, y in _columns(found)]
+    for name, draws in drawn.items():
+        number = {f"mean score up to {common:.2f}": [mean_until(x, y, common) for x, y in _columns(draws)]}
+        for reduction in REDUCTIONS:
+            number[f"score at {reduction:g}"] = [at_reduction(x, y, reduction) for x, y in _columns(draws)]
         for what, values in number.items():
             if not np.isnan(values[0]):
                 rows.append({"line": name, "what": what, **_interval(values)})
@@ -94,28 +94,28 @@ def summary(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: 
 
 
 def against_pruning(task: TaskResults, metric: str, axis: str, count: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """For each line of exits and each pruned model: the difference of scores at the pruned model's compute."""
-    lines = task.valid_lines()
-    pruned = [point for points in lines.values() for point in points if point.kind == "pruning"]
+    """Returns for each series of exits and each pruned model the difference of scores at the pruned model's compute."""
+    series = task.valid_series()
+    pruned = [point for points in series.values() for point in points if point.kind == "pruning"]
     rows = []
-    for name, points in lines.items():
+    for name, points in series.items():
         if not pruned or points[0].kind != "exits":
             continue
         try:
-            found = draw(task, [task.full, *points, *pruned], metric, axis, count, seed)
+            draws = draw(task, [task.full, *points, *pruned], metric, axis, count, seed)
         except ValueError:
             return pd.DataFrame()
         end = 1 + len(points)
         for i, point in enumerate(pruned, start=end):
-            differences = [at_reduction(x[:end], y[:end], float(x[i])) - float(y[i]) for x, y in _columns(found)]
+            differences = [at_reduction(x[:end], y[:end], float(x[i])) - float(y[i]) for x, y in _columns(draws)]
             if not np.isnan(differences[0]):
-                at = {"line": name, "pruning": point.name, "reduction": float(found.reductions[i, 0])}
+                at = {"line": name, "pruning": point.name, "reduction": float(draws.reductions[i, 0])}
                 rows.append({**at, **_interval(differences)})
     return pd.DataFrame(rows)
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> list[int]:
-    """Indices of the points (reduction, score) that no other surpasses in both, by rising reduction."""
+    """Returns the indices of the points (reduction, score) that no other surpasses in both, by rising reduction."""
     if not higher_is_better:
         points = [(reduction, -score) for reduction, score in points]
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
@@ -127,8 +127,8 @@ def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) 
     return kept[::-1]
 
 
-def _columns(found: Draws) -> list[tuple[Floats, Floats]]:
-    return [(found.reductions[:, b], found.scores[:, b]) for b in range(found.scores.shape[1])]
+def _columns(draws: Draws) -> list[tuple[Floats, Floats]]:
+    return [(draws.reductions[:, b], draws.scores[:, b]) for b in range(draws.scores.shape[1])]
 
 
 def _interval(values: Sequence[float]) -> dict[str, float]:

@@ -21,9 +21,10 @@ from lm_eval.tasks import TaskManager
 import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
-from dynamax_lm_eval.files import file_checksum, locked, short_name
+from dynamax_lm_eval.files import file_checksum, short_name
 from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.requests import RequestSettings
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep.files import (
@@ -84,6 +85,11 @@ def sweep(options: SweepOptions, lm: SweepLM | None = None) -> Path:
     return folder
 
 
+def command(options: SweepOptions) -> str:
+    """Runs a sweep; returns its folder, for the terminal."""
+    return f"{sweep(options)}\n"
+
+
 def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskManager) -> None:
     _check_folder(folder, options)
     lm = load(options) if lm is None else lm
@@ -91,16 +97,16 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     adapters = False
     if lm.exits is not None:
         kinds, adapters = lm.exits.config.classifiers, lm.exits.config.adapter != "none"
-    every = grid(options, replace(lm.loaded, threshold=(1.0,)), kinds, adapters)
+    all_points = grid(options, replace(lm.loaded, threshold=(1.0,)), kinds, adapters)
     rank, world_size = process()
-    answered = _resolve(lm, every, options)[rank::world_size]
+    own_points = _resolve(lm, all_points, options)[rank::world_size]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
     points = [
         SweepPoint(point, settings, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
-        for point, settings, identity in answered
+        for point, settings, identity in own_points
     ]
     waiting = [point for point in points if not _is_done(folder, point, options)]
     if done := len(points) - len(waiting):
@@ -109,31 +115,30 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     for number, point in enumerate(waiting, start=1):
         results = _evaluate(lm, point, options, tasks)
         _save(folder, point, options, results, lm.run_settings)
-        line = _summary(results)
-        logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, line)
+        logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, _summary(results))
     for point in points:
         point.store.close()
 
 
 def load(options: SweepOptions) -> SweepLM:
-    """The backbone with the exits that it has, whatever the full model needs."""
+    """Loads the backbone with the exits that it has, whatever the full model needs."""
     if options.prune_profile is not None:
-        known = files_fingerprints(aliases.resolve_backbone(options.backbone), options.shared_arguments)
-        if known is not None:  # else points are compared with the loaded weights
-            pruning.check_profile(options.prune_profile, known)
-    given: dict[str, Any] = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
-    given |= {
+        fingerprints = files_fingerprints(aliases.resolve_backbone(options.backbone), options.shared_arguments)
+        if fingerprints is not None:  # else points are compared with the loaded weights
+            pruning.check_profile(options.prune_profile, fingerprints)
+    arguments: dict[str, Any] = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
+    arguments |= {
         "batch_size": options.batch_size,
         "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
     if options.confidences is None or set(confidences_of(options, ())).intersection(get_args(ClassifierKind)):
         # Exits are looked up where something may exit; the grid decides what does.
-        given = {**given, "threshold": 0.5}
-    return SweepLM(**given)
+        arguments = {**arguments, "threshold": 0.5}
+    return SweepLM(**arguments)
 
 
 def load_tasks(options: SweepOptions) -> TaskManager:
-    """The harness's tasks and our own; refuses unknown names before weights load."""
+    """Returns the harness's tasks and our own; refuses unknown names before weights load."""
     manager = _task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
@@ -145,7 +150,7 @@ def load_tasks(options: SweepOptions) -> TaskManager:
 
 @functools.cache
 def _task_manager(include_path: str | None, metadata: str) -> TaskManager:
-    """Made once: it reads the files of all the harness's tasks."""
+    """Makes the manager of tasks, once: it reads the files of all the harness's tasks."""
     paths = [str(dynamax_lm_eval.tasks_dir()), *([include_path] if include_path else [])]
     return TaskManager(include_path=paths, metadata=json.loads(metadata))
 
@@ -158,14 +163,14 @@ def _check_folder(folder: Path, options: SweepOptions) -> None:
 
 
 def _bound(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that decide answers."""
+    """Returns the options that decide answers."""
     return {name: value for name, value in options.items() if name not in _FREE}
 
 
 def _resolve(
     lm: SweepLM, points: Sequence[Point], options: SweepOptions
 ) -> list[tuple[Point, RequestSettings, dict[str, Any]]]:
-    """Each point with what it means for requests and the identity of its answers, options of the sweep included.
+    """Returns each point with its settings of requests and the identity of its answers, options of the sweep included.
 
     Raises:
         UserError: the backbone cannot run one of them; before any is answered.
@@ -181,18 +186,18 @@ def _resolve(
 
 
 def process() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun and accelerate tell."""
+    """Returns this process's number and how many there are, as torchrun and accelerate tell."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
-    """Whether a point is finished and nothing of it is damaged; what is damaged is made anew, with a warning."""
+    """Says whether a point is finished and nothing of it is damaged; what is damaged is made anew, with a warning."""
     path = point_folder(folder, point.point.name) / POINT_NAME
     if not path.is_file():
         return False
     try:
         done = POINT.read(path)
-        if done["asked"] != _asked(options):
+        if done["asked"] != _requested(options):
             return False
         check_results(path.parent, done["checksums"])
     except UserError as error:
@@ -203,11 +208,11 @@ def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
     return missing <= 0 and not point.store.damaged
 
 
-def _asked(options: SweepOptions) -> dict[str, Any]:
-    """What a finished point must have been asked to be finished."""
-    asked = {"tasks": options.task_names, "limit": options.limit, "recorded": _RECORDED}
+def _requested(options: SweepOptions) -> dict[str, Any]:
+    """Returns what a point must have answered, and recorded, to be finished."""
+    requested = {"tasks": options.task_names, "limit": options.limit, "recorded": _RECORDED}
     samples = options.samples_given
-    return asked if samples is None else {**asked, "samples": samples}
+    return requested if samples is None else {**requested, "samples": samples}
 
 
 @contextmanager
@@ -223,7 +228,7 @@ def naming_tasks() -> Iterator[None]:
 
 @contextmanager
 def _as_only_process() -> Iterator[None]:
-    """The harness gives results to the process whose LOCAL_RANK is 0; here each has results of its own."""
+    """Makes the harness give this process its results, as it does where LOCAL_RANK is 0: here each has its own."""
     before = os.environ.get("LOCAL_RANK")
     if before is not None:
         os.environ["LOCAL_RANK"] = "0"
@@ -235,6 +240,7 @@ def _as_only_process() -> Iterator[None]:
 
 
 def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: TaskManager) -> dict[str, Any]:
+    """Returns the harness's results of a point, from the answers that are stored or asked for now."""
     lm.replay(point)
     with _as_only_process(), naming_tasks(), one_of_many_evaluations():
         results = lm_eval.simple_evaluate(
@@ -254,22 +260,22 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
             metadata=options.metadata_given or None,
         )
     assert results is not None, "every process evaluates its points alone"
-    found = dict(results)
-    # What ran, and how long it took, belongs to all points that were answered together.
+    results = dict(results)
+    # What ran, and for how long, belongs to all points that were answered together.
     for name in ("physical", "seconds", "seconds_total", "fed_tokens_in_seconds", "fed_tokens_per_second"):
-        found["compute"]["overall"].pop(name, None)
-    found["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.kind}
-    return found
+        results["compute"]["overall"].pop(name, None)
+    results["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.kind}
+    return results
 
 
 def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[str, Any], run: dict[str, Any]) -> None:
-    """The harness's own files, then the line that says that they are whole.
+    """Writes the harness's own files, then ``point.json``, which says that they are whole.
 
     ``run``: settings of the tasks, as certificates bind them.
     """
-    home = point_folder(folder, point.point.name)
+    directory = point_folder(folder, point.point.name)
     samples = results.pop("samples")
-    tracker = EvaluationTracker(output_path=str(home))
+    tracker = EvaluationTracker(output_path=str(directory))
     tracker.general_config_tracker.log_experiment_args(
         model_source="dynamax",
         model_args=f"pretrained={options.backbone if len(options.backbone) < 100 else short_name(options.backbone)}",
@@ -278,35 +284,36 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
         fewshot_as_multiturn=options.apply_chat_template,
     )
     tracker.save_results_aggregated(results=results, samples=samples)
-    for task, lines in samples.items():
-        tracker.save_results_samples(task_name=short_name(task), samples=lines)
-    place = home / str(tracker.general_config_tracker.model_name_sanitized)
+    for task, task_samples in samples.items():
+        tracker.save_results_samples(task_name=short_name(task), samples=task_samples)
+    place = directory / str(tracker.general_config_tracker.model_name_sanitized)
     files = {
-        task: str((place / f"samples_{short_name(task)}_{tracker.date_id}.jsonl").relative_to(home)) for task in samples
+        task: str((place / f"samples_{short_name(task)}_{tracker.date_id}.jsonl").relative_to(directory))
+        for task in samples
     }
-    summary = str((place / f"results_{tracker.date_id}.json").relative_to(home))
+    summary = str((place / f"results_{tracker.date_id}.json").relative_to(directory))
     for file in (summary, *files.values()):
-        if not (home / file).is_file():
-            raise OSError(f"the harness did not write {home / file}; is the disk full?")
+        if not (directory / file).is_file():
+            raise OSError(f"the harness did not write {directory / file}; is the disk full?")
     done = {
         "point": point.point.name,
         "family": point.point.kind,
         "line": point.point.series,
         "value": point.point.x,
         "policy": point.settings.policy.describe(),
-        "asked": _asked(options),
+        "asked": _requested(options),
         "run": run,
         "results": summary,
         "samples": files,
-        "checksums": {name: file_checksum(home / name) for name in (summary, *files.values())},
+        "checksums": {name: file_checksum(directory / name) for name in (summary, *files.values())},
         "answers": len(point.store),
         "finished": time.time(),
     }
-    POINT.write(home / POINT_NAME, done)
+    POINT.write(directory / POINT_NAME, done)
 
 
 def _summary(results: dict[str, Any]) -> str:
-    """The first metric of every task, and its compute reduction."""
+    """Returns the first metric of each task, and its compute reduction."""
     parts = []
     for task, metrics in results["results"].items():
         keys = [key for key, value in metrics.items() if "," in key and isinstance(value, float)]

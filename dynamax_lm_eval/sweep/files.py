@@ -31,12 +31,12 @@ _CHECKSUM = "# checksum "
 
 
 def point_folder(folder: Path, name: str) -> Path:
-    """Where a sweep in ``folder`` keeps the point of this name."""
+    """Returns where a sweep in ``folder`` keeps the point of this name."""
     return folder / "points" / short_name(name)
 
 
 def finished_points(folder: Path) -> list[dict[str, Any]]:
-    """What ``point.json`` says of every finished point below a folder, with its place as ``folder``.
+    """Returns what ``point.json`` says of all finished points below a folder, with their places as ``folder``.
 
     Points that are not finished are left out, with a warning.
 
@@ -50,11 +50,11 @@ def finished_points(folder: Path) -> list[dict[str, Any]]:
     return [{**POINT.read(path), "folder": path.parent} for path in sorted(folder.rglob(POINT_NAME))]
 
 
-def check_results(home: Path, checksums: dict[str, str]) -> None:
+def check_results(directory: Path, checksums: dict[str, str]) -> None:
     """Compares the files of a finished point with what was written.
 
     Args:
-        home: the point's folder.
+        directory: the point's folder.
         checksums: of the files, by path below it.
 
     Raises:
@@ -62,11 +62,11 @@ def check_results(home: Path, checksums: dict[str, str]) -> None:
     """
     for name, expected in checksums.items():
         try:
-            found = file_checksum(home / name)
+            current = file_checksum(directory / name)
         except OSError as error:
-            raise UserError(f"{home / name} cannot be read ({error.strerror or error}); {POINT.remedy}") from error
-        if found != expected:
-            raise UserError(f"{home / name} is damaged, or was changed after it was written; {POINT.remedy}")
+            raise UserError(f"{directory / name} cannot be read ({error.strerror or error}); {POINT.remedy}") from error
+        if current != expected:
+            raise UserError(f"{directory / name} is damaged, or was changed after it was written; {POINT.remedy}")
 
 
 def write_options(path: Path, options: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ def write_options(path: Path, options: dict[str, Any]) -> None:
 
 
 def read_options(path: Path) -> dict[str, Any] | None:
-    """The options of the sweep in a folder; None where there are none, or with a warning where they are damaged.
+    """Returns the options of a sweep; None where there are none, or with a warning where they are damaged.
 
     Raises:
         UserError: the file is no sweep's.

@@ -1,18 +1,16 @@
-"""The model of a sweep: answers a request under all points at once, and replays the answers point by point."""
+"""The model of a sweep: it answers a request under all points at once, and replays the answers point by point."""
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lm_eval.api.model import hash_args
-
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.harness.documents import Document
 from dynamax_lm_eval.harness.encoding import EncodedPair
+from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.harness.responder import Answers
 from dynamax_lm_eval.lm import DynamaxLM
@@ -30,7 +28,7 @@ class SweepPoint:
 
 
 class SweepLM(DynamaxLM):
-    """Answers whatever the harness asks under every point that lacks an answer, then replays the present point's."""
+    """Answers what the harness asks under every point that lacks an answer, then replays the present point's."""
 
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         super().__init__(pretrained, **kwargs)
@@ -51,24 +49,25 @@ class SweepLM(DynamaxLM):
 
     @property
     def loaded(self) -> DynamaxArgs:
-        """The arguments that it was loaded with, whichever it follows now."""
+        """The arguments that the model was loaded with, whichever it follows now."""
         return self._loaded
 
     def start(self, points: Sequence[SweepPoint]) -> None:
-        """Requests that come from now on are answered under these points."""
+        """Answers requests that come from now on under these points."""
         self._points = list(points)
 
     def replay(self, point: SweepPoint) -> None:
-        """The harness gets the answers of this point from now on."""
+        """Gives the harness the answers of this point from now on."""
         self.use_policy(point.point.args)
         self._present = point
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        keys = _keys("generate_until", [request.args for request in requests])
-        asked = self._missing(keys)
-        jobs = [(point.settings, requests[i]) for point, i in asked]
-        self._store(asked, keys, self.responder.generations(jobs, disable_tqdm))
-        return [r.answer for r in self._replayed("generate_until", [request.args for request in requests], keys)]
+        kind, arguments = "generate_until", [request.args for request in requests]
+        keys = _keys(kind, arguments)
+        missing = self._missing(keys)
+        jobs = [(point.settings, requests[i]) for point, i in missing]
+        self._store(missing, keys, self.responder.generations(jobs, disable_tqdm))
+        return [response.answer for response in self._replayed(kind, arguments, keys)]
 
     def _loglikelihood_tokens(
         self,
@@ -78,34 +77,38 @@ class SweepLM(DynamaxLM):
         documents: Sequence[Document] | None = None,
     ) -> list[tuple[float, bool]]:
         assert documents is not None, "sweeps answer requests of the harness"
-        texts = [request[0] for request in requests]
-        keys = _keys("loglikelihood", texts)
-        asked = self._missing(keys)
-        policies = [point.settings.policy for point, _ in asked]
-        pairs = [requests[i][1:] for _, i in asked]
-        self._store(asked, keys, self.responder.scores(policies, pairs, [documents[i] for _, i in asked], disable_tqdm))
-        return [(float(r.answer[0]), bool(r.answer[1])) for r in self._replayed("loglikelihood", texts, keys)]
+        kind, texts = "loglikelihood", [request[0] for request in requests]
+        keys = _keys(kind, texts)
+        missing = self._missing(keys)
+        policies = [point.settings.policy for point, _ in missing]
+        pairs = [requests[i][1:] for _, i in missing]
+        own = [documents[i] for _, i in missing]
+        self._store(missing, keys, self.responder.scores(policies, pairs, own, disable_tqdm))
+        responses = self._replayed(kind, texts, keys)
+        return [(float(response.answer[0]), bool(response.answer[1])) for response in responses]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         kind, arguments = "loglikelihood_rolling", [(request.args[0],) for request in requests]
         keys = _keys(kind, arguments)
-        asked = self._missing(keys)
-        texts = [(point.settings.policy, requests[i]) for point, i in asked]
-        self._store(asked, keys, self.responder.rolling_scores(texts, disable_tqdm))
-        return [float(r.answer) for r in self._replayed(kind, arguments, keys)]
+        missing = self._missing(keys)
+        texts = [(point.settings.policy, requests[i]) for point, i in missing]
+        self._store(missing, keys, self.responder.rolling_scores(texts, disable_tqdm))
+        return [float(response.answer) for response in self._replayed(kind, arguments, keys)]
 
-    def _store(self, asked: Sequence[tuple[SweepPoint, int]], keys: Sequence[str], answers: Answers) -> None:
+    def _store(self, missing: Sequence[tuple[SweepPoint, int]], keys: Sequence[str], answers: Answers) -> None:
         """Keeps each answer with its point, on disk as soon as it is known."""
         for index, answer in answers:
-            point, request = asked[index]
+            point, request = missing[index]
             value = list(answer.value) if isinstance(answer.value, tuple) else answer.value
             pieces = None if answer.tokens is None else self._pieces(answer.tokens)
             point.store.add(keys[request], Response(value, answer.record, pieces))
 
     def _missing(self, keys: Sequence[str]) -> list[tuple[SweepPoint, int]]:
+        """Returns the points and the indices of requests that they have no answer to."""
         return [(point, i) for i, key in enumerate(keys) for point in self._points if key not in point.store]
 
     def _replayed(self, kind: str, arguments: Sequence[Iterable[Any]], keys: Sequence[str]) -> list[Response]:
+        """Returns the present point's responses, and tells the ledger of their compute."""
         assert self._present is not None, "a point is replayed"
         responses = [self._present.store[key] for key in keys]
         records = (response.record for response in responses)
@@ -113,15 +116,10 @@ class SweepLM(DynamaxLM):
         return responses
 
     def _pieces(self, tokens: Sequence[int]) -> list[str]:
+        """Returns the texts of tokens, one by one."""
         return [self.tok_decode([token], skip_special_tokens=False) for token in tokens]
 
 
 def _keys(kind: str, arguments: Sequence[Iterable[Any]]) -> list[str]:
-    """The harness's hash of each request, with a number that tells repeats of the same one apart."""
-    seen: Counter[str] = Counter()
-    keys = []
-    for args in arguments:
-        key = hash_args(kind, args)
-        keys.append(f"{key}:{seen[key]}")
-        seen[key] += 1
-    return keys
+    """Returns the keys by which the store of a point knows requests."""
+    return [str(key) for key in request_keys((kind, args) for args in arguments)]

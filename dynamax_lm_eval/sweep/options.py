@@ -79,35 +79,35 @@ class SweepOptions:
 
     @property
     def shared_arguments(self) -> dict[str, Any]:
-        """``--model_args`` by name."""
+        """The arguments of ``--model_args`` by name."""
         return _pairs("--model_args", self.model_args)
 
     @property
     def samples_given(self) -> dict[str, list[int]] | None:
-        """``--samples`` by task, in rising order."""
+        """The documents of ``--samples`` by task, in rising order."""
         if self.samples is None:
             return None
         text, path = self.samples, Path(self.samples).expanduser()
         try:
             if not text.lstrip().startswith("{"):
                 text = path.read_text(encoding="utf-8")
-            found = {task: sorted({int(i) for i in chosen}) for task, chosen in json.loads(text).items()}
+            samples = {task: sorted({int(i) for i in indices}) for task, indices in json.loads(text).items()}
         except OSError as error:
             raise UserError(f"--samples {self.samples} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f'--samples must be JSON like {{"task": [0, 7]}}: {error}') from error
-        if missing := [task for task in self.task_names if not found.get(task)]:
+        if missing := [task for task in self.task_names if not samples.get(task)]:
             raise UserError(f"--samples has no documents for {', '.join(missing)}")
-        return found
+        return samples
 
     @property
     def metadata_given(self) -> dict[str, Any]:
-        """``--metadata`` by name."""
+        """The values of ``--metadata`` by name."""
         try:
-            found = try_parse_json(self.metadata)
+            metadata = try_parse_json(self.metadata)
         except ValueError as error:
             raise UserError(f"--metadata: {error}") from error
-        return found if isinstance(found, dict) else _pairs("--metadata", found or "")
+        return metadata if isinstance(metadata, dict) else _pairs("--metadata", metadata or "")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -133,7 +133,7 @@ class Point:
 
 
 def parse_thresholds(text: str) -> list[tuple[float, ...]]:
-    """``0.5:0.95:0.05`` or ``0.5,0.7+0.8`` as tuples of one number, or of one per exit, by rising mean.
+    """Reads ``0.5:0.95:0.05`` or ``0.5,0.7+0.8`` as tuples of one number, or of one per exit, by rising mean.
 
     Raises:
         UserError: they are no numbers or lie outside [0, 1), where 1 is allowed for some of several exits.
@@ -157,19 +157,19 @@ def parse_thresholds(text: str) -> list[tuple[float, ...]]:
 
 
 def name_of(thresholds: Sequence[float]) -> str:
-    """As a user would write them."""
+    """Returns thresholds as a user would write them."""
     return "+".join(f"{threshold:g}" for threshold in thresholds)
 
 
 def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
-    """Those that were asked for; else all ``kinds`` of the trained exits at hand, or ``softmax`` without any."""
+    """Returns the confidences that are named, else all ``kinds`` of the trained exits, else ``softmax``."""
     if options.confidences is None:
         return list(kinds) or ["softmax"]
     return list(dict.fromkeys(_items(options.confidences)))
 
 
 def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapters: bool = False) -> list[Point]:
-    """All points, the full model first.
+    """Returns all points, the full model first.
 
     Args:
         options: of the sweep.
@@ -181,26 +181,29 @@ def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapt
         UserError: an option names something that does not exist.
     """
     points = [Point("full", "full", "full model", 1.0, full)]
-    asked = confidences_of(options, kinds)
+    confidences = confidences_of(options, kinds)
     modes = _items(options.state_modes)
     thresholds = parse_thresholds(options.thresholds)
-    for what, given, known in (("confidences", asked, CONFIDENCES), ("state_modes", modes, get_args(StateMode))):
-        wrong = [name for name in given if name not in known]
-        if wrong or not given:
-            raise UserError(f"--{what} must name some of {', '.join(known)}, got {', '.join(wrong) or 'none'}")
-    for confidence, mode in product(asked, modes):
+    for what, names, choices in (
+        ("confidences", confidences, CONFIDENCES),
+        ("state_modes", modes, get_args(StateMode)),
+    ):
+        wrong = [name for name in names if name not in choices]
+        if wrong or not names:
+            raise UserError(f"--{what} must name some of {', '.join(choices)}, got {', '.join(wrong) or 'none'}")
+    for confidence, mode in product(confidences, modes):
         is_kind = confidence in get_args(ClassifierKind)
-        chosen: dict[str, Any] = {"confidence": "classifier" if is_kind else confidence}
+        arguments: dict[str, Any] = {"confidence": "classifier" if is_kind else confidence}
         if is_kind:
-            chosen["classifier"] = confidence
+            arguments["classifier"] = confidence
         elif not adapters:
-            chosen["exits"] = None
-        line = f"{confidence}, {mode}"
+            arguments["exits"] = None
+        series = f"{confidence}, {mode}"
         for threshold in thresholds:
-            changed: dict[str, Any] = {**chosen, "state_mode": mode, "threshold": threshold}
+            changed: dict[str, Any] = {**arguments, "state_mode": mode, "threshold": threshold}
             name = f"{confidence}-{mode}-{name_of(threshold)}"
-            of_line = line if len(threshold) == 1 else f"{line}, per exit"
-            points.append(Point(name, "exits", of_line, mean(threshold), replace(full, **changed)))
+            own_series = series if len(threshold) == 1 else f"{series}, per exit"
+            points.append(Point(name, "exits", own_series, mean(threshold), replace(full, **changed)))
     counts = [_whole(text) for text in _items(options.prune)]
     strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]
     if options.prune_profile is not None:
@@ -208,23 +211,23 @@ def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapt
             raise UserError("--prune_profile has no effect without --prune; add it, or remove --prune_profile")
         angular = {"prune_strategy": "angular", "prune_profile": options.prune_profile}
         strategies.append(("pruning, angular", angular))
-    for line, changed in strategies:
+    for series, changed in strategies:
         for count in sorted(set(counts) - {0}):
-            name = f"{line.replace(', ', '-')}-{count}"
-            points.append(Point(name, "pruning", line, count, replace(full, prune_layers=count, **changed)))
+            name = f"{series.replace(', ', '-')}-{count}"
+            points.append(Point(name, "pruning", series, count, replace(full, prune_layers=count, **changed)))
     return points
 
 
 def read_yaml(text: str) -> dict[str, Any]:
-    """The options in a YAML file; lists may stand for what the command line separates by commas."""
+    """Returns the options in a YAML file; lists may stand for what the command line separates by commas."""
     data = yaml.safe_load(text)
     if not isinstance(data, Mapping):
         raise UserError("the file of --config must hold options by name, e.g. `backbone: mistral`")
-    known = [item.name for item in dataclasses.fields(SweepOptions)]
+    names = [item.name for item in dataclasses.fields(SweepOptions)]
     options: dict[str, Any] = {}
     for name, value in data.items():
-        if name not in known:
-            raise UserError(unknown_name("option", str(name), known, "options are", known))
+        if name not in names:
+            raise UserError(unknown_name("option", str(name), names, "options are", names))
         if isinstance(value, Mapping):
             value = ",".join(f"{key}={item}" for key, item in value.items())
         elif isinstance(value, (list, tuple)):

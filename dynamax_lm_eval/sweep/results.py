@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness.ledger import RequestKey, request_keys
 from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points
 from dynamax_lm_eval.sweep.similarity import consistency
 from dynamax_lm_eval.sweep.store import stored_responses
@@ -29,13 +29,13 @@ _COMPUTE = ("compute_reduction", "mean_exit_layer", "generated_tokens", "token_l
 
 @dataclass
 class PointResult:
-    """One point on one task.
+    """The results of one point on one task.
 
     Attributes:
         scores: metric -> (value, standard error or NaN).
         higher_is_better: metric without its filter -> what the task says.
         samples: the harness's samples, in order of document.
-        answers: each document's text or chosen answer.
+        answers: of each document: a text, or the index of the most probable continuation.
         compute: the task's entry in ``compute.by_task``.
         pieces: each document's generated tokens as texts; None where nothing was generated.
     """
@@ -51,34 +51,34 @@ class PointResult:
     answers: list[Any]
     pieces: list[list[str] | None]
     higher_is_better: dict[str, bool] = field(default_factory=dict)
-    #: Likeness to the full model's answers: name -> one number per document.
-    likeness: dict[str, list[float]] = field(default_factory=dict)
+    #: Similarity to the full model's answers: name -> one number per document.
+    similarity: dict[str, list[float]] = field(default_factory=dict)
     valid: bool = True
 
     @property
     def consistency(self) -> dict[str, float]:
-        """Means of the likeness."""
-        return {name: float(np.mean(values)) for name, values in self.likeness.items()}
+        """The mean similarity to the full model's answers, by its name."""
+        return {name: float(np.mean(values)) for name, values in self.similarity.items()}
 
     def macs(self, name: str) -> Floats:
-        """MACs of every document (n,)."""
+        """Returns the MACs of all documents, (n,)."""
         return np.asarray([sample["macs"][name] for sample in self.samples], dtype=np.float64)
 
     def per_document(self, metric: str) -> Floats | None:
-        """The metric of every document (n,), where the task's value is their mean."""
+        """Returns the metric of all documents, (n,), where the task's value is their mean; else None."""
         name = metric.partition(",")[0]
-        if metric in self.likeness:
-            return np.asarray(self.likeness[metric])
+        if metric in self.similarity:
+            return np.asarray(self.similarity[metric])
         values = [sample.get(name) for sample in self.samples]
         if not all(isinstance(value, (int, float)) for value in values):
             return None
-        found = np.asarray(values, dtype=np.float64)
-        return found if abs(found.mean() - self.scores[metric][0]) < 1e-6 else None
+        numbers = np.asarray(values, dtype=np.float64)
+        return numbers if abs(numbers.mean() - self.scores[metric][0]) < 1e-6 else None
 
 
 @dataclass
 class TaskResults:
-    """All points of one backbone on one task, the full model first."""
+    """The results of all points of one backbone on one task, the full model first."""
 
     backbone: str
     task: str
@@ -94,36 +94,36 @@ class TaskResults:
 
     @property
     def metrics(self) -> list[str]:
-        """The task's own metrics, then the likeness to the full model's answers."""
+        """The task's own metrics, then the similarity to the full model's answers."""
         return list(self.full.scores)
 
     def higher_is_better(self, metric: str) -> bool:
-        """As the task says; true where it says nothing."""
+        """Says whether more is better, as the task does; true where it says nothing."""
         return self.full.higher_is_better.get(metric.partition(",")[0], True)
 
-    def lines(self) -> dict[str, list[PointResult]]:
-        """Points by line, in order of their value."""
-        found: dict[str, list[PointResult]] = {}
+    def series(self) -> dict[str, list[PointResult]]:
+        """Returns the points of each series, in order of ``x``."""
+        series: dict[str, list[PointResult]] = {}
         for point in self.points[1:]:
-            found.setdefault(point.series, []).append(point)
-        return {name: sorted(points, key=lambda point: point.x) for name, points in found.items()}
+            series.setdefault(point.series, []).append(point)
+        return {name: sorted(points, key=lambda point: point.x) for name, points in series.items()}
 
-    def valid_lines(self) -> dict[str, list[PointResult]]:
-        """Lines without their invalid points; those that have no others are left out."""
-        lines = {name: [point for point in points if point.valid] for name, points in self.lines().items()}
-        return {name: points for name, points in lines.items() if points}
+    def valid_series(self) -> dict[str, list[PointResult]]:
+        """Returns the series without their invalid points; those that have no others are left out."""
+        series = {name: [point for point in points if point.valid] for name, points in self.series().items()}
+        return {name: points for name, points in series.items() if points}
 
     def reduction(self, point: PointResult, axis: str) -> float:
-        """Where a point lies on a compute axis (one of ``statistics.AXES``)."""
+        """Returns where a point lies on a compute axis (one of ``statistics.AXES``)."""
         return self.vs_full(point) if axis == "compute_vs_full" else float(point.compute["compute_reduction"])
 
     def vs_full(self, point: PointResult) -> float:
-        """MACs of the full model's run over those of this one, prompts included."""
+        """Returns the MACs of the full model's run over those of this one, prompts included."""
         return float(self.full.macs("total").sum() / point.macs("total").sum())
 
 
 def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
-    """All tasks of all sweeps in these folders.
+    """Reads all tasks of all sweeps in these folders.
 
     Args:
         folders: of sweeps, or above some.
@@ -142,7 +142,7 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
         for point in points:
             for backbone, task, result in _results(point):
                 groups.setdefault((backbone, task), []).append(result)
-    found = []
+    tasks = []
     for (backbone, task), results in sorted(groups.items()):
         full = [result for result in results if result.kind == "full"]
         if not full:
@@ -158,12 +158,12 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
                 len(others) - len(kept),
             )
         _compare(full[0], kept, max_degenerate)
-        found.append(TaskResults(backbone, task, [full[0], *kept]))
-    return found
+        tasks.append(TaskResults(backbone, task, [full[0], *kept]))
+    return tasks
 
 
 def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
-    """One row per point, task and metric."""
+    """Returns a table with one row per point, task and metric."""
     rows = []
     for task in results:
         for point in task.points:
@@ -189,7 +189,7 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 **point.consistency,
             }
             for metric, (value, stderr) in point.scores.items():
-                if metric in point.likeness:
+                if metric in point.similarity:
                     continue  # it has columns of its own
                 name, _, harness_filter = metric.partition(",")
                 score = {"metric": name, "filter": harness_filter, "score": value, "score_stderr": stderr}
@@ -198,11 +198,12 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
 
 
 def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
+    """Reads the results of a finished point as (backbone, task, result)."""
     folder: Path = point["folder"]
     check_results(folder, point["checksums"])
     data = json.loads((folder / point["results"]).read_text(encoding="utf-8"))
     pieces = _pieces(folder / RESPONSES_NAME, point["answers"])
-    found = []
+    results = []
     for task, file in point["samples"].items():
         samples = _json_lines(folder / file)
         first_filter = samples[0]["filter"]
@@ -219,14 +220,15 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             compute=data["compute"]["by_task"][task],
             samples=samples,
             answers=[_answer(sample) for sample in samples],
-            pieces=[pieces.get(_key(sample)) for sample in samples],
+            pieces=[pieces.get(_digest(sample)) for sample in samples],
             higher_is_better=data.get("higher_is_better", {}).get(task) or {},
         )
-        found.append((str(data["config"]["model_name"]), task, result))
-    return found
+        results.append((str(data["config"]["model_name"]), task, result))
+    return results
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Returns the scores of a task, without its compute, each with its standard error or NaN."""
     scores = {}
     for key, value in metrics.items():
         name, comma, harness_filter = key.partition(",")
@@ -238,7 +240,7 @@ def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def _answer(sample: dict[str, Any]) -> Any:
-    """A document's first text, or which of its continuations is the most probable; None for whole texts."""
+    """Returns a document's first text, or which of its continuations is the most probable; None for whole texts."""
     responses = [response[0] for response in sample["resps"]]
     if isinstance(responses[0], list):  # (log-likelihood, is_greedy) of each continuation
         return int(np.argmax([float(response[0]) for response in responses]))
@@ -246,17 +248,20 @@ def _answer(sample: dict[str, Any]) -> Any:
     return responses[0] if generated else None
 
 
-def _key(sample: dict[str, Any]) -> str:
+def _digest(sample: dict[str, Any]) -> str:
+    """Returns the digest of the request that a sample of a generation answers."""
     arguments = sample["arguments"]["gen_args_0"]
-    return str(hash_args("generate_until", [arguments[f"arg_{i}"] for i in range(len(arguments))]))
+    (key,) = request_keys([("generate_until", [arguments[f"arg_{i}"] for i in range(len(arguments))])])
+    return key.digest
 
 
 def _pieces(path: Path, count: int) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    """Returns the token texts of a point's generations, by the digests of their requests."""
+    pieces: dict[str, list[str]] = {}
     for key, response in stored_responses(path, count).items():
         if response.pieces is not None:
-            found.setdefault(key.partition(":")[0], response.pieces)
-    return found
+            pieces.setdefault(RequestKey.digest_in(key), response.pieces)
+    return pieces
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -265,11 +270,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: float) -> None:
+    """Puts into points their similarity to the full model's answers, and whether they are valid."""
     usual = full.compute.get("degenerate_rate") or 0.0
     for point in (full, *others):
-        found = consistency(full.answers, point.answers)
-        point.likeness = {f"consistency_{name}": values for name, values in found.items()}
-        for name, values in point.likeness.items():
+        similarity = consistency(full.answers, point.answers)
+        point.similarity = {f"consistency_{name}": values for name, values in similarity.items()}
+        for name, values in point.similarity.items():
             spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
             point.scores[name] = (float(np.mean(values)), spread)
         point.valid = (point.compute.get("degenerate_rate") or 0.0) <= usual + max_degenerate

@@ -13,7 +13,7 @@ _WORD = re.compile(r"\w+")
 
 
 def consistency(full: Sequence[Any], ours: Sequence[Any]) -> dict[str, list[float]]:
-    """For each document ``exact`` equality and, for texts, ``token_f1`` and ``rouge_l`` (F-measure).
+    """Returns for each document ``exact`` equality and, for texts, ``token_f1`` and ``rouge_l`` (F-measure).
 
     Answers that are no texts (chosen continuations) have ``exact`` only, and what is no answer (None) nothing.
     Surrounding white space does not count. The tokens of token_f1 are lower-cased words; two texts without any are
@@ -31,7 +31,7 @@ def consistency(full: Sequence[Any], ours: Sequence[Any]) -> dict[str, list[floa
 
 
 def token_f1(a: str, b: str) -> float:
-    """F1 of the two bags of lower-cased words."""
+    """Returns the F1 of the two bags of lower-cased words."""
     left, right = Counter(_WORD.findall(a.lower())), Counter(_WORD.findall(b.lower()))
     if not left or not right:
         return float(left == right)

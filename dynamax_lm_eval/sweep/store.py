@@ -16,7 +16,7 @@ from typing import Any
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import checksum, naming, write_text
-from dynamax_lm_eval.harness.ledger import identity_of_answers
+from dynamax_lm_eval.harness.cache import identity_of_answers
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ FORMAT, FORMAT_VERSION = "dynamax-responses", 1
 
 @dataclass(frozen=True)
 class Response:
-    """What was answered: a text, or (log-likelihood, is_greedy), or a log-likelihood; and what it took.
+    """An answer (a text, (log-likelihood, is_greedy), or a log-likelihood) and its compute.
 
     ``pieces``: the texts of the generated tokens, one by one, for display.
     """
@@ -39,7 +39,7 @@ class ResponseStore:
     """The responses of one point: a JSON Lines file whose first line says whose they are."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Opens or begins the file. Lines that are damaged are dropped with a warning.
+        """Opens or begins the file; lines that are damaged are dropped with a warning.
 
         Raises:
             UserError: it holds responses of another identity, or something else.
@@ -49,27 +49,27 @@ class ResponseStore:
         self._salt = checksum(identity)
         header = {"format": FORMAT, "format_version": FORMAT_VERSION, "identity": identity}
         first = _line(header)
-        found = _read(path)
-        self._responses, damaged = _responses(found.lines, self._salt)
-        if found.identity is not None:
-            if changed := changed_settings(found.identity, identity):
+        content = _read(path)
+        self._responses, damaged = _responses(content.lines, self._salt)
+        if content.identity is not None:
+            if changed := changed_settings(content.identity, identity):
                 raise UserError(f"{path} holds responses of a sweep that differs in {changed}; choose another --output")
-        elif not self._responses and found.lines:
+        elif not self._responses and content.lines:
             raise UserError(
                 f"{path} holds no answers of this sweep, or its first line is damaged; remove it to have them asked "
                 "again, or choose another --output"
             )
         #: Whether something that was kept here is lost.
-        self.damaged = bool(damaged) or (found.exists and found.identity is None)
+        self.damaged = bool(damaged) or (content.exists and content.identity is None)
         if self.damaged:
             logger.warning(
                 "%s: %s damaged; what they held is asked again",
                 path,
-                f"{damaged} of {len(found.lines)} answers are" if damaged else "the first line is",
+                f"{damaged} of {len(content.lines)} answers are" if damaged else "the first line is",
             )
-        if self.damaged or found.cut or not found.exists:
+        if self.damaged or content.cut or not content.exists:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [first, *(_line(_to_json(key, kept), self._salt) for key, kept in self._responses.items())]
+            lines = [first, *(_line(_to_json(key, response), self._salt) for key, response in self._responses.items())]
             with naming(path):
                 write_text(path, "".join(lines))
         self._file = path.open("a", encoding="utf-8")
@@ -95,21 +95,21 @@ class ResponseStore:
 
 
 def stored_responses(path: Path, count: int) -> dict[str, Response]:
-    """All responses in a file, whosever they are; at least ``count``.
+    """Reads all responses in a file, whosever they are; there must be ``count`` at least.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    found = _read(path)
-    responses, damaged = _responses(found.lines, checksum(found.identity))
-    if found.identity is None or damaged or len(responses) < count:
+    content = _read(path)
+    responses, damaged = _responses(content.lines, checksum(content.identity))
+    if content.identity is None or damaged or len(responses) < count:
         raise UserError(f"{path} is missing or damaged; start the sweep again, which asks for what is lost")
     return responses
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a file holds: its identity (None where the first line is missing or damaged), and the lines after it."""
+class _Content:
+    """The content of a file: its identity (None where the first line is missing or damaged), and the lines after it."""
 
     exists: bool
     identity: dict[str, Any] | None
@@ -118,9 +118,10 @@ class _Found:
     cut: bool
 
 
-def _read(path: Path) -> _Found:
+def _read(path: Path) -> _Content:
+    """Reads a file of responses, whatever is damaged of it."""
     if not path.is_file():
-        return _Found(False, None, [], False)
+        return _Content(False, None, [], False)
     first, *lines = path.read_bytes().split(b"\n")
     cut = lines.pop() if lines else first
     data = _checked(first)
@@ -129,16 +130,16 @@ def _read(path: Path) -> _Found:
         identity = None
     if not lines and identity is None and not first.startswith(_BEGINNING[: len(first)]):
         lines = [first]
-    return _Found(True, identity, lines, bool(cut))
+    return _Content(True, identity, lines, bool(cut))
 
 
-#: Of every file of responses.
+#: The beginning of every file of responses.
 _BEGINNING = json.dumps({"format": FORMAT}).removesuffix("}").encode()
 
 
 def _responses(lines: list[bytes], salt: str) -> tuple[dict[str, Response], int]:
-    """Those of lines that are whole, of a key that comes twice the last, and how many lines are not."""
-    found: dict[str, Response] = {}
+    """Returns the responses of whole lines (of a key that comes twice, the last), and how many lines are damaged."""
+    responses: dict[str, Response] = {}
     damaged = 0
     for line in lines:
         try:
@@ -146,10 +147,10 @@ def _responses(lines: list[bytes], salt: str) -> tuple[dict[str, Response], int]
             record = ComputeRecord.from_json(data["record"])
             if data["answer"] is None:
                 raise TypeError("no answer")
-            found[data["key"]] = Response(data["answer"], record, data.get("pieces"))
+            responses[data["key"]] = Response(data["answer"], record, data.get("pieces"))
         except (KeyError, TypeError):  # also of another version
             damaged += 1
-    return found, damaged
+    return responses, damaged
 
 
 def _to_json(key: str, response: Response) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def _line(data: Mapping[str, Any], salt: str = "") -> str:
 
 
 def _checked(line: bytes, salt: str = "") -> dict[str, Any] | None:
-    """The data of a line; None where it is damaged, or made for another salt."""
+    """Returns the data of a line; None where it is damaged, or made for another salt."""
     try:
         data = json.loads(line.decode("utf-8"))
         stored = data.pop("checksum")

@@ -21,11 +21,12 @@ import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
-from dynamax_lm_eval.files import locked, naming, write_text
+from dynamax_lm_eval.files import naming, write_text
 from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.frozen.model import FrozenBackbone, _read_config, load_backbone
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.training import evaluation, state
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card

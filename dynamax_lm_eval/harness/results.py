@@ -1,0 +1,185 @@
+"""Compute in the harness's results: rows beside the tasks' metrics, samples, and the section ``compute``.
+
+Knows compute records and the layout of results; knows nothing of models, and not how the records came about.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dynamax_lm_eval.compute.accounting import (
+    ACCOUNTING,
+    SCHEMA_VERSION,
+    ComputeRecord,
+    ExecutedCompute,
+    exit_histogram,
+    reduction_stderr,
+    total_reduction_stderr,
+)
+
+logger = logging.getLogger(__name__)
+
+#: Task name -> document id -> records of its responses, in the harness's order.
+RecordsByDocument = dict[str, dict[int, list[ComputeRecord]]]
+
+_HIGHER_IS_BETTER = ("compute_reduction", "compute_reduction_total", "compute_reduction_paper")
+
+
+def add_compute(
+    results: dict[str, Any], gathered: list[tuple[RecordsByDocument, dict[str, float], int, ExecutedCompute]]
+) -> None:
+    """Puts compute into the results of an evaluation, after the tasks' own metrics.
+
+    Args:
+        results: of the harness; rows, samples and the section ``compute`` are added.
+        gathered: of each rank: the records of its documents, its seconds by kind of request, the tokens that ran in
+            them, and the compute that was executed.
+    """
+    by_task: RecordsByDocument = defaultdict(dict)
+    seconds: dict[str, float] = {}
+    for rank_records, rank_seconds, *_ in gathered:
+        for name, documents in rank_records.items():
+            by_task[name].update(documents)
+        # Ranks work at the same time: the slowest one is what was waited for.
+        seconds = {kind: max(seconds.get(kind, 0.0), rank_seconds.get(kind, 0.0)) for kind in {*seconds, *rank_seconds}}
+
+    per_document = {
+        name: [ComputeRecord.sum(records) for _, records in sorted(documents.items())]
+        for name, documents in by_task.items()
+    }
+    subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
+    for name, metrics in results["results"].items():
+        leaves = [name] if name in per_document else sorted(_leaves(name, subtasks, per_document))
+        records = [record for leaf in leaves for record in per_document[leaf]]
+        if not records:
+            continue
+        filters = _filters(metrics) or _filters_of(leaves, results["results"]) or ["none"]
+        added = _metrics(records, filters)
+        metrics.update(added)
+        if name in results.get("groups", {}):
+            results["groups"][name].update(added)
+        results.setdefault("higher_is_better", {}).setdefault(name, {}).update(dict.fromkeys(_HIGHER_IS_BETTER, True))
+    for name, samples in results.get("samples", {}).items():
+        for sample in samples:
+            responses = by_task[name][sample["doc_id"]]
+            total = ComputeRecord.sum(responses)
+            sample["compute_reduction"] = total.compute_reduction
+            sample["macs"] = {
+                "eligible_full": total.full_macs,
+                "eligible": total.spent_macs,
+                "total_full": total.full_total_macs,
+                "total": total.total_macs,
+            }
+            sample["degenerate"] = total.degenerate
+            sample["exit_layers"] = [layers for record in responses for layers in record.exit_layers]
+
+    all_records = [record for documents in per_document.values() for record in documents]
+    results["compute"] = {
+        "schema_version": SCHEMA_VERSION,
+        "accounting": ACCOUNTING,
+        "by_task": {name: _breakdown(documents) for name, documents in per_document.items()},
+        "overall": {
+            **_breakdown(all_records),
+            **_timing(sum(fed for _, _, fed, _ in gathered), seconds),
+            "physical": ExecutedCompute.sum(physical for *_, physical in gathered).to_json(),
+        },
+    }
+    if all_records and not any(record.eligible_tokens for record in all_records):
+        logger.warning(
+            "No token was eligible for an exit (single-token continuations, or nothing generated after the first "
+            "token), so compute_reduction is 1; exit_scope=all lets prompt tokens exit too"
+        )
+
+
+def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, Any]:
+    """Returns the rows that stand beside a task's metrics, for each of its filters."""
+    total = ComputeRecord.sum(documents)
+    values: dict[str, Any] = {
+        "compute_reduction": total.compute_reduction,
+        "compute_reduction_stderr": _or_na(reduction_stderr(documents)),
+        "compute_reduction_total": total.compute_reduction_total,
+        "compute_reduction_total_stderr": _or_na(total_reduction_stderr(documents)),
+        "compute_reduction_paper": total.compute_reduction_paper,
+    }
+    if total.mean_exit_layer is not None:
+        values["mean_exit_layer"] = total.mean_exit_layer
+    if total.generations:
+        values["generated_tokens"] = total.generated_tokens / total.generations
+        values["token_limit_share"] = total.hit_limit / total.generations
+        values["degenerate_rate"] = total.degenerate / total.generations
+    return {f"{metric},{name}": value for name in filters for metric, value in values.items()}
+
+
+def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
+    """Returns everything that is known about the compute of some documents, as JSON data."""
+    total = ComputeRecord.sum(documents)
+    return {
+        "documents": len(documents),
+        "responses": total.responses,
+        "compute_reduction": total.compute_reduction,
+        "compute_reduction_stderr": reduction_stderr(documents),
+        "compute_reduction_total": total.compute_reduction_total,
+        "compute_reduction_total_stderr": total_reduction_stderr(documents),
+        "compute_reduction_paper": total.compute_reduction_paper,
+        "mean_exit_layer": total.mean_exit_layer,
+        "exit_histogram": exit_histogram(total),
+        "tokens": {
+            "prompt": total.prompt_tokens,
+            "fed": total.fed_tokens,
+            "eligible_tokens": total.eligible_tokens,
+            "generated": total.generated_tokens,
+            "scored": total.scored_tokens,
+        },
+        "generations": total.generations,
+        "mean_generated_tokens": total.generated_tokens / total.generations if total.generations else None,
+        "token_limit_share": total.hit_limit / total.generations if total.generations else None,
+        "degenerate_rate": total.degenerate / total.generations if total.generations else None,
+        "macs": {
+            "eligible_full": total.full_macs,
+            "eligible_blocks": total.block_macs,
+            "exits": {
+                "classifiers": total.classifier_macs,
+                "state_recompute": total.recompute_macs,
+                "adapters": total.adapter_macs,
+                "lm_head_reads": total.lm_head_macs,
+            },
+            "total_full": total.full_total_macs,
+            "total": total.total_macs,
+        },
+        "paper_units": {"full": total.paper_full, "spent": total.paper_spent},
+    }
+
+
+def _timing(fed_tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Returns wall-clock time and the tokens that ran in it; cached responses are not among them."""
+    spent = sum(seconds.values())
+    return {
+        "seconds": dict(seconds),
+        "seconds_total": spent,
+        "fed_tokens_in_seconds": fed_tokens,
+        "fed_tokens_per_second": fed_tokens / spent if spent > 0 else None,
+    }
+
+
+def _filters(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns the filters that a result entry has metrics for, in order."""
+    return list(dict.fromkeys(key.partition(",")[2] for key in metrics if "," in key))
+
+
+def _filters_of(tasks: Iterable[str], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for task in tasks for name in _filters(results.get(task, {}))))
+
+
+def _leaves(group: str, subtasks: Mapping[str, list[str]], tasks: Mapping[str, Any]) -> set[str]:
+    """Returns the tasks below a group, each once even where it belongs to several of its subgroups."""
+    leaves: set[str] = set()
+    for child in subtasks.get(group, []):
+        leaves |= {child} if child in tasks else _leaves(child, subtasks, tasks)
+    return leaves
+
+
+def _or_na(value: float | None) -> float | str:
+    return "N/A" if value is None else value
