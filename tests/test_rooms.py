@@ -20,11 +20,12 @@ DOCUMENTS += [ROOT / "README.md", ROOT / "CHANGELOG.md"]
 
 
 class Import(NamedTuple):
-    """A module that another one imports when it runs; ``line`` is where."""
+    """A module that another one imports, at once or, where it is deferred, when a function runs."""
 
     module: str
     target: str
     line: int
+    is_deferred: bool
 
 
 def name_of(file: Path) -> str:
@@ -40,32 +41,33 @@ def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
-def running(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that are for type checkers only."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
-            for other in child.orelse:
-                yield other
-                yield from running(other)
-        else:
-            yield child
-            yield from running(child)
+def statements(node: ast.AST, is_deferred: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes but those for type checkers only, each with whether it lies in a function."""
+    children = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        children = list(node.orelse)
+    is_deferred = is_deferred or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    for child in children:
+        yield child, is_deferred
+        yield from statements(child, is_deferred)
 
 
 def imports_of(module: str, tree: ast.Module) -> list[Import]:
-    found = []
-    for node in running(tree):
+    """All imports of a module, each target once per statement."""
+    imports: dict[Import, None] = {}
+    for node, is_deferred in statements(tree):
         if isinstance(node, ast.Import):
-            found += [Import(module, name.name, node.lineno) for name in node.names]
+            imports |= {Import(module, name.name, node.lineno, is_deferred): None for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{module}, line {node.lineno}: write the whole name of the package"
             for name in node.names:
                 inner = f"{node.module}.{name.name}"
-                found.append(Import(module, inner if inner in MODULES else node.module, node.lineno))
-    return found
+                target = inner if inner in MODULES else node.module
+                imports[Import(module, target, node.lineno, is_deferred)] = None
+    return list(imports)
 
 
-IMPORTS = [found for module, file in MODULES.items() for found in imports_of(module, tree_of(file))]
+IMPORTS = [line for module, file in MODULES.items() for line in imports_of(module, tree_of(file))]
 
 
 def room_of(module: str) -> str | None:
@@ -149,8 +151,7 @@ def test_imports_point_to_rooms_below() -> None:
 def test_no_modules_import_in_a_circle() -> None:
     edges: dict[str, set[str]] = {}
     for found in IMPORTS:
-        # The package fetches the model class when it is asked for it, long after all imports.
-        if found.target in MODULES and PACKAGE not in (found.module, found.target):
+        if found.target in MODULES and not found.is_deferred:
             edges.setdefault(found.module, set()).add(found.target)
     assert circle(edges) == []
 
@@ -192,14 +193,14 @@ class TestTheChecksThemselves:
                 "    from dynamax_lm_eval.engine import engine",
             ]
         )
-        targets = [found.target for found in imports_of("dynamax_lm_eval.files", ast.parse(source))]
-        assert targets == ["typing", "json", "dynamax_lm_eval.engine.engine"]
+        imports = [found[1:] for found in imports_of("dynamax_lm_eval.files", ast.parse(source))]
+        assert imports == [("typing", 1, False), ("json", 5, False), ("dynamax_lm_eval.engine.engine", 7, True)]
 
     def test_imports_that_run_up_or_across_are_found(self) -> None:
-        up = Import("dynamax_lm_eval.compute.cost", "dynamax_lm_eval.lm", 3)
-        across = Import("dynamax_lm_eval.reports.page", "dynamax_lm_eval.calibration.losses", 4)
-        down = Import("dynamax_lm_eval.lm", "dynamax_lm_eval.compute.cost", 5)
-        inside = Import("dynamax_lm_eval.compute.cost", "dynamax_lm_eval.compute.repetition", 6)
+        up = Import("dynamax_lm_eval.compute.cost", "dynamax_lm_eval.lm", 3, True)
+        across = Import("dynamax_lm_eval.reports.page", "dynamax_lm_eval.calibration.losses", 4, False)
+        down = Import("dynamax_lm_eval.lm", "dynamax_lm_eval.compute.cost", 5, False)
+        inside = Import("dynamax_lm_eval.compute.cost", "dynamax_lm_eval.compute.repetition", 6, False)
         assert upward([up, across, down, inside]) == [
             "dynamax_lm_eval.compute.cost, line 3: dynamax_lm_eval.lm",
             "dynamax_lm_eval.reports.page, line 4: dynamax_lm_eval.calibration.losses",
