@@ -97,7 +97,7 @@ def upward(imports: list[Import]) -> list[str]:
         and (own := room_of(found.module)) is not None
         and (other := room_of(found.target)) is not None
         and own != other
-        and FLOOR_OF[other] >= FLOOR_OF[own]
+        and FLOOR_OF.get(other, len(ORDER)) >= FLOOR_OF.get(own, -1)
     ]
 
 
