@@ -57,7 +57,7 @@ class Command:
 
     Attributes:
         options: ``module:Class`` of its options.
-        run: ``module:function``; is given the options, and returns what the terminal shows at the end.
+        run: ``module:function``; is given the options, and may return the text that the terminal shows at the end.
         summary: one line for the list of commands.
         description: for its own help.
         prepare: rewrites its arguments before they are parsed.
@@ -109,7 +109,7 @@ On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or
     ),
     "sweep": Command(
         ("sweep.options:SweepOptions",),
-        "sweep.command:sweep",
+        "sweep.command:command",
         "evaluate many policies in one run",
         """\
 Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, and always the full
@@ -122,7 +122,7 @@ dynamax-lm-eval report.""",
     ),
     "report": Command(
         ("reports.options:ReportOptions",),
-        "reports.command:report",
+        "reports.command:command",
         "tables, plots and one HTML page of sweeps",
         """\
 Show what sweeps found: points.csv and points.parquet (one row per point, task and metric), report.md with intervals,
@@ -210,8 +210,8 @@ def _execute(name: str, arguments: list[str]) -> None:
     options = _parsed(f"{name}{command.usage}", command.description, command.prepare(arguments), *kinds)
     _autoload.register()
     shown = _named(command.run)(*options)
-    if isinstance(shown, (str, Path)):
-        sys.stdout.write(f"{shown}\n")
+    if isinstance(shown, str):
+        sys.stdout.write(shown)
 
 
 def _named(place: str) -> Any:

@@ -63,12 +63,6 @@ class Split:
     population: int
 
 
-def command(options: CalibrateOptions) -> str:
-    """Calibrates, and returns what the terminal shows."""
-    certificate, path = calibrate(options)
-    return summary(certificate, path, options).rstrip("\n")
-
-
 def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     """Tests the candidates and writes the certificate; returns it and its file beside the exits.
 

@@ -87,7 +87,7 @@ class SearchOptions:
 
 def command(options: SearchOptions) -> str:
     """Searches, and returns what the terminal shows."""
-    return f"{table(search(options))}{options.output}"
+    return f"{table(search(options))}{options.output}\n"
 
 
 def search(options: SearchOptions) -> ThresholdPath:

@@ -56,7 +56,7 @@ class ProfileOptions:
 
 def command(options: ProfileOptions) -> str:
     """Measures, and returns what the terminal shows."""
-    return f"{table(profile(options))}{options.output}"
+    return f"{table(profile(options))}{options.output}\n"
 
 
 def profile(options: ProfileOptions) -> PruneProfile:
