@@ -1,4 +1,4 @@
-"""What every causal LM of transformers has, whatever its blocks."""
+"""The parts that every causal LM of transformers has, whatever its blocks."""
 
 from __future__ import annotations
 
