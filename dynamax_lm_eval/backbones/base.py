@@ -81,7 +81,7 @@ class States(ABC):
 
     @abstractmethod
     def allocate_row(self, capacity: int) -> int | None:
-        """Allocates a row of up to ``capacity`` tokens and returns its slot; None where there is no memory at present."""
+        """Allocates a row of up to ``capacity`` tokens and returns its slot; None where there is no memory now."""
 
     @abstractmethod
     def free_row(self, slot: int) -> None:
@@ -132,7 +132,7 @@ class ForwardPass(ABC):
 
     @abstractmethod
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        """Takes note of tokens that exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
+        """Lets tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
 
         Rows with a final block run block L on them afterwards, so that block is given nothing.
 
@@ -171,7 +171,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> States:
-        """Returns empty states for rows of ``capacity`` tokens in all, and for kept prefixes of ``prefix_capacity`` more.
+        """Makes states for rows of ``capacity`` tokens in all, and for kept prefixes of ``prefix_capacity`` more.
 
         ``row_stride``: every row gets so many KV slots, so that rows that decode together can be addressed as one.
         """

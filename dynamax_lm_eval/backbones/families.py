@@ -108,7 +108,9 @@ def _has(module: nn.Module, *names: str) -> bool:
 def kv_projector(
     attn: Any, heads: int, kv_heads: int, head_dim: int, name: str
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Returns the function that makes K and V as this attention does, of normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
+    """Returns a function that makes K and V as this attention does.
+
+    It takes normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
 
     The modules are called, their weights are not read: quantised layers, adapters and hooks keep working.
 

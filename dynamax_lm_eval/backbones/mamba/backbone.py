@@ -268,7 +268,7 @@ class _LeftTokens:
         return _LeftTokens(np.concatenate([self.tokens, more.tokens]), torch.cat([self.hidden, more.hidden], dim=1))
 
     def at(self, block: int, layout: RowLayout) -> _LeftTokens:
-        """Returns those that a block (1-based) gets states of: none where it is pruned, or is a final block that runs."""
+        """Returns those that a block (1-based) is given states of: none where it is pruned or runs as a final block."""
         if self.hidden is None:
             return self
         return self._where(layout.is_given_states(block, layout.row_of[self.tokens]))

@@ -48,7 +48,7 @@ class ScanKernels:
         return self.state_update(state, x, steps, decays, b, c, dt_softplus=False)
 
     def step_channels(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
-        """Returns (R, I), as :meth:`step`, for Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N)."""
+        """Returns the read-outs (R, I) of Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N)."""
         return self.state_update(state, x, dt, decay, b, c, dt_softplus=False)
 
     def chunks(

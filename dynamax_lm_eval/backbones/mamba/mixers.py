@@ -94,7 +94,7 @@ class Mixer(ABC):
         )
 
     def _left_out_of_updates(self, name: str) -> int:
-        """Returns the number of weights that an update does not need: out_proj, and the gate's rows of a plain in_proj."""
+        """Returns how many weights an update does not need: out_proj, and the gate's rows of a plain in_proj."""
         in_proj = self.module.in_proj
         gate = self.inner * int(in_proj.in_features) if is_plain(in_proj) else 0
         return gate + families.linear_macs(self.module.out_proj, name)

@@ -29,7 +29,7 @@ _Result = TypeVar("_Result")
 
 
 def _without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorates a function so that its sums over many tokens keep their precision where its caller runs under autocast."""
+    """Returns the function without autocast, so that its sums over many tokens keep their precision."""
 
     @functools.wraps(function)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -109,7 +109,7 @@ class RaggedRows:
         row = np.repeat(np.arange(self.num_rows), np.minimum(self.lengths, width))
         rank = np.concatenate([np.arange(n) for n in np.minimum(self.lengths, width)])
 
-        # Index into (windows of all rows, then all tokens) of the token of this rank in its row; negative: in the window.
+        # Index into (windows of all rows, then all tokens) of the token of a rank in its row; below 0: in the window.
         def index_of(row: np.ndarray, rank: np.ndarray) -> np.ndarray:
             in_window = row * width + width + rank
             indices: np.ndarray = np.where(rank < 0, in_window, self.num_rows * width + starts[row] + rank)
