@@ -24,7 +24,7 @@ from dynamax_lm_eval.exits.states import ClassifierStates
 
 
 class LogitsCollector(Protocol):
-    """Takes the logits of the tokens that need them, reduced to what its owner needs of them."""
+    """A collector of the logits of the tokens that need them, reduced to what its owner needs of them."""
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         """Returns what is kept of logits (T, V) of these tokens, (T, anything). Called before it is known who exits."""
@@ -56,7 +56,7 @@ class _Evaluation(NamedTuple):
 
 
 class ExitDecisions:
-    """Decides at the exit layers of one pass who leaves, and hands the logits of the pass to a collector."""
+    """The decisions at the exit layers of one pass: who leaves, and what logits a collector gets."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class ExitDecisions:
                 self._collector.store(tokens[part], self._collector.reduce(tokens[part], logits))
 
     def _candidates(self, block: int, tokens: IntArray) -> IntArray:
-        """Returns indices of the tokens in flight that may exit after ``block``, or that a classifier has to see there."""
+        """Returns indices of the tokens in flight that may exit after ``block``, or that warm up a classifier."""
         if block not in self._batch.thresholds:
             return np.zeros(0, dtype=np.int64)
         evaluated = self._batch.thresholds[block][tokens] < NEVER

@@ -65,7 +65,7 @@ class RowStates:
 
 
 class Engine:
-    """Runs flat batches through a backbone under exit policies."""
+    """The engine, which runs flat batches through a backbone under exit policies."""
 
     def __init__(
         self,

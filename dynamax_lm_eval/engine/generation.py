@@ -170,7 +170,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
 
 
 class _LastLogits:
-    """Collects the logits of the one token of each row that needs them."""
+    """A collector of the logits of the one token of each row that needs them."""
 
     def __init__(self, num_rows: int, row_of: IntArray) -> None:
         self._row_of = row_of

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 @dataclass
 class Sampler:
-    """Chooses the tokens of one request.
+    """The choice of one request's tokens.
 
     Attributes:
         processors: transformers' processors and warpers for the request, in their order.

@@ -101,7 +101,7 @@ def _allocate(states: RowStates, length: int) -> int:
 
 
 class _TargetScores:
-    """Collects the log-probabilities of the targets and the arg-max of each token that needs logits."""
+    """A collector of the log-probabilities of the targets and the arg-max of each token that needs logits."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Short identities of a model: of its weights in memory and in files, of its tokenizer, and of its configurations.
+"""Fingerprints of a model's weights, in memory and in files.
 
 Two questions are asked of weights. What answered a request is told by :func:`weights_fingerprint`, over every bit of
 the model as it was loaded. Which backbone trained exits, prune profiles and certificates belong to is told by

@@ -226,7 +226,7 @@ def model_without_weights(config: Any, options: Mapping[str, Any]) -> Any:
 
 
 class CompleteModels:
-    """Stands in for an auto class of transformers: loads models whose weights are all in their files.
+    """A stand-in for an auto class of transformers that loads only models whose weights are all in their files.
 
     transformers gives random values to what is missing or has another size, with a warning only.
     """

@@ -62,7 +62,7 @@ class ModelSource:
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row that the options or the configuration allow."""
+        """The tokens of the longest row that the options or the configuration allow."""
         limit = self.options.get("max_length") or getattr(self.config.get_text_config(), "max_position_embeddings", 0)
         return int(limit or 0)
 

@@ -108,7 +108,7 @@ class Mixer(ABC):
 
 
 class Mamba2Mixer(Mixer):
-    """transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
+    """The mixer that is transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
 
     def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
         self.shape = MixerShape(
@@ -152,7 +152,7 @@ class Mamba2Mixer(Mixer):
 
 
 class Mamba1Mixer(Mixer):
-    """transformers' ``MambaMixer`` and ``FalconMambaMixer``: in_proj gives x, then z; B, C and dt come from x."""
+    """The mixer that is transformers' ``MambaMixer`` or ``FalconMambaMixer``: in_proj gives x and z; B, C, dt are of x."""
 
     def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
         super().__init__(module, int(module.intermediate_size), int(module.intermediate_size), kernels)

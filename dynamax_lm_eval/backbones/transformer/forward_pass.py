@@ -255,7 +255,7 @@ class _Pending:
 
 
 class _Scatter:
-    """Stands in for transformers' cache: writes K and V to the cache slots of the tokens and returns the caches."""
+    """A stand-in for transformers' cache, which writes K and V to the cache slots of the tokens."""
 
     def __init__(self, states: AttentionStates, block: int, kv_slots: Tensor) -> None:
         self._states = states

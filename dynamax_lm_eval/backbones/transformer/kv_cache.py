@@ -19,7 +19,7 @@ from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
 
 
 class FreeList:
-    """First-fit allocation of runs of cache slots in 0..capacity-1."""
+    """The free cache slots of 0..capacity-1, of which runs are allocated first-fit."""
 
     def __init__(self, capacity: int) -> None:
         self._free = [(0, capacity)] if capacity else []  # sorted (start, length), never adjacent
