@@ -45,7 +45,7 @@ def naming_request(requests: Sequence[int]) -> Iterator[None]:
 
 
 class UserError(ValueError):
-    """Bad input of the user: the message is one line that names the rule, the value and the remedy."""
+    """An error for bad input of the user: the message is one line that names the rule, the value and the remedy."""
 
 
 def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -66,7 +66,7 @@ class ComputeRecord:
     recompute_macs: int = 0
     adapter_macs: int = 0
     lm_head_macs: int = 0
-    #: With the prompt and one LM-head read per token given, both sides.
+    #: Both sides with the prompt and one LM-head read per output token.
     full_total_macs: int = 0
     total_macs: int = 0
     #: The eligible tokens in the paper's unit of one block.

@@ -31,7 +31,7 @@ class BlockCost:
         attention_width: heads * head_dim; scores and values cost 2 * attention_width * context.
         window: sliding window in tokens; context = min(position + 1, window). None: all positions.
         state_recompute: MACs per token of making the block's state from the exit hidden state: K and V, or what
-            moves the conv and SSM states on.
+            updates the conv and SSM states.
         paper_recompute: state recompute in the paper's unit of one block.
         recurrence: MACs per token of a Mamba block beside its projections: the convolution, and the recurrent form
             of the SSM (3 * H * P * N), whatever form runs.

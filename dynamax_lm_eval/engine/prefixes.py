@@ -189,7 +189,8 @@ def _intervals(common: Sequence[int]) -> list[tuple[int, int, int]]:
     """Returns all maximal runs of sorted keys that have tokens in common, outer ones first.
 
     A run is (first, last, length), with ``length`` > 0 tokens in common. ``common[i]`` is what keys
-    i - 1 and i have in common. The runs are the inner nodes of the keys' trie, found with a stack (Abouelhoda, Kurtz and Ohlebusch 2004, algorithm 4.1).
+    i - 1 and i have in common. The runs are the inner nodes of the keys' trie, found with a stack
+    (Abouelhoda, Kurtz and Ohlebusch 2004, algorithm 4.1).
     """
     intervals: list[tuple[int, int, int]] = []
     stack: list[tuple[int, int]] = []  # (length, first)

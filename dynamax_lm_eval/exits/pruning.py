@@ -69,7 +69,7 @@ class PruneProfile:
 
 
 def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:
-    """Raises UserError where a profile was measured on other weights than these; both may be None, not known."""
+    """Raises UserError where a profile was measured on other weights than these; either may be None, not known."""
     if path is None or fingerprints is None:
         return
     profile = PruneProfile.load(Path(path).expanduser())

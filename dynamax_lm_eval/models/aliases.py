@@ -63,7 +63,7 @@ def shipped_backbones() -> dict[str, Path]:
     return {file.parent.name: file.parent for file in sorted(shipped_dir().glob("backbones/*/config.json"))}
 
 
-def known() -> list[str]:
+def backbone_names() -> list[str]:
     """Returns all names that stand for a backbone."""
     return [*HUB_ALIASES, SMOLLM2_GGUF, *shipped_backbones()]
 

@@ -1,8 +1,8 @@
 """Fingerprints of a model's weights, in memory and in files.
 
-Two questions are asked of weights. What answered a request is told by :func:`weights_fingerprint`, over every bit of
-the model as it was loaded. Which backbone trained exits, prune profiles and certificates belong to is told by
-:class:`Fingerprints`, before weights load and whatever dtype they load in.
+They serve two purposes. :func:`weights_fingerprint` identifies what answered a request, by every bit of the model as it
+was loaded. :class:`Fingerprints` identify the backbone that trained exits, prune profiles and certificates belong to,
+before weights load and whatever dtype they load in.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Fingerprints:
     They are the same in every dtype and file format that holds the values' bfloat16 rounding.
 
     Attributes:
-        current: what this version writes: over the name, shape and all values, rounded to bfloat16, of every parameter
-            of the model that transformers makes; tied weights count once, buffers not at all.
+        current: what this version writes: a hash over name, shape and all values, rounded to bfloat16, of every
+            parameter of the model that transformers makes; tied weights count once, buffers not at all.
         former: what earlier versions wrote for the same weights (format 1).
     """
 

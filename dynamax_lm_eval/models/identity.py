@@ -79,7 +79,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Returns all that decides how a tokenizer written in Python works."""
-    given = getattr(tokenizer, "init_kwargs", {})
+    arguments = getattr(tokenizer, "init_kwargs", {})
     added = getattr(tokenizer, "added_tokens_decoder", None)
     return {
         "class": type(tokenizer).__name__,
@@ -88,7 +88,7 @@ def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "files": _vocabulary_files(tokenizer),
         "arguments": {
             name: value
-            for name, value in given.items()
+            for name, value in arguments.items()
             if name not in _TOKENIZER_FREE and not name.startswith("_") and not name.endswith(("_file", "_path"))
         },
     }

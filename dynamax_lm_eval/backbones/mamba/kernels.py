@@ -39,7 +39,7 @@ class ScanKernels:
     def step(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
         """Returns the read-outs (R, H, P) of one token per row: x (R, H, P), dt (R, H), b and c (R, G, N).
 
-        ``state`` (R, H, P, N) is moved on in place.
+        ``state`` (R, H, P, N) is updated in place.
         """
         heads, head_dim, size = state.shape[1:]
         # The kernel knows by their strides of 0 that these are one number per head.

@@ -152,7 +152,7 @@ class Mamba2Mixer(Mixer):
 
 
 class Mamba1Mixer(Mixer):
-    """The mixer that is transformers' ``MambaMixer`` or ``FalconMambaMixer``: in_proj gives x and z; B, C, dt are of x."""
+    """The mixer that is transformers' ``MambaMixer`` or ``FalconMambaMixer``: in_proj gives x, z; B, C, dt are of x."""
 
     def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
         super().__init__(module, int(module.intermediate_size), int(module.intermediate_size), kernels)

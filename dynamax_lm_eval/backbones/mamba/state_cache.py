@@ -68,7 +68,7 @@ class StateTable:
         for table, new in zip(self.all, state, strict=True):
             if isinstance(lines, Tensor):
                 table.index_copy_(0, lines, new.to(table.dtype))
-            elif new.data_ptr() != table[lines].data_ptr():  # else it was moved on in place
+            elif new.data_ptr() != table[lines].data_ptr():  # else it was updated in place
                 table[lines] = new
 
 

@@ -2,7 +2,7 @@
 
 The blocks are the model's own, unmodified: an attention function registered with transformers reads the
 caches (``attention``), and a cache object scatters what blocks write. Of the families only the names of
-modules and the layout of the fused K/V projections are known here; whatever else a family does is caught
+modules and the layout of the fused K/V projections are known here; whatever else a family does differently is found
 by the comparison with ``model.forward`` at load.
 
 N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P head dim.

@@ -1,4 +1,4 @@
-"""Tokens that left a Transformer early, and the K and V that its later blocks still have to be given for them.
+"""Deferred K and V: those that later blocks still have to be given of tokens that left a Transformer early.
 
 A block needs the recomputed states of a token only when a later token of the same row gets there. Until then they
 are deferred; those of several tokens are then materialised in one call, and those of a row that ends first are never

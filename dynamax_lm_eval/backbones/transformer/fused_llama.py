@@ -2,7 +2,7 @@
 
 While few tokens are in flight, the host spends as long on launching operations as the device on computing them.
 Norms, rotary embedding and plain linear layers are computed here; quantised layers and adapters are called as they
-are. Whether that gives what the family gives is checked at load, as for every backbone.
+are. Whether the result is that of the family is checked at load, as for every backbone.
 
 n tokens in flight, D hidden, H heads, H_kv K/V heads, P head dim.
 """
