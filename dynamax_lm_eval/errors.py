@@ -1,4 +1,4 @@
-"""Errors of the engine that their catcher has to put a document to."""
+"""Errors that a user reads, and those of the engine whose catcher has to say which document they are about."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class RequestError(Exception):
-    """One request cannot be answered.
+    """A request that cannot be answered.
 
     Attributes:
-        index: which of the requests given to ``generate`` or ``score``; from ``Engine.forward``, which of its rows.
+        index: that of the request given to ``generate`` or ``score``; from ``Engine.forward``, that of the row.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -23,7 +23,7 @@ class RequestError(Exception):
 class NotFiniteError(RequestError, ArithmeticError):
     """The model computed logits or confidences that are not numbers; nothing may be made of them.
 
-    ``what``: is not finite.
+    ``what``: names what is not finite.
     """
 
     def __init__(self, index: int, what: str = "logits") -> None:
@@ -45,17 +45,20 @@ def naming_request(requests: Sequence[int]) -> Iterator[None]:
 
 
 class UserError(ValueError):
-    """Bad input of the user: the message is one line that names the rule, the value and the remedy."""
+    """An error for bad input of the user: the message is one line that names the rule, the value and the remedy."""
 
 
 def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Every setting that differs, with both values, for an error message; empty where none does."""
+    """Returns every setting that differs, with both values, for an error message; empty where none does."""
     names = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
     return ", ".join(f"{name} ({stored.get(name)!r}, now {now.get(name)!r})" for name in names)
 
 
 def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, shown: Collection[str]) -> str:
-    """The error message: the nearest known name, or else those of ``shown``, introduced by ``shown_as``."""
+    """Returns the error message for an unknown name.
+
+    It gives the nearest of the ``known`` names, or else those of ``shown``, introduced by ``shown_as``.
+    """
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"{shown_as}: {', '.join(shown)}"
     return f"unknown {what} {name!r}; {hint}"

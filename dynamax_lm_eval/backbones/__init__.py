@@ -22,7 +22,7 @@ __all__ = [
 
 
 def make_backbone(model: Any, max_length: int | None = None, mamba_kernels: MambaKernels = "auto") -> Backbone:
-    """The backbone that a loaded causal LM of transformers is.
+    """Returns the backbone that a loaded causal LM of transformers is.
 
     Args:
         model: in eval mode.

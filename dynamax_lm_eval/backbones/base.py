@@ -1,8 +1,8 @@
-"""What the engine asks of a backbone: embed, run one block on some tokens, leave, read out.
+"""The interface of a backbone: embed, run one block on some tokens, let tokens exit, read out.
 
 The interface is the same for every architecture; what a block keeps of the past (K and V, or conv and SSM
 states) is the business of the backbone's :class:`States`. Nothing here knows exit policies, requests or
-tokenizers.
+tokenizers. A row's ``slot`` is its place in the states; ``kv_slots`` are the places of single tokens in a K/V cache.
 
 Shapes: N tokens of a flat batch (rows one after the other, without padding), n of them in flight,
 R rows, D hidden, V vocabulary.
@@ -31,9 +31,14 @@ BoolArray = npt.NDArray[np.bool_]
 LOGITS_AT_ONCE = 2**25
 
 
+def on_device(values: IntArray, device: torch.device) -> Tensor:
+    """Returns indices as a tensor on ``device``."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the N tokens of a flat batch belong.
+    """The rows and positions of the N tokens of a flat batch.
 
     Tokens of one row stand side by side, in rising order of position. ``runs_block[r, b]`` is False where
     row r has block b pruned; column 0 is unused because blocks are counted from 1.
@@ -48,20 +53,20 @@ class RowLayout:
     final_block: BoolArray  # (R,) rows whose tokens run block L after an exit
 
     def is_given_states(self, block: int, rows: IntArray) -> BoolArray:
-        """(m,) Whether ``block`` is given the states of tokens of ``rows`` (m,) that left before it.
+        """Returns whether ``block`` is given the states of tokens of ``rows`` (m,) that left before it, (m,).
 
-        Not where it is pruned, or is a final block, which runs on them itself.
+        It is not where it is pruned, or is a final block, which runs on them itself.
         """
         runs: BoolArray = self.runs_block[rows, block]
         return runs & ~self.final_block[rows] if block == self.runs_block.shape[1] - 1 else runs
 
 
 def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_layers: int) -> RowLayout:
-    """The layout of new rows with ``lengths`` tokens that run every block and never exit."""
-    opened = tuple(slot for slot in slots if slot is not None)
-    assert len(opened) == len(lengths), "the states were made for these rows"
+    """Returns the layout of new rows with ``lengths`` tokens that run every block and never exit."""
+    row_slots = tuple(slot for slot in slots if slot is not None)
+    assert len(row_slots) == len(lengths), "the states were made for these rows"
     return RowLayout(
-        slots=opened,
+        slots=row_slots,
         row_of=np.repeat(np.arange(len(lengths), dtype=np.int64), lengths),
         positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         state_modes=tuple("recompute" for _ in lengths),
@@ -72,15 +77,15 @@ def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_l
 
 
 class States(ABC):
-    """What blocks keep of the tokens seen so far, for several rows."""
+    """The states that blocks keep of the tokens seen so far, for several rows."""
 
     @abstractmethod
     def allocate_row(self, capacity: int) -> int | None:
-        """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
+        """Allocates a row of up to ``capacity`` tokens and returns its slot; None where there is no memory now."""
 
     @abstractmethod
     def free_row(self, slot: int) -> None:
-        """Gives the room of a row back."""
+        """Frees the memory of a row."""
 
     @abstractmethod
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
@@ -90,24 +95,26 @@ class States(ABC):
     def keep(self, slot: int, num_tokens: int) -> bool:
         """Keeps the states of a row, which has seen ``num_tokens`` tokens, for later rows that begin with them.
 
-        All that is kept at a time are beginnings of one another, known by their lengths. False where there is no
-        room for it; rows lose none.
+        All that is kept at a time are prefixes of one another, identified by their lengths.
+
+        Returns:
+            False where there is no memory for it; rows lose none.
         """
 
     @abstractmethod
     def give(self, num_tokens: int, slot: int) -> None:
-        """Gives a new row the states that are kept of so many tokens."""
+        """Gives a new row the states that are kept of a prefix of ``num_tokens`` tokens."""
 
     @abstractmethod
     def forget(self, num_tokens: int) -> None:
-        """Keeps the states of so many tokens no longer."""
+        """Drops the states that are kept of a prefix of ``num_tokens`` tokens."""
 
 
 class ForwardPass(ABC):
     """One pass of a flat batch through the blocks, in order.
 
-    An ``materialize_all`` pass leaves nothing owed: every block has the states of all its tokens at the end. Others may put
-    off the states of tokens that left until a later token of their row needs them.
+    A pass with ``materialize_all`` defers nothing: every block has the states of all its tokens at the end. Others may
+    defer the states of tokens that left until a later token of their row needs them.
     """
 
     @abstractmethod
@@ -125,26 +132,26 @@ class ForwardPass(ABC):
 
     @abstractmethod
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        """Tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
+        """Lets tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
 
-        Rows with a final block run block L on them afterwards, so that block gets nothing.
+        Rows with a final block run block L on them afterwards, so that block is given nothing.
 
         Args:
             tokens: (m,) indices into the flat batch.
             hidden: (1, m, D) their hidden states at the exit.
-            layer: number of blocks that have run.
+            layer: the number of blocks that have run.
         """
 
     @property
     @abstractmethod
     def has_pending_states(self) -> bool:
-        """Whether later blocks have to be given states of tokens that left before the pass ends."""
+        """Whether later blocks have to be given states of tokens that left, before the pass ends."""
 
 
 class Backbone(ABC):
     """A frozen causal language model of ``num_layers`` blocks."""
 
-    #: Of the model's class.
+    #: The name of the model's class.
     name: str
     num_layers: int
     hidden_size: int
@@ -164,9 +171,9 @@ class Backbone(ABC):
 
     @abstractmethod
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> States:
-        """Room for rows of ``capacity`` tokens in all, and beside them to keep states of ``prefix_capacity``.
+        """Makes states for rows of ``capacity`` tokens in all, and for kept prefixes of ``prefix_capacity`` more.
 
-        ``row_stride``: every row gets so many tokens, so that rows that decode together can be addressed as one.
+        ``row_stride``: every row gets so many KV slots, so that rows that decode together can be addressed as one.
         """
 
     @abstractmethod
@@ -174,16 +181,16 @@ class Backbone(ABC):
         """Prepares a pass; the rows' earlier tokens must be in ``states``."""
 
     def running(self) -> AbstractContextManager[None]:
-        """Open while blocks run; outside it the model behaves as its authors wrote it."""
+        """Returns the context in which blocks run; outside it the model behaves as its authors wrote it."""
         return nullcontext()
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (N,) to hidden states (1, N, D)."""
+        """Returns the hidden states (1, N, D) of token ids (N,)."""
 
     @abstractmethod
     def readout(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: (T, D) to logits (T, V)."""
+        """Returns the logits (T, V) of hidden states (T, D), by final norm and LM head."""
 
     @abstractmethod
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
@@ -191,7 +198,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def row_bytes(self, num_tokens: int) -> int:
-        """Memory of what all blocks keep of a row of so many tokens."""
+        """Returns the bytes of what all blocks keep of a row of ``num_tokens`` tokens."""
 
     @abstractmethod
     def observe(self, ids: Tensor) -> None:

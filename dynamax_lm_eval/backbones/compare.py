@@ -1,11 +1,11 @@
-"""Whether two tensors that should be equal are, up to rounding."""
+"""Comparison of two tensors that should be equal, up to rounding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Largest and mean relative difference that rounding explains when equal computations differ in order.
+#: The largest and the mean relative difference that rounding explains when equal computations differ in order.
 _TOLERANCES = {
     torch.float64: (1e-8, 1e-10),
     torch.float32: (2e-4, 2e-5),
@@ -15,7 +15,7 @@ _TOLERANCES = {
 
 
 def is_close(ours: Tensor, theirs: Tensor, computed_in: torch.dtype | None = None) -> bool:
-    """Whether two tensors that should be equal differ by no more than rounding explains.
+    """Returns whether two tensors that should be equal differ by no more than rounding explains.
 
     The largest difference catches an error in one place; the mean one, which rounding averages out,
     catches a small error everywhere. ``computed_in``: the dtype on the way, where that is not the tensors' own.
@@ -27,7 +27,7 @@ def is_close(ours: Tensor, theirs: Tensor, computed_in: torch.dtype | None = Non
 
 
 def differences(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """Largest difference over largest value, and mean difference over mean value."""
+    """Returns the largest difference over largest value, and the mean difference over the mean value."""
     a, b = ours.double().cpu(), theirs.double().cpu()
     gap, size = (a - b).abs(), b.abs().clamp_min(1e-9)
     return float(gap.max() / size.max()), float(gap.mean() / size.mean())

@@ -1,4 +1,4 @@
-"""What every causal LM of transformers has, whatever its blocks."""
+"""The parts that every causal LM of transformers has, whatever its blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynamax_lm_eval.backbones.base import Backbone
 
 
 class DecoderBackbone(Backbone):
-    """Embeddings, a list of blocks, a final norm and an LM head."""
+    """A backbone of embeddings, a list of blocks, a final norm and an LM head."""
 
     def __init__(self, model: Any, final_norms: tuple[str, ...]) -> None:
         """

@@ -1,4 +1,4 @@
-"""What is known of families of Transformers: names of modules, and layouts of K/V projections.
+"""Families of Transformers, as far as they have to be known: names of modules, and layouts of K/V projections.
 
 Everything else that a family may do differently is found by comparison with ``model.forward`` at load.
 D hidden, H_kv K/V heads, P head dim, m tokens.
@@ -24,7 +24,7 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def find_layers(model: Any, depth: int, name: str) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder that holds the list of ``depth`` blocks, and the list.
+    """Returns the decoder that holds the list of ``depth`` blocks, and the list.
 
     The model's own word for its text decoder comes first, since a vision tower may be as deep. Lists of single layers
     (norms or embeddings, one per block) are passed over.
@@ -38,16 +38,16 @@ def find_layers(model: Any, depth: int, name: str) -> tuple[nn.Module, nn.Module
 
 
 def child(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
-    """The first of the submodules ``names`` that exists; UserError without any."""
+    """Returns the first of the submodules ``names`` that exists; UserError without any."""
     for name in names:
-        found = getattr(module, name, None)
-        if isinstance(found, nn.Module):
-            return found
+        submodule = getattr(module, name, None)
+        if isinstance(submodule, nn.Module):
+            return submodule
     raise UserError(f"found no {what} (looked for {', '.join(names)}); this architecture is not supported")
 
 
 def linear_macs(module: nn.Module, name: str) -> int:
-    """MACs per token of all linear layers in a module, quantised ones and adapters included.
+    """Returns the MACs per token of all linear layers in a module, quantised ones and adapters included.
 
     Vectors cost nothing, in whatever shape they are stored: norms, and what IA3 scales activations by.
 
@@ -71,7 +71,7 @@ def linear_macs(module: nn.Module, name: str) -> int:
 
 
 def config_window(config: Any) -> int | None:
-    """The sliding window of families whose attention modules do not hold their own."""
+    """Returns the sliding window of families whose attention modules do not hold their own."""
     window: int | None = getattr(config, "sliding_window", None)
     return window if getattr(config, "use_sliding_window", True) else None
 
@@ -95,22 +95,24 @@ def check_rope(config: Any, max_length: int | None) -> None:
 
 
 def kv_modules(attn: nn.Module) -> list[nn.Module]:
-    """The modules that state recompute calls; a fused one makes queries as well, and all of it is counted."""
+    """Returns the modules that state recompute calls; a fused one makes queries as well, and all of it is counted."""
     names = ("k_proj", "v_proj") if _has(attn, "k_proj") else ("qkv_proj", "query_key_value")
     return [getattr(attn, name) for name in names if _has(attn, name)]
 
 
 def _has(module: nn.Module, *names: str) -> bool:
-    """Whether it has all these submodules; blocks that share the K and V of others hold None instead."""
+    """Returns whether a module has all these submodules; blocks that share the K and V of others hold None instead."""
     return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
 def kv_projector(
     attn: Any, heads: int, kv_heads: int, head_dim: int, name: str
 ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """How this attention makes K and V of normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
+    """Returns a function that makes K and V as this attention does.
 
-    Modules are called, their weights are not read: quantised layers, adapters and hooks keep working.
+    It takes normalised hidden states (1, m, D) and rotary cos, sin (1, m, P).
+
+    The modules are called, their weights are not read: quantised layers, adapters and hooks keep working.
 
     Raises:
         UserError: the modules, the head dimension or the rotary function are not those of a known layout.
@@ -155,7 +157,7 @@ def kv_projector(
     def project(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         key, value = split(hidden)
         key, value = key.transpose(1, 2), value.transpose(1, 2)  # (1, H_kv, m, P)
-        # The families' function turns queries and keys together; there are no queries here.
+        # The families' function rotates queries and keys together; there are no queries here.
         _, key = rotate(key[:, :0], key, cos, sin)
         return key, value
 

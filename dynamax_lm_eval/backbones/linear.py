@@ -14,19 +14,24 @@ _FEW = range(4, 97)
 
 
 def is_changed(attributes: Mapping[str, Any]) -> bool:
-    """Whether somebody has hooked or replaced the forward of a module with these attributes, its ``vars``."""
+    """Returns whether somebody has hooked or replaced the forward of a module with these attributes, its ``vars``."""
     return bool("forward" in attributes or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
 
 
-def linear(linear: Any, x: Tensor) -> Tensor:
-    """What the module ``linear`` makes of x (1, n, in) or (n, in); anything but a plain layer is called as it is.
+def is_plain(module: nn.Module) -> bool:
+    """Returns whether a module is a linear layer whose weights may be read instead of calling it."""
+    return type(module) is nn.Linear and not is_changed(vars(module))
+
+
+def linear(module: Any, x: Tensor) -> Tensor:
+    """Returns what ``module`` makes of x (1, n, in) or (n, in); anything but a plain linear layer is called as it is.
 
     The result need not be contiguous.
     """
-    if type(linear) is not nn.Linear or is_changed(vars(linear)):
-        called: Tensor = linear(x)
+    if not is_plain(module):
+        called: Tensor = module(x)
         return called
-    weight, bias = linear.weight, linear.bias
+    weight, bias = module.weight, module.bias
     if x.shape[-2] not in _FEW or x.device.type != "cpu" or (x.ndim == 3 and len(x) > 1):
         return F.linear(x, weight, bias)
     output = torch.mm(weight, (x if x.ndim == 2 else x[0]).t()).t()

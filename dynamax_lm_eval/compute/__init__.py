@@ -1,1 +1,1 @@
-"""Counting compute: what a token costs, and who spent what. Pure functions and sums; no tensors."""
+"""Counts of compute: what a token costs, and what each request spent. Pure functions and sums; no tensors."""

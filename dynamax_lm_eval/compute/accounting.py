@@ -1,4 +1,4 @@
-"""The ledger: what each request ran, what that costs, and sums over documents.
+"""The accounting of compute: what each request ran, what that costs, and sums over documents.
 
 A :class:`Trace` says which tokens ran how deep; :func:`account` turns it into a :class:`ComputeRecord`,
 which adds up and travels as JSON. The ratios are made from sums, at the very end.
@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Trace:
-    """What one row ran.
+    """The tokens that one row ran, and how deep.
 
     Attributes:
         prompt_tokens: tokens of the prompt (or of the scored context).
@@ -45,7 +45,7 @@ class Trace:
 
 @dataclass
 class ComputeRecord:
-    """Tokens and MACs of one request, or the sum over several. All counts are of logical tokens."""
+    """The tokens and MACs of one request, or the sum over several. All counts are of logical tokens."""
 
     responses: int = 0
     prompt_tokens: int = 0
@@ -66,7 +66,7 @@ class ComputeRecord:
     recompute_macs: int = 0
     adapter_macs: int = 0
     lm_head_macs: int = 0
-    #: With the prompt and one LM-head read per token given, both sides.
+    #: Both sides with the prompt and one LM-head read per output token.
     full_total_macs: int = 0
     total_macs: int = 0
     #: The eligible tokens in the paper's unit of one block.
@@ -77,7 +77,7 @@ class ComputeRecord:
 
     @property
     def exit_macs(self) -> int:
-        """Everything that exits caused."""
+        """The MACs of everything that exits caused."""
         return self.classifier_macs + self.recompute_macs + self.adapter_macs + self.lm_head_macs
 
     @property
@@ -87,29 +87,29 @@ class ComputeRecord:
 
     @property
     def compute_reduction(self) -> float:
-        """Block MACs of the full backbone / MACs spent, for eligible tokens; 1 without any."""
-        # Classifiers that were only warmed up cost something where nothing could be saved; that is no reduction.
+        """The block MACs of the full backbone over the MACs spent, for eligible tokens; 1 without any."""
+        # Classifiers that saw warm-up tokens alone cost something where nothing could be saved; that is no reduction.
         return _ratio(self.full_macs, self.spent_macs) if self.eligible_tokens else 1.0
 
     @property
     def compute_reduction_total(self) -> float:
-        """The same with prompt tokens and LM head on both sides: what a user saves."""
+        """The reduction with prompt tokens and LM head on both sides: what a user saves."""
         return _ratio(self.full_total_macs, self.total_macs)
 
     @property
     def compute_reduction_paper(self) -> float:
-        """The same tokens by the paper's cost table."""
+        """The reduction of the eligible tokens by the paper's cost table."""
         return _ratio(self.paper_full, self.paper_spent) if self.eligible_tokens else 1.0
 
     @property
     def mean_exit_layer(self) -> float | None:
-        """Mean number of blocks that eligible tokens ran through; None without any."""
+        """The mean number of blocks that eligible tokens ran through; None without any."""
         layers = [layer for response in self.exit_layers for layer in response]
         return sum(layers) / len(layers) if layers else None
 
     @classmethod
     def sum(cls, records: Iterable[ComputeRecord]) -> ComputeRecord:
-        """Sum of records; the lists of exit layers are joined in order."""
+        """Returns the sum of records; the lists of exit layers are joined in order."""
         records = list(records)
         total = cls()
         for item in fields(cls):
@@ -128,7 +128,7 @@ class ComputeRecord:
 
 
 def merge(rows: Iterable[ComputeRecord]) -> ComputeRecord:
-    """One response made of several rows: a text that was scored in windows."""
+    """Returns the record of one response that was made of several rows: a text that was scored in windows."""
     record = ComputeRecord.sum(rows)
     record.responses = 1
     record.exit_layers = [[layer for row in record.exit_layers for layer in row]]
@@ -136,7 +136,7 @@ def merge(rows: Iterable[ComputeRecord]) -> ComputeRecord:
 
 
 def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRecord:
-    """What one row cost, as if it ran alone."""
+    """Returns what one row cost, as if it ran alone."""
     depth, pruned = cost.num_layers, exit_cost.pruned_blocks
     layers = np.asarray(trace.exit_layers, dtype=np.int64)
     full_depth = np.full_like(layers, depth)
@@ -190,11 +190,11 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
         adapter_macs=adapter,
         lm_head_macs=reads * cost.lm_head,
     )
-    given = trace.num_output_tokens * cost.lm_head
+    output_reads = trace.num_output_tokens * cost.lm_head
     others_full = int(cost.block_macs(others, others_depth, frozenset()).sum())
     others_spent = int(cost.block_macs(others, others_depth, pruned).sum())
-    record.full_total_macs = record.full_macs + others_full + given
-    record.total_macs = record.spent_macs + others_spent + given
+    record.full_total_macs = record.full_macs + others_full + output_reads
+    record.total_macs = record.spent_macs + others_spent + output_reads
 
     ran = sum(int((layers >= block).sum()) for block in range(1, depth + 1) if block not in pruned)
     ran += int((layers < depth).sum()) if runs_last else 0
@@ -208,18 +208,21 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
 
 @dataclass
 class ExecutedCompute:
-    """What really ran. A beginning that requests share runs once; counts of logical tokens have it in each."""
+    """The compute that was really executed.
+
+    A prefix that requests share runs once; counts of logical tokens have it in each of them.
+    """
 
     fed_tokens: int = 0
     macs: int = 0
 
     def add_row(self, record: ComputeRecord) -> None:
-        """Adds a row, as if all of it ran."""
+        """Adds a row as if all of it ran."""
         self.fed_tokens += record.fed_tokens
         self.macs += record.total_macs
 
     def add_prefix(self, record: ComputeRecord, uses: int) -> None:
-        """Adds a beginning that ran once, in place of the ``uses`` times that rows and longer ones count it."""
+        """Adds a prefix that ran once, in place of the ``uses`` times that rows and longer prefixes count it."""
         self.fed_tokens += (1 - uses) * record.fed_tokens
         self.macs += (1 - uses) * record.total_macs
 
@@ -233,7 +236,7 @@ class ExecutedCompute:
 
 
 def reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
-    """Standard error of compute_reduction over documents, by the delta method for a ratio of sums.
+    """Returns the standard error of compute_reduction over documents, by the delta method for a ratio of sums.
 
     With a_i and b_i the numerator and denominator of document i and R = sum a / sum b it is
     sqrt(n / (n - 1) * sum (a_i - R b_i)^2) / sum b (Cochran, Sampling Techniques, section 6.3, without
@@ -243,12 +246,12 @@ def reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
 
 
 def total_reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
-    """The same for compute_reduction_total."""
+    """Returns the standard error of compute_reduction_total, as :func:`reduction_stderr`."""
     return _ratio_stderr([(record.full_total_macs, record.total_macs) for record in records])
 
 
 def exit_histogram(record: ComputeRecord) -> dict[str, int]:
-    """Number of eligible tokens by the layer at which they left, in order of layer."""
+    """Returns the number of eligible tokens by the layer at which they left, in order of layer."""
     counts = Counter(layer for response in record.exit_layers for layer in response)
     return {str(layer): counts[layer] for layer in sorted(counts)}
 

@@ -1,6 +1,6 @@
-"""What blocks, exits and read-outs cost, in multiply-accumulates (MACs) of logical tokens.
+"""The cost of blocks, exits and read-outs, in multiply-accumulates (MACs) of logical tokens.
 
-Pure: everything follows from sizes and from what ran. Norms, rotary embeddings and activations are left
+Everything follows from sizes and from what ran. Norms, rotary embeddings and activations are left
 out, as in the usual FLOP counts of language models; masked keys are counted.
 """
 
@@ -24,14 +24,14 @@ PAPER_MAMBA_RECOMPUTE = 9 / 26
 
 @dataclass(frozen=True)
 class BlockCost:
-    """MACs of one block.
+    """The MACs of one block.
 
     Attributes:
         weights: MACs per token of all projections and MLP weights; equal to the number of those weights.
         attention_width: heads * head_dim; scores and values cost 2 * attention_width * context.
         window: sliding window in tokens; context = min(position + 1, window). None: all positions.
         state_recompute: MACs per token of making the block's state from the exit hidden state: K and V, or what
-            moves the conv and SSM states on.
+            updates the conv and SSM states.
         paper_recompute: state recompute in the paper's unit of one block.
         recurrence: MACs per token of a Mamba block beside its projections: the convolution, and the recurrent form
             of the SSM (3 * H * P * N), whatever form runs.
@@ -46,18 +46,18 @@ class BlockCost:
 
     @property
     def per_token(self) -> int:
-        """MACs that do not depend on the position."""
+        """The MACs that do not depend on the position."""
         return self.weights + self.recurrence
 
     def at(self, position: int) -> int:
-        """MACs of the block for one token at ``position`` (0-based)."""
+        """Returns the MACs of the block for one token at ``position`` (0-based)."""
         context = position + 1 if self.window is None else min(position + 1, self.window)
         return self.per_token + 2 * self.attention_width * context
 
 
 @dataclass(frozen=True)
 class BackboneCost:
-    """MACs of all blocks, in order, and of one read of the LM head (D * V)."""
+    """The MACs of all blocks, in order, and of one read of the LM head (D * V)."""
 
     blocks: tuple[BlockCost, ...]
     lm_head: int
@@ -68,7 +68,7 @@ class BackboneCost:
 
     @cached_property
     def mean_block_weights(self) -> float:
-        """Mean weights of a block: the paper's unit for everything that is not a block."""
+        """The mean number of weights of a block: the paper's unit for everything that is not a block."""
         return sum(block.weights for block in self.blocks) / len(self.blocks)
 
     def block_macs(
@@ -77,7 +77,7 @@ class BackboneCost:
         layers: npt.NDArray[np.int64],
         pruned: frozenset[int],
     ) -> npt.NDArray[np.int64]:
-        """MACs of blocks 1..layer without the pruned ones, for tokens at ``positions``.
+        """Returns the MACs of blocks 1..layer without the pruned ones, for tokens at ``positions``.
 
         Args:
             positions: (T,) 0-based.
@@ -99,13 +99,13 @@ class BackboneCost:
         return macs
 
     def last_block_macs(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """MACs of block L alone for tokens at ``positions``. (T,)"""
+        """Returns the MACs (T,) of block L alone for tokens at ``positions``."""
         return np.asarray([self.blocks[-1].at(int(position)) for position in positions], dtype=np.int64)
 
     def skipped_sum(
         self, per_block: Sequence[float], layers: npt.NDArray[np.int64], pruned: frozenset[int]
     ) -> npt.NDArray[Any]:
-        """Sum of ``per_block`` over the blocks after each token's layer, without the pruned ones. (T,)"""
+        """Returns the sums (T,) of ``per_block`` over the blocks after each token's layer, without the pruned ones."""
         running = _running_sum(0 if block in pruned else value for block, value in enumerate(per_block, start=1))
         result: npt.NDArray[Any] = running[-1] - running[layers]
         return result
@@ -113,7 +113,7 @@ class BackboneCost:
 
 @dataclass(frozen=True)
 class ExitCost:
-    """What of an exit policy matters for cost.
+    """What matters of an exit policy for the cost.
 
     Attributes:
         evaluated_layers: exit layers at which something is evaluated, in rising order.
@@ -134,24 +134,24 @@ class ExitCost:
     classifier_paper_weights: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.
     adapter_macs: tuple[int, ...] = ()
-    #: Tokens that may not exit and that a recurrent classifier sees at every one of these layers.
+    #: Warm-up tokens: tokens that may not exit and that a recurrent classifier sees at every one of these layers.
     warmed_tokens: int = 0
     #: Block L runs for tokens that left, too.
     final_block: bool = False
 
     def evaluations(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """How many exits were evaluated for eligible tokens that left at ``layers``. (T,)"""
+        """Returns how many exits were evaluated for eligible tokens that left at ``layers`` (T,)."""
         return np.searchsorted(np.asarray(self.evaluated_layers, dtype=np.int64), layers, side="right")
 
     def classifier_total(self, per_layer: tuple[int, ...], evaluations: npt.NDArray[np.int64]) -> int:
-        """Sum of ``per_layer`` over all evaluations, those on tokens that only warm a classifier included."""
+        """Returns the sum of ``per_layer`` over all evaluations, those on warm-up tokens included."""
         decided = np.cumsum([0, *per_layer])[evaluations].sum() if per_layer else 0
         return int(decided) + self.warmed_tokens * sum(per_layer)
 
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """What one evaluation of a confidence costs, the LM head left aside."""
+    """The cost of one evaluation of a confidence, the LM head left aside."""
 
     macs: int = 0
     #: In the paper's table: the weights of a classifier, 0 for a linear layer.
@@ -159,5 +159,5 @@ class EvaluationCost:
 
 
 def _running_sum(values: Iterable[float]) -> npt.NDArray[Any]:
-    """[0, v1, v1+v2, ...]: entry l is the sum over blocks 1..l."""
+    """Returns [0, v1, v1+v2, ...]: entry l is the sum over blocks 1..l."""
     return np.cumsum(np.asarray([0, *values]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def ends_in_repetition(tokens: Sequence[int], max_ngram: int, min_tokens: int) -> bool:
-    """Whether generated tokens end in an n-gram that repeats.
+    """Returns whether generated tokens end in an n-gram that repeats.
 
     The last tokens, or those before the very last one (a stop string's, say), are one n-gram of 1 to ``max_ngram``
     tokens at least three times in a row, over at least ``min_tokens`` tokens; the first of them may be cut. Lists

@@ -1,6 +1,7 @@
-"""A flat ragged batch: the tokens of several rows, one row after the other, with what each may do.
+"""A flat ragged batch: the tokens of several rows, one row after the other, with what applies to each.
 
-Everything here lives on the host as numpy arrays, so that building a batch asks the device nothing.
+Everything here lives on the host as numpy arrays, so that building a batch needs nothing from the device.
+
 N tokens, R rows.
 """
 
@@ -25,9 +26,9 @@ class RowInput:
     Attributes:
         ids: their token ids.
         first_position: position of the first of them; the row's earlier tokens are in the states.
-        slot: the row's place in the states.
+        slot: identifies the row in the states.
         prompt_length: tokens of the row's prompt; logits are needed from position prompt_length - 1 on.
-        max_steps: most tokens that the row may give (N of the decaying threshold).
+        max_steps: most tokens that the row may produce (N of the decaying threshold).
         policy: the row's exit policy.
     """
 
@@ -47,7 +48,7 @@ class ConfidenceInUse(NamedTuple):
 
     @classmethod
     def of(cls, policy: ExitPolicy) -> ConfidenceInUse | None:
-        """What rows of a policy use; None where nothing is evaluated."""
+        """Returns what rows of a policy use; None where nothing is evaluated."""
         if policy.resolved_confidence is None or not policy.active_exits:
             return None
         return cls(policy.resolved_confidence, policy.adapter != "none")
@@ -55,15 +56,15 @@ class ConfidenceInUse(NamedTuple):
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """N tokens with their rows, thresholds, and what is needed of them."""
+    """A batch of N tokens with their rows, their thresholds, and what is needed of them."""
 
     ids: IntArray  # (N,)
     layout: RowLayout
     policies: tuple[ExitPolicy, ...]  # R
     thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
-    needs_logits: BoolArray  # (N,) tokens whose logits are needed
-    eligible: BoolArray  # (N,)
-    #: What the rows that may exit use.
+    needs_logits: BoolArray  # (N,)
+    eligible: BoolArray  # (N,) tokens that policies let exit, wherever that is
+    #: The confidences of rows that may exit.
     confidences: tuple[ConfidenceInUse, ...]
     confidence_of_row: IntArray  # (R,) index into confidences; -1 where nothing is evaluated
     # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
@@ -71,6 +72,7 @@ class FlatBatch:
 
     @classmethod
     def build(cls, rows: Sequence[RowInput]) -> FlatBatch:
+        """Builds the batch of some rows, in their order; all are rows of one backbone."""
         lengths = [len(row.ids) for row in rows]
         row_of = np.repeat(np.arange(len(rows), dtype=np.int64), lengths)
         positions = np.concatenate(
@@ -109,7 +111,7 @@ class FlatBatch:
         )
 
     def by_row(self, layers: IntArray) -> list[list[int]]:
-        """Returns those of values (N,) that are of eligible tokens, row by row."""
+        """Returns the layers, given for all tokens (N,), of the eligible ones, row by row."""
         counts = np.bincount(self.layout.row_of[self.eligible], minlength=len(self.policies))
         eligible = layers[self.eligible].tolist()
         ends = np.cumsum(counts).tolist()
@@ -125,17 +127,17 @@ class FlatBatch:
 
 def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, npt.NDArray[np.float32]]:
     table = {layer: np.full(len(steps), NEVER, dtype=np.float32) for layer in layout.exit_layers}
-    # Rows whose tokens are compared with the same numbers are done together: all of a policy, unless it decays.
-    alike: dict[tuple[int, int], list[int]] = {}
+    # Rows whose tokens are compared with the same numbers are one group: all of a policy, unless it decays.
+    groups: dict[tuple[int, int], list[int]] = {}
     for i, row in enumerate(rows):
         if row.policy.active_exits:
             horizon = 0 if row.policy.threshold_decay is None else row.max_steps
-            alike.setdefault((id(row.policy), horizon), []).append(i)
+            groups.setdefault((id(row.policy), horizon), []).append(i)
     group_of_row = np.full(len(rows), -1, dtype=np.int64)
-    for number, members in enumerate(alike.values()):
+    for number, members in enumerate(groups.values()):
         group_of_row[members] = number
     group_of = np.where(steps >= 0, group_of_row[layout.row_of], -1)
-    for number, members in enumerate(alike.values()):
+    for number, members in enumerate(groups.values()):
         policy, max_steps = rows[members[0]].policy, rows[members[0]].max_steps
         tokens = np.flatnonzero(group_of == number)
         if len(tokens) == 0:
@@ -151,9 +153,9 @@ def _warmup_tokens(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray)
     if not any(row.policy.is_recurrent for row in rows):
         return {}
     first = np.asarray([row.policy.first_warmed_position(row.prompt_length) for row in rows])
-    warmed = (steps < 0) & (layout.positions >= first[layout.row_of])
+    is_warmup = (steps < 0) & (layout.positions >= first[layout.row_of])
     table = {}
     for layer in layout.exit_layers:
         uses = np.asarray([row.policy.is_recurrent and layer in row.policy.active_exits for row in rows])
-        table[layer] = warmed & uses[layout.row_of]
+        table[layer] = is_warmup & uses[layout.row_of]
     return table

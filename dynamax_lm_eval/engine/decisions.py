@@ -1,4 +1,4 @@
-"""Which tokens leave at an exit layer, and at which hidden state each token is read out.
+"""Decides which tokens leave at an exit layer, and at which hidden state each token is read out.
 
 N tokens of the batch, n in flight, t of them evaluated, D hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray
+from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray, on_device
 from dynamax_lm_eval.engine.batch import ConfidenceInUse, FlatBatch
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import NotFiniteError
@@ -24,7 +24,7 @@ from dynamax_lm_eval.exits.states import ClassifierStates
 
 
 class LogitsCollector(Protocol):
-    """Takes the logits of the tokens that need them, reduced to what its owner needs of them."""
+    """A collector of the logits of the tokens that need them, reduced to what its owner needs of them."""
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         """Returns what is kept of logits (T, V) of these tokens, (T, anything). Called before it is known who exits."""
@@ -46,17 +46,17 @@ class NoLogits(LogitsCollector):
 
 
 class _Evaluation(NamedTuple):
-    """What one confidence decided at an exit layer."""
+    """The verdicts of one confidence at an exit layer."""
 
     name: str  # of the confidence
-    places: IntArray  # (t,) of its tokens among those in flight
+    indices: IntArray  # (t,) of its tokens among those in flight
     verdicts: Tensor  # (t,) uint8, still on the device: 1 exits, 0 does not, 2 has no number to compare
     adapter: Adapter | None
     reduced: Sequence[Tensor]  # of the tokens that need logits, where the decision read them
 
 
 class ExitDecisions:
-    """Decides at the exit layers of one pass who leaves, and hands the logits of the pass to a collector."""
+    """The decisions at the exit layers of one pass: who leaves, and what logits a collector gets."""
 
     def __init__(
         self,
@@ -92,19 +92,19 @@ class ExitDecisions:
             return None
         in_use = self._batch.confidence_of_row[self._batch.layout.row_of[tokens[candidates]]]
         evaluations = [
-            self._evaluate(use, block, tokens, places, before, hidden)
+            self._evaluate(use, block, tokens, indices, before, hidden)
             for i, use in enumerate(self._batch.confidences)
-            if len(places := candidates[in_use == i])
+            if len(indices := candidates[in_use == i])
         ]
         # The only wait for the device.
         verdicts = _joined([evaluation.verdicts for evaluation in evaluations]).cpu().numpy()
-        places = np.concatenate([evaluation.places for evaluation in evaluations])
+        indices = np.concatenate([evaluation.indices for evaluation in evaluations])
         if len(broken := np.flatnonzero(verdicts == 2)):
-            name = [evaluation.name for evaluation in evaluations for _ in evaluation.places][broken[0]]
-            row = int(self._batch.layout.row_of[tokens[places[broken[0]]]])
+            name = [evaluation.name for evaluation in evaluations for _ in evaluation.indices][broken[0]]
+            row = int(self._batch.layout.row_of[tokens[indices[broken[0]]]])
             raise NotFiniteError(row, f"{name} confidences at exit layer {block}")
         leaves = np.zeros(len(tokens), dtype=np.bool_)
-        leaves[places] = verdicts == 1
+        leaves[indices] = verdicts == 1
         for evaluation in evaluations:
             self._keep_logits(evaluation, leaves, tokens, hidden)
         return leaves
@@ -119,7 +119,7 @@ class ExitDecisions:
                 self._collector.store(tokens[part], self._collector.reduce(tokens[part], logits))
 
     def _candidates(self, block: int, tokens: IntArray) -> IntArray:
-        """Places of the tokens in flight that may exit after ``block``, or that a classifier has to see there."""
+        """Returns indices of the tokens in flight that may exit after ``block``, or that warm up a classifier."""
         if block not in self._batch.thresholds:
             return np.zeros(0, dtype=np.int64)
         evaluated = self._batch.thresholds[block][tokens] < NEVER
@@ -128,11 +128,11 @@ class ExitDecisions:
         return np.flatnonzero(evaluated)
 
     def _evaluate(
-        self, use: ConfidenceInUse, block: int, tokens: IntArray, places: IntArray, before: Tensor, hidden: Tensor
+        self, use: ConfidenceInUse, block: int, tokens: IntArray, indices: IntArray, before: Tensor, hidden: Tensor
     ) -> _Evaluation:
-        """Compares one confidence of the tokens at ``places`` (t,) with their thresholds."""
-        own = tokens[places]
-        before, after = select(before, places)[0], select(hidden, places)[0]
+        """Compares one confidence of the tokens in flight at ``indices`` (t,) with their thresholds."""
+        own = tokens[indices]
+        before, after = select(before, indices)[0], select(hidden, indices)[0]
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
         reduced: Sequence[Tensor] = ()
@@ -142,7 +142,7 @@ class ExitDecisions:
             scores = use.confidence.score(inputs)
         thresholds = torch.from_numpy(self._batch.thresholds[block][own]).to(scores.device)
         verdicts = torch.where(scores.isfinite(), (scores >= thresholds).to(torch.uint8), 2)
-        return _Evaluation(use.confidence.name, places, verdicts, adapter, reduced)
+        return _Evaluation(use.confidence.name, indices, verdicts, adapter, reduced)
 
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None
@@ -154,22 +154,22 @@ class ExitDecisions:
             scores.append(confidence.score(inputs.part(part, logits)))
             needed = np.flatnonzero(is_read[part])
             if len(needed):
-                kept = logits if len(needed) == len(logits) else logits[torch.from_numpy(needed).to(logits.device)]
+                kept = logits if len(needed) == len(logits) else logits[on_device(needed, logits.device)]
                 reduced.append(self._collector.reduce(tokens[part][needed], kept))
         return _joined(scores), reduced
 
     def _keep_logits(self, evaluation: _Evaluation, leaves: BoolArray, tokens: IntArray, hidden: Tensor) -> None:
         """Stores the logits of tokens that leave where the decision read them, else keeps the tokens to be read."""
-        read = evaluation.places[self._read_at_exit(tokens[evaluation.places])]
-        gone = np.flatnonzero(leaves[read])
-        if len(gone) == 0:
+        read = evaluation.indices[self._read_at_exit(tokens[evaluation.indices])]
+        exiting = np.flatnonzero(leaves[read])
+        if len(exiting) == 0:
             return
         if evaluation.reduced:
-            rows = torch.from_numpy(gone).to(hidden.device)
-            self._collector.store(tokens[read[gone]], _joined(evaluation.reduced)[rows])
+            reduced = _joined(evaluation.reduced)[on_device(exiting, hidden.device)]
+            self._collector.store(tokens[read[exiting]], reduced)
         else:
-            corrected = _adapted(select(hidden, read[gone])[0], evaluation.adapter)
-            self._unread.add(tokens[read[gone]], corrected.unsqueeze(0))
+            corrected = _adapted(select(hidden, read[exiting])[0], evaluation.adapter)
+            self._unread.add(tokens[read[exiting]], corrected.unsqueeze(0))
 
     def _read_at_exit(self, tokens: IntArray) -> BoolArray:
         """Returns which tokens are read out where they leave: not those that block L still runs on."""

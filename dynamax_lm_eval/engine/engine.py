@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, States
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, States, on_device
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.engine.decisions import ExitDecisions, LogitsCollector
@@ -23,14 +23,14 @@ from dynamax_lm_eval.exits.states import ClassifierStates
 
 
 class RowStates:
-    """What the backbone's blocks and the recurrent classifiers keep of the rows in flight."""
+    """The states that the backbone's blocks and the recurrent classifiers keep of the rows in flight."""
 
     def __init__(self, backbone: States, classifiers: ClassifierStates) -> None:
         self.backbone = backbone
         self.classifiers = classifiers
 
     def allocate_row(self, capacity: int) -> int | None:
-        """Reserves room for a row of up to ``capacity`` tokens; None where there is none at present."""
+        """Allocates a row of up to ``capacity`` tokens and returns its slot; None where there is no memory now."""
         slot = self.backbone.allocate_row(capacity)
         if slot is not None:
             self.classifiers.allocate_row(slot)
@@ -42,30 +42,30 @@ class RowStates:
         self.classifiers.copy_row(source, slot)
 
     def keep(self, slot: int, num_tokens: int) -> bool:
-        """Keeps the states of a row, which has seen ``num_tokens`` tokens, as :meth:`States.keep`."""
+        """Keeps the states of a row, which has seen ``num_tokens`` tokens, as :meth:`States.keep` does."""
         kept = self.backbone.keep(slot, num_tokens)
         if kept:
             self.classifiers.keep(slot, num_tokens)
         return kept
 
     def give(self, num_tokens: int, slot: int) -> None:
-        """Gives a new row the states that are kept of so many tokens."""
+        """Gives a new row the states that are kept of a prefix of ``num_tokens`` tokens."""
         self.backbone.give(num_tokens, slot)
         self.classifiers.give(num_tokens, slot)
 
     def forget(self, num_tokens: int) -> None:
-        """Keeps the states of so many tokens no longer."""
+        """Drops the states that are kept of a prefix of ``num_tokens`` tokens."""
         self.backbone.forget(num_tokens)
         self.classifiers.forget(num_tokens)
 
     def free_row(self, slot: int) -> None:
-        """Gives the room of a row back."""
+        """Frees the memory of a row."""
         self.backbone.free_row(slot)
         self.classifiers.free_row(slot)
 
 
 class Engine:
-    """Runs flat batches through a backbone under exit policies."""
+    """The engine, which runs flat batches through a backbone under exit policies."""
 
     def __init__(
         self,
@@ -82,16 +82,16 @@ class Engine:
         self.backbone = backbone
         self.classifiers = classifiers
         self._autocast_dtype = autocast_dtype
-        #: State recompute was seen to make the states that the blocks make.
+        #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
 
     def autocast(self) -> torch.autocast:
-        """The context that blocks run in."""
+        """Returns the autocast context that blocks run in."""
         dtype = self._autocast_dtype
         return torch.autocast(self.backbone.device.type, dtype=dtype, enabled=dtype is not None)
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> RowStates:
-        """As :meth:`Backbone.new_states`, with room for the states of the classifiers."""
+        """Makes states of the backbone, as :meth:`Backbone.new_states` does, and of the classifiers."""
         classifiers = ClassifierStates(self.classifiers, self.backbone.device)
         return RowStates(self.backbone.new_states(capacity, prefix_capacity, row_stride), classifiers)
 
@@ -100,7 +100,7 @@ class Engine:
         self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
 
     def account(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
-        """What a row cost under a policy, were it alone."""
+        """Returns what a row cost under a policy, as if it were alone."""
         exits, confidence = self.classifiers, policy.resolved_confidence
         costs = {} if confidence is None else {layer: confidence.cost(layer, exits) for layer in policy.active_exits}
         adapters = exits.adapter_macs() if exits is not None else {}
@@ -112,7 +112,7 @@ class Engine:
     ) -> IntArray:
         """Feeds a batch and hands the logits of the tokens that need them to ``collector``.
 
-        ``materialize_all``: no block is left without the states of a token, as it must be where others copy them.
+        ``materialize_all``: no states are deferred, so that every block has those of all tokens and rows may be copied.
 
         Returns:
             (N,) the number of blocks that each token ran through; the backbone's depth without an exit.
@@ -138,12 +138,12 @@ class Engine:
                 hidden = _run_block(run, batch, block, tokens, hidden)
                 leaves = decisions.leaving(block, tokens, before, hidden)
                 if leaves is not None and leaves.any():
-                    gone, stay = np.flatnonzero(leaves), np.flatnonzero(~leaves)
-                    layer_of[tokens[gone]] = block
-                    run.exit_tokens(tokens[gone], select(hidden, gone), block)
-                    for_last = gone[batch.has_final_block(tokens[gone])]
+                    exiting, staying = np.flatnonzero(leaves), np.flatnonzero(~leaves)
+                    layer_of[tokens[exiting]] = block
+                    run.exit_tokens(tokens[exiting], select(hidden, exiting), block)
+                    for_last = exiting[batch.has_final_block(tokens[exiting])]
                     returning.add(tokens[for_last], select(hidden, for_last))
-                    tokens, hidden = tokens[stay], select(hidden, stay)
+                    tokens, hidden = tokens[staying], select(hidden, staying)
             decisions.read_out(tokens, hidden)
         return layer_of
 
@@ -153,11 +153,12 @@ def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray,
     runs = batch.layout.runs_block[:, block]
     if runs.all():
         return run.run_block(block, tokens, hidden)
-    inside = np.flatnonzero(runs[batch.layout.row_of[tokens]])
-    if len(inside) == 0:
+    indices = np.flatnonzero(runs[batch.layout.row_of[tokens]])
+    if len(indices) == 0:
         if runs.any():
             run.run_block(block, tokens[:0], hidden[:, :0])
         return hidden
     output = hidden.clone()
-    output[:, torch.from_numpy(inside).to(hidden.device)] = run.run_block(block, tokens[inside], select(hidden, inside))
+    block_output = run.run_block(block, tokens[indices], select(hidden, indices))
+    output[:, on_device(indices, hidden.device)] = block_output
     return output

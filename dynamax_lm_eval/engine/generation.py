@@ -1,7 +1,7 @@
-"""Drives the engine: continuous batching for generation, and parallel scoring.
+"""Drives the engine for generation, by continuous batching.
 
-A row that finishes gives its place to the next request at once: its prompt is fed in the same pass in which
-the other rows decode. Rows in flight never depend on one another. What several requests begin with is run once.
+A row that finishes makes way for the next request at once, whose prompt is fed in the same pass in which the other rows
+decode. Rows in flight never depend on one another. A prefix that several requests share is run once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_TOKENS_PER_PASS = 4096
 
 @dataclass
 class _Row:
-    """A generation in flight."""
+    """A row whose generation is in flight."""
 
     index: int
     request: GenerationRequest
@@ -75,7 +75,7 @@ def generate(
         a request's index and its generation as soon as it is done, so that nothing is lost when a run is interrupted.
 
     Returns:
-        what was run for prefixes that requests share, beside what the requests' own generations tell.
+        the runs of prefixes that requests share, which come on top of the requests' own traces.
     """
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
     plan = find_prefixes([(r.prompt, len(r.prompt), r.policy) for r in requests], needs, share_prefixes)
@@ -93,8 +93,8 @@ def generate(
         collector = _LastLogits(len(rows), batch.layout.row_of)
         with naming_request([row.index for row in rows]):
             layers = engine.forward(batch, states, collector)
-        for row, chosen in zip(rows, batch.by_row(layers), strict=True):
-            row.layers += chosen
+        for row, row_layers in zip(rows, batch.by_row(layers), strict=True):
+            row.layers += row_layers
         for row, token in zip(rows, _choose(rows, collector.logits()), strict=True):
             row.generated.append(token)
         running = []
@@ -110,7 +110,7 @@ def generate(
 
 
 def generate_all(engine: Engine, requests: Sequence[GenerationRequest], max_rows: int) -> list[Generation]:
-    """As :func:`generate`: all results, in order of the requests."""
+    """Returns all results of :func:`generate`, in order of the requests."""
     results = dict(generate(engine, requests, max_rows))
     return [results[i] for i in range(len(requests))]
 
@@ -124,29 +124,29 @@ def _admit(
     in_flight: int,
     max_rows: int,
 ) -> list[_Row]:
-    """Starts waiting requests while there are rows, room and tokens in the pass for them."""
-    opened: list[tuple[int, int]] = []  # (request, slot)
+    """Starts pending requests while there are rows, memory and tokens in the pass for them."""
+    admitted: list[tuple[int, int]] = []  # (request, slot)
     budget = MAX_TOKENS_PER_PASS - in_flight
-    while pending and in_flight + len(opened) < max_rows:
+    while pending and in_flight + len(admitted) < max_rows:
         index = pending[0]
         length = len(requests[index].prompt) - prefixes.plan.shared_tokens(index)
-        if length > budget and (in_flight or opened):
+        if length > budget and (in_flight or admitted):
             break
         slot = states.allocate_row(needs[index])
         if slot is None:
             break
         pending.popleft()
         budget -= length
-        opened.append((index, slot))
-    shared_prefixes = prefixes.begin([index for index, _ in opened], [slot for _, slot in opened])
+        admitted.append((index, slot))
+    shared_prefixes = prefixes.begin([index for index, _ in admitted], [slot for _, slot in admitted])
     return [
         _Row(index, requests[index], slot, shared_prefix)
-        for (index, slot), shared_prefix in zip(opened, shared_prefixes, strict=True)
+        for (index, slot), shared_prefix in zip(admitted, shared_prefixes, strict=True)
     ]
 
 
 def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
-    """The next token of every row, from logits (R, V).
+    """Returns the next token of every row, from logits (R, V).
 
     Raises:
         NotFiniteError: the logits of a row are not numbers.
@@ -170,7 +170,7 @@ def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
 
 
 class _LastLogits:
-    """Keeps the logits of each row's only needs_logits token."""
+    """A collector of the logits of the one token of each row that needs them."""
 
     def __init__(self, num_rows: int, row_of: IntArray) -> None:
         self._row_of = row_of
@@ -186,9 +186,9 @@ class _LastLogits:
         self._parts.append(reduced)
 
     def logits(self) -> Tensor:
-        """(R, V) float32, in order of the rows."""
+        """Returns the logits (R, V) in float32, in order of the rows."""
         rows = np.concatenate(self._rows)
         assert sorted(rows.tolist()) == list(range(self._num_rows)), "every row is read out once"
         order = torch.from_numpy(np.argsort(rows))
-        joined = torch.cat(self._parts).float()
-        return joined[order.to(joined.device)]
+        logits = torch.cat(self._parts).float()
+        return logits[order.to(logits.device)]

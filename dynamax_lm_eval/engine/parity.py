@@ -1,4 +1,4 @@
-"""Compares the layer loop with ``model.forward`` when a model is loaded.
+"""Checks the layer loop against ``model.forward`` when a model is loaded.
 
 Instead of a list of supported families: whatever a family does that the loop does not (soft-capping,
 scaled embeddings, another mask) shows as a difference, and the model is refused by name.
@@ -26,25 +26,26 @@ from dynamax_lm_eval.types import MambaKernels
 
 _BLOCK_BY_BLOCK = "block by block"
 _LENGTHS = (11, 4)
-#: Tokens of the first row that are fed at once; the others follow one by one.
+#: How many tokens of the first row are fed at once; the others follow one by one.
 _PREFILL = 7
-#: Characters of an exception that are worth a line.
+#: Most characters of an exception that a message quotes.
 _LONGEST_REASON = 240
 
 
 def engine_without_weights(
     config: Any, options: Mapping[str, Any], max_length: int, mamba_kernels: MambaKernels = "auto"
 ) -> Engine | None:
-    """The engine that a configuration leads to, judged by its structure and cost before weights are read.
+    """Returns the engine that a configuration leads to, judged by its structure and cost before weights are read.
 
     Args:
-        config: of the backbone.
+        config: the backbone's configuration.
         options: the arguments that the model will be loaded with (trust_remote_code, revision).
         max_length: longest row that will be run.
         mamba_kernels: as for :func:`checked_engine`.
 
     Returns:
-        None where it cannot be known before the model is loaded. Policies can be checked with it, nothing can be run.
+        An engine with which policies can be checked and nothing can be run; None where it cannot be known before the
+        model is loaded.
 
     Raises:
         UserError: whatever its weights, the model cannot be run block by block.
@@ -64,7 +65,7 @@ def checked_engine(
     mamba_kernels: MambaKernels = "auto",
     autocast_dtype: torch.dtype | None = None,
 ) -> Engine:
-    """An engine for a loaded model that was seen to compute what the model computes.
+    """Returns an engine for a loaded model that was seen to compute what the model computes.
 
     Args:
         model: a causal LM of transformers in eval mode.
@@ -146,11 +147,12 @@ def _naming_model(name: str, what: str) -> Iterator[None]:
 
 
 def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | None]]) -> Tensor:
+    """Returns the logits (N, V) of rows given as ids, first position and slot; None: a new row."""
     policy = ExitPolicy(engine.backbone.num_layers)
     inputs = []
     for ids, first, slot in rows:
-        place = states.allocate_row(len(ids)) if slot is None else slot
-        inputs.append(RowInput(ids, first, place, prompt_length=1, max_steps=1, policy=policy))
+        row_slot = states.allocate_row(len(ids)) if slot is None else slot
+        inputs.append(RowInput(ids, first, row_slot, prompt_length=1, max_steps=1, policy=policy))
     batch = FlatBatch.build(inputs)
     collector = _AllLogits(len(batch))
     engine.forward(batch, states, collector)
@@ -158,6 +160,7 @@ def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | 
 
 
 def _compare(name: str, what: str, ours: Tensor, theirs: Tensor, computed_in: torch.dtype) -> None:
+    """Raises UserError where logits of ours and of the model differ by more than rounding."""
     if not is_close(ours, theirs, computed_in):
         largest, mean = differences(ours, theirs)
         raise UserError(
@@ -167,7 +170,7 @@ def _compare(name: str, what: str, ours: Tensor, theirs: Tensor, computed_in: to
 
 
 class _AllLogits:
-    """Keeps the logits of every token."""
+    """A collector of the logits of every token."""
 
     def __init__(self, num_tokens: int) -> None:
         self.rows: list[Tensor | None] = [None] * num_tokens

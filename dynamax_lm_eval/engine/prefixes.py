@@ -1,11 +1,11 @@
-"""Common beginnings of requests: found before anything runs, run once, and copied into every row that has them.
+"""Shared prefixes of requests: found before anything runs, run once, and copied into every row that has them.
 
 A few-shot preamble, a system prompt, or the context that a document's choices share is a prefix; prefixes nest.
-Rows stay independent of one another: what they begin with is their own copy.
+Rows stay independent of one another: each has its own copy of its prefix.
 
 A prefix runs in the row of the first request that begins with it, and the others of the batch copy it from there, so
-states are kept beside the rows only where later requests need them. Those are always beginnings of the next request,
-which take no more room than the longest of them, however deep prefixes nest.
+states are kept beside the rows only where later requests need them. Those are always prefixes of the next request,
+which take no more memory than the longest of them, however deep prefixes nest.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: A prefix is run on its own where that saves at least so many tokens; below, another pass costs more.
 MIN_SAVED_TOKENS = 64
-#: States that are kept for later rows take at most this share of the room for two rows or more, and of one row all.
+#: States that are kept for later rows take at most this share of the memory of two rows or more, and of one row all.
 ROOM_SHARE = 0.5
 
 
 @dataclass(eq=False)
 class Prefix:
-    """A beginning that several requests share.
+    """A prefix that several requests share.
 
     Attributes:
         source: a prompt that begins with it.
-        length: its tokens, those of ``parent`` included.
+        length: number of its tokens, those of ``parent`` included.
         policy: what decides the states of its tokens.
         parent: the longest shorter prefix that it begins with.
-        depth: how many prefixes it begins with.
-        end: the place in the plan's order behind the last request that begins with it.
+        depth: number of shorter prefixes that it begins with.
+        end: one more than the index, in the plan's order, of the last request that begins with it.
     """
 
     source: Sequence[int]
@@ -51,13 +51,13 @@ class Prefix:
 
     @property
     def ids(self) -> Sequence[int]:
-        """All of its tokens."""
+        """The token ids, those of ``parent`` included."""
         return self.source[: self.length]
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What a row begins with: so many tokens have run, and those of them that may exit ran so many blocks."""
+    """The prefix that a row has a copy of: its length, and how many blocks its tokens that may exit ran through."""
 
     tokens: int = 0
     layers: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class PrefixRun:
-    """A prefix that ran, accounted as a whole, and how many rows and longer prefixes took a copy of it."""
+    """A prefix that ran, with the trace of all of it, and how many rows and longer prefixes copied it."""
 
     policy: ExitPolicy
     trace: Trace
@@ -74,7 +74,7 @@ class PrefixRun:
 
 @dataclass
 class PrefixPlan:
-    """The prefixes of some requests.
+    """The shared prefixes of some requests, and the order in which to run these.
 
     Attributes:
         prefix_of: each request's longest prefix, or None.
@@ -87,24 +87,24 @@ class PrefixPlan:
     all: list[Prefix] = field(default_factory=list)
 
     def shared_tokens(self, request: int) -> int:
-        """How many of a request's tokens a prefix runs for it."""
+        """Returns how many of a request's tokens run in a shared prefix."""
         prefix = self.prefix_of[request]
         return 0 if prefix is None else prefix.length
 
     @property
     def room(self) -> int:
-        """Tokens whose states may have to be kept beside the rows."""
+        """The number of tokens whose states may have to be kept beside the rows."""
         return max((prefix.length for prefix in self.all), default=0)
 
 
 def find_prefixes(
     prompts: Sequence[tuple[Sequence[int], int, ExitPolicy]], needs: Sequence[int], share: bool = True
 ) -> PrefixPlan:
-    """Finds what requests begin with in common.
+    """Finds the prefixes that requests share.
 
     Args:
         prompts: each request's token ids, how many of them are its prompt, and its policy.
-        needs: tokens that each may have in all; the order puts the longest first.
+        needs: the most tokens that each may have in all; the order puts the longest first.
         share: False finds nothing.
     """
     longest_first = sorted(range(len(prompts)), key=lambda i: (-needs[i], i))
@@ -121,16 +121,16 @@ def find_prefixes(
     ranked = sorted(range(len(keys)), key=keys.__getitem__)
     common = [0, *(_common(keys[a], keys[b]) for a, b in itertools.pairwise(ranked))]
 
-    kept: list[tuple[int, Prefix]] = []  # (last rank, prefix), all around the present one
+    enclosing: list[tuple[int, Prefix]] = []  # (last rank, prefix), outer ones first
     for first, last, length in _intervals(common):
-        while kept and kept[-1][0] < first:
-            kept.pop()
-        parent = kept[-1][1] if kept else None
+        while enclosing and enclosing[-1][0] < first:
+            enclosing.pop()
+        parent = enclosing[-1][1] if enclosing else None
         if (last - first) * (length - (parent.length if parent is not None else 0)) < MIN_SAVED_TOKENS:
             continue
         ids, _, policy = prompts[ranked[first]]
         prefix = Prefix(ids, length, policy.for_prefixes(), parent, 0 if parent is None else parent.depth + 1)
-        kept.append((last, prefix))
+        enclosing.append((last, prefix))
         plan.all.append(prefix)
         for i in ranked[first : last + 1]:
             plan.prefix_of[i] = prefix  # inner ones come later
@@ -139,9 +139,9 @@ def find_prefixes(
 
 
 def _order(plan: PrefixPlan, needs: Sequence[int]) -> list[int]:
-    """The requests, the longest first, those of a prefix side by side; sets ``end`` of the prefixes.
+    """Returns the requests, the longest first and those of a prefix side by side; sets ``end`` of the prefixes.
 
-    Of what begins with a prefix, that with the most requests comes last, when the prefix itself is needed no longer: so
+    Of the items inside a prefix, that with the most requests comes last, when the prefix itself is needed no longer: so
     no more than log2(requests) + 1 prefixes are needed later at a time.
     """
     inside: dict[Prefix | None, list[int | Prefix]] = {None: [], **{prefix: [] for prefix in plan.all}}
@@ -156,27 +156,27 @@ def _order(plan: PrefixPlan, needs: Sequence[int]) -> list[int]:
         requests[prefix] = sum(requests[item] for item in inside[prefix])
 
     def arranged(outer: Prefix | None) -> list[int | Prefix]:
-        found = sorted(inside[outer], key=lambda item: -longest[item])
+        items = sorted(inside[outer], key=lambda item: -longest[item])
         if outer is not None:
-            last = max(reversed(found), key=requests.__getitem__)
-            found.remove(last)
-            found.append(last)
-        return found
+            last = max(reversed(items), key=requests.__getitem__)
+            items.remove(last)
+            items.append(last)
+        return items
 
     order: list[int] = []
-    waiting = arranged(None)[::-1]
-    while waiting:
-        item = waiting.pop()
+    stack = arranged(None)[::-1]
+    while stack:
+        item = stack.pop()
         if isinstance(item, Prefix):
             item.end = len(order) + requests[item]
-            waiting += arranged(item)[::-1]
+            stack += arranged(item)[::-1]
         else:
             order.append(item)
     return order
 
 
 def _common(a: tuple[int, bytes], b: tuple[int, bytes]) -> int:
-    """Tokens that two keys have in common from the beginning."""
+    """Returns how many tokens two keys have in common from the beginning."""
     if a[0] != b[0]:
         return 0
     length = min(len(a[1]), len(b[1]))
@@ -186,34 +186,35 @@ def _common(a: tuple[int, bytes], b: tuple[int, bytes]) -> int:
 
 
 def _intervals(common: Sequence[int]) -> list[tuple[int, int, int]]:
-    """All maximal runs (first, last, length) of sorted keys with ``length`` > 0 tokens in common, outer ones first.
+    """Returns all maximal runs of sorted keys that have tokens in common, outer ones first.
 
-    ``common[i]`` is what keys i - 1 and i have in common. The runs are the inner nodes of the keys' trie, found
-    with a stack (Abouelhoda, Kurtz and Ohlebusch 2004, algorithm 4.1).
+    A run is (first, last, length), with ``length`` > 0 tokens in common. ``common[i]`` is what keys
+    i - 1 and i have in common. The runs are the inner nodes of the keys' trie, found with a stack
+    (Abouelhoda, Kurtz and Ohlebusch 2004, algorithm 4.1).
     """
-    found: list[tuple[int, int, int]] = []
+    intervals: list[tuple[int, int, int]] = []
     stack: list[tuple[int, int]] = []  # (length, first)
     for i, length in enumerate([*common[1:], 0], start=1):
         first = i - 1
         while stack and stack[-1][0] > length:
             inner, first = stack.pop()
-            found.append((first, i - 1, inner))
+            intervals.append((first, i - 1, inner))
         if length and (not stack or stack[-1][0] < length):
             stack.append((length, first))
-    return sorted(found, key=lambda run: (run[0], -run[1], run[2]))
+    return sorted(intervals, key=lambda run: (run[0], -run[1], run[2]))
 
 
 @dataclass(eq=False)
 class _Ran:
-    """A prefix that ran."""
+    """A prefix that ran, and how deep its tokens went."""
 
     prefix: Prefix
-    layers: tuple[int, ...]  # of its tokens that may exit
+    layers: tuple[int, ...]  # of those of its tokens that may exit
     uses: int = 0
 
 
 class PrefixStore:
-    """Runs prefixes when they are first needed, and keeps them while later requests begin with them."""
+    """A store that runs prefixes when they are first needed, and keeps them while later requests begin with them."""
 
     def __init__(self, engine: Engine, states: RowStates, plan: PrefixPlan, tokens_per_pass: int) -> None:
         self._engine = engine
@@ -222,11 +223,11 @@ class PrefixStore:
         self._tokens_per_pass = tokens_per_pass
         self._all: list[_Ran] = []
         self._kept: dict[Prefix, _Ran] = {}  # each begins with those before it
-        self._begun = 0  # requests so far
+        self._num_started = 0  # requests so far
 
     @property
     def runs(self) -> list[PrefixRun]:
-        """What has run so far, in order."""
+        """The prefixes that have run so far, in order."""
         return [
             PrefixRun(
                 ran.prefix.policy,
@@ -243,23 +244,26 @@ class PrefixStore:
         ]
 
     def begin(self, requests: Sequence[int], slots: Sequence[int]) -> list[SharedPrefix]:
-        """Gives new rows what their requests begin with. Requests come in the plan's order."""
-        self._begun += len(requests)
+        """Gives new rows the states of their requests' prefixes, after running those that have not run yet.
+
+        Requests come in the plan's order; ``slots`` are those of their rows.
+        """
+        self._num_started += len(requests)
         longest = [self.plan.prefix_of[i] for i in requests]
         rows_of: dict[Prefix, list[int]] = {}  # of prefixes that have to run, in the first of these rows
         for row, prefix in enumerate(longest):
             while prefix is not None and prefix not in self._kept:
                 rows_of.setdefault(prefix, []).append(row)
                 prefix = prefix.parent
-        # Before anything else is kept in the same place.
+        # These copies come before anything else is kept in the same memory.
         for prefix, slot in zip(longest, slots, strict=True):
             self._give(prefix, slot)
         for prefix, rows in rows_of.items():
             self._give(prefix.parent, slots[rows[0]])
 
         ran = dict(self._kept)
-        staying = self._needed_later([*self._kept, *rows_of])
-        for prefix in [prefix for prefix in self._kept if prefix not in staying]:
+        still_needed = self._needed_later([*self._kept, *rows_of])
+        for prefix in [prefix for prefix in self._kept if prefix not in still_needed]:
             del self._kept[prefix]
             self._states.forget(prefix.length)
         by_depth: dict[int, list[Prefix]] = {}
@@ -267,7 +271,7 @@ class PrefixStore:
             by_depth.setdefault(prefix.depth, []).append(prefix)
         for depth in sorted(by_depth):
             level = by_depth[depth]
-            # Rows that hold a prefix may go on with a longer one in this level.
+            # A row that holds a prefix may continue it to a longer one in this level.
             for prefix in level:
                 if prefix.parent in rows_of:
                     self._copy(ran[prefix.parent], slots[rows_of[prefix.parent][0]], slots[rows_of[prefix][0]])
@@ -278,7 +282,7 @@ class PrefixStore:
                 for row in rows_of[prefix]:
                     if longest[row] is prefix:
                         self._copy(ran[prefix], source, slots[row])
-                if prefix in staying and self._states.keep(source, prefix.length):
+                if prefix in still_needed and self._states.keep(source, prefix.length):
                     self._kept[prefix] = ran[prefix]
         return [
             SharedPrefix(prefix.length, ran[prefix].layers) if prefix is not None else SharedPrefix()
@@ -286,42 +290,42 @@ class PrefixStore:
         ]
 
     def _needed_later(self, prefixes: Sequence[Prefix]) -> set[Prefix]:
-        """Those of these prefixes that are the longest with which some later request begins."""
-        found: set[Prefix] = set()
-        end = self._begun
-        # All that go on begin the next request, so their requests nest.
+        """Returns those of these prefixes that are the longest with which some later request begins."""
+        needed: set[Prefix] = set()
+        end = self._num_started
+        # All that are needed later are prefixes of the next request, so their requests nest.
         for prefix in sorted(prefixes, key=lambda prefix: -prefix.depth):
             if prefix.end > end:
-                found.add(prefix)
+                needed.add(prefix)
                 end = prefix.end
-        return found
+        return needed
 
     def _give(self, prefix: Prefix | None, slot: int) -> None:
-        """Copies a prefix into a row if it is kept."""
+        """Copies a prefix into a new row if it is kept."""
         if prefix in self._kept:
             self._kept[prefix].uses += 1
             self._states.give(prefix.length, slot)
 
     def _copy(self, ran: _Ran, source: int, slot: int) -> None:
-        """Copies a prefix from the row in which it ran, unless that is the one that needs it."""
+        """Copies a prefix from the row in which it ran, unless that row is the one that needs it."""
         ran.uses += 1
         if slot != source:
             self._states.copy_row(source, slot, ran.prefix.length)
 
     def _run(self, prefixes: Sequence[tuple[Prefix, int]], before: dict[Prefix, _Ran]) -> dict[Prefix, _Ran]:
-        """Runs prefixes in rows that have their parents' states, in as few passes as may be."""
+        """Runs prefixes in rows that have their parents' states, in as few passes as possible."""
         passes: list[list[RowInput]] = []
         tokens = 0
         for prefix, slot in prefixes:
-            known = 0 if prefix.parent is None else prefix.parent.length
-            tokens += prefix.length - known
+            start = 0 if prefix.parent is None else prefix.parent.length
+            tokens += prefix.length - start
             if not passes or tokens > self._tokens_per_pass:
                 passes.append([])
-                tokens = prefix.length - known
+                tokens = prefix.length - start
             passes[-1].append(
                 RowInput(
-                    ids=prefix.source[known : prefix.length],
-                    first_position=known,
+                    ids=prefix.source[start : prefix.length],
+                    first_position=start,
                     slot=slot,
                     prompt_length=prefix.length + 1,
                     max_steps=1,
@@ -333,9 +337,9 @@ class PrefixStore:
             batch = FlatBatch.build(inputs)
             with naming_request(range(len(layers), len(layers) + len(inputs))):
                 layers += batch.by_row(self._engine.forward(batch, self._states, NoLogits(), materialize_all=True))
-        found = {
-            prefix: _Ran(prefix, (*(before[prefix.parent].layers if prefix.parent is not None else ()), *chosen))
-            for (prefix, _), chosen in zip(prefixes, layers, strict=True)
+        ran = {
+            prefix: _Ran(prefix, (*(before[prefix.parent].layers if prefix.parent is not None else ()), *own_layers))
+            for (prefix, _), own_layers in zip(prefixes, layers, strict=True)
         }
-        self._all += found.values()
-        return found
+        self._all += ran.values()
+        return ran

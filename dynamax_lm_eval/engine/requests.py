@@ -1,4 +1,4 @@
-"""What the engine is asked, and what it answers: token ids in, token ids, log-probabilities and traces out."""
+"""The engine's requests and their results: token ids in; token ids, log-probabilities and traces out."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Generation:
-    """Generated ids (the token that ended it included) and what that takes, were the request alone.
+    """The generated ids (the token that ended it included) and the trace of the request, as if it were alone.
 
-    ``shared_tokens``: so many tokens at the beginning were taken from a prefix that ran before.
+    ``shared_tokens``: so many tokens at the beginning have their states from a prefix that ran before.
     """
 
     tokens: list[int]
@@ -48,7 +48,7 @@ class ScoringRequest:
     Attributes:
         ids: the tokens that are fed: context and continuation without its last token.
         context_length: how many of them are context, at least one.
-        targets: for each position from context_length - 1 on, the tokens whose probability is asked: one,
+        targets: for each position from context_length - 1 on, the tokens whose probability is asked for: one,
             and at the last position one per continuation that differs only there.
         policy: when its tokens exit.
     """
@@ -61,9 +61,9 @@ class ScoringRequest:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Log-probabilities and arg-maxes at the positions asked for; the rest as in :class:`Generation`."""
+    """The log-probabilities and arg-maxes at the positions asked for; the rest is as in :class:`Generation`."""
 
-    log_probs: list[list[float]]  # as targets
+    log_probs: list[list[float]]  # of the targets, in their shape
     greedy_tokens: list[int]
     trace: Trace
     shared_tokens: int = 0

@@ -1,4 +1,4 @@
-"""From logits to the next token, with transformers' logits processors and one random stream per request."""
+"""The choice of the next token from logits, with transformers' logits processors and one random stream per request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 
 @dataclass
 class Sampler:
-    """Chooses the tokens of one request.
+    """The choice of one request's tokens.
 
     Attributes:
         processors: transformers' processors and warpers for the request, in their order.
@@ -32,7 +32,7 @@ class Sampler:
         return not self.do_sample and not self.processors
 
     def next_token(self, ids: list[int], logits: Tensor) -> int:
-        """The next token after ``ids`` (prompt and generated), given logits (V,) in float32.
+        """Returns the next token after ``ids`` (prompt and generated), given logits (V,) in float32.
 
         Raises:
             ValueError: no token can be drawn. Processors raise errors of their own.
@@ -57,7 +57,7 @@ class Sampler:
 
 
 def request_seed(base: int, key: str, repeat: int) -> int:
-    """A seed from the run's seed, the request's content and the number of its repetition.
+    """Returns a seed made of the run's seed, the request's content and the number of its repetition.
 
     It does not depend on batch, order or rank, so a document gets the same sample in every split of work.
     """

@@ -1,4 +1,4 @@
-"""Scores texts through the exits, each in one parallel pass."""
+"""Drives the engine for scoring: texts run through the exits, each in one parallel pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.base import IntArray, on_device
 from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
@@ -41,7 +41,7 @@ def score(
     states = engine.new_states(capacity, plan.room)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
     for members in passes:
-        slots = [_open(states, lengths[i]) for i in members]
+        slots = [_allocate(states, lengths[i]) for i in members]
         shared_prefixes = prefixes.begin(members, slots)
         inputs = [
             RowInput(
@@ -58,8 +58,8 @@ def score(
         collector = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
         with naming_request(members):
             layers = engine.forward(batch, states, collector)
-        answers = zip(members, slots, shared_prefixes, collector.by_row(), batch.by_row(layers), strict=True)
-        for i, slot, shared_prefix, scores, chosen in answers:
+        results = zip(members, slots, shared_prefixes, collector.by_row(), batch.by_row(layers), strict=True)
+        for i, slot, shared_prefix, scores, row_layers in results:
             states.free_row(slot)
             if any(math.isnan(value) for line in scores[0] for value in line):
                 raise NotFiniteError(i)
@@ -67,7 +67,7 @@ def score(
                 prompt_tokens=requests[i].context_length,
                 fed_tokens=len(requests[i].ids),
                 num_output_tokens=len(requests[i].targets),
-                exit_layers=(*shared_prefix.layers, *chosen),
+                exit_layers=(*shared_prefix.layers, *row_layers),
                 generated=False,
             )
             yield i, Scoring(*scores, trace, shared_prefix.tokens)
@@ -75,13 +75,13 @@ def score(
 
 
 def score_all(engine: Engine, requests: Sequence[ScoringRequest], max_rows: int) -> list[Scoring]:
-    """As :func:`score`: all results, in order of the requests."""
+    """Returns all results of :func:`score`, in order of the requests."""
     results = dict(score(engine, requests, max_rows))
     return [results[i] for i in range(len(requests))]
 
 
 def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[list[int]]:
-    """Requests for each scoring pass: in the plan's order, bounded in rows and tokens."""
+    """Returns the requests of each pass, in the plan's order and bounded in rows and tokens."""
     passes: list[list[int]] = []
     tokens = 0
     for i in plan.order:
@@ -94,14 +94,14 @@ def _passes(plan: PrefixPlan, lengths: Sequence[int], max_rows: int) -> list[lis
     return passes
 
 
-def _open(states: RowStates, length: int) -> int:
+def _allocate(states: RowStates, length: int) -> int:
     slot = states.allocate_row(length)
     assert slot is not None, "the states were made for the largest pass"
     return slot
 
 
 class _TargetScores:
-    """Keeps, for each needs_logits token, the log-probabilities of its targets and the arg-max."""
+    """A collector of the log-probabilities of the targets and the arg-max of each token that needs logits."""
 
     def __init__(
         self,
@@ -114,33 +114,33 @@ class _TargetScores:
         self._dtype = softmax_dtype
         self._row_of = batch.layout.row_of
         self._needs_logits = np.flatnonzero(batch.needs_logits)
-        flat = [asked for row in targets for asked in row]
+        flat = [token_targets for row in targets for token_targets in row]
         assert len(flat) == len(self._needs_logits)
-        width = max(len(asked) for asked in flat)
+        width = max(len(token_targets) for token_targets in flat)
         table = np.zeros((len(batch), width), dtype=np.int64)
-        for token, asked in zip(self._needs_logits, flat, strict=True):
-            table[token, : len(asked)] = asked
+        for token, token_targets in zip(self._needs_logits, flat, strict=True):
+            table[token, : len(token_targets)] = token_targets
         self._table = torch.from_numpy(table).to(device)
         # One table for log-probabilities and arg-maxes: float32 holds every token id below 2**24.
         self._scores = torch.empty(len(batch), width + 1, device=device)
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
-        asked = self._table[torch.from_numpy(tokens).to(logits.device)]  # (T, width)
+        targets = self._table[on_device(tokens, logits.device)]  # (T, width)
         # As the harness: in the dtype asked for, outside autocast.
         with torch.autocast(logits.device.type, enabled=False):
-            log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, asked)
+            log_probs = F.log_softmax(logits, dim=-1, dtype=self._dtype).gather(1, targets)
         return torch.cat([log_probs.float(), logits.argmax(dim=-1, keepdim=True).float()], dim=1)
 
     def store(self, tokens: IntArray, reduced: Tensor) -> None:
-        self._scores[torch.from_numpy(tokens).to(reduced.device)] = reduced
+        self._scores[on_device(tokens, reduced.device)] = reduced
 
     def by_row(self) -> list[tuple[list[list[float]], list[int]]]:
-        """For each row: log-probabilities as its targets, and the arg-max at each position."""
-        table = self._scores[torch.from_numpy(self._needs_logits).to(self._scores.device)].tolist()
+        """Returns, for each row, log-probabilities in the shape of its targets, and the arg-max at each position."""
+        table = self._scores[on_device(self._needs_logits, self._scores.device)].tolist()
         results, start = [], 0
         for row in self._targets:
             lines = table[start : start + len(row)]
-            log_probs = [line[: len(asked)] for line, asked in zip(lines, row, strict=True)]
+            log_probs = [line[: len(token_targets)] for line, token_targets in zip(lines, row, strict=True)]
             results.append((log_probs, [int(line[-1]) for line in lines]))
             start += len(row)
         return results

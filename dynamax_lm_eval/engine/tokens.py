@@ -1,6 +1,6 @@
-"""Tokens of a batch with their hidden states: picked out, and kept until they come back.
+"""Selections of a batch's tokens with their hidden states, and tokens that wait to be processed again.
 
-n tokens in flight, t of them picked, D hidden.
+n tokens in flight, t of them selected, D hidden.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.base import IntArray, on_device
 
 
 class WaitingTokens:
-    """Tokens that left and wait: to come back for block L, or to be read out."""
+    """Tokens that left and wait for block L, or to be read out."""
 
     def __init__(self) -> None:
         self._tokens: list[IntArray] = []
@@ -29,17 +29,17 @@ class WaitingTokens:
             self._hidden.append(hidden)
 
     def in_order(self) -> tuple[IntArray, Tensor]:
-        """All of them in the order of the batch, with their hidden states (1, n, D)."""
+        """Returns all of them in the order of the batch, with their hidden states (1, n, D)."""
         if len(self._tokens) == 1:
             return self._tokens[0], self._hidden[0]
         tokens = np.concatenate(self._tokens)
         order = np.argsort(tokens)
         hidden = torch.cat(self._hidden, dim=1)
-        return tokens[order], hidden.index_select(1, torch.from_numpy(order).to(hidden.device))
+        return tokens[order], hidden.index_select(1, on_device(order, hidden.device))
 
 
-def select(hidden: Tensor, places: IntArray) -> Tensor:
-    """Returns those of hidden states (1, n, D) that stand at ``places`` (t,); no copy where that is all of them."""
-    if len(places) == hidden.shape[1]:
+def select(hidden: Tensor, indices: IntArray) -> Tensor:
+    """Returns the hidden states (1, t, D) at ``indices`` (t,) of (1, n, D); no copy where those are all."""
+    if len(indices) == hidden.shape[1]:
         return hidden
-    return hidden.index_select(1, torch.from_numpy(places).to(hidden.device))
+    return hidden.index_select(1, on_device(indices, hidden.device))

@@ -1,7 +1,7 @@
 """Exit adapters: a correction of the hidden state that is read out at an exit, h + A h + b before norm and LM head.
 
 An affine read-out of an intermediate layer (tuned lens, Belrose et al. 2023, arXiv 2303.08112). The state that a token
-leaves behind is that of h. Knows hidden states; knows no classifiers, policies or files.
+leaves behind is made of h. Knows hidden states; knows no classifiers, policies or files.
 
 T tokens, D hidden size, R rank.
 """
@@ -15,7 +15,7 @@ from dynamax_lm_eval.errors import UserError
 
 
 class Adapter(nn.Module):
-    """h + A h + b, with A of full rank or A = up down of rank R; begins as the identity."""
+    """The correction h + A h + b, with A of full rank or A = up down of rank R; it begins as the identity."""
 
     def __init__(self, hidden_size: int, rank: int | None) -> None:
         """``rank``: R; None: full rank."""
@@ -27,11 +27,11 @@ class Adapter(nn.Module):
 
     @property
     def macs(self) -> int:
-        """MACs of one read-out's correction."""
+        """The MACs of one read-out's correction."""
         return self.up.weight.numel() + (0 if self.down is None else self.down.weight.numel())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(T, D) to (T, D); computed in the adapter's dtype, returned in that of ``hidden``."""
+        """Returns the corrected states (T, D), computed in the adapter's dtype and returned in that of ``hidden``."""
         # In float32 as trained; autocast of the backbone does not reach it.
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.to(self.up.weight.dtype)
@@ -48,7 +48,7 @@ def check_adapter(name: str) -> None:
 
 
 def make_adapters(name: str, exit_layers: tuple[int, ...], hidden_size: int) -> nn.ModuleDict:
-    """An adapter of the named kind for each exit layer; nothing for ``none``.
+    """Makes an adapter of the named kind for each exit layer, and nothing for ``none``.
 
     Raises:
         UserError: there is no such kind, or its rank exceeds the hidden size.

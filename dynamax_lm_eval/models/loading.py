@@ -1,4 +1,4 @@
-"""What is to be loaded, judged before its weights are; and whether all the weights were there.
+"""Judges what is to be loaded before its weights are, and afterwards whether all the weights were there.
 
 Knows configurations, files and the auto classes of transformers; does not run models.
 """
@@ -36,12 +36,12 @@ _NAMED_WEIGHTS = 4
 
 
 def is_recurrent(config: Any) -> bool:
-    """Whether a configuration is that of a Mamba model."""
+    """Returns whether a configuration is that of a Mamba model."""
     return getattr(config, "model_type", None) in _RECURRENT
 
 
 def copy_is_impossible(name: str) -> str:
-    """Why ``state_mode=copy`` is refused for Mamba."""
+    """Returns the message that refuses ``state_mode=copy`` for Mamba."""
     return (
         f"state_mode=copy is not possible on {name}: the states of Mamba blocks sum up the whole past, so there is "
         "nothing of a single token to copy; use recompute or skip"
@@ -49,7 +49,7 @@ def copy_is_impossible(name: str) -> str:
 
 
 def described(error: BaseException) -> str:
-    """An exception as part of one line: its type, and what it says, or else the code that raised it."""
+    """Returns an exception as part of one line: its type, and what it says, or else the code that raised it."""
     text = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)
     if not text and frames:
@@ -71,7 +71,7 @@ def naming(what: str) -> Iterator[None]:
 
 
 def trusts_remote_code(options: Mapping[str, Any]) -> bool:
-    """``trust_remote_code`` of some options as a bool; without one, transformers asks on the terminal.
+    """Returns ``trust_remote_code`` of some options as a bool; without one, transformers asks on the terminal.
 
     Raises:
         UserError: it is neither true nor false.
@@ -85,34 +85,34 @@ def trusts_remote_code(options: Mapping[str, Any]) -> bool:
 
 
 def load_config(source: str, backbone: str, options: Mapping[str, Any]) -> Any:
-    """The backbone's configuration, before any weights.
+    """Reads the backbone's configuration, before any weights.
 
     Raises:
         UserError: there is none to be had, or it is not that of a model for transformers.
     """
-    places = ("subfolder", "cache_dir", "token", "local_files_only")
-    chosen = {name: options[name] for name in places if options.get(name)}
-    chosen["revision"] = str(options.get("revision") or "main")
-    _check_no_adapter(source, backbone, chosen)
+    names = ("subfolder", "cache_dir", "token", "local_files_only")
+    source_options = {name: options[name] for name in names if options.get(name)}
+    source_options["revision"] = str(options.get("revision") or "main")
+    _check_no_adapter(source, backbone, source_options)
     if options.get("gguf_file"):
-        chosen["gguf_file"] = options["gguf_file"]
+        source_options["gguf_file"] = options["gguf_file"]
     trusted = trusts_remote_code(options)
     try:
-        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted, **chosen)
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted, **source_options)
     except Exception as error:
-        raise UserError(_why_not(source, backbone, chosen, trusted, error)) from error
+        raise UserError(_why_not(source, backbone, source_options, trusted, error)) from error
 
 
-def _why_not(source: str, backbone: str, chosen: Mapping[str, Any], trusted: bool, error: Exception) -> str:
-    """Why a configuration could not be read, as one line."""
+def _why_not(source: str, backbone: str, source_options: Mapping[str, Any], trusted: bool, error: Exception) -> str:
+    """Returns why a configuration could not be read, as one line."""
     what = f"backbone={backbone!r}"
     try:
-        stored: Any = transformers.PreTrainedConfig.get_config_dict(source, **chosen)[0]
+        stored: Any = transformers.PreTrainedConfig.get_config_dict(source, **source_options)[0]
     except Exception:
         if Path(source).is_dir():
             return f"{what}: its configuration could not be read ({described(error)})"
         return (
-            f"{what} is neither an alias ({', '.join(aliases.known())}), nor a folder, "
+            f"{what} is neither an alias ({', '.join(aliases.backbone_names())}), nor a folder, "
             f"nor a model that could be had from the Hub: {' '.join(str(error).split())}"
         )
     if not isinstance(stored, dict):
@@ -145,10 +145,10 @@ def _needs_trust(what: str) -> str:
     )
 
 
-def _check_no_adapter(source: str, backbone: str, chosen: Mapping[str, Any]) -> None:
+def _check_no_adapter(source: str, backbone: str, source_options: Mapping[str, Any]) -> None:
     """Raises UserError for a PEFT adapter in a backbone's place, which transformers would apply on its own."""
     try:
-        file = find_adapter_config_file(source, **chosen)
+        file = find_adapter_config_file(source, **source_options)
     except (OSError, ValueError):
         return  # reading the configuration will say what is wrong
     if file is None:
@@ -197,14 +197,14 @@ def _check_kinds_of_blocks(model_type: Any, config: Any) -> None:
 
 
 def model_without_weights(config: Any, options: Mapping[str, Any]) -> Any:
-    """The causal LM of a configuration on the meta device, which takes no time or memory, in eval mode.
+    """Builds the causal LM of a configuration on the meta device, which takes no time or memory, in eval mode.
 
     Args:
-        config: the backbone's.
+        config: the backbone's configuration.
         options: arguments of ``from_pretrained``: trust_remote_code, and the revision of the code.
 
     Returns:
-        None where it cannot be built; loading will say why.
+        The model, or None where it cannot be built; loading will say why.
 
     Raises:
         UserError: the model's own code is needed and not trusted.
@@ -226,7 +226,7 @@ def model_without_weights(config: Any, options: Mapping[str, Any]) -> Any:
 
 
 class CompleteModels:
-    """Stands in for an auto class of transformers: loads models whose weights are all in their files.
+    """A stand-in for an auto class of transformers that loads only models whose weights are all in their files.
 
     transformers gives random values to what is missing or has another size, with a warning only.
     """
@@ -237,7 +237,7 @@ class CompleteModels:
         self._name = name
 
     def from_pretrained(self, source: str, **options: Any) -> Any:
-        """The model, as the auto class loads it.
+        """Loads a model as the auto class does.
 
         Raises:
             UserError: it cannot be loaded, or weights are missing or of another size.
@@ -250,15 +250,15 @@ class CompleteModels:
         if not isinstance(loaded, tuple):  # code of the model's own
             logger.warning("%s: it cannot be known whether all of its weights are in its files", what)
             return loaded
-        model, found = loaded
-        sizes = {name: f"{tuple(file)} and not {tuple(model)}" for name, file, model in found["mismatched_keys"]}
+        model, information = loaded
+        sizes = {name: f"{tuple(file)} and not {tuple(model)}" for name, file, model in information["mismatched_keys"]}
         if sizes:
             named = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items())[:_NAMED_WEIGHTS])
             raise UserError(
                 f"{what}: {len(sizes)} weights in its files have other sizes than its configuration says: {named}"
                 f"{', ...' if len(sizes) > _NAMED_WEIGHTS else ''}; the two do not belong together"
             )
-        check_weights(what, found["missing_keys"], found["unexpected_keys"])
+        check_weights(what, information["missing_keys"], information["unexpected_keys"])
         return model
 
 
@@ -274,7 +274,7 @@ def check_weights(what: str, missing: Collection[str], unexpected: Collection[st
 
 
 def resolve_device(device: str | None) -> str:
-    """The device that a run gets: the one that was asked for, or the CPU for the harness's default without a GPU.
+    """Returns the device of a run: the one that was asked for, or the CPU for the harness's default without a GPU.
 
     The harness gives ``cuda:0`` where the user says nothing, and its ``hf`` takes the CPU where that does not exist.
 
@@ -328,12 +328,12 @@ def check_peft(adapter: str) -> None:
 def check_adapter_weights(model: Any, adapter: str, revision: str) -> None:
     """Raises UserError where weights of the adapter of a PEFT model are not in its files."""
     # PEFT tells only who loads an adapter by this method what was missing; here it has been loaded once.
-    found = model.load_adapter(adapter, model.active_adapter, revision=revision)
-    check_weights(f"peft={adapter!r}", found.missing_keys, found.unexpected_keys)
+    information = model.load_adapter(adapter, model.active_adapter, revision=revision)
+    check_weights(f"peft={adapter!r}", information.missing_keys, information.unexpected_keys)
 
 
 def _grouped(names: Collection[str]) -> str:
-    """The first names of weights, where those of several blocks are one: ``layers.{6, 7}.mlp.up_proj.weight``."""
+    """Returns the first names of weights; those of several blocks are one: ``layers.{6, 7}.mlp.up_proj.weight``."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
         number = re.search(r"(?<=\.)\d+(?=\.)", name)

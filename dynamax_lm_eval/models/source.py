@@ -32,7 +32,7 @@ class ModelSource:
         Args:
             backbone: as the user named it.
             options: arguments of HFLM and of ``from_pretrained``.
-            model: at hand.
+            model: the model, where it was loaded before.
 
         Raises:
             UserError: there is no such model, it cannot be run block by block, or an option cannot be honoured.
@@ -52,7 +52,7 @@ class ModelSource:
 
     @property
     def num_layers(self) -> int:
-        """L, the number of blocks."""
+        """The number of blocks, L."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     @property
@@ -62,7 +62,7 @@ class ModelSource:
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row that the options or the configuration allow."""
+        """The tokens of the longest row that the options or the configuration allow."""
         limit = self.options.get("max_length") or getattr(self.config.get_text_config(), "max_position_embeddings", 0)
         return int(limit or 0)
 
@@ -72,7 +72,7 @@ class ModelSource:
         loading.check_token_ids({name: self.options.get(name) for name in names}, vocabulary)
 
     def read_fingerprints(self) -> Fingerprints | None:
-        """Fingerprints of the weight files, which are downloaded where they are not here; None where none tell."""
+        """Returns the fingerprints of the weight files, downloaded where they are not here; None where none tell."""
         if self.model is not None:
             fingerprints: Fingerprints | None = model_fingerprints(self.model)
         else:
@@ -84,12 +84,12 @@ class ModelSource:
         return fingerprints
 
     def fingerprints_of(self, loaded: Any) -> Fingerprints:
-        """Fingerprints of the backbone, which is loaded by now: of its files, or else of the model."""
+        """Returns the fingerprints of the backbone, which is loaded by now: of its files, or else of the model."""
         if self.fingerprints is None:
             self.fingerprints = self.read_fingerprints() or model_fingerprints(loaded)
         return self.fingerprints
 
 
 def _is_launched() -> bool:
-    """Whether this is one of several processes, whose devices the launcher gives them."""
+    """Returns whether this is one of several processes, whose devices the launcher gives them."""
     return int(os.environ.get("WORLD_SIZE") or 1) > 1

@@ -1,8 +1,8 @@
 """Mamba models of transformers, run block by block over flat ragged batches.
 
-What a block keeps of a row is a conv window and an SSM state of constant size, moved on token by token. Tokens
-that left early move them on from their exit hidden state (``recompute``), in their place among the tokens in
-flight, or not at all (``skip``).
+A block keeps a conv window and an SSM state of constant size of each row and updates them token by token. Tokens that
+left early update them from their exit hidden state (``recompute``), merged by position with the tokens in flight, or
+not at all (``skip``).
 
 N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
-from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States, full_depth_layout, on_device
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.linear import linear
@@ -38,17 +38,17 @@ class _Block:
     residual_in_fp32: bool
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """(T, D), in the dtype that the mixer takes."""
+        """Returns the normalised hidden states (T, D), in the dtype that the mixer takes."""
         normed: Tensor = self.norm(hidden.to(self.norm.weight.dtype))
         return normed
 
     def residual(self, hidden: Tensor) -> Tensor:
-        """What the mixer's output is added to."""
+        """Returns what the mixer's output is added to."""
         return hidden.float() if self.residual_in_fp32 else hidden
 
 
 class MambaBackbone(DecoderBackbone):
-    """Mamba-2, Mamba or Falcon-Mamba."""
+    """A Mamba-2, Mamba or Falcon-Mamba model."""
 
     def __init__(self, model: Any, mamba_kernels: MambaKernels = "auto") -> None:
         """
@@ -86,7 +86,7 @@ class MambaBackbone(DecoderBackbone):
         pass  # a Mamba block costs the same at every position
 
     def train_forward(self, ids: Tensor, rows: RaggedRows) -> Tensor:
-        """Logits (T, V) of new rows side by side, ids (T,), at full depth and with gradients."""
+        """Returns the logits (T, V) of new rows side by side, ids (T,), at full depth and with gradients."""
         hidden = self.embed(ids)[0]
         for block in self.blocks:
             gate, update = block.mixer.project(block.normed(hidden))
@@ -100,7 +100,7 @@ class MambaBackbone(DecoderBackbone):
 
     @torch.no_grad()
     def verify_recompute(self, ids: Tensor) -> None:
-        every, none = np.arange(len(ids)), np.arange(0)
+        all_tokens, no_tokens = np.arange(len(ids)), np.arange(0)
         dtype = self.embed(ids[:1]).dtype
         layout = full_depth_layout([0], [len(ids)], self.num_layers)
         written, recomputed = MambaStates(self), MambaStates(self)
@@ -109,10 +109,10 @@ class MambaBackbone(DecoderBackbone):
         run = self.start_pass(written, layout)
         hidden = self.embed(ids)
         for block in range(1, self.num_layers + 1):
-            before, hidden = hidden, run.run_block(block, every, hidden)
+            before, hidden = hidden, run.run_block(block, all_tokens, hidden)
             update = self.start_pass(recomputed, layout)
-            update.exit_tokens(every, before, block - 1)
-            update.run_block(block, none, before[:, :0])
+            update.exit_tokens(all_tokens, before, block - 1)
+            update.run_block(block, no_tokens, before[:, :0])
             for name, theirs, ours in zip(("conv", "SSM"), written.of(block), recomputed.of(block), strict=True):
                 if not is_close(ours, theirs, dtype):
                     raise UserError(
@@ -128,16 +128,16 @@ class MambaBackbone(DecoderBackbone):
 
 
 class MambaStates(States):
-    """Conv windows and SSM states of all rows, one table per block, made when a block first runs."""
+    """The conv windows and SSM states of all rows, one table per block, made when a block first runs."""
 
     def __init__(self, backbone: MambaBackbone) -> None:
         self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
         self._free: list[int] = []
         self._num_lines = 0
-        self._kept: dict[int, int] = {}  # tokens -> line
+        self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
 
     def allocate_row(self, capacity: int) -> int | None:
-        """A line in every table: states do not grow with the row, so there is always room."""
+        """Returns a line, which is the same in every table; states do not grow with the row, so there always is one."""
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
         for table in self._tables:
@@ -165,18 +165,18 @@ class MambaStates(States):
         self.free_row(self._kept.pop(num_tokens))
 
     def table(self, block: int) -> StateTable:
-        """The table of a block (1-based), with a line for every open row."""
+        """Returns the table of a block (1-based), with a line for every allocated row."""
         table = self._tables[block - 1]
         table.reserve(self._num_lines)
         return table
 
     def of(self, block: int) -> MixerState:
-        """The states of all lines of a block."""
+        """Returns the states of all lines of a block."""
         return self.table(block).all
 
 
 class MambaPass(ForwardPass):
-    """One pass of a flat batch; always eager, because a recurrence moves on one token at a time."""
+    """One pass of a flat batch; it defers no states, because a recurrence takes the tokens in order."""
 
     def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout) -> None:
         self._backbone = backbone
@@ -206,8 +206,8 @@ class MambaPass(ForwardPass):
         if len(tokens):
             gate, update = mixer.project(described.normed(hidden[0]))
         if left.hidden is not None:
-            behind = mixer.project_update(described.normed(left.hidden[0]))
-            update = behind if update is None else torch.cat([update, behind])
+            left_update = mixer.project_update(described.normed(left.hidden[0]))
+            update = left_update if update is None else torch.cat([update, left_update])
         assert update is not None
         if plan.order is not None:
             update = update.index_select(0, plan.order)
@@ -224,35 +224,33 @@ class MambaPass(ForwardPass):
         plan = self._plan
         if plan is not None and plan.tokens is tokens and np.array_equal(plan.left, left):
             return plan
-        every = np.concatenate([tokens, left]) if len(left) else tokens
-        order = np.argsort(every) if len(left) else np.arange(len(every))
-        rows, lengths = np.unique(self._layout.row_of[every[order]], return_counts=True)
+        updated = np.concatenate([tokens, left]) if len(left) else tokens
+        order = np.argsort(updated) if len(left) else np.arange(len(updated))
+        rows, lengths = np.unique(self._layout.row_of[updated[order]], return_counts=True)
         # One token per row: rows may stand in any order, and in the order of their lines the table is one view.
         lines = np.asarray(self._layout.slots, dtype=np.int64)[rows]
-        if len(every) == len(rows):
+        if len(updated) == len(rows):
             by_line = np.argsort(lines)
             order, lines = order[by_line], lines[by_line]
-        moved = not np.array_equal(order, np.arange(len(order)))
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.arange(len(order))
+        is_reordered = not np.array_equal(order, np.arange(len(order)))
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        device = self._backbone.device
         self._plan = _Plan(
             tokens=tokens,
             left=left,
-            rows=RaggedRows(lengths.tolist(), self._backbone.device),
-            lines=lines_of(lines, self._backbone.device),
+            rows=RaggedRows(lengths.tolist(), device),
+            lines=lines_of(lines, device),
             all_new=bool(self._is_new[rows].all()),
-            order=self._on_device(order) if moved else None,
-            in_flight=self._on_device(place[: len(tokens)]) if moved or len(left) else None,
+            order=on_device(order, device) if is_reordered else None,
+            in_flight=on_device(rank[: len(tokens)], device) if is_reordered or len(left) else None,
         )
         return self._plan
-
-    def _on_device(self, values: IntArray) -> Tensor:
-        return torch.from_numpy(values).to(self._backbone.device)
 
 
 @dataclass(frozen=True)
 class _LeftTokens:
-    """Tokens that left and whose states later blocks recompute."""
+    """The tokens that left and whose states later blocks recompute."""
 
     tokens: IntArray  # (m,)
     hidden: Tensor | None  # (1, m, D); None: there are none
@@ -262,32 +260,32 @@ class _LeftTokens:
         return cls(np.empty(0, dtype=np.int64), None)
 
     def joined(self, tokens: IntArray, hidden: Tensor, layout: RowLayout) -> _LeftTokens:
-        """With those of the tokens (t,), hidden states (1, t, D), whose rows recompute states."""
+        """Returns these and those of the tokens (t,), hidden states (1, t, D), whose rows recompute states."""
         modes = np.asarray(layout.state_modes)[layout.row_of[tokens]]
-        more = _LeftTokens(tokens, hidden)._chosen(modes == "recompute")
+        more = _LeftTokens(tokens, hidden)._where(modes == "recompute")
         if self.hidden is None or more.hidden is None:
             return more if self.hidden is None else self
         return _LeftTokens(np.concatenate([self.tokens, more.tokens]), torch.cat([self.hidden, more.hidden], dim=1))
 
     def at(self, block: int, layout: RowLayout) -> _LeftTokens:
-        """Those that a block (1-based) gets states of: not where it is pruned, or is a final block that runs."""
+        """Returns those that a block (1-based) is given states of: none where it is pruned or runs as a final block."""
         if self.hidden is None:
             return self
-        return self._chosen(layout.is_given_states(block, layout.row_of[self.tokens]))
+        return self._where(layout.is_given_states(block, layout.row_of[self.tokens]))
 
-    def _chosen(self, mask: Any) -> _LeftTokens:
+    def _where(self, mask: Any) -> _LeftTokens:
         if mask.all():
             return self
-        places = np.flatnonzero(mask)
-        if self.hidden is None or len(places) == 0:
+        indices = np.flatnonzero(mask)
+        if self.hidden is None or len(indices) == 0:
             return _LeftTokens.none()
-        chosen = torch.from_numpy(places).to(self.hidden.device)
-        return _LeftTokens(self.tokens[places], self.hidden.index_select(1, chosen))
+        hidden = self.hidden.index_select(1, on_device(indices, self.hidden.device))
+        return _LeftTokens(self.tokens[indices], hidden)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a block's tokens fall into rows; valid while these are the same tokens."""
+    """The rows of the tokens that a block updates its states from; valid while these are the same tokens."""
 
     tokens: IntArray
     left: IntArray
@@ -295,4 +293,4 @@ class _Plan:
     lines: slice | Tensor  # of the R rows in the tables
     all_new: bool  # none of the rows has a state yet
     order: Tensor | None  # (n + m,) in flight, then left, to the order of the rows; None: they are in order
-    in_flight: Tensor | None  # (n,) places of the tokens in flight in that order; None: they are all, in order
+    in_flight: Tensor | None  # (n,) indices of the tokens in flight in that order; None: they are all, in order

@@ -21,7 +21,7 @@ from dynamax_lm_eval.types import MambaKernels
 
 logger = logging.getLogger(__name__)
 
-#: Tokens of a chunk; what the kernels were tuned for.
+#: Tokens of a chunk, which is what the kernels were tuned for.
 _CHUNK = 256
 
 
@@ -33,13 +33,13 @@ class ScanKernels:
     state_update: Callable[..., Tensor]  # selective_state_update
 
     def can_run(self, inputs: Tensor) -> bool:
-        """Whether they take these tensors."""
+        """Returns whether the kernels take these tensors."""
         return inputs.is_cuda and not inputs.requires_grad
 
     def step(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
-        """One token per row: x (R, H, P), dt (R, H), b and c (R, G, N); returns (R, H, P).
+        """Returns the read-outs (R, H, P) of one token per row: x (R, H, P), dt (R, H), b and c (R, G, N).
 
-        ``state`` (R, H, P, N) is moved on in place.
+        ``state`` (R, H, P, N) is updated in place.
         """
         heads, head_dim, size = state.shape[1:]
         # The kernel knows by their strides of 0 that these are one number per head.
@@ -48,13 +48,13 @@ class ScanKernels:
         return self.state_update(state, x, steps, decays, b, c, dt_softplus=False)
 
     def step_channels(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
-        """The same for Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N); returns (R, I)."""
+        """Returns the read-outs (R, I) of Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N)."""
         return self.state_update(state, x, dt, decay, b, c, dt_softplus=False)
 
     def chunks(
         self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, lengths: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """New rows of ``lengths`` tokens side by side: x (T, H, P), dt (T, H), b and c (T, G, N).
+        """Runs new rows of ``lengths`` tokens side by side: x (T, H, P), dt (T, H), b and c (T, G, N).
 
         Returns:
             (T, H, P), and the states after each row (R, H, P, N).
@@ -76,7 +76,7 @@ class ScanKernels:
 
 
 def find(choice: MambaKernels, device: torch.device) -> ScanKernels | None:
-    """The kernels, if they are wanted, installed and of use on ``device``; says once what is used."""
+    """Returns the kernels, if they are asked for, installed and of use on ``device``; logs which are used."""
     if device.type != "cuda" or choice == "torch":
         return None
     try:

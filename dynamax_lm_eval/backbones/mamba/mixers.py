@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones import families
-from dynamax_lm_eval.backbones.linear import linear
+from dynamax_lm_eval.backbones.linear import is_plain, linear
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.ssm import (
     MixerShape,
@@ -35,7 +35,7 @@ from dynamax_lm_eval.errors import UserError
 
 
 class Mixer(ABC):
-    """One block's mixer."""
+    """The mixer of one block."""
 
     def __init__(self, module: Any, inner: int, channels: int, kernels: ScanKernels | None) -> None:
         """``inner``: I; ``channels``: C; ``kernels``: of the scan, where there are any."""
@@ -49,40 +49,40 @@ class Mixer(ABC):
     @property
     @abstractmethod
     def ssm_shape(self) -> tuple[int, ...]:
-        """Of one row's SSM state."""
+        """The shape of one row's SSM state."""
 
     @abstractmethod
     def project(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate (T, I), and what the state is updated from (T, U), of normalised hidden states (T, D)."""
+        """Returns the gate (T, I), and what the state is updated from (T, U), of normalised hidden states (T, D)."""
 
     @abstractmethod
     def project_update(self, normed: Tensor) -> Tensor:
-        """The second of these alone: (T, U)."""
+        """Returns the second result of :meth:`project` alone, (T, U)."""
 
     @abstractmethod
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
-        """The SSM's read-out (T, I) in float32 with its skip term, and the rows' new states.
+        """Returns the SSM's read-out (T, I) in float32 with its skip term, and the rows' new states.
 
         ``state``: None for rows that have seen nothing; where they are also trained, no states come back.
         """
 
     @abstractmethod
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
-        """(T, I) and the gate (T, I) to what the block adds to the residual stream (T, D)."""
+        """Returns what the block adds to the residual stream, (T, D), of the read-out (T, I) and the gate (T, I)."""
 
     def new_state(self, num_rows: int, device: torch.device) -> MixerState:
-        """The states of rows that have seen nothing."""
+        """Returns the states of rows that have seen nothing."""
         return MixerState(
             torch.zeros(num_rows, self.kernel - 1, self.channels, device=device),
             torch.zeros(num_rows, *self.ssm_shape, device=device),
         )
 
     def cost(self, name: str) -> BlockCost:
-        """What the block costs, in MACs."""
+        """Returns what the block costs, in MACs."""
         ssm = math.prod(self.ssm_shape)
         # The depthwise convolution is counted with the recurrence, by hand.
         linears = [child for child in self.module.children() if child is not self.module.conv1d]
-        weights = sum(families.linear_macs(linear, name) for linear in linears)
+        weights = sum(families.linear_macs(child, name) for child in linears)
         conv = self.channels * self.kernel
         return BlockCost(
             weights=weights,
@@ -94,13 +94,13 @@ class Mixer(ABC):
         )
 
     def _left_out_of_updates(self, name: str) -> int:
-        """Weights that an update does not need: out_proj, and the gate's rows of a plain in_proj."""
+        """Returns how many weights an update does not need: out_proj, and the gate's rows of a plain in_proj."""
         in_proj = self.module.in_proj
-        gate = self.inner * int(in_proj.in_features) if _is_plain(in_proj) else 0
+        gate = self.inner * int(in_proj.in_features) if is_plain(in_proj) else 0
         return gate + families.linear_macs(self.module.out_proj, name)
 
     def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolution and activation of (T, C), rounded to its dtype as the model does, and the new window."""
+        """Returns convolution and activation of (T, C), rounded to its dtype as the model does, and the new window."""
         conv = self.module.conv1d
         bias = None if conv.bias is None else conv.bias.float()
         output, window = causal_conv(mixed.float(), conv.weight.squeeze(1).float(), bias, rows, window)
@@ -108,7 +108,7 @@ class Mixer(ABC):
 
 
 class Mamba2Mixer(Mixer):
-    """transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
+    """The mixer that is transformers' ``Mamba2Mixer``: in_proj gives z, then x, B and C, then dt."""
 
     def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
         self.shape = MixerShape(
@@ -152,7 +152,7 @@ class Mamba2Mixer(Mixer):
 
 
 class Mamba1Mixer(Mixer):
-    """transformers' ``MambaMixer`` and ``FalconMambaMixer``: in_proj gives x, then z; B, C and dt come from x."""
+    """The mixer that is transformers' ``MambaMixer`` or ``FalconMambaMixer``: in_proj gives x, z; B, C, dt are of x."""
 
     def __init__(self, module: Any, kernels: ScanKernels | None = None) -> None:
         super().__init__(module, int(module.intermediate_size), int(module.intermediate_size), kernels)
@@ -187,7 +187,7 @@ class Mamba1Mixer(Mixer):
 
 
 def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> Mixer:
-    """The mixer that a module of transformers is; ``kernels`` run its scan where they can.
+    """Returns the mixer that a module of transformers is; ``kernels`` run its scan where they can.
 
     Raises:
         UserError: it is of no known kind.
@@ -199,15 +199,10 @@ def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> M
     raise UserError(f"{where}: {type(module).__name__} is no Mamba mixer that is known; it is not supported")
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Its weights may be read instead of calling it."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
-    return type(linear) is nn.Linear and not hooks
-
-
-def _rows_of(linear: Any, inputs: Tensor, rows: slice) -> Tensor:
-    """Part of a projection's output."""
-    if not _is_plain(linear):
-        whole: Tensor = linear(inputs)
+def _rows_of(projection: Any, inputs: Tensor, rows: slice) -> Tensor:
+    """Returns part of a projection's output."""
+    if not is_plain(projection):
+        whole: Tensor = projection(inputs)
         return whole[:, rows]
-    return F.linear(inputs, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+    bias = None if projection.bias is None else projection.bias[rows]
+    return F.linear(inputs, projection.weight[rows], bias)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.base import on_device
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 
 _Arguments = ParamSpec("_Arguments")
@@ -28,7 +29,7 @@ _Result = TypeVar("_Result")
 
 
 def _without_autocast(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Sums over many tokens keep their precision where the backbone or a training runs under autocast."""
+    """Returns the function without autocast, so that its sums over many tokens keep their precision."""
 
     @functools.wraps(function)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -43,7 +44,7 @@ CHUNK = 64
 
 
 class MixerShape(NamedTuple):
-    """Sizes of a mixer."""
+    """The sizes of a mixer."""
 
     heads: int  # H
     head_dim: int  # P
@@ -53,30 +54,30 @@ class MixerShape(NamedTuple):
 
     @property
     def inner(self) -> int:
-        """H * P."""
+        """The inner width, H * P."""
         return self.heads * self.head_dim
 
     @property
     def channels(self) -> int:
-        """C: x, B and C side by side, which is what the convolution runs over."""
+        """The channels of the convolution: x, B and C side by side."""
         return self.inner + 2 * self.groups * self.state
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., H, P), B and C (..., G, N) of (..., C)."""
+        """Returns x (..., H, P), B and C (..., G, N) of (..., C)."""
         x, b, c = values.split([self.inner, self.groups * self.state, self.groups * self.state], dim=-1)
         per_group = (self.groups, self.state)
         return x.unflatten(-1, (self.heads, self.head_dim)), b.unflatten(-1, per_group), c.unflatten(-1, per_group)
 
 
 class MixerState(NamedTuple):
-    """What the rows carry from token to token."""
+    """The states that rows carry from token to token."""
 
     conv: Tensor  # (R, K - 1, C), the last inputs of the convolution, oldest first
     ssm: Tensor  # (R, H, P, N), float32
 
 
 class RaggedRows:
-    """Where the rows of a flat batch begin and end, and how their tokens fall into chunks."""
+    """The bounds of the rows of a flat batch, and how their tokens fall into chunks."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", chunk: int = CHUNK) -> None:
         """``lengths``: tokens of each row, at least one each; ``chunk``: Q."""
@@ -93,11 +94,11 @@ class RaggedRows:
 
     @property
     def single_tokens(self) -> bool:
-        """Every row has one token: the recurrence is one step."""
+        """Whether every row has one token, so that the recurrence is one step."""
         return self.num_tokens == self.num_rows
 
     def edges(self, width: int) -> Edges:
-        """Where the rows begin and end, for a convolution that sees ``width`` earlier tokens."""
+        """Returns where the rows begin and end, for a convolution that sees ``width`` earlier tokens."""
         if width not in self._edges:
             self._edges[width] = self._find_edges(width)
         return self._edges[width]
@@ -108,17 +109,17 @@ class RaggedRows:
         row = np.repeat(np.arange(self.num_rows), np.minimum(self.lengths, width))
         rank = np.concatenate([np.arange(n) for n in np.minimum(self.lengths, width)])
 
-        # Index into (windows of all rows, then all tokens) of what stands ``back`` places before a token.
-        def place(row: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        # Index into (windows of all rows, then all tokens) of the token of a rank in its row; below 0: in the window.
+        def index_of(row: np.ndarray, rank: np.ndarray) -> np.ndarray:
             in_window = row * width + width + rank
-            places: np.ndarray = np.where(rank < 0, in_window, self.num_rows * width + starts[row] + rank)
-            return places
+            indices: np.ndarray = np.where(rank < 0, in_window, self.num_rows * width + starts[row] + rank)
+            return indices
 
         back = np.arange(width, -1, -1)
-        seen = place(row[:, None], rank[:, None] - back)
-        every = np.arange(self.num_rows)[:, None]
-        last = place(every, self.lengths[:, None] - width + np.arange(width))
-        return Edges(self._to_device(starts[row] + rank), self._to_device(seen), self._to_device(last))
+        seen = index_of(row[:, None], rank[:, None] - back)
+        all_rows = np.arange(self.num_rows)[:, None]
+        last = index_of(all_rows, self.lengths[:, None] - width + np.arange(width))
+        return Edges(*(on_device(indices, self.device) for indices in (starts[row] + rank, seen, last)))
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -132,24 +133,21 @@ class RaggedRows:
         whole = bool(inside.all())
         rounds = []
         for i in range(int(counts.max())):
-            chosen = np.flatnonzero(rank == i)
-            rounds.append((self._to_device(row_of[chosen]), self._to_device(chosen)))
+            numbers = np.flatnonzero(rank == i)
+            rounds.append((on_device(row_of[numbers], self.device), on_device(numbers, self.device)))
         order = np.argsort(np.concatenate([np.flatnonzero(rank == i) for i in range(int(counts.max()))]))
         return Chunks(
             # Absent tokens point behind the last one, where zeros are.
-            tokens=None if whole else self._to_device(np.where(inside, tokens, self.num_tokens).reshape(-1)),
-            present=None if whole else self._to_device(np.flatnonzero(inside.reshape(-1))),
+            tokens=None if whole else on_device(np.where(inside, tokens, self.num_tokens).reshape(-1), self.device),
+            present=None if whole else on_device(np.flatnonzero(inside.reshape(-1)), self.device),
             rounds=tuple(rounds),
-            order=self._to_device(order),
-            row_of=self._to_device(row_of),
+            order=on_device(order, self.device),
+            row_of=on_device(row_of, self.device),
         )
-
-    def _to_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self.device)
 
 
 class Edges(NamedTuple):
-    """The tokens near the beginnings and ends of rows; indices into (windows of all rows, then all tokens)."""
+    """The tokens near the beginnings and ends of rows, as indices into (windows of all rows, then all tokens)."""
 
     first: Tensor  # (f,) tokens that see their row's window, as indices of tokens
     seen_by_first: Tensor  # (f, K) what each of them sees, itself last
@@ -158,26 +156,26 @@ class Edges(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunks:
-    """Tokens of ragged rows in chunks of equal length; the last chunk of a row may be part empty.
+    """The tokens of ragged rows in chunks of equal length; the last chunk of a row may be part empty.
 
     ``tokens`` and ``present`` are None where every chunk is full.
     """
 
     tokens: Tensor | None  # (c * Q,) index of each token, T where there is none
-    present: Tensor | None  # (T,) places of the tokens in (c * Q,)
+    present: Tensor | None  # (T,) indices of the tokens in (c * Q,)
     rounds: tuple[tuple[Tensor, Tensor], ...]  # i-th chunks: their rows, and their numbers
     order: Tensor  # (c,) from the order of rounds to that of chunks
     row_of: Tensor  # (c,)
 
     def split(self, values: Tensor, chunk: int) -> Tensor:
-        """(T, X) to (c, Q, X), zeros where there is no token."""
+        """Returns values (T, X) as (c, Q, X), zeros where there is no token."""
         if self.tokens is not None:
             values = F.pad(values, (0, 0, 0, 1)).index_select(0, self.tokens)
         chunks: Tensor = values.unflatten(0, (-1, chunk))
         return chunks
 
     def join(self, values: Tensor) -> Tensor:
-        """(c, Q, X) to (T, X)."""
+        """Returns values (c, Q, X) as (T, X)."""
         values = values.flatten(0, 1)
         return values if self.present is None else values.index_select(0, self.present)
 
@@ -186,7 +184,7 @@ class Chunks:
 def causal_conv(
     inputs: Tensor, weight: Tensor, bias: Tensor | None, rows: RaggedRows, window: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of each row.
+    """Returns the depthwise causal convolution of each row.
 
     Args:
         inputs: (T, C)
@@ -205,7 +203,7 @@ def causal_conv(
         seen = torch.cat([window.to(inputs.dtype), inputs.unsqueeze(1)], dim=1)  # (R, K, C)
         output = (seen * weight.T).sum(1)
         return (output if bias is None else output + bias), seen[:, 1:]
-    # One pass of shifted sums over all rows; what the first tokens of a row took from the row before is
+    # One pass of shifted sums over all rows; what the first tokens of a row have from the row before is
     # then replaced.
     output = inputs * weight[:, width]
     for k in range(1, width + 1):
@@ -227,7 +225,7 @@ def selective_scan(
     state: Tensor | None,
     kernels: ScanKernels | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t and y_t = C_t h_t, for each head of each row; in float32.
+    """Computes h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t and y_t = C_t h_t, for each head of each row, in float32.
 
     Args:
         inputs: (T, C): x, B and C side by side.
@@ -287,19 +285,19 @@ def selective_scan(
 
 
 def _carry(layout: Chunks, added: Tensor, kept: Tensor, num_rows: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The states before each chunk (c, H, P, N) and after each row (R, H, P, N)."""
+    """Returns the states before each chunk (c, H, P, N) and after each row (R, H, P, N)."""
     current = added.new_zeros(num_rows, *added.shape[1:]) if state is None else state.float()
     before = []
     for row, number in layout.rounds:
-        given = current.index_select(0, row)
-        before.append(given)
-        after = kept.index_select(0, number) * given + added.index_select(0, number)
+        incoming = current.index_select(0, row)
+        before.append(incoming)
+        after = kept.index_select(0, number) * incoming + added.index_select(0, number)
         current = current.index_copy(0, row, after)
     return torch.cat(before).index_select(0, layout.order), current
 
 
 def _carried_at_once(layout: Chunks, added: Tensor, log: Tensor) -> Tensor:
-    """The states before each chunk (c, H, P, N) of new rows; ``log`` (c, H) is the log of each chunk's decay.
+    """Returns the states before each chunk (c, H, P, N) of new rows; ``log`` (c, H) is the log of each chunk's decay.
 
     One product with a (c, c) matrix for each head: few operations to differentiate, but quadratic in c.
     """
@@ -310,12 +308,12 @@ def _carried_at_once(layout: Chunks, added: Tensor, log: Tensor) -> Tensor:
     reaches = (layout.row_of.unsqueeze(-1) == layout.row_of) & (number.unsqueeze(-1) > number)
     weights = exponent.masked_fill(~reaches, -torch.inf).exp()
     before = weights @ added.transpose(0, 1).flatten(2)  # (H, c, P * N)
-    parted: Tensor = before.transpose(0, 1).unflatten(-1, added.shape[2:])
-    return parted
+    states: Tensor = before.transpose(0, 1).unflatten(-1, added.shape[2:])
+    return states
 
 
 def _step(inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One token per row: (R, H, P) and the new states (R, H, P, N), in the memory of the given ones.
+    """Runs one token per row and returns (R, H, P) and the new states (R, H, P, N), in the memory of the given ones.
 
     States are the largest tensors of a decoding step by far, so they are gone through as seldom as can be.
     """
@@ -343,7 +341,7 @@ def channel_scan(
     state: Tensor | None,
     kernels: ScanKernels | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of Mamba-1, where each channel and state has a decay of its own; in float32.
+    """Computes the recurrence of Mamba-1, where each channel and state has a decay of its own, in float32.
 
     Such decays have no matrix form within a chunk: the tokens of a chunk follow one another, all chunks of all
     rows at once. Rows of several chunks are gone through twice, first for the states between chunks.
@@ -385,5 +383,5 @@ def channel_scan(
 
 
 def _advance(state: Tensor, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor) -> Tensor:
-    """One step: states (r, I, N) after x and dt (r, I) and B (r, N)."""
+    """Returns the states (r, I, N) one step later, after x and dt (r, I) and B (r, N)."""
     return torch.addcmul((dt.unsqueeze(-1) * decay).exp() * state, (dt * x).unsqueeze(-1), b.unsqueeze(-2))

@@ -1,6 +1,6 @@
-"""Conv windows and SSM states of the rows in flight: one table per module, one line per row.
+"""The states that rows keep of their past in a Mamba module: conv windows and SSM states, one line of a table per row.
 
-Lines of a table: R.
+R lines of a table.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.base import IntArray, on_device
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 
 
 class StateTable:
-    """Conv windows and SSM states of a Mamba module, one line per row; grows as rows are opened."""
+    """The conv windows and SSM states of a Mamba module, one line per row; it grows as rows are allocated."""
 
     def __init__(self, make: Callable[[int, torch.device], MixerState], device: torch.device) -> None:
-        """``make`` gives the states of so many rows that have seen nothing."""
+        """``make`` returns the states of a number of rows that have seen nothing."""
         self._make = make
         self._device = device
         self._state: MixerState | None = None
 
     def clear(self, line: int) -> None:
-        """The line's row starts anew."""
+        """Sets a line to the states of a row that has seen nothing."""
         if self._state is not None and line < len(self._state.conv):
             # Lines may be made in one mode of torch and cleared in another.
             with torch.inference_mode(self._state.conv.is_inference()):
@@ -33,7 +33,7 @@ class StateTable:
                     part[line] = 0
 
     def copy(self, source: int, line: int) -> None:
-        """A line gets what another holds, which is nothing where none has run."""
+        """Gives a line what another holds, which is nothing where none has run."""
         if self._state is None or source >= len(self._state.conv):
             self.clear(line)
             return
@@ -43,23 +43,23 @@ class StateTable:
                 part[line] = part[source]
 
     def reserve(self, num_lines: int) -> None:
-        """Makes room for so many lines."""
-        have = 0 if self._state is None else len(self._state.conv)
-        if have >= num_lines:
+        """Grows the table to at least ``num_lines`` lines."""
+        current = 0 if self._state is None else len(self._state.conv)
+        if current >= num_lines:
             return
-        more = self._make(max(num_lines, 2 * have) - have, self._device)
+        more = self._make(max(num_lines, 2 * current) - current, self._device)
         if self._state is not None:
             more = MixerState(*(torch.cat(pair) for pair in zip(self._state, more, strict=True)))
         self._state = more
 
     @property
     def all(self) -> MixerState:
-        """All lines."""
+        """The states of all lines."""
         assert self._state is not None, "lines were reserved"
         return self._state
 
     def read(self, lines: slice | Tensor) -> MixerState:
-        """The states of some lines, as :func:`lines_of` gives them; a view where they are a slice."""
+        """Returns the states of some lines, which are as :func:`lines_of` gives them; a view where they are a slice."""
         conv, ssm = self.all
         return MixerState(conv[lines], ssm[lines])
 
@@ -68,12 +68,12 @@ class StateTable:
         for table, new in zip(self.all, state, strict=True):
             if isinstance(lines, Tensor):
                 table.index_copy_(0, lines, new.to(table.dtype))
-            elif new.data_ptr() != table[lines].data_ptr():  # else it was moved on in place
+            elif new.data_ptr() != table[lines].data_ptr():  # else it was updated in place
                 table[lines] = new
 
 
 def lines_of(numbers: IntArray, device: torch.device) -> slice | Tensor:
-    """Lines (R,) of a table as a slice where they stand side by side in order, else as a tensor on ``device``."""
+    """Returns lines (R,) of a table as a slice where they are adjacent and in order, else as a tensor on ``device``."""
     if len(numbers) == 1 or bool((np.diff(numbers) == 1).all()):
         return slice(int(numbers[0]), int(numbers[0]) + len(numbers))
-    return torch.from_numpy(numbers).to(device)
+    return on_device(numbers, device)

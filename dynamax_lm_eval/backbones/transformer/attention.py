@@ -1,8 +1,9 @@
-"""Attention of a ragged batch: each row's tokens over that row's own K and V, by position.
+"""The attention of a ragged batch: each row's tokens over that row's own K and V, by position.
 
-Registered with transformers as an attention function, so that blocks run exactly as their family wrote
+It is registered with transformers as an attention function, so that blocks run exactly as their family wrote
 them; the layout travels with the call as the keyword argument ``plan``.
-n tokens in flight, H heads, H_kv K/V heads, P head dim, C places of the cache.
+
+n tokens in flight, H heads, H_kv K/V heads, P head dim, C slots of the cache.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ _UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "position_bias")
 #: Queries that share one explicit mask; bounds the size of masks for windows and gaps.
 _QUERY_CHUNK = 512
 
-#: Rows that decode together are one batch while that looks at no more than so many times their keys.
+#: Rows that decode together are one batch while that attends to no more than so many times their keys.
 _MOST_PADDING = 2
 
 
 @dataclass(frozen=True)
 class AttentionSegment:
-    """Some queries of one row and the places they look at."""
+    """Some queries of one row and the cache slots they attend to."""
 
     queries: slice
-    places: slice
+    places: slice  # the cache slots
     mask: Tensor | None  # (queries, places) bool, True where attended; None: see causal
     causal: bool  # queries and places start at position 0 together
 
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """The m tokens that are alone in their rows, which stand at equal distances in the cache, as a batch.
+    """The m tokens that are alone in their rows, as one batch; their rows lie at equal distances in the cache.
 
-    The batch has S rows, those between the first and the last; of lines without a token nothing is read. All look
-    at the same K positions; the mask hides what is not theirs.
+    The batch has S rows, those between the first and the last; of lines without a token the output is not read. All
+    attend to the same K positions; the mask leaves out what is not theirs.
     """
 
-    rows: slice  # of the cache: all places of the S rows
+    rows: slice  # of the cache: all slots of the S rows
     row_stride: int
     keys: slice  # of a row: the K positions
     tokens: Tensor | None  # (m,) the tokens; None: all in flight
@@ -59,28 +60,28 @@ class DecodeBatch:
 
 
 class AttentionPlan:
-    """Who attends to what, for one set of tokens in flight; made once and used by many blocks."""
+    """What each token in flight attends to; made once for a set of tokens and used by many blocks."""
 
     def __init__(
         self,
         starts: IntArray,
         positions: IntArray,
-        masked_slots: IntArray | None,
+        masked_kv_slots: IntArray | None,
         device: torch.device,
         row_stride: int | None = None,
     ) -> None:
         """
         Args:
-            starts: (n,) first place of each token's row in the cache.
+            starts: (n,) first cache slot of each token's row.
             positions: (n,) position of each token in its row.
-            masked_slots: places that no query may see, rising, or None.
+            masked_kv_slots: cache slots that no query may attend to, rising, or None.
             device: where masks are needed.
-            row_stride: places from one row to the next, where that is the same for all.
+            row_stride: cache slots from one row to the next, where that is the same for all.
         """
         self._row_stride = row_stride
         self._starts = starts
         self._positions = positions
-        self._hidden = masked_slots
+        self._masked = masked_kv_slots
         self._device = device
         self._segments: dict[int | None, list[AttentionSegment]] = {}
         self._decodings: dict[int | None, DecodeBatch | None] = {}
@@ -91,21 +92,21 @@ class AttentionPlan:
         self.last_window: int | None = None
 
     def segments(self, window: int | None) -> list[AttentionSegment]:
-        """The pieces for a sliding window of ``window`` tokens (None: no window), less what :meth:`decoding` has."""
+        """Returns the segments for a sliding window (None: no window), without the tokens of :meth:`decoding`."""
         self.last_window = window
         if window not in self._segments:
             self._segments[window] = self._cut(window)
         return self._segments[window]
 
     def decoding(self, window: int | None) -> DecodeBatch | None:
-        """The tokens that are alone in their rows, where they make a batch that wastes little."""
+        """Returns the tokens that are alone in their rows, where they make a batch that wastes little."""
         self.last_window = window
         if window not in self._decodings:
             self._decodings[window] = self._as_batch(window)
         return self._decodings[window]
 
     def additive_mask(self, decoding: DecodeBatch, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The mask as scores to add, (S, 1, 1, K), made once for all blocks."""
+        """Returns the mask as scores to add, (S, 1, 1, K), made once for all blocks."""
         key = (window, dtype)
         if key not in self._additive:
             zeros = torch.zeros(decoding.mask.shape, dtype=dtype, device=decoding.mask.device)
@@ -123,25 +124,25 @@ class AttentionPlan:
         if (last - first + 1) * (end - low) > _MOST_PADDING * int((positions + 1 - lows).sum()):
             return None
         keys = np.arange(low, end)
-        seen = np.ones((last - first + 1, end - low), dtype=np.bool_)
+        attended = np.ones((last - first + 1, end - low), dtype=np.bool_)
         lines = numbers - first
-        seen[lines] = (keys <= positions[:, None]) & (keys >= lows[:, None])
-        if self._hidden is not None:
-            inside = self._hidden[(self._hidden >= first * row_stride) & (self._hidden < (last + 1) * row_stride)]
-            row, key = np.divmod(inside - first * row_stride, row_stride)
-            shown = (key >= low) & (key < end)
-            seen[row[shown], key[shown] - low] = False
+        attended[lines] = (keys <= positions[:, None]) & (keys >= lows[:, None])
+        if self._masked is not None:
+            masked = self._masked_between(first * row_stride, (last + 1) * row_stride)
+            row, key = np.divmod(masked - first * row_stride, row_stride)
+            within = (key >= low) & (key < end)
+            attended[row[within], key[within] - low] = False
         return DecodeBatch(
             rows=slice(first * row_stride, (last + 1) * row_stride),
             row_stride=row_stride,
             keys=slice(low, end),
             tokens=None if len(tokens) == len(self._starts) else torch.from_numpy(tokens).to(self._device),
-            lines=None if np.array_equal(lines, np.arange(len(seen))) else torch.from_numpy(lines).to(self._device),
-            mask=torch.from_numpy(seen)[:, None, None].to(self._device, non_blocking=True),
+            lines=None if np.array_equal(lines, np.arange(len(attended))) else torch.from_numpy(lines).to(self._device),
+            mask=torch.from_numpy(attended)[:, None, None].to(self._device, non_blocking=True),
         )
 
     def _cut(self, window: int | None) -> list[AttentionSegment]:
-        pieces: list[AttentionSegment] = []
+        segments: list[AttentionSegment] = []
         batched = self.decoding(window) is not None
         bounds = np.flatnonzero(np.diff(self._starts, prepend=-1, append=-1))
         for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
@@ -151,36 +152,36 @@ class AttentionPlan:
             positions = self._positions[first:last]
             end = int(positions[-1]) + 1
             whole = window is None or end <= window
-            hidden = self._hidden_between(start, start + end)
-            if whole and len(hidden) == 0 and len(positions) == end and end > 1:
-                pieces.append(AttentionSegment(slice(first, last), slice(start, start + end), None, causal=True))
+            masked = self._masked_between(start, start + end)
+            if whole and len(masked) == 0 and len(positions) == end and end > 1:
+                segments.append(AttentionSegment(slice(first, last), slice(start, start + end), None, causal=True))
             else:
-                pieces += self._cut_row(first, start, positions, window)
-        return pieces
+                segments += self._cut_row(first, start, positions, window)
+        return segments
 
     def _cut_row(self, first: int, start: int, positions: IntArray, window: int | None) -> list[AttentionSegment]:
-        pieces: list[AttentionSegment] = []
+        segments: list[AttentionSegment] = []
         for i in range(0, len(positions), _QUERY_CHUNK):
             queries = positions[i : i + _QUERY_CHUNK]
             low = 0 if window is None else max(0, int(queries[0]) - window + 1)
             end = int(queries[-1]) + 1
-            hidden = self._hidden_between(start + low, start + end) - (start + low)
+            masked = self._masked_between(start + low, start + end) - (start + low)
             mask = None
-            if len(queries) > 1 or len(hidden):
+            if len(queries) > 1 or len(masked):
                 keys = np.arange(low, end)
-                seen = keys <= queries[:, None]
+                attended = keys <= queries[:, None]
                 if window is not None:
-                    seen &= queries[:, None] - keys < window
-                seen[:, hidden] = False
-                mask = torch.from_numpy(seen).to(self._device, non_blocking=True)
-            places = slice(start + low, start + end)
-            pieces.append(AttentionSegment(slice(first + i, first + i + len(queries)), places, mask, causal=False))
-        return pieces
+                    attended &= queries[:, None] - keys < window
+                attended[:, masked] = False
+                mask = torch.from_numpy(attended).to(self._device, non_blocking=True)
+            kv_slots = slice(start + low, start + end)
+            segments.append(AttentionSegment(slice(first + i, first + i + len(queries)), kv_slots, mask, causal=False))
+        return segments
 
-    def _hidden_between(self, low: int, high: int) -> IntArray:
-        if self._hidden is None:
+    def _masked_between(self, low: int, high: int) -> IntArray:
+        if self._masked is None:
             return np.empty(0, dtype=np.int64)
-        return self._hidden[np.searchsorted(self._hidden, low) : np.searchsorted(self._hidden, high)]
+        return self._masked[np.searchsorted(self._masked, low) : np.searchsorted(self._masked, high)]
 
 
 def ragged_attention(
@@ -194,13 +195,13 @@ def ragged_attention(
     plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over caches.
+    """Computes attention over caches, behind transformers' attention interface.
 
     Args:
         query: (1, H, n, P)
         key: (C, H_kv, P), the cache that the cache object returned.
         value: (C, H_kv, P)
-        attention_mask: must be None; the plan says who attends to what.
+        attention_mask: must be None; the plan says what is attended to.
         scaling: factor of the scores; None: P ** -0.5.
         sliding_window: the block's window in tokens.
         plan: the layout of the batch.
@@ -210,11 +211,11 @@ def ragged_attention(
 
     Raises:
         UserError: the family uses an attention that is not computed here.
-        TypeError: the block was not run by the engine, or keeps the plan to itself.
+        TypeError: the block was not run by the engine, or does not pass the plan on.
     """
     if plan is None:
         raise TypeError(f"the plan of the batch did not reach {type(module).__name__}: its block does not hand it on")
-    assert attention_mask is None, "the plan says who attends to what"
+    assert attention_mask is None, "the plan says what is attended to"
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses attention with {name}, which dynamax does not support")
@@ -228,28 +229,28 @@ def ragged_attention(
         output = query.new_empty(1, n, heads, value.shape[-1]).index_copy_(1, decoding.tokens, decoded)
     else:
         output = query.new_empty(1, n, heads, value.shape[-1])
-    for piece in plan.segments(sliding_window):
-        k = key[piece.places].transpose(0, 1).unsqueeze(0)  # (1, H_kv, places, P)
-        v = value[piece.places].transpose(0, 1).unsqueeze(0)
-        q = query[:, :, piece.queries]  # (1, H, queries, P)
+    for segment in plan.segments(sliding_window):
+        k = key[segment.places].transpose(0, 1).unsqueeze(0)  # (1, H_kv, places, P)
+        v = value[segment.places].transpose(0, 1).unsqueeze(0)
+        q = query[:, :, segment.queries]  # (1, H, queries, P)
         if q.shape[2] == 1:
             # The heads that share K and V become the queries of one head: no copies of K and V.
             q = q.reshape(1, key.shape[1], groups, head_dim)
-            seen = None if piece.mask is None else piece.mask.expand(groups, -1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling)
-            output[:, piece.queries] = out.reshape(1, 1, heads, -1)
+            expanded = None if segment.mask is None else segment.mask.expand(groups, -1)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=expanded, scale=scaling)
+            output[:, segment.queries] = out.reshape(1, 1, heads, -1)
         else:
             out = F.scaled_dot_product_attention(
-                q, k, v, piece.mask, is_causal=piece.causal, scale=scaling, enable_gqa=groups > 1
+                q, k, v, segment.mask, is_causal=segment.causal, scale=scaling, enable_gqa=groups > 1
             )
-            output[:, piece.queries] = out.transpose(1, 2)
+            output[:, segment.queries] = out.transpose(1, 2)
     return output, None
 
 
 def _decode(
     decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
-    """(1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
+    """Returns (1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
     q = query[0].transpose(0, 1)  # (n, H, P)
     if decoding.tokens is not None:

@@ -2,7 +2,7 @@
 
 The blocks are the model's own, unmodified: an attention function registered with transformers reads the
 caches (``attention``), and a cache object scatters what blocks write. Of the families only the names of
-modules and the layout of the fused K/V projections are known here; whatever else a family does is caught
+modules and the layout of the fused K/V projections are known here; whatever else a family does differently is found
 by the comparison with ``model.forward`` at load.
 
 N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P head dim.
@@ -42,7 +42,7 @@ from dynamax_lm_eval.types import StateMode
 
 @dataclass(frozen=True)
 class _Block:
-    """One block and what is known of it."""
+    """One block, and what is known of it."""
 
     module: nn.Module
     norm: nn.Module
@@ -60,8 +60,7 @@ class TransformerBackbone(DecoderBackbone):
         """
         Args:
             model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
-            max_length: longest row that will be run; decides whether length-dependent rotary
-                embeddings can be used.
+            max_length: longest row that will be run; decides whether length-dependent rotary embeddings can be used.
 
         Raises:
             UserError: the architecture is not one that can be run block by block.
@@ -123,22 +122,22 @@ class TransformerBackbone(DecoderBackbone):
 
     @torch.no_grad()
     def verify_recompute(self, ids: Tensor) -> None:
-        places = torch.arange(len(ids), device=self.device)
+        positions = torch.arange(len(ids), device=self.device)
         for block, step in enumerate(self._steps(ids), start=1):
-            rotary = self.position_embeddings(places.unsqueeze(0), step.before)
+            rotary = self.position_embeddings(positions.unsqueeze(0), step.before)
             key, value = step.run.project(block, step.before, rotary)
             for name, cache, ours in (
                 ("K", step.states.key_cache(block), key),
                 ("V", step.states.value_cache(block), value),
             ):
-                if not is_close(ours, cache[places]):
+                if not is_close(ours, cache[positions]):
                     raise UserError(
                         f"{self.name}: the {name} that state recompute projects in block {block} differs from what the "
                         f"block writes; use state_mode=skip or copy"
                     )
 
     def _steps(self, ids: Tensor) -> Iterator[_Step]:
-        """Runs one row block by block, with a stop after each."""
+        """Runs one row block by block, and yields after each."""
         states = self.new_states(len(ids))
         slot = states.allocate_row(len(ids))
         run = self.start_pass(states, full_depth_layout([slot], [len(ids)], self.num_layers))
@@ -160,22 +159,22 @@ class TransformerBackbone(DecoderBackbone):
             config._attn_implementation = before
 
     def position_embeddings(self, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
-        """(cos, sin) of shape (1, N, P) for positions (1, N), by rotary key."""
+        """Returns (cos, sin) of shape (1, N, P) for positions (1, N), by rotary key."""
         if not self._rotary_per_type:
             return RotaryEmbeddings({None: self._rotary(like, positions)})
         keys = {block.rotary_key for block in self.blocks}
         return RotaryEmbeddings({key: self._rotary(like, positions, key) for key in keys})
 
-    def call_block(self, block: int, hidden: Tensor, scatter: _Scatter, flight: ActiveTokens) -> Tensor:
-        """Block ``block`` (1-based) on (1, n, D), as its family wrote it."""
+    def call_block(self, block: int, hidden: Tensor, scatter: _Scatter, active: ActiveTokens) -> Tensor:
+        """Runs block ``block`` (1-based) on (1, n, D), as its family wrote it."""
         described = self.blocks[block - 1]
         output: Any = described.module(
             hidden,
             attention_mask=None,
-            position_ids=flight.positions,
-            position_embeddings=flight.rotary[described.rotary_key],
+            position_ids=active.positions,
+            position_embeddings=active.rotary[described.rotary_key],
             use_cache=True,
-            plan=flight.plan,
+            plan=active.plan,
             **{self._cache_argument: scatter},
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output

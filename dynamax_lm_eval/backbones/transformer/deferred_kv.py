@@ -1,7 +1,9 @@
-"""Tokens that left a Transformer early, and the K and V that its later blocks still have to be given for them.
+"""Deferred K and V: those that later blocks still have to be given of tokens that left a Transformer early.
 
 A block needs the recomputed states of a token only when a later token of the same row gets there. Until then they
-are owed; several tokens are then done in one call, and those of a row that ends first are never computed.
+are deferred; those of several tokens are then materialised in one call, and those of a row that ends first are never
+computed.
+
 m tokens that left, D hidden.
 """
 
@@ -11,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import BoolArray, IntArray
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device
 
 
 class DeferredKV:
-    """All tokens of the rows in flight that left and whose states some block still lacks."""
+    """The tokens of the rows in flight that left and whose states some block still lacks."""
 
     def __init__(self) -> None:
         self.version = 0
         self._empty()
 
     def _empty(self) -> None:
-        self.slots: IntArray = np.empty(0, dtype=np.int64)  # (m,) their rows
+        self.slots: IntArray = np.empty(0, dtype=np.int64)  # (m,) of their rows
         self.positions: IntArray = np.empty(0, dtype=np.int64)  # (m,)
         #: (m,) the last block that has a state of theirs.
         self.done: IntArray = np.empty(0, dtype=np.int64)
@@ -33,7 +35,7 @@ class DeferredKV:
         return len(self.slots)
 
     def add(self, slots: IntArray, positions: IntArray, hidden: Tensor, layer: int) -> None:
-        """Tokens of rows (t,), hidden states (t, D), left after ``layer`` blocks."""
+        """Defers the states of tokens of rows (t,), hidden states (t, D), that left after ``layer`` blocks."""
         self.slots = np.concatenate([self.slots, slots])
         self.positions = np.concatenate([self.positions, positions])
         self.done = np.concatenate([self.done, np.full(len(slots), layer, dtype=np.int64)])
@@ -41,7 +43,7 @@ class DeferredKV:
         self.version += 1
 
     def free_row(self, slot: int) -> None:
-        """The row has ended; nobody will ask for its states."""
+        """Drops the tokens of a row that has ended."""
         self._keep(self.slots != slot)
 
     def drop_complete(self, num_layers: int) -> None:
@@ -55,9 +57,9 @@ class DeferredKV:
             self._empty()
             return
         assert self.hidden is not None
-        chosen = np.flatnonzero(kept)
-        self.slots, self.positions, self.done = self.slots[chosen], self.positions[chosen], self.done[chosen]
-        # Rows may be closed outside the mode of torch in which tokens ran.
+        indices = np.flatnonzero(kept)
+        self.slots, self.positions, self.done = self.slots[indices], self.positions[indices], self.done[indices]
+        # Rows may be freed outside the mode of torch in which tokens ran.
         with torch.inference_mode(self.hidden.is_inference()):
-            self.hidden = self.hidden.index_select(0, torch.from_numpy(chosen).to(self.hidden.device))
+            self.hidden = self.hidden.index_select(0, on_device(indices, self.hidden.device))
         self.version += 1

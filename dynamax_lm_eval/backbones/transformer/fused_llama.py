@@ -1,8 +1,8 @@
 """Blocks of the Llama kind in fewer operations than their family's own code takes.
 
-While few tokens are in flight, the host spends as long on starting operations as the machine on computing them.
+While few tokens are in flight, the host spends as long on launching operations as the device on computing them.
 Norms, rotary embedding and plain linear layers are computed here; quantised layers and adapters are called as they
-are. Whether that gives what the family gives is checked at load, as for every backbone.
+are. Whether the result is that of the family is checked at load, as for every backbone.
 
 n tokens in flight, D hidden, H heads, H_kv K/V heads, P head dim.
 """
@@ -21,12 +21,12 @@ from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragge
 #: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
 _FAMILIES = {"Llama": False, "Mistral": True, "Qwen2": False, "Qwen3": False}
 
-#: K and V (n, H_kv, P) of the tokens in flight to the caches (C, H_kv, P) that now hold them.
+#: Stores K and V (n, H_kv, P) of the tokens in flight and returns the caches (C, H_kv, P) that now hold them.
 Write = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class FusedLlamaBlock:
-    """Computes what one block of such a family computes."""
+    """A block that computes what one of such a family computes."""
 
     def __init__(self, module: Any, head_dim: int, window: int | None) -> None:
         attn = module.self_attn
@@ -40,11 +40,11 @@ class FusedLlamaBlock:
         self._output = attn.o_proj
         self._gate, self._up, self._down = module.mlp.gate_proj, module.mlp.up_proj, module.mlp.down_proj
         self._activation = module.mlp.act_fn
-        self._passed_over = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
+        self._bypassed = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
 
     @classmethod
     def of(cls, module: Any, head_dim: int) -> FusedLlamaBlock | None:
-        """For a block of transformers; None where its family is not known to be of this kind."""
+        """Returns the fused form of a block of transformers; None where its family is not known to be of the kind."""
         family = type(module).__name__.removesuffix("DecoderLayer")
         if family not in _FAMILIES or not type(module).__module__.startswith("transformers.models."):
             return None
@@ -58,11 +58,11 @@ class FusedLlamaBlock:
 
     @property
     def may_replace(self) -> bool:
-        """False where somebody has hooked or replaced what this block would pass over."""
-        return not any(is_changed(part) for part in self._passed_over)
+        """Whether nobody has hooked or replaced the modules that this block does not call."""
+        return not any(is_changed(part) for part in self._bypassed)
 
     def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V (m, H_kv, P) that the block would write for (1, m, D) at angles as of :func:`signed_rotary`."""
+        """Returns K and V (m, H_kv, P) that the block would write for (1, m, D) at such angles as it is called with."""
         normed = _normed(self._norms[0], hidden)
         key, value = (linear(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections[1:])
         if self._head_norms is not None:
@@ -70,7 +70,7 @@ class FusedLlamaBlock:
         return _rotated(key, cos, sin)[0], value[0]
 
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan) -> Tensor:
-        """The block's output (1, n, D) for its input (1, n, D) and angles (1, n, 1, P) as of :func:`signed_rotary`."""
+        """Returns the block's output (1, n, D) for its input and angles (1, n, 1, P) as of :func:`signed_rotary`."""
         normed = _normed(self._norms[0], hidden)
         query, key, value = (
             linear(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
@@ -89,14 +89,14 @@ class FusedLlamaBlock:
 
 
 def signed_rotary(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """RotaryEmbeddings (1, n, P) as :class:`FusedLlamaBlock` wants them, (1, n, 1, P): the sign is with the sine."""
+    """Returns cos and sin (1, n, P) as :class:`FusedLlamaBlock` takes them, (1, n, 1, P): the sign is with the sine."""
     half = sin.shape[-1] // 2
     signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
     return cos.unsqueeze(2), signed.unsqueeze(2)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + (-x2, x1) sin for halves x1, x2 of the last dimension; rounded where the families round."""
+    """Returns x cos + (-x2, x1) sin for halves x1, x2 of the last dimension; rounded where the families round."""
     return (x * cos).add_(torch.roll(x, x.shape[-1] // 2, -1) * sin)
 
 

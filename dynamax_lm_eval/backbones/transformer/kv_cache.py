@@ -1,8 +1,9 @@
-"""What rows keep of their past: K and V in one cache per block, or Mamba states in one table per module.
+"""The K and V that rows of a Transformer keep of their past, in one cache per block.
 
-A row owns one run of places in the caches, so its K and V are a view, and nothing is ever padded; of a table
-it owns a line.
-Tokens of an cache: C; K/V heads: H_kv; head dim: P; lines of a table: R.
+A row owns a run of consecutive cache slots (``kv_slots``), one per token, so its K and V are a view and nothing is ever
+padded. What identifies a row (its ``slot``) is the first of them.
+
+C slots of a cache, T tokens, H_kv K/V heads, P head dim.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
 
 
 class FreeList:
-    """First-fit reservation of runs of places in 0..capacity-1."""
+    """The free cache slots of 0..capacity-1, of which runs are allocated first-fit."""
 
     def __init__(self, capacity: int) -> None:
         self._free = [(0, capacity)] if capacity else []  # sorted (start, length), never adjacent
 
     def allocate(self, length: int) -> int | None:
-        """Start of a free run of ``length`` places, now reserved; None where there is none."""
+        """Allocates a run of ``length`` slots and returns its start; None where there is no free run of that length."""
         for i, (start, free) in enumerate(self._free):
             if free >= length:
                 self._free[i : i + 1] = [(start + length, free - length)] if free > length else []
@@ -44,33 +45,39 @@ class FreeList:
 
 
 class AttentionStates(States):
-    """K and V of every block: tensors of shape (C, H_kv, P), made when a block first writes.
+    """The K and V of every block: tensors of shape (C, H_kv, P), made when a block first writes.
 
-    ``layer_of`` says for each place how many blocks its token ran through (``num_layers`` unless it left
-    early and left no state behind): a block attends to a place only if its token reached the block.
+    ``layer_of`` says for each cache slot how many blocks its token ran through (``num_layers`` unless it left
+    early and left no state behind): a block attends to a slot only if its token reached the block.
     """
 
     def __init__(self, num_layers: int, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> None:
-        """Rows have the first ``capacity`` places, ``row_stride`` each; what is kept, ``prefix_capacity`` after them."""
+        """
+        Args:
+            num_layers: L.
+            capacity: cache slots of the rows.
+            prefix_capacity: cache slots of the kept prefixes, after those of the rows.
+            row_stride: cache slots of every row; None: as many as it needs.
+        """
         self.row_stride = row_stride
         self.num_layers = num_layers
-        # Beginnings of one another are kept in the same places.
-        self._kept_at = capacity
+        # Prefixes of one another are kept in the same slots.
+        self._prefix_slot = capacity
         self.capacity = capacity + prefix_capacity
         self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
         self.values: list[Tensor | None] = [None] * (num_layers + 1)
         self.layer_of: IntArray = np.full(self.capacity, num_layers, dtype=np.int64)
-        #: Places of such tokens that block L ran on all the same.
+        #: Slots of such tokens that block L ran on all the same.
         self.runs_last: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
         self.deferred = DeferredKV()
-        self._room = FreeList(capacity)
-        self._lengths: dict[int, int] = {}
+        self._free_list = FreeList(capacity)
+        self._lengths: dict[int, int] = {}  # slot of a row -> its cache slots
 
     def allocate_row(self, capacity: int) -> int | None:
         if self.row_stride is not None:
             assert capacity <= self.row_stride
             capacity = self.row_stride
-        start = self._room.allocate(capacity)
+        start = self._free_list.allocate(capacity)
         if start is not None:
             self._lengths[start] = capacity
             self.layer_of[start : start + capacity] = self.num_layers
@@ -78,65 +85,65 @@ class AttentionStates(States):
         return start
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
-        assert source not in self.deferred.slots, "what is copied ran in an eager pass"
-        theirs, ours = slice(source, source + num_tokens), slice(slot, slot + num_tokens)
-        self.layer_of[ours] = self.layer_of[theirs]
-        self.runs_last[ours] = self.runs_last[theirs]
+        assert source not in self.deferred.slots, "what is copied ran in a pass that defers nothing"
+        from_slots, to_slots = slice(source, source + num_tokens), slice(slot, slot + num_tokens)
+        self.layer_of[to_slots] = self.layer_of[from_slots]
+        self.runs_last[to_slots] = self.runs_last[from_slots]
         for cache in (*self.keys, *self.values):
             if cache is not None:
                 with torch.inference_mode(cache.is_inference()):
-                    cache[ours] = cache[theirs]
+                    cache[to_slots] = cache[from_slots]
 
     def keep(self, slot: int, num_tokens: int) -> bool:
-        if self._kept_at + num_tokens > self.capacity:
+        if self._prefix_slot + num_tokens > self.capacity:
             return False
-        self.copy_row(slot, self._kept_at, num_tokens)
+        self.copy_row(slot, self._prefix_slot, num_tokens)
         return True
 
     def give(self, num_tokens: int, slot: int) -> None:
-        self.copy_row(self._kept_at, slot, num_tokens)
+        self.copy_row(self._prefix_slot, slot, num_tokens)
 
     def forget(self, num_tokens: int) -> None:
-        pass  # what is kept next takes its places
+        pass  # what is kept next overwrites it
 
-    def masked_slots(self, block: int) -> IntArray:
-        """Places whose tokens left nothing for ``block``, in rising order."""
-        hidden = self.layer_of < block
+    def masked_kv_slots(self, block: int) -> IntArray:
+        """Returns the cache slots whose tokens left nothing for ``block``, in rising order."""
+        masked = self.layer_of < block
         if block == self.num_layers:
-            hidden &= ~self.runs_last
-        return np.flatnonzero(hidden)
+            masked &= ~self.runs_last
+        return np.flatnonzero(masked)
 
     def free_row(self, slot: int) -> None:
         self.deferred.free_row(slot)
-        self._room.free(slot, self._lengths.pop(slot))
+        self._free_list.free(slot, self._lengths.pop(slot))
 
-    def write(self, block: int, places: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores K and V (T, H_kv, P) of one block at ``places`` (T,); returns its caches (C, H_kv, P)."""
+    def write(self, block: int, kv_slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores K and V (T, H_kv, P) of one block at ``kv_slots`` (T,) and returns its caches (C, H_kv, P)."""
         self._make_caches(block, like=(key, value))
         keys, values = self.key_cache(block), self.value_cache(block)
-        return keys.index_copy_(0, places, key), values.index_copy_(0, places, value)
+        return keys.index_copy_(0, kv_slots, key), values.index_copy_(0, kv_slots, value)
 
-    def copy(self, source: int, block: int, places: Tensor) -> None:
-        """Gives ``block`` the K and V that block ``source`` wrote at ``places`` (T,)."""
+    def copy(self, source: int, block: int, kv_slots: Tensor) -> None:
+        """Gives ``block`` the K and V that block ``source`` wrote at ``kv_slots`` (T,)."""
         self._make_caches(block, like=(self.key_cache(source), self.value_cache(source)))
-        self.key_cache(block)[places] = self.key_cache(source)[places]
-        self.value_cache(block)[places] = self.value_cache(source)[places]
+        self.key_cache(block)[kv_slots] = self.key_cache(source)[kv_slots]
+        self.value_cache(block)[kv_slots] = self.value_cache(source)[kv_slots]
 
     def _make_caches(self, block: int, like: tuple[Tensor, Tensor]) -> None:
         """Makes the caches of a block where they do not exist yet."""
         if self.keys[block] is None:
-            # Zeros, not empty memory: a masked place has weight 0, but 0 times a stray NaN is NaN.
+            # Zeros, not empty memory: a masked slot has weight 0, but 0 times a stray NaN is NaN.
             self.keys[block] = like[0].new_zeros(self.capacity, *like[0].shape[1:])
             self.values[block] = like[1].new_zeros(self.capacity, *like[1].shape[1:])
 
     def key_cache(self, block: int) -> Tensor:
-        """(C, H_kv, P)"""
+        """Returns the K of a block (1-based), (C, H_kv, P)."""
         cache = self.keys[block]
         assert cache is not None, f"block {block} has not written yet"
         return cache
 
     def value_cache(self, block: int) -> Tensor:
-        """(C, H_kv, P)"""
+        """Returns the V of a block (1-based), (C, H_kv, P)."""
         cache = self.values[block]
         assert cache is not None, f"block {block} has not written yet"
         return cache
