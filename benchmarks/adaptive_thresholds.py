@@ -26,12 +26,12 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.confidences.entropy import entropy_confidence
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.frozen.text import held_out, text_documents
 from dynamax_lm_eval.measure.exit_thresholds import PRICES, REDUCTIONS, SHARED, record
 from dynamax_lm_eval.measure.threshold_search import Recorded, agreement_at, best_path, exits_at
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
 GAINS = (-0.6, -0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.6)
 DECAYS = (0.5, 0.8, 0.95)
@@ -85,12 +85,11 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=256)
     args = parser.parse_args()
 
-    size = {"seq_len": args.seq_len, "micro_batch_tokens": args.seq_len, "batch_tokens": args.seq_len}
-    reading = TrainingOptions(backbone=args.backbone, dataset=args.dataset, dtype="float32", **size)
-    loaded = load_backbone(reading, RunOptions())
+    reading = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype="float32", seq_len=args.seq_len)
+    loaded = load_backbone(reading)
     exits = checkpoint.find(args.backbone, loaded.identity.fingerprint)
     assert exits is not None, "the backbone has exits"
-    rows, _ = data.held_out(data.text_documents(reading, args.dataset, loaded.tokenizer), args.tokens, args.seq_len)
+    rows, _ = held_out(text_documents(reading.source, loaded.tokenizer), args.tokens, args.seq_len)
     backbone = loaded.engine.backbone
     frozen = FrozenPass(backbone, exits.config.exit_layers, exits.config.final_block, exits.config.top_k)
     policy = policy_of_exits(exits.config, args.classifier, 0.5, exit_scope="all")

@@ -33,9 +33,9 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.frozen import text as data
-from dynamax_lm_eval.training import command
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
+from dynamax_lm_eval.frozen.text import held_out, text_documents
 
 
 def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], batch: int) -> dict[str, Any]:
@@ -93,10 +93,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
 
-    options = TrainingOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
-    backbone = command.load_backbone(options, RunOptions())
-    documents = data.text_documents(options, args.dataset, backbone.tokenizer)
-    rows, _ = data.held_out(documents, args.tokens, args.seq_len)
+    options = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
+    backbone = load_backbone(options)
+    documents = text_documents(options.source, backbone.tokenizer)
+    rows, _ = held_out(documents, args.tokens, args.seq_len)
     trained = ExitCheckpoint.open(args.exits)
     trained.check_fingerprint(backbone.identity.fingerprint)
     classifiers = trained.load(backbone.engine.backbone.device)

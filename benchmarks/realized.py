@@ -33,8 +33,8 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.training import command
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
 
 
 class Case:
@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    options = TrainingOptions(backbone=args.backbone, dataset="-", dtype=args.dtype)
-    loaded = command.load_backbone(options, RunOptions(device="cpu" if args.device == "cpu" else "auto"))
+    device = "cpu" if args.device == "cpu" else "auto"
+    loaded = load_backbone(FrozenOptions(backbone=args.backbone, dtype=args.dtype, seq_len=512, device=device))
     engine = loaded.engine
     depth = engine.backbone.num_layers
     cases = [Case("full model", engine, ExitPolicy(depth))]
