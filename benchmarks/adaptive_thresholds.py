@@ -39,21 +39,21 @@ DRAWS = 30
 
 
 def running(values: np.ndarray, row: np.ndarray, decay: float) -> np.ndarray:
-    """Exponential mean over the earlier tokens of each row; a row begins at the mean of all."""
-    found, mean = np.empty_like(values), values.mean()
+    """Returns the exponential mean over the earlier tokens of each row; a row begins at the mean of all."""
+    means, mean = np.empty_like(values), values.mean()
     last, state = -1, mean
     for i, (value, text) in enumerate(zip(values, row, strict=True)):
         if text != last:
             last, state = text, mean
-        found[i] = state
+        means[i] = state
         state = decay * state + (1 - decay) * value
-    return found
+    return means
 
 
 def curve(
     recorded: Recorded, signal: np.ndarray, gain: float, weights: np.ndarray, base: np.ndarray
 ) -> list[tuple[float, float]]:
-    """(agreement, fraction) for thresholds (C, E) that the signal shifts, texts weighted."""
+    """Returns (agreement, fraction) for thresholds (C, E) that the signal shifts, texts weighted."""
     points = []
     shift = gain * (signal - signal.mean())
     of_token = weights[recorded.row]
@@ -67,13 +67,13 @@ def curve(
 
 
 def entropies(frozen: FrozenPass, rows: list[list[int]]) -> np.ndarray:
-    """1 - normalised entropy of the full model after every token but each row's first."""
-    found = []
+    """Returns 1 - normalised entropy of the full model after every token but each row's first."""
+    confidences = []
     with torch.no_grad():
         for row in rows:
             last = frozen.run([row]).last
-            found.append(entropy_confidence(frozen.backbone.readout(last))[1:].cpu().numpy())
-    return np.concatenate(found).astype(np.float64)
+            confidences.append(entropy_confidence(frozen.backbone.readout(last))[1:].cpu().numpy())
+    return np.concatenate(confidences).astype(np.float64)
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def main() -> None:
     draws = np.random.default_rng(0).multinomial(texts, np.full(texts, 1 / texts), size=DRAWS)
     table: list[dict[str, Any]] = []
     for which, base in bases.items():
-        found: dict[float, list[dict[str, Any]]] = {reduction: [] for reduction in REDUCTIONS}
+        by_reduction: dict[float, list[dict[str, Any]]] = {reduction: [] for reduction in REDUCTIONS}
         for name, decay in product(sources, DECAYS):
             signal = running(sources[name], recorded.row, decay)
             tried, held = ({g: curve(recorded, signal, g, half, base) for g in GAINS} for half in halves)
@@ -114,10 +114,10 @@ def main() -> None:
                 at = {gain: agreement_at(points, 1 / reduction) for gain, points in tried.items()}
                 best = max(at, key=lambda gain, at=at: -1 if np.isnan(at[gain]) else at[gain])
                 fixed, ours = (agreement_at(held[gain], 1 / reduction) for gain in (0.0, best))
-                chosen = {"base": which, "reduction": reduction, "signal": name, "decay": decay, "gain": best}
+                setting = {"base": which, "reduction": reduction, "signal": name, "decay": decay, "gain": best}
                 values = {"fixed": fixed, "adaptive": ours, "difference": ours - fixed}
-                found[reduction].append({**chosen, "searched": at[best] - at[0.0], **values})
-        for reduction, lines in found.items():
+                by_reduction[reduction].append({**setting, "searched": at[best] - at[0.0], **values})
+        for reduction, lines in by_reduction.items():
             # The signal is chosen on the searched texts as well.
             entry = max(lines, key=lambda line: -1 if np.isnan(line["searched"]) else line["searched"])
             signal = running(sources[entry["signal"]], recorded.row, entry["decay"])

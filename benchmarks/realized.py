@@ -53,9 +53,9 @@ class Case:
         for length in (1, new_tokens):
             requests = [GenerationRequest(p, length, self.policy, Sampler(), lambda _: False) for p in prompts]
             start = time.perf_counter()
-            found = generate_all(self.engine, requests, batch_size)
+            generations = generate_all(self.engine, requests, batch_size)
             spent.append(time.perf_counter() - start)
-        self.traces = [generation.trace for generation in found]
+        self.traces = [generation.trace for generation in generations]
         return spent[1] - spent[0]
 
     def score(self, prompts: list[list[int]], batch_size: int) -> float:

@@ -87,7 +87,7 @@ def make_model(architecture: str, seed: int) -> Any:
 
 
 def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Tensor:
-    """Cross-entropy of every token but the rows' first."""
+    """Returns the cross-entropy of every token but the rows' first."""
     device = model.device
     if mamba is not None:
         ids = torch.tensor([token for row in rows for token in row], device=device)
@@ -101,8 +101,8 @@ def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Te
         logits = model(ids, use_cache=False).logits.flatten(0, 1)
         labels = [token for row in rows for token in [*row[1:], *[-100] * (width - len(row) + 1)]]
     targets = torch.tensor(labels, device=device)
-    chosen = targets >= 0
-    return F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+    predicted = targets >= 0
+    return F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="none")
 
 
 @torch.no_grad()

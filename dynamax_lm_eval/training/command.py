@@ -20,6 +20,7 @@ import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone, read_config
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import TextSource
@@ -77,16 +78,7 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
         hub.create_repository(run.push_to_hub, run.private)
     if run.overwrite and accelerator.is_main_process:
         clear(folder)
-    exits = ExitConfig(
-        backbone=backbone.identity,
-        exit_layers=exit_layers,
-        classifiers=options.kinds,
-        activation=backbone.activation,
-        options=options.classifier_options,
-        final_block=options.final_block,
-        adapter=options.adapter,
-        top_k=options.top_k,
-    )
+    exits = _exit_config(options, backbone, exit_layers)
     classifiers = exits.build(options.seed).to(accelerator.device)
     frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
     trainer = Trainer(
@@ -111,16 +103,38 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
     accelerator.log(held_out_numbers(results), step=options.steps)
     accelerator.end_training()
     exits = replace(exits, training=_summary(options, backbone, seconds, accelerator))
+    saved = _save(folder, exits, classifiers, results, run)
+    if run.push_to_hub:
+        hub.push(folder, run.push_to_hub)
+    return saved
+
+
+def _exit_config(options: TrainingOptions, backbone: FrozenBackbone, exit_layers: tuple[int, ...]) -> ExitConfig:
+    """Returns what the checkpoint will say of its exits, without the training."""
+    return ExitConfig(
+        backbone=backbone.identity,
+        exit_layers=exit_layers,
+        classifiers=options.kinds,
+        activation=backbone.activation,
+        options=options.classifier_options,
+        final_block=options.final_block,
+        adapter=options.adapter,
+        top_k=options.top_k,
+    )
+
+
+def _save(
+    folder: Path, exits: ExitConfig, classifiers: ExitClassifiers, results: dict[str, Any], run: RunOptions
+) -> ExitCheckpoint:
+    """Writes the checkpoint with what was measured on held-out text; the states of the training go."""
     evaluation.plot_curves(results, folder / "curve.png")
     files = {
         "evaluation.json": json.dumps(results, indent=1) + "\n",
         checkpoint.CARD_NAME: model_card(exits, results, run.card_note),
     }
-    saved = checkpoint.save(folder, exits, classifiers, files, dtype)
+    saved = checkpoint.save(folder, exits, classifiers, files, getattr(torch, run.save_dtype))
     shutil.rmtree(folder / STATE_NAME, ignore_errors=True)
     logger.info("Wrote exits to %s", folder)
-    if run.push_to_hub:
-        hub.push(folder, run.push_to_hub)
     return saved
 
 
