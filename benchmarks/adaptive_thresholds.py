@@ -26,12 +26,12 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.confidences.entropy import entropy_confidence
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.frozen import text as data
 from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.frozen.text import held_out, text_documents
 from dynamax_lm_eval.measure.exit_thresholds import PRICES, REDUCTIONS, SHARED, record
 from dynamax_lm_eval.measure.threshold_search import Recorded, agreement_at, best_path, exits_at
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
 GAINS = (-0.6, -0.4, -0.2, -0.1, 0.0, 0.1, 0.2, 0.4, 0.6)
 DECAYS = (0.5, 0.8, 0.95)
@@ -39,21 +39,21 @@ DRAWS = 30
 
 
 def running(values: np.ndarray, row: np.ndarray, decay: float) -> np.ndarray:
-    """Exponential mean over the earlier tokens of each row; a row begins at the mean of all."""
-    found, mean = np.empty_like(values), values.mean()
+    """Returns the exponential mean over the earlier tokens of each row; a row begins at the mean of all."""
+    means, mean = np.empty_like(values), values.mean()
     last, state = -1, mean
     for i, (value, text) in enumerate(zip(values, row, strict=True)):
         if text != last:
             last, state = text, mean
-        found[i] = state
+        means[i] = state
         state = decay * state + (1 - decay) * value
-    return found
+    return means
 
 
 def curve(
     recorded: Recorded, signal: np.ndarray, gain: float, weights: np.ndarray, base: np.ndarray
 ) -> list[tuple[float, float]]:
-    """(agreement, fraction) for thresholds (C, E) that the signal shifts, texts weighted."""
+    """Returns (agreement, fraction) for thresholds (C, E) that the signal shifts, texts weighted."""
     points = []
     shift = gain * (signal - signal.mean())
     of_token = weights[recorded.row]
@@ -67,13 +67,13 @@ def curve(
 
 
 def entropies(frozen: FrozenPass, rows: list[list[int]]) -> np.ndarray:
-    """1 - normalised entropy of the full model after every token but each row's first."""
-    found = []
+    """Returns 1 - normalised entropy of the full model after every token but each row's first."""
+    confidences = []
     with torch.no_grad():
         for row in rows:
             last = frozen.run([row]).last
-            found.append(entropy_confidence(frozen.backbone.readout(last))[1:].cpu().numpy())
-    return np.concatenate(found).astype(np.float64)
+            confidences.append(entropy_confidence(frozen.backbone.readout(last))[1:].cpu().numpy())
+    return np.concatenate(confidences).astype(np.float64)
 
 
 def main() -> None:
@@ -85,12 +85,11 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=256)
     args = parser.parse_args()
 
-    size = {"seq_len": args.seq_len, "micro_batch_tokens": args.seq_len, "batch_tokens": args.seq_len}
-    reading = TrainingOptions(backbone=args.backbone, dataset=args.dataset, dtype="float32", **size)
-    loaded = load_backbone(reading, RunOptions())
+    reading = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype="float32", seq_len=args.seq_len)
+    loaded = load_backbone(reading)
     exits = checkpoint.find(args.backbone, loaded.identity.fingerprint)
     assert exits is not None, "the backbone has exits"
-    rows, _ = data.held_out(data.text_documents(reading, args.dataset, loaded.tokenizer), args.tokens, args.seq_len)
+    rows, _ = held_out(text_documents(reading.source, loaded.tokenizer), args.tokens, args.seq_len)
     backbone = loaded.engine.backbone
     frozen = FrozenPass(backbone, exits.config.exit_layers, exits.config.final_block, exits.config.top_k)
     policy = policy_of_exits(exits.config, args.classifier, 0.5, exit_scope="all")
@@ -107,7 +106,7 @@ def main() -> None:
     draws = np.random.default_rng(0).multinomial(texts, np.full(texts, 1 / texts), size=DRAWS)
     table: list[dict[str, Any]] = []
     for which, base in bases.items():
-        found: dict[float, list[dict[str, Any]]] = {reduction: [] for reduction in REDUCTIONS}
+        by_reduction: dict[float, list[dict[str, Any]]] = {reduction: [] for reduction in REDUCTIONS}
         for name, decay in product(sources, DECAYS):
             signal = running(sources[name], recorded.row, decay)
             tried, held = ({g: curve(recorded, signal, g, half, base) for g in GAINS} for half in halves)
@@ -115,10 +114,10 @@ def main() -> None:
                 at = {gain: agreement_at(points, 1 / reduction) for gain, points in tried.items()}
                 best = max(at, key=lambda gain, at=at: -1 if np.isnan(at[gain]) else at[gain])
                 fixed, ours = (agreement_at(held[gain], 1 / reduction) for gain in (0.0, best))
-                chosen = {"base": which, "reduction": reduction, "signal": name, "decay": decay, "gain": best}
+                setting = {"base": which, "reduction": reduction, "signal": name, "decay": decay, "gain": best}
                 values = {"fixed": fixed, "adaptive": ours, "difference": ours - fixed}
-                found[reduction].append({**chosen, "searched": at[best] - at[0.0], **values})
-        for reduction, lines in found.items():
+                by_reduction[reduction].append({**setting, "searched": at[best] - at[0.0], **values})
+        for reduction, lines in by_reduction.items():
             # The signal is chosen on the searched texts as well.
             entry = max(lines, key=lambda line: -1 if np.isnan(line["searched"]) else line["searched"])
             signal = running(sources[entry["signal"]], recorded.row, entry["decay"])

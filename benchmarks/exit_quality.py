@@ -33,21 +33,21 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.frozen import text as data
-from dynamax_lm_eval.training import command
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
+from dynamax_lm_eval.frozen.text import held_out, text_documents
 
 
 def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], batch: int) -> dict[str, Any]:
     """Most probable next tokens and compute of all rows under a policy."""
     requests = [ScoringRequest(row[:-1], 1, [[token] for token in row[1:]], policy) for row in rows]
-    found = score_all(engine, requests, batch)
-    record = ComputeRecord.sum(engine.account(scoring.trace, policy) for scoring in found)
-    log_probs = sum(line[0] for scoring in found for line in scoring.log_probs)
+    scorings = score_all(engine, requests, batch)
+    record = ComputeRecord.sum(engine.account(scoring.trace, policy) for scoring in scorings)
+    log_probs = sum(line[0] for scoring in scorings for line in scoring.log_probs)
     return {
         "bits": -log_probs / math.log(2),
-        "greedy": np.concatenate([np.asarray(scoring.greedy_tokens) for scoring in found]),
-        "layers": np.concatenate([np.asarray(scoring.trace.exit_layers) for scoring in found]),
+        "greedy": np.concatenate([np.asarray(scoring.greedy_tokens) for scoring in scorings]),
+        "layers": np.concatenate([np.asarray(scoring.trace.exit_layers) for scoring in scorings]),
         "compute_reduction": record.compute_reduction,
     }
 
@@ -93,10 +93,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
 
-    options = TrainingOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
-    backbone = command.load_backbone(options, RunOptions())
-    documents = data.text_documents(options, args.dataset, backbone.tokenizer)
-    rows, _ = data.held_out(documents, args.tokens, args.seq_len)
+    options = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
+    backbone = load_backbone(options)
+    documents = text_documents(options.source, backbone.tokenizer)
+    rows, _ = held_out(documents, args.tokens, args.seq_len)
     trained = ExitCheckpoint.open(args.exits)
     trained.check_fingerprint(backbone.identity.fingerprint)
     classifiers = trained.load(backbone.engine.backbone.device)
@@ -108,16 +108,16 @@ def main() -> None:
 
     table: list[dict[str, Any]] = []
 
-    def add(family: str, setting: str, found: dict[str, Any], policy: ExitPolicy | None = None) -> None:
-        agreement = found["greedy"] == full["greedy"]
+    def add(family: str, setting: str, measured: dict[str, Any], policy: ExitPolicy | None = None) -> None:
+        agreement = measured["greedy"] == full["greedy"]
         point = {
             "family": family,
             "setting": setting,
-            "compute_reduction": found["compute_reduction"],
-            "bits_per_byte": found["bits"] / num_bytes,
+            "compute_reduction": measured["compute_reduction"],
+            "bits_per_byte": measured["bits"] / num_bytes,
             "agreement": float(agreement.mean()),
             "agreement_stderr": float(agreement.std() / np.sqrt(len(agreement))),
-            "mean_exit_layer": float(found["layers"].mean()),
+            "mean_exit_layer": float(measured["layers"].mean()),
             "continuation_agreement": (
                 common_share(continue_rows(engine, policy, rows, args), continued) if policy is not None else math.nan
             ),

@@ -33,8 +33,8 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.training import command
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
 
 
 class Case:
@@ -53,9 +53,9 @@ class Case:
         for length in (1, new_tokens):
             requests = [GenerationRequest(p, length, self.policy, Sampler(), lambda _: False) for p in prompts]
             start = time.perf_counter()
-            found = generate_all(self.engine, requests, batch_size)
+            generations = generate_all(self.engine, requests, batch_size)
             spent.append(time.perf_counter() - start)
-        self.traces = [generation.trace for generation in found]
+        self.traces = [generation.trace for generation in generations]
         return spent[1] - spent[0]
 
     def score(self, prompts: list[list[int]], batch_size: int) -> float:
@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    options = TrainingOptions(backbone=args.backbone, dataset="-", dtype=args.dtype)
-    loaded = command.load_backbone(options, RunOptions(device="cpu" if args.device == "cpu" else "auto"))
+    device = "cpu" if args.device == "cpu" else "auto"
+    loaded = load_backbone(FrozenOptions(backbone=args.backbone, dtype=args.dtype, seq_len=512, device=device))
     engine = loaded.engine
     depth = engine.backbone.num_layers
     cases = [Case("full model", engine, ExitPolicy(depth))]

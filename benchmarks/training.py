@@ -18,9 +18,10 @@ from environment import environment
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.training import command
+from dynamax_lm_eval.frozen.text import text_documents
+from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 from dynamax_lm_eval.training.trainer import Trainer, labelled_positions
 
@@ -55,16 +56,15 @@ def main() -> None:
         micro_batch_tokens=args.tokens,
         seq_len=args.seq_len,
     )
-    backbone = command.load_backbone(options, RunOptions(device=args.device))
+    backbone = load_backbone(options.reading(RunOptions(device=args.device)))
     layers = options.resolve_exit_layers(backbone.identity.num_layers)
     frozen = FrozenPass(backbone.engine.backbone, layers, options.final_block, options.top_k)
     classifiers = ExitClassifiers(
         options.kinds, layers, backbone.identity.hidden_size, backbone.activation, options.classifier_options
     ).to(frozen.backbone.device)
     trainer = Trainer(frozen, classifiers, options)
-    batches = data.MicroBatches(
-        data.text_documents(options, options.dataset, backbone.tokenizer), args.tokens, options.seq_len
-    )
+    documents = text_documents(options.source, backbone.tokenizer)
+    batches = MicroBatches(documents, args.tokens, options.seq_len)
     seconds: dict[str, list[float]] = {"limit": [], "training": []}
     for repeat in range(args.repeats + 1):
         rows = next(batches)
@@ -77,7 +77,7 @@ def main() -> None:
             if frozen.backbone.device.type == "cuda":
                 torch.cuda.synchronize()
             taken = time.perf_counter() - start
-            if repeat:  # the first round warmup_tokens up
+            if repeat:  # the first round warms up
                 seconds[name].append(taken)
                 print(f"{name}: {taken:.2f} s", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from dynamax_lm_eval.backbones import MambaBackbone
 from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
 from dynamax_lm_eval.files import write_text
-from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.options import TextSource
+from dynamax_lm_eval.frozen.text import held_out, text_documents
 from dynamax_lm_eval.training import state
-from dynamax_lm_eval.training.options import TrainingOptions
+from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.trainer import learning_rate
 
 VOCABULARY = 4096
@@ -40,8 +41,8 @@ SEQ_LEN = 512
 SPECIAL = ("<pad>", "<s>", "</s>")
 
 
-def make_tokenizer(dataset: str, options: TrainingOptions) -> Any:
-    """A byte-level BPE tokenizer of the first 2,000 documents."""
+def make_tokenizer(source: TextSource) -> Any:
+    """Returns a byte-level BPE tokenizer of the first 2,000 documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts: list[str] = []
@@ -50,7 +51,7 @@ def make_tokenizer(dataset: str, options: TrainingOptions) -> Any:
         texts.append(text)
         return argparse.Namespace(input_ids=[0])
 
-    for _ in itertools.islice(data.text_documents(options, dataset, keep)(0, 0), 2000):
+    for _ in itertools.islice(text_documents(source, keep)(0, 0), 2000):
         pass
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -86,7 +87,7 @@ def make_model(architecture: str, seed: int) -> Any:
 
 
 def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Tensor:
-    """Cross-entropy of every token but the rows' first."""
+    """Returns the cross-entropy of every token but the rows' first."""
     device = model.device
     if mamba is not None:
         ids = torch.tensor([token for row in rows for token in row], device=device)
@@ -100,8 +101,8 @@ def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Te
         logits = model(ids, use_cache=False).logits.flatten(0, 1)
         labels = [token for row in rows for token in [*row[1:], *[-100] * (width - len(row) + 1)]]
     targets = torch.tensor(labels, device=device)
-    chosen = targets >= 0
-    return F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+    predicted = targets >= 0
+    return F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="none")
 
 
 @torch.no_grad()
@@ -127,16 +128,16 @@ def main() -> None:
     if (args.output / "config.json").is_file():
         parser.error(f"{args.output} holds a finished model; choose another --output")
 
-    options = TrainingOptions(backbone="-", dataset=args.dataset, seed=args.seed)
+    source = TextSource(args.dataset, seed=args.seed)
     folder = args.output / "state"
     args.output.mkdir(parents=True, exist_ok=True)
     if not (args.output / "tokenizer.json").is_file():
         if args.tokenizer:
             transformers.AutoTokenizer.from_pretrained(args.tokenizer).save_pretrained(args.output)
         else:
-            make_tokenizer(args.dataset, options).save_pretrained(args.output)
+            make_tokenizer(source).save_pretrained(args.output)
     tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(args.output)
-    documents = data.text_documents(options, args.dataset, tokenizer)
+    documents = text_documents(source, tokenizer)
 
     model = make_model(args.architecture, args.seed).to(args.device).train()
     mamba = MambaBackbone(model) if args.architecture == "mamba2" else None
@@ -147,13 +148,13 @@ def main() -> None:
     steps = -(-args.max_tokens // args.batch_tokens)
     free = ("output", "save_steps", "held_out", "device")  # a run may go on with others
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    first, seconds, position = 0, 0.0, data.Position()
-    if (found := state.latest(folder)) is not None:
-        path, progress = found
+    first, seconds, position = 0, 0.0, Position()
+    if (resumed := state.latest(folder)) is not None:
+        path, progress = resumed
         state.check_same(progress.options, settings)
         state.load(path, model.base_model, optimizer)
-        first, seconds, position = progress.step, progress.seconds, data.Position(**progress.data)
-    batches = data.MicroBatches(documents, args.batch_tokens, SEQ_LEN, position)
+        first, seconds, position = progress.step, progress.seconds, Position(**progress.data)
+    batches = MicroBatches(documents, args.batch_tokens, SEQ_LEN, position)
     start = time.perf_counter() - seconds
     with tqdm(total=steps * args.batch_tokens, initial=first * args.batch_tokens, unit="tok", unit_scale=True) as bar:
         for step in range(first, steps):
@@ -177,8 +178,7 @@ def main() -> None:
                     log.write(json.dumps({"step": step + 1, "loss": float(loss.detach()), "seconds": seconds}) + "\n")
 
     model.to(torch.bfloat16).float().eval()  # measured as it is saved
-    held_out = data.text_documents(TrainingOptions(backbone="-", dataset=args.held_out), args.held_out, tokenizer)
-    rows, _ = data.held_out(held_out, 50_000, SEQ_LEN)
+    rows, _ = held_out(text_documents(TextSource(args.held_out), tokenizer), 50_000, SEQ_LEN)
     summary = {
         **settings,
         "tokens": steps * args.batch_tokens,

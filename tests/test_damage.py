@@ -38,7 +38,7 @@ from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 from dynamax_lm_eval.training import state
-from dynamax_lm_eval.training.command import _cut_log
+from dynamax_lm_eval.training.log import cut_log
 
 SLOW = pytest.mark.slow
 
@@ -180,7 +180,7 @@ def test_training_goes_on_from_the_state_before(name: str, tmp_path: Path, caplo
 def test_a_log_keeps_the_lines_that_can_be_read(tmp_path: Path) -> None:
     log = tmp_path / "training.jsonl"
     log.write_bytes(b'{"step": 1}\n\xff\xfe\n[3]\n{"step": "x"}\n{"step": 2}\n{"step": 3}\n{"step": 2')
-    _cut_log(log, 2)
+    cut_log(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

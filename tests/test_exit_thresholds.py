@@ -151,6 +151,8 @@ def test_the_file_leads_to_a_calibration(
     [
         ({"tokens": 3}, "--tokens"),
         ({"classifier": "guess"}, "--classifier"),
+        ({"dtype": "int8"}, "--dtype must be auto, float32, bfloat16 or float16, got .int8"),
+        ({"seq_len": 1}, "--seq_len must be at least 2, got 1"),
         ({"state_mode": "forget"}, "--state_mode"),
         ({"output": "no/such/folder/x.json"}, "there is no folder"),
         ({}, "--tokens=50000"),

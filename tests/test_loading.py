@@ -23,9 +23,9 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.engine.parity import engine_without_weights
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.models import aliases, loading
-from dynamax_lm_eval.training import command
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
 PAIR = ([5, 9, 14, 3], [7, 21])
 
@@ -57,8 +57,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_to_train(folder: Path) -> Any:
-    options = TrainingOptions(backbone=str(folder), seq_len=16, micro_batch_tokens=16, batch_tokens=16, dtype="float32")
-    return command.load_backbone(options, RunOptions(device="cpu"))
+    return load_backbone(FrozenOptions(backbone=str(folder), seq_len=16, dtype="float32", device="cpu"))
 
 
 class TestWeights:

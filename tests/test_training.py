@@ -29,7 +29,9 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.frozen import text as data
-from dynamax_lm_eval.frozen.observe import observe
+from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.frozen.observe import Observations, observe
+from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass, best_tokens
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.training import command, evaluation, state
@@ -259,7 +261,7 @@ class TestData:
         for i in range(files):
             lines = [json.dumps({"text": chr(ord("a") + i) * n}) + "\n" for n in range(1, 8)]
             (tmp_path / f"{i}.jsonl").write_text("".join(lines))
-        documents = data.text_documents(options_for(tmp_path, tmp_path, shuffle_buffer=buffer), str(tmp_path), letters)
+        documents = data.text_documents(TextSource(str(tmp_path), shuffle_buffer=buffer), letters)
         whole = [list(documents(epoch, 0)) for epoch in range(3)]
         for epoch, expected in enumerate(whole):
             assert list(documents(epoch, 4)) == expected[4:]
@@ -280,15 +282,14 @@ class TestData:
         else:
             table.to_json(file)
         source = file if ending != "txt" else tmp_path
-        options = options_for(tmp_path, source, shuffle_buffer=0)
-        documents = data.text_documents(options, str(source), letters)
+        documents = data.text_documents(TextSource(str(source), shuffle_buffer=0), letters)
         assert list(documents(0, 0)) == [[97, 98, 99], [100, 101]]
         assert list(documents(0, 1)) == [[100, 101]]
 
     @pytest.mark.parametrize("dataset", ["./missing.jsonl", "/no/such/folder", "x*.txt"])
     def test_missing_files_are_errors(self, dataset: str) -> None:
         with pytest.raises(UserError, match="no file there with one of the endings"):
-            data.text_documents(options_for(Path("x"), Path("x")), dataset, None)
+            data.text_documents(TextSource(dataset), None)
 
     def test_text_of_the_backbone_itself(self, model_folder: Path) -> None:
         engine = Engine(TransformerBackbone(tiny_model("llama"), max_length=256))
@@ -429,7 +430,7 @@ class TestResume:
         for name, tensor in tensors(unbroken).items():
             assert torch.equal(load_file(tmp_path / "exits.safetensors")[name], tensor.bfloat16())
         loaded = saved.load()
-        backbone = command.load_backbone(options_for(model_folder, texts), run)
+        backbone = load_backbone(options_for(model_folder, texts).reading(run))
         frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
         _, rows = command._data(options_for(model_folder, texts), backbone)
         seen = observe(frozen, loaded, rows, 64)
@@ -576,9 +577,9 @@ def test_damaged_text_is_named(tmp_path: Path) -> None:
         ("latin.txt", b"caf\xe9"),
     ):
         (tmp_path / name).write_bytes(content)
-        options = options_for(tmp_path, tmp_path / name, shuffle_buffer=0)
+        source = TextSource(str(tmp_path / name), shuffle_buffer=0)
         with pytest.raises(UserError, match=name):
-            list(data.text_documents(options, str(tmp_path / name), letters)(0, 0))
+            list(data.text_documents(source, letters)(0, 0))
 
 
 class TestEvaluation:
@@ -599,7 +600,7 @@ class TestEvaluation:
         """Tokens of a single row that exit where predicted cost what is predicted."""
         config = exits_config(classifiers=("calm",))
         classifiers = ExitClassifiers(("calm",), EXITS, 32, "silu", ClassifierOptions())
-        seen = evaluation.Observations(
+        seen = Observations(
             (3,),
             np.zeros((3, 3), dtype=bool),
             np.asarray([[True, True, False], [True, True, True], [True, False, True]]),

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 import transformers
 
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import checked_engine, engine_without_weights
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.models.fingerprint import files_fingerprints, model_fingerprints
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 
 
 @dataclass(frozen=True)
 class FrozenBackbone:
     """The frozen model, its tokenizer, and what a checkpoint says of it."""
 
-    engine: Any
+    engine: Engine
     tokenizer: Any
     identity: BackboneIdentity
     activation: str
@@ -29,29 +30,37 @@ class FrozenBackbone:
     former: tuple[str, ...] = ()
 
 
-def _read_config(options: TrainingOptions, run: RunOptions) -> Any:
-    """The backbone's configuration, before any weights."""
-    config = loading.load_config(aliases.resolve_backbone(options.backbone), options.backbone, _load_options(run))
+def read_config(options: FrozenOptions) -> Any:
+    """Returns the backbone's configuration, before any weights are read.
+
+    Raises:
+        UserError: it cannot be had, or its architecture cannot be run block by block.
+    """
+    config = loading.load_config(aliases.resolve_backbone(options.backbone), options.backbone, _load_options(options))
     loading.check_architecture(config)
     return config
 
 
-def _load_options(run: RunOptions) -> dict[str, Any]:
-    """Arguments of transformers' ``from_pretrained``."""
-    return {"revision": run.revision or "main", "trust_remote_code": run.trust_remote_code}
+def _load_options(options: FrozenOptions) -> dict[str, Any]:
+    """Returns arguments of transformers' ``from_pretrained``."""
+    return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
 
 
-def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.device | None = None) -> FrozenBackbone:
+def load_backbone(options: FrozenOptions, device: torch.device | None = None) -> FrozenBackbone:
     """Loads the backbone that ``options`` name, and compares the layer loop with its forward.
+
+    Args:
+        options: the model, its longest row, and how it is loaded.
+        device: where it is put; None: where ``options.device`` says.
 
     Raises:
         UserError: it cannot be had, or cannot be run block by block.
     """
     if device is None:
-        device = torch.device("cuda" if run.device != "cpu" and torch.cuda.is_available() else "cpu")
-    config, source = _read_config(options, run), aliases.resolve_backbone(options.backbone)
+        device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+    config, source = read_config(options), aliases.resolve_backbone(options.backbone)
     dtype = _dtype(options.dtype, device)
-    shared = _load_options(run)
+    shared = _load_options(options)
     engine_without_weights(config, shared, options.seq_len)
     name = f"--backbone {options.backbone!r}"
     with loading.naming(f"the tokenizer of {name}"):
@@ -69,7 +78,7 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
         tokenizer=tokenizer,
         identity=BackboneIdentity(
             id=aliases.HUB_ALIASES.get(options.backbone, options.backbone),
-            revision=run.revision or "main",
+            revision=options.revision or "main",
             model_type=config.model_type,
             hidden_size=int(text.hidden_size),
             num_layers=int(text.num_hidden_layers),
@@ -82,10 +91,10 @@ def load_backbone(options: TrainingOptions, run: RunOptions, device: torch.devic
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the hardware computes with it, else float32."""
+    """Returns the data type of this name; ``auto`` means bfloat16 where the hardware computes with it, else float32."""
     if name != "auto":
-        chosen: torch.dtype = getattr(torch, name)
-        return chosen
+        named: torch.dtype = getattr(torch, name)
+        return named
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

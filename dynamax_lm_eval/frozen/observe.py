@@ -14,6 +14,7 @@ from dynamax_lm_eval.frozen.passes import FrozenPass
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,23 @@ class Observations:
     within_k: BoolArray  # (E, T) label
     agrees: BoolArray  # (E, T) the full model's best token
     confidences: dict[str, FloatArray]  # kind -> (E, T)
+
+    @property
+    def row(self) -> IntArray:
+        """Number (T,) of the row that each token belongs to."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @property
+    def may_exit(self) -> BoolArray:
+        """Whether each token (T,) may leave early: all may but the first of each row."""
+        allowed = np.ones(sum(self.lengths), dtype=np.bool_)
+        allowed[np.cumsum([0, *self.lengths[:-1]])] = False
+        return allowed
+
+    @property
+    def agrees_or_stays(self) -> BoolArray:
+        """Agreement (E + 1, T) by the exit at which a token leaves; index E, no exit, always agrees."""
+        return np.vstack([self.agrees, np.ones((1, self.agrees.shape[1]), dtype=np.bool_)])
 
 
 @torch.no_grad()
@@ -40,11 +58,11 @@ def observe(
         within.append(labels.within_k.cpu().numpy())
         agrees.append(labels.agrees.cpu().numpy())
         for kind in classifiers.kinds:
-            found = [
+            probabilities = [
                 exit_probability(classifiers.at(kind, layer)(batch.exits[layer].float(), batch.rows)[0])
                 for layer in frozen.exit_layers
             ]
-            confidences[kind].append(torch.stack(found).double().cpu().numpy())
+            confidences[kind].append(torch.stack(probabilities).double().cpu().numpy())
     return Observations(
         tuple(len(row) for row in rows),
         np.concatenate(within, axis=1),
@@ -54,13 +72,13 @@ def observe(
 
 
 def _parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
-    """Rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
+    """Returns rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
     parts: list[list[Sequence[int]]] = []
-    room = 0
+    tokens_left = 0
     for row in rows:
-        if not parts or len(row) > room:
+        if not parts or len(row) > tokens_left:
             parts.append([])
-            room = tokens_at_once
+            tokens_left = tokens_at_once
         parts[-1].append(row)
-        room -= len(row)
+        tokens_left -= len(row)
     return parts

@@ -26,7 +26,7 @@ _AT_ONCE_ON_CPU = 2**23
 
 @dataclass(frozen=True)
 class FrozenBatch:
-    """Hidden states of a batch."""
+    """The hidden states of a batch."""
 
     rows: RaggedRows
     exits: dict[int, Tensor]  # exit layer -> (N, D), what its classifier sees
@@ -36,7 +36,7 @@ class FrozenBatch:
 
 @dataclass(frozen=True)
 class Labels:
-    """For n positions and E exits: is the exit's best token right?"""
+    """Whether the best token of each of E exits is right at n positions."""
 
     within_k: Tensor  # (E, n) bool, among the k most probable tokens of the full model
     agrees: Tensor  # (E, n) bool, the full model's best token
@@ -55,7 +55,7 @@ class FrozenPass:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Sequence[int]]) -> FrozenBatch:
-        """Hidden states of rows of token ids; UserError where the backbone does not know an id.
+        """Returns hidden states of rows of token ids; raises UserError where the backbone does not know an id.
 
         With ``final_block`` the read-outs are those of a text all of whose tokens leave at the same exit.
         """
@@ -90,7 +90,7 @@ class FrozenPass:
         exits: ExitClassifiers | None = None,
         learn: Sequence[float] | None = None,
     ) -> Labels:
-        """Labels at ``positions`` (n,).
+        """Returns labels at ``positions`` (n,).
 
         Args:
             batch: what the backbone computed.
@@ -107,7 +107,7 @@ class FrozenPass:
             full = self.backbone.readout(batch.last[part])  # (t, V)
             best = best_tokens(full, self.top_k)  # (t, k)
             target = _Target.of(full) if learn is not None else None
-            found = []
+            exit_tokens = []
             for i, layer in enumerate(self.exit_layers):
                 hidden = batch.reads[layer][part]
                 adapter = None if exits is None else exits.adapter(layer)
@@ -117,10 +117,10 @@ class FrozenPass:
                     with torch.enable_grad():
                         logits = self.backbone.readout(adapter(hidden))
                     divergence[i] += _descend(logits, target, learn[i] / len(positions)) / len(positions)
-                found.append(best_tokens(logits.detach(), 1)[:, 0])
-            every = torch.stack(found)  # (E, t)
-            agrees.append(every == best[:, 0])
-            within.append((every.unsqueeze(-1) == best).any(-1))
+                exit_tokens.append(best_tokens(logits.detach(), 1)[:, 0])
+            by_exit = torch.stack(exit_tokens)  # (E, t)
+            agrees.append(by_exit == best[:, 0])
+            within.append((by_exit.unsqueeze(-1) == best).any(-1))
         return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1), divergence if learn is not None else None)
 
 
@@ -150,14 +150,14 @@ def _descend(logits: Tensor, target: _Target, weight: float) -> Tensor:
 
 
 def _expected_log_probability(probabilities: Tensor, logits: Tensor) -> Tensor:
-    """Sum over positions and vocabulary of p log softmax(logits), without a tensor of log-probabilities."""
+    """Returns the sum over positions and vocabulary of p log softmax(logits), without a tensor of log-probabilities."""
     return torch.dot(probabilities.flatten(), logits.flatten()) - logits.logsumexp(-1).sum()
 
 
 def best_tokens(logits: Tensor, k: int) -> Tensor:
-    """The k most probable tokens (t, k), best first, of logits (t, V).
+    """Returns the k most probable tokens (t, k), best first, of logits (t, V).
 
-    In two steps, block maxima and then the best blocks: on a CPU several times as fast as ``topk`` over V.
+    It takes two steps, block maxima and then the best blocks: on a CPU several times as fast as ``topk`` over V.
     """
     size = logits.shape[-1]
     if k >= size // _BLOCK:
@@ -166,7 +166,7 @@ def best_tokens(logits: Tensor, k: int) -> Tensor:
         logits = F.pad(logits, (0, -size % _BLOCK), value=-torch.inf)
     blocks: Tensor = logits.unflatten(-1, (-1, _BLOCK))  # (t, b, _BLOCK)
     # The k best tokens lie in the k blocks with the largest maxima.
-    chosen = blocks.amax(-1).topk(k, dim=-1).indices  # (t, k)
-    inside = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1)  # (t, k * _BLOCK)
+    best_blocks = blocks.amax(-1).topk(k, dim=-1).indices  # (t, k)
+    inside = blocks.gather(1, best_blocks.unsqueeze(-1).expand(-1, -1, _BLOCK)).flatten(1)  # (t, k * _BLOCK)
     places = inside.topk(k, dim=-1).indices
-    return chosen.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK
+    return best_blocks.gather(1, places // _BLOCK) * _BLOCK + places % _BLOCK

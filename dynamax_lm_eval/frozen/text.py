@@ -1,45 +1,42 @@
-"""Text for training, as micro-batches of token rows that can be continued from any point.
+"""Text as documents of token ids that can be continued from any point, and rows of held-out text.
 
-Documents come from the Hub, from files, or from the backbone itself; they are cut into rows and laid side by
-side without padding, so no row holds text of two documents. The order follows from the seed alone.
+Documents come from the Hub or from files. Their order follows from the seed and the epoch alone; each row is cut from
+one document.
 """
 
 from __future__ import annotations
 
 import glob
 import itertools
-import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.training.options import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TrainingOptions
-
-logger = logging.getLogger(__name__)
+from dynamax_lm_eval.frozen.options import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TextSource
 
 #: How the files of each ending are read by ``datasets``.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-#: Gives the documents of an epoch as token ids, from the n-th on.
+#: A function that gives the documents of an epoch as token ids, from the n-th on.
 Documents = Callable[[int, int], Iterator[list[int]]]
 
 
-def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any, held_out: bool = False) -> Documents:
-    """The tokenised documents of a Hub data set or of local files; ``held_out``: with the options for held-out text.
+def text_documents(source: TextSource, tokenizer: Any) -> Documents:
+    """Returns the tokenised documents of a Hub data set or of local files.
 
     Raises:
         UserError: there is no such file or data set, or it has no text column.
     """
-    source = _open(options, dataset, held_out)
-    column = options.text_column
+    rows = _open(source)
+    dataset, column = source.dataset, source.column
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
-        stream = source
-        if options.shuffle_buffer:
+        stream = rows
+        if source.shuffle_buffer:
             # Another seed for each epoch, not set_epoch: skip() forgets that.
-            stream = stream.shuffle(seed=options.seed + epoch, buffer_size=options.shuffle_buffer)
+            stream = stream.shuffle(seed=source.seed + epoch, buffer_size=source.shuffle_buffer)
         for row in _naming(stream.skip(first) if first else stream, dataset):
             text = row.get(column)
             if text is not None and not isinstance(text, str):
@@ -54,7 +51,7 @@ def text_documents(options: TrainingOptions, dataset: str, tokenizer: Any, held_
 
 
 def _naming(rows: Iterable[Any], dataset: str) -> Iterator[Any]:
-    """The rows; an error of reading them becomes one line that names the data set."""
+    """Yields the rows; an error of reading them becomes one line that names the data set."""
     from datasets.exceptions import DatasetsError
 
     stream = iter(rows)
@@ -74,9 +71,13 @@ def _naming(rows: Iterable[Any], dataset: str) -> Iterator[Any]:
 def held_out(
     documents: Documents, num_tokens: int, seq_len: int, option: str = "--eval_tokens"
 ) -> tuple[list[list[int]], int]:
-    """Rows of ``num_tokens`` tokens (or one less) of the first documents, and how many documents these are.
+    """Returns rows of ``num_tokens`` tokens (or one less) of the first documents, and how many documents these are.
 
-    ``option``: the user's name for ``num_tokens``.
+    Args:
+        documents: what is read, in the order of the first epoch.
+        num_tokens: tokens of all rows together.
+        seq_len: tokens of the longest row.
+        option: the user's name for ``num_tokens``.
 
     Raises:
         UserError: there is less text than that.
@@ -98,15 +99,15 @@ def held_out(
 
 
 def without_first(documents: Documents, count: int) -> Documents:
-    """The documents less the first ``count`` of the first epoch's order, in every epoch; copies of them too.
+    """Returns the documents without the first ``count`` of the first epoch's order and without copies of these.
 
-    Later epochs have another order, so those documents are known by their tokens. They count as empty, so that
+    Later epochs have another order, so the documents are recognised by their tokens. They count as empty, so that
     places in the data keep their numbers.
 
     Raises:
         UserError: nothing would be left.
     """
-    known = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
+    left_out = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
     if next(documents(0, count), None) is None:
         raise UserError(
             "all documents would be held out for the evaluation; give held-out text by --eval_dataset, lower "
@@ -114,19 +115,19 @@ def without_first(documents: Documents, count: int) -> Documents:
         )
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
-        return ([] if tuple(tokens) in known else tokens for tokens in documents(epoch, first))
+        return ([] if tuple(tokens) in left_out else tokens for tokens in documents(epoch, first))
 
     return read
 
 
-def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
+def _open(source: TextSource) -> Any:
+    """Returns the data set as a stream of its rows; raises UserError where there is none."""
     import datasets
     from datasets.exceptions import DatasetsError
 
+    dataset, name = source.dataset, source.config
     files = _local_files(dataset)
-    name = options.eval_config if held_out else options.dataset_config
-    split = options.eval_split if held_out else options.dataset_split
-    if files and (name is not None or split != "train"):
+    if files and (name is not None or source.split != "train"):
         raise UserError(f"{dataset!r} is a local file, which has no configuration and no splits; remove those options")
     try:
         if files:
@@ -135,37 +136,38 @@ def _open(options: TrainingOptions, dataset: str, held_out: bool) -> Any:
             return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **extra)
         if name is None and dataset == DEFAULT_DATASET:
             name = DEFAULT_DATASET_CONFIG
-        return datasets.load_dataset(dataset, name, split=split, streaming=True)
+        return datasets.load_dataset(dataset, name, split=source.split, streaming=True)
     except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
         raise UserError(f"--dataset {dataset!r} could not be opened: {' '.join(str(error).split())}") from error
 
 
 def _local_files(dataset: str) -> list[str]:
-    """The text files that a path, a folder or a pattern means; none where it is a Hub id.
+    """Returns the text files that a path, a folder or a pattern means; none where it is a Hub id.
 
     Raises:
-        UserError: a path that does not exist, or files of several kinds.
+        UserError: a path does not exist, or the files are of several kinds.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if _ending(str(file)) in _READERS)
+        files = sorted(file for file in path.rglob("*") if _ending(str(file)) in _READERS)
     elif path.is_file():
-        found = [path]
+        files = [path]
     else:
-        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
-    if not found:
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())  # noqa: PTH207 - absolute patterns
+    if not files:
         looks_local = dataset.startswith((".", "/", "~")) or _ending(dataset) in _READERS or "*" in dataset
         if looks_local or path.is_dir():
             raise UserError(
                 f"--dataset {dataset!r}: no file there with one of the endings {', '.join(_READERS)} (or .gz)"
             )
         return []
-    kinds = {_ending(str(file)) for file in found}
+    kinds = {_ending(str(file)) for file in files}
     if len(kinds) > 1 or not kinds <= set(_READERS):
         raise UserError(f"--dataset {dataset!r}: the files must all end in one of {', '.join(_READERS)}, got {kinds}")
-    return [str(file) for file in found]
+    return [str(file) for file in files]
 
 
 def _ending(name: str) -> str:
+    """Returns the ending of a file's name in lower case, without that of its compression."""
     path = Path(name.removesuffix(".gz"))
     return path.suffix.lower()

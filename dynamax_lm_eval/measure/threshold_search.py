@@ -34,7 +34,7 @@ _MOST_ROUNDS = 20
 
 @dataclass(frozen=True)
 class Recorded:
-    """What tokens showed.
+    """What tokens that may leave showed at the exits by one kind of confidence, and what leaving costs.
 
     Attributes:
         confidence: (E, N).
@@ -49,13 +49,13 @@ class Recorded:
     row: npt.NDArray[np.int64]
 
     def of_rows(self, rows: npt.NDArray[np.bool_]) -> Recorded:
-        """Only the tokens of some texts."""
-        chosen = rows[self.row]
-        return Recorded(self.confidence[:, chosen], self.agrees[:, chosen], self.cost, self.row[chosen])
+        """Returns the tokens of some texts only."""
+        tokens = rows[self.row]
+        return Recorded(self.confidence[:, tokens], self.agrees[:, tokens], self.cost, self.row[tokens])
 
 
 def exits_at(recorded: Recorded, thresholds: Floats) -> npt.NDArray[np.int64]:
-    """Index (N,) of the exit at which each token leaves. ``thresholds``: (E,), or (E, N) for one per token."""
+    """Returns the index (N,) of the exit at which each token leaves; ``thresholds`` are (E,), or (E, N) per token."""
     bounds = thresholds[:, None] if thresholds.ndim == 1 else thresholds
     passes = np.vstack([(recorded.confidence >= bounds) & (bounds < 1), np.ones((1, recorded.confidence.shape[1]))])
     left: npt.NDArray[np.int64] = passes.argmax(axis=0)
@@ -63,13 +63,13 @@ def exits_at(recorded: Recorded, thresholds: Floats) -> npt.NDArray[np.int64]:
 
 
 def outcome(recorded: Recorded, thresholds: Floats) -> tuple[float, float]:
-    """(agreement, fraction of compute), means over tokens."""
+    """Returns (agreement, fraction of compute), means over tokens."""
     left = exits_at(recorded, thresholds)
     return float(recorded.agrees[left, np.arange(len(left))].mean()), float(recorded.cost[left].mean())
 
 
 def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
-    """Thresholds (E,) that no change of a single one makes better: agreement - price * fraction is locally largest.
+    """Returns thresholds (E,) that no change of a single one makes better in agreement - price * fraction.
 
     Given the others, the best threshold of one exit is found exactly: tokens that reach it gain by leaving there
     instead of later, and the sum of gains above a threshold is largest at one of the multiples of 1 / STEPS.
@@ -95,18 +95,21 @@ def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
 
 
 def best_path(recorded: Recorded, prices: Floats) -> list[tuple[float, ...]]:
-    """Thresholds for rising prices of compute, by rising savings; equal ones once."""
-    found: dict[tuple[float, ...], float] = {}
+    """Returns thresholds for rising prices of compute, by rising savings; equal ones once."""
+    fractions: dict[tuple[float, ...], float] = {}
     thresholds = np.ones(len(recorded.confidence))
     for price in np.sort(prices):
         thresholds = improved(recorded, float(price), thresholds)
         if thresholds.min() < 1:
-            found[tuple(thresholds.round(6).tolist())] = outcome(recorded, thresholds)[1]
-    return sorted(found, key=lambda chosen: -found[chosen])
+            fractions[tuple(thresholds.round(6).tolist())] = outcome(recorded, thresholds)[1]
+    return sorted(fractions, key=lambda path_point: -fractions[path_point])
 
 
 def agreement_at(curve: list[tuple[float, float]], fraction: float) -> float:
-    """Agreement of a curve of (agreement, fraction), which begins at the full model, at a fraction; NaN beyond it."""
+    """Returns the agreement at a fraction of a curve of (agreement, fraction); NaN beyond the curve.
+
+    The curve begins at the full model, whose point (1, 1) is added to it.
+    """
     points = sorted([*((cost, right) for right, cost in curve), (1.0, 1.0)])
     x, y = (np.asarray(column) for column in zip(*points, strict=True))
     return float(np.interp(fraction, x, y, left=np.nan, right=np.nan))
@@ -140,7 +143,7 @@ class ThresholdPath:
 
     @property
     def thresholds(self) -> list[tuple[float, ...]]:
-        """All of the path, the most careful first."""
+        """The thresholds of the whole path, the most careful first."""
         return [tuple(point["thresholds"]) for point in self.path]
 
     def save(self, path: Path) -> None:
@@ -148,7 +151,7 @@ class ThresholdPath:
 
     @classmethod
     def load(cls, path: Path) -> ThresholdPath:
-        """Raises UserError where the file is missing or is no such path."""
+        """Returns the path of a file; raises UserError where the file is missing or holds something else."""
         try:
             return cls(**FORMAT.read(path, f"--per_exit {path}"))
         except TypeError as error:

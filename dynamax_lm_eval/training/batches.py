@@ -42,14 +42,14 @@ class MicroBatches:
 
     def __next__(self) -> list[list[int]]:
         rows: list[list[int]] = []
-        room = self._num_tokens
-        while room:
+        tokens_left = self._num_tokens
+        while tokens_left:
             if self.position.offset >= len(self._document):
                 self._open_next()
             position = self.position
-            row = self._document[position.offset : position.offset + min(room, self._seq_len)]
+            row = self._document[position.offset : position.offset + min(tokens_left, self._seq_len)]
             self.position = Position(position.epoch, position.document, position.offset + len(row))
-            room -= len(row)
+            tokens_left -= len(row)
             rows.append(row)
         return rows
 
@@ -59,15 +59,15 @@ class MicroBatches:
         self.position, self._document = next(self._stream)
 
     def _from(self, start: Position) -> Iterator[tuple[Position, list[int]]]:
-        """Documents with text left, and where to begin in them, over epochs without end."""
+        """Yields documents with text left, and where to begin in them, over epochs without end."""
         for epoch in itertools.count(start.epoch):
             first = start.document if epoch == start.epoch else 0
-            found = False
+            any_text = False
             for number, tokens in enumerate(self._documents(epoch, first), first):
                 offset = start.offset if (epoch, number) == (start.epoch, start.document) else 0
                 if len(tokens) > offset:
-                    found = True
+                    any_text = True
                     yield Position(epoch, number, offset), tokens
-            if not found and first == 0 and start.offset == 0:
+            if not any_text and first == 0 and start.offset == 0:
                 raise UserError("there is no text to train on; check --dataset, --text_column and --eval_tokens")
             logger.info("All text was seen %d times; going on with it in another order", epoch + 1)

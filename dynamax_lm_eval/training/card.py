@@ -11,7 +11,7 @@ from dynamax_lm_eval.training.options import TrainingOptions
 
 
 def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None = None) -> str:
-    """Markdown with the metadata block of the Hugging Face Hub; ``note`` stands beside what is said of the text."""
+    """Returns Markdown with the Hub's metadata block; ``note`` stands beside what is said of the text."""
     backbone, training = config.backbone, config.training
     kinds = ", ".join(f"`{kind}`" for kind in config.classifiers)
     lines = [
@@ -50,9 +50,9 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         "| kind | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " | MACs per evaluation |",
         "| --- |" + " --- |" * (len(config.exit_layers) + 1),
     ]
-    for kind, found in evaluation["classifiers"].items():
-        cells = " | ".join(_number(quality["auroc"]) for quality in found["exits"].values())
-        macs = ", ".join(f"{value:,}" for value in sorted(set(found["macs_per_evaluation"].values())))
+    for kind, measured in evaluation["classifiers"].items():
+        cells = " | ".join(_number(quality["auroc"]) for quality in measured["exits"].values())
+        macs = ", ".join(f"{value:,}" for value in sorted(set(measured["macs_per_evaluation"].values())))
         lines.append(f"| {kind} | {cells} | {macs} |")
     lines += [
         "",
@@ -62,8 +62,8 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         "| kind | threshold | tokens that exit | agreement | compute_reduction |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for kind, found in evaluation["classifiers"].items():
-        for point in found["curve"]:
+    for kind, measured in evaluation["classifiers"].items():
+        for point in measured["curve"]:
             if point["threshold"] in (0.5, 0.7, 0.8, 0.9, 0.95):
                 lines.append(
                     f"| {kind} | {point['threshold']} | {point['share_exiting']:.3f} | {point['agreement']:.3f} | "
@@ -73,7 +73,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
 
 
 def _command(options: dict[str, Any]) -> str:
-    """The options that decide what is trained, where they are not the defaults."""
+    """Returns the options that decide what is trained, where they are not the defaults."""
     defaults = {item.name: item.default for item in dataclasses.fields(TrainingOptions)}
     own = {"backbone", "dataset", "eval_dataset"}
     given = [f"--{name} {value}" for name, value in options.items() if name not in own and value != defaults.get(name)]

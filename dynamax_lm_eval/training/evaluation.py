@@ -31,9 +31,9 @@ _STYLES = (("-", "o"), ("-.", "D"), ("--", "s"), (":", "^"))
 def report(
     seen: Observations, config: ExitConfig, classifiers: ExitClassifiers, cost: Any, state_mode: StateMode = "recompute"
 ) -> dict[str, Any]:
-    """Everything measured, as JSON data: per kind and exit, and the curve of each kind.
+    """Returns everything measured, as JSON data: per kind and exit, and the curve of each kind.
 
-    ``cost``: the backbone's ``BackboneCost``.
+    ``cost`` is the backbone's ``BackboneCost``.
     """
     by_kind = {}
     for kind, confidences in seen.confidences.items():
@@ -60,7 +60,9 @@ def report(
 
 
 def exit_quality(confidence: FloatArray, label: BoolArray) -> dict[str, Any]:
-    """AUROC, precision and recall of "exit", calibration error and histograms of one exit. (T,) each.
+    """Returns AUROC, precision and recall of "exit", calibration error and histograms of one exit.
+
+    Both arguments are (T,).
 
     AUROC is None where all labels are equal; precision is None where nothing exits.
     """
@@ -99,30 +101,29 @@ def predicted_point(
     cost: Any,
     state_mode: StateMode,
 ) -> dict[str, float]:
-    """Share of tokens that exit, agreement with the full model, and compute_reduction at one threshold."""
+    """Returns the share of tokens that exit, agreement with the full model, and compute_reduction at one threshold."""
     exits = seen.confidences[kind] >= threshold  # (E, T)
     first = np.where(exits.any(0), exits.argmax(0), len(config.exit_layers))
-    right = np.vstack([seen.agrees, np.ones((1, seen.agrees.shape[1]), dtype=np.bool_)])
     layers = np.asarray([*config.exit_layers, config.backbone.num_layers])[first]
     policy = policy_of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")
     costs = classifiers.costs(kind)
-    records, start, inside = [], 0, np.ones(len(layers), dtype=np.bool_)
+    records, start = [], 0
     for length in seen.lengths:
-        inside[start] = False  # the first token of a row may not exit
         trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
         records.append(account(trace, policy.cost_terms(1, costs, classifiers.adapter_macs()), cost))
         start += length
+    tokens = seen.may_exit
     return {
         "threshold": threshold,
-        "share_exiting": float((layers[inside] < config.backbone.num_layers).mean()),
-        "mean_exit_layer": float(layers[inside].mean()),
-        "agreement": float(right[first, np.arange(len(first))][inside].mean()),
+        "share_exiting": float((layers[tokens] < config.backbone.num_layers).mean()),
+        "mean_exit_layer": float(layers[tokens].mean()),
+        "agreement": float(seen.agrees_or_stays[first, np.arange(len(first))][tokens].mean()),
         "compute_reduction": ComputeRecord.sum(records).compute_reduction,
     }
 
 
 def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
-    """Agreement against compute reduction, and ROC quality by exit layer, as one PNG."""
+    """Draws agreement against compute reduction, and ROC quality by exit layer, as one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

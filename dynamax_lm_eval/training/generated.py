@@ -19,7 +19,7 @@ _AT_ONCE = 32
 
 
 def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions) -> Documents:
-    """Documents of up to ``seq_len`` tokens, sampled at temperature 1 from the full model.
+    """Returns documents of up to ``seq_len`` tokens, sampled at temperature 1 from the full model.
 
     Document n of an epoch depends on the seed, the epoch and n alone.
 

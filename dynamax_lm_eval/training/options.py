@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from dynamax_lm_eval import config
@@ -11,54 +11,53 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
 from dynamax_lm_eval.exits.resolve import resolve_exit_layers
+from dynamax_lm_eval.frozen.options import (
+    FrozenOptions,
+    TextSource,
+    check_at_least,
+    check_device,
+    check_dtype,
+    frozen_option,
+    option,
+)
 from dynamax_lm_eval.types import ClassifierKind
 
 #: What may be named as ``--classifier``.
 _KINDS = ", ".join(get_args(ClassifierKind))
-DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 #: ``--dataset self``: text that the backbone itself generates.
 SELF_DATASET = "self"
 SAVE_DTYPES = ("float32", "bfloat16")
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 def _size(name: str) -> Any:
-    """The option for a size of the classifiers."""
+    """Returns the option for a size of the classifiers."""
     size = ClassifierOptions.__dataclass_fields__[name]
-    return _option(size.default, size.metadata["help"])
+    return option(size.default, size.metadata["help"])
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How to run a training; none of these changes what is trained."""
 
-    output: str | None = _option(None, "folder for the exits; default: where evaluations look for them")
-    resume: bool = _option(False, "go on after the last saved state in the output folder")
-    overwrite: bool = _option(False, "start anew although the output folder holds exits or a training")
-    device: str = _option("auto", "cpu, or auto: a GPU where there is one")
-    revision: str | None = _option(None, "revision of a backbone from the Hub")
-    trust_remote_code: bool = _option(False, "let the backbone's repository run its own code")
-    save_steps: int = _option(50, "optimiser steps between saved states")
-    log_steps: int = _option(10, "optimiser steps between lines of training.jsonl")
-    report_to: str = _option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
-    save_dtype: str = _option(
+    output: str | None = option(None, "folder for the exits; default: where evaluations look for them")
+    resume: bool = option(False, "go on after the last saved state in the output folder")
+    overwrite: bool = option(False, "start anew although the output folder holds exits or a training")
+    device: str = frozen_option("device")
+    revision: str | None = frozen_option("revision")
+    trust_remote_code: bool = frozen_option("trust_remote_code")
+    save_steps: int = option(50, "optimiser steps between saved states")
+    log_steps: int = option(10, "optimiser steps between lines of training.jsonl")
+    report_to: str = option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
+    save_dtype: str = option(
         "float32", "of the saved exits: float32 or bfloat16 (half the size); the held-out numbers are of what is saved"
     )
-    card_note: str | None = _option(None, "a line for the model card, e.g. who is to be credited for the text")
-    push_to_hub: str | None = _option(None, "Hub repository (user/name) that the finished exits are uploaded to")
-    private: bool = _option(False, "make that repository private if it does not exist yet")
+    card_note: str | None = option(None, "a line for the model card, e.g. who is to be credited for the text")
+    push_to_hub: str | None = option(None, "Hub repository (user/name) that the finished exits are uploaded to")
+    private: bool = option(False, "make that repository private if it does not exist yet")
 
     def __post_init__(self) -> None:
-        for name in ("save_steps", "log_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.device not in ("auto", "cpu"):
-            raise UserError(
-                f"--device must be auto or cpu, got {self.device!r}; choose a GPU with CUDA_VISIBLE_DEVICES"
-            )
+        check_at_least(self, {"save_steps": 1, "log_steps": 1})
+        check_device(self.device)
         if self.save_dtype not in SAVE_DTYPES:
             raise UserError(f"--save_dtype must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}")
         if self.private and self.push_to_hub is None:
@@ -71,76 +70,63 @@ class RunOptions:
 class TrainingOptions:
     """Everything that decides what is trained; the same options give the same exits."""
 
-    backbone: str = field(
-        metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder of the frozen model"}
+    backbone: str = frozen_option(
+        "backbone", "alias (smollm2-gguf, mistral, ...), Hub id, or folder of the frozen model"
     )
-    classifier: str = _option("mamba,ffn,calm", f"kinds to train in one pass, separated by commas: {_KINDS}")
-    dataset: str = _option(
-        DEFAULT_DATASET,
+    classifier: str = option("mamba,ffn,calm", f"kinds to train in one pass, separated by commas: {_KINDS}")
+    dataset: str = frozen_option(
+        "dataset",
         "text to train on: a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such "
         "files, or 'self' for text that the backbone generates",
     )
-    dataset_config: str | None = _option(
-        None, f"configuration of a Hub data set ({DEFAULT_DATASET_CONFIG} for the default one)"
+    dataset_config: str | None = frozen_option("dataset_config")
+    dataset_split: str = frozen_option("dataset_split")
+    text_column: str = frozen_option("text_column")
+    shuffle_buffer: int = option(
+        TextSource.shuffle_buffer, "documents among which the next one is drawn; 0 keeps their order"
     )
-    dataset_split: str = _option("train", "split of a Hub data set")
-    text_column: str = _option("text", "column that holds the text")
-    shuffle_buffer: int = _option(10_000, "documents among which the next one is drawn; 0 keeps their order")
-    seed: int = _option(0, "decides initial weights, the order of documents and the labelled positions")
+    seed: int = option(0, "decides initial weights, the order of documents and the labelled positions")
 
-    exit_layers: str | None = _option(
+    exit_layers: str | None = option(
         None, "blocks that have run at each exit, e.g. 16+20+24+28; default: floor(L/2 + i*L/8), i = 0..3"
     )
-    final_block: bool = _option(False, "the last block runs after an exit (the paper's set-up)")
-    adapter: str = _option(
+    final_block: bool = option(False, "the last block runs after an exit (the paper's set-up)")
+    adapter: str = option(
         "none",
         "read-out adapters: none, affine (a matrix of hidden size squared per exit) or lowrank:R; trained by KL to the "
         "full model's distribution, used for labels and for the tokens of exits",
     )
-    adapter_first: float = _option(
+    adapter_first: float = option(
         0.0, "share of the steps in which the adapters are trained alone and then left as they are; 0: all together"
     )
-    top_k: int = _option(1, "an exit is right if its best token is among the k best of the full model")
+    top_k: int = option(1, "an exit is right if its best token is among the k best of the full model")
     mamba_state: int = _size("mamba_state")
     mamba_expand: float = _size("mamba_expand")
     mamba_kernel: int = _size("mamba_kernel")
     ffn_expand: float = _size("ffn_expand")
     hybrid_expand: float = _size("hybrid_expand")
 
-    max_tokens: int = _option(2_000_000, "tokens to train on")
-    seq_len: int = _option(512, "longest row; longer documents are cut into several")
-    batch_tokens: int = _option(4096, "tokens of an optimiser step, over all processes")
-    micro_batch_tokens: int = _option(4096, "tokens that go through the backbone at once; a divisor of batch_tokens")
-    label_share: float = _option(
-        0.25, "share of positions, drawn at random, that are labelled: labels read the LM head"
-    )
-    learning_rate: float = _option(1e-3, "peak of the learning rate (AdamW)")
-    warmup_share: float = _option(0.05, "share of the steps in which the learning rate rises; a cosine to 0 follows")
-    weight_decay: float = _option(0.01, "AdamW's weight decay")
-    clip: float = _option(1.0, "largest gradient norm of each kind's parameters")
-    dtype: str = _option(
-        "auto", "of the backbone: float32, bfloat16, float16; auto: bfloat16 where the hardware has it"
-    )
+    max_tokens: int = option(2_000_000, "tokens to train on")
+    seq_len: int = frozen_option("seq_len", "longest row; longer documents are cut into several", 512)
+    batch_tokens: int = option(4096, "tokens of an optimiser step, over all processes")
+    micro_batch_tokens: int = option(4096, "tokens that go through the backbone at once; a divisor of batch_tokens")
+    label_share: float = option(0.25, "share of positions, drawn at random, that are labelled: labels read the LM head")
+    learning_rate: float = option(1e-3, "peak of the learning rate (AdamW)")
+    warmup_share: float = option(0.05, "share of the steps in which the learning rate rises; a cosine to 0 follows")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    clip: float = option(1.0, "largest gradient norm of each kind's parameters")
+    dtype: str = frozen_option("dtype")
 
-    eval_dataset: str | None = _option(
+    eval_dataset: str | None = option(
         None, "held-out text, given as --dataset; default: the first documents of the stream are held out"
     )
-    eval_config: str | None = _option(None, "configuration of a held-out Hub data set")
-    eval_split: str = _option("train", "split of a held-out Hub data set")
-    eval_tokens: int = _option(50_000, "tokens to evaluate on at the end")
+    eval_config: str | None = option(None, "configuration of a held-out Hub data set")
+    eval_split: str = option("train", "split of a held-out Hub data set")
+    eval_tokens: int = option(50_000, "tokens to evaluate on at the end")
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_tokens", 1),
-            ("seq_len", 2),
-            ("batch_tokens", 2),
-            ("micro_batch_tokens", 2),
-            ("top_k", 1),
-            ("shuffle_buffer", 0),
-            ("eval_tokens", 2),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        counts = {"max_tokens": 1, "seq_len": 2, "batch_tokens": 2, "micro_batch_tokens": 2, "top_k": 1}
+        check_at_least(self, {**counts, "shuffle_buffer": 0, "eval_tokens": 2})
         for name in ("label_share", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
@@ -153,8 +139,7 @@ class TrainingOptions:
                 f"--seq_len={self.seq_len} must be at most --micro_batch_tokens={self.micro_batch_tokens}, the tokens "
                 "that go through the backbone at once"
             )
-        same_text = (self.eval_dataset, self.eval_config, self.eval_split)
-        if same_text == (self.dataset, self.dataset_config, self.dataset_split):
+        if self.eval_source == self.source:
             raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
         if self.dataset == SELF_DATASET and (self.dataset_config is not None or self.dataset_split != "train"):
             raise UserError(
@@ -162,9 +147,7 @@ class TrainingOptions:
             )
         if self.eval_dataset is None and (self.eval_config is not None or self.eval_split != "train"):
             raise UserError("--eval_config and --eval_split have no effect without --eval_dataset; remove them")
-        for name in ("weight_decay", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, got {getattr(self, name)}")
+        check_at_least(self, {"weight_decay": 0, "seed": 0})
         check_adapter(self.adapter)
         if self.adapter != "none" and self.final_block:
             raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
@@ -175,8 +158,7 @@ class TrainingOptions:
                 f"--batch_tokens={self.batch_tokens} must be a multiple of "
                 f"--micro_batch_tokens={self.micro_batch_tokens}"
             )
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise UserError(f"--dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        check_dtype(self.dtype)
         kinds, sizes = self.kinds, dataclasses.asdict(self.classifier_options)
         for name, default in dataclasses.asdict(ClassifierOptions()).items():
             users = [kind for kind, classifier in CLASSIFIERS.items() if name in classifier.sizes]
@@ -184,6 +166,20 @@ class TrainingOptions:
                 raise UserError(
                     f"--{name} has no effect on --classifier {self.classifier}; add {' or '.join(users)}, or remove it"
                 )
+
+    @property
+    def source(self) -> TextSource:
+        """The text to train on."""
+        return TextSource(
+            self.dataset, self.dataset_config, self.dataset_split, self.text_column, self.shuffle_buffer, self.seed
+        )
+
+    @property
+    def eval_source(self) -> TextSource | None:
+        """The held-out text, where it is given."""
+        if self.eval_dataset is None:
+            return None
+        return replace(self.source, dataset=self.eval_dataset, config=self.eval_config, split=self.eval_split)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -201,27 +197,32 @@ class TrainingOptions:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps: the last one may go past ``max_tokens``."""
+        """The number of optimiser steps; the last one may go past ``max_tokens``."""
         return -(-self.max_tokens // self.batch_tokens)
 
     @property
     def adapter_steps(self) -> int:
-        """First steps, in which only adapters are trained."""
+        """The number of first steps, in which only adapters are trained."""
         return round(self.adapter_first * self.steps)
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a step, over all processes."""
+        """The number of micro-batches of a step, over all processes."""
         return self.batch_tokens // self.micro_batch_tokens
 
     @property
     def labels_per_micro_batch(self) -> int:
         return max(1, round(self.label_share * self.micro_batch_tokens))
 
+    def reading(self, run: RunOptions) -> FrozenOptions:
+        """Returns how the backbone is loaded."""
+        return FrozenOptions.of(self, run)
+
     def resolve_exit_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The exits for a backbone of ``num_layers`` blocks."""
+        """Returns the exits for a backbone of ``num_layers`` blocks."""
         requested = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
         return resolve_exit_layers(requested, num_layers, self.final_block)
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all options by their names, as checkpoints and states of a training store them."""
         return dataclasses.asdict(self)

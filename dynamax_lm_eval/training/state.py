@@ -26,7 +26,7 @@ PROGRESS_NAME = "progress.json"
 #: States that are kept.
 _KEPT = 2
 _FILES = (_WEIGHTS, _OPTIMIZER) = ("weights.safetensors", "optimizer.safetensors")
-#: Of the file that says where a state stands and which checksums its other files have.
+#: The format of the file that says where a state stands and which checksums its other files have.
 PROGRESS = JsonFormat(
     name="dynamax-training-state",
     version=1,
@@ -40,7 +40,7 @@ class Progress:
     """Where a training stands after ``step`` optimiser steps."""
 
     step: int
-    data: dict[str, int]  # training.data.Position
+    data: dict[str, int]  # training.batches.Position
     options: dict[str, Any]  # what the weights depend on
     seconds: float
 
@@ -68,12 +68,12 @@ def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.o
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether ``folder`` holds a state, be it damaged."""
+    """Returns whether ``folder`` holds a state, whole or damaged."""
     return bool(_states(folder))
 
 
 def latest(folder: Path) -> tuple[Path, Progress] | None:
-    """The newest state in ``folder`` that is whole, with a warning where there is a newer one; None without any.
+    """Returns the newest whole state in ``folder``, with a warning where a newer one is damaged; None without any.
 
     Raises:
         UserError: all states are damaged.
@@ -81,19 +81,19 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     damaged: UserError | None = None
     for path in reversed(_states(folder)):
         try:
-            found = _read(path)
+            progress = _read(path)
         except UserError as error:
             logger.warning("Not going on from the newest state: %s", str(error).removesuffix(f"; {PROGRESS.remedy}"))
             damaged = damaged or error
         else:
-            return path, found
+            return path, progress
     if damaged is not None:
         raise UserError(f"--resume: {damaged}") from damaged
     return None
 
 
 def _read(path: Path) -> Progress:
-    """What a state says, where its files are those that were written. Raises UserError where they are not."""
+    """Returns what a state says; raises UserError where its files are not those that were written."""
     data = PROGRESS.read(path / PROGRESS_NAME)
     try:
         for name, expected in data.pop("checksums").items():
@@ -116,7 +116,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises UserError where a training would go on with other options than it began with."""
+    """Refuses, with a UserError, that a training would go on with other options than it began with."""
     if changed := changed_settings(stored, now):
         raise UserError(
             f"--resume: this training began with other options: {changed}; give the same ones, or start anew with "

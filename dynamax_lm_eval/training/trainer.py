@@ -56,13 +56,13 @@ class StepReport:
 
 
 def exit_weights(num_exits: int) -> list[float]:
-    """Weights of the exits' losses: E, E-1, ..., 1 over their sum."""
+    """Returns the weights of the exits' losses: E, E-1, ..., 1 over their sum."""
     total = num_exits * (num_exits + 1) / 2
     return [(num_exits - i) / total for i in range(num_exits)]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_share: float) -> float:
-    """Linear rise, then a cosine to 0; ``step`` counts from 0."""
+    """Returns the rate of a step, which counts from 0: a linear rise, then a cosine to 0."""
     warmup = round(warmup_share * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -70,9 +70,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup_share: float) -> fl
 
 
 def labelled_positions(seed: int, micro_batch: int, num_tokens: int, count: int) -> Tensor:
-    """Positions (count,) of micro-batch number ``micro_batch`` that are labelled, rising."""
-    chosen = np.random.default_rng([seed, micro_batch]).choice(num_tokens, size=count, replace=False)
-    return torch.from_numpy(np.sort(chosen))
+    """Returns the positions (count,) of micro-batch number ``micro_batch`` that are labelled, rising."""
+    positions = np.random.default_rng([seed, micro_batch]).choice(num_tokens, size=count, replace=False)
+    return torch.from_numpy(np.sort(positions))
 
 
 class Trainer:
@@ -117,10 +117,10 @@ class Trainer:
             number = step * options.micro_batches + i
             if i % mine.count != mine.index:
                 continue
-            chosen = labelled_positions(
+            positions = labelled_positions(
                 options.seed, number, options.micro_batch_tokens, options.labels_per_micro_batch
             )
-            sums += self._accumulate(self.frozen.run(rows), chosen.to(self._device), active)
+            sums += self._accumulate(self.frozen.run(rows), positions.to(self._device), active)
         sums = mine.add_up(sums) / options.micro_batches
         rate = self._learning_rate(step)
         norms = self._update(step, rate, active)
@@ -136,7 +136,7 @@ class Trainer:
         )
 
     def active_groups(self, step: int) -> dict[str, list[nn.Parameter]]:
-        """What is trained in a step: everything, or adapters first and the classifiers after them."""
+        """Returns what is trained in a step: everything, or adapters first and the classifiers after them."""
         if not self.options.adapter_steps:
             return self.groups
         alone = step < self.options.adapter_steps
@@ -151,19 +151,19 @@ class Trainer:
     def _accumulate(self, batch: FrozenBatch, positions: Tensor, active: Iterable[str]) -> Tensor:
         """Adds the gradients of a micro-batch; returns losses, accuracies and label shares by exit.
 
-        Of the adapters: KL divergences, and shares of tokens read out as by the full model.
+        For the adapters these are KL divergences, and shares of tokens read out as by the full model.
         """
         layers = self.frozen.exit_layers
         share = exit_weights(len(layers))
         weights = torch.tensor(share, device=self._device)
         learn = [weight / self.options.micro_batches for weight in share] if ADAPTERS in active else None
-        found = self.frozen.label(batch, positions, self.classifiers, learn)
-        labels = found.within_k  # (E, n)
+        targets = self.frozen.label(batch, positions, self.classifiers, learn)
+        labels = targets.within_k  # (E, n)
         lines: list[Tensor] = []
         for kind in active:
             if kind == ADAPTERS:
-                assert found.divergence is not None
-                lines += [found.divergence, found.agrees.float().mean(1)]
+                assert targets.divergence is not None
+                lines += [targets.divergence, targets.agrees.float().mean(1)]
                 continue
             logits = torch.stack([self._logits(kind, layer, batch, positions) for layer in layers])  # (E, n, 2)
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), reduction="none")
@@ -174,7 +174,7 @@ class Trainer:
         return torch.stack([*lines, labels.float().mean(1)])
 
     def _logits(self, kind: str, layer: int, batch: FrozenBatch, positions: Tensor) -> Tensor:
-        """(n, 2) at the labelled positions; a recurrent classifier runs over every token for them."""
+        """Returns logits (n, 2) at the labelled positions; a recurrent classifier runs over every token for them."""
         classifier = self.classifiers.at(kind, layer)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
             logits: Tensor
@@ -188,10 +188,10 @@ class Trainer:
         """Adds up gradients over processes, clips them group by group, and steps; returns their norms."""
         mine = self.processes
         if mine.count > 1:
-            every = [parameter for group in active.values() for parameter in group]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in every])
-            parts = mine.add_up(flat).split([p.numel() for p in every])
-            for parameter, part in zip(every, parts, strict=True):
+            parameters = [parameter for group in active.values() for parameter in group]
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+            parts = mine.add_up(flat).split([p.numel() for p in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
         norms = {
             kind: float(torch.nn.utils.clip_grad_norm_(group, self.options.clip)) for kind, group in active.items()
