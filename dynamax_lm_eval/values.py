@@ -18,12 +18,9 @@ Parser = Callable[[str, Any], Any]
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, hint: str = "") -> Parser:
-    """The parser of finite numbers from ``low`` to ``high``; ``above``: without ``low`` itself. ``hint`` ends errors."""
-    rule = (
-        f"in [{low:g}, {high:g}]"
-        if high < math.inf
-        else f"a finite number {'above' if above else 'of at least'} {low:g}"
-    )
+    """The parser of finite numbers from ``low`` (``above``: without it) to ``high``; ``hint`` ends its errors."""
+    bound = "above" if above else "of at least"
+    rule = f"in [{low:g}, {high:g}]" if high < math.inf else f"a finite number {bound} {low:g}"
 
     def parse(name: str, value: Any) -> float:
         result = _number(name, value)
