@@ -62,9 +62,7 @@ class DynamaxLM(HFLM):
         self._loaded = self.args
         source = self._source = ModelSource(self.args.backbone, passed_on, model)
         kernels = self.args.mamba_kernels or "auto"
-        if self.args.mamba_kernels is not None and not source.is_recurrent:
-            kind = source.config.model_type
-            raise UserError(f"mamba_kernels has no effect on {kind!r}, which has no Mamba blocks; remove it")
+        source.check_mamba_kernels(self.args.mamba_kernels)
         draft = None
         if model is None:
             draft = engine_without_weights(source.config, source.options, source.longest_row, kernels)
@@ -158,12 +156,10 @@ class DynamaxLM(HFLM):
         """Texts of ``generate_until`` requests."""
 
         def run(asked: Sequence[tuple[ExitPolicy, int]]) -> Answers:
-            penalty = self.args.repetition_penalty
-            jobs = [(RequestSettings(policy, penalty), requests[index]) for policy, index in asked]
+            jobs = [(replace(self.settings, policy=policy), requests[index]) for policy, index in asked]
             return self.responder.generations(jobs, disable_tqdm or self.budget.in_blocks)
 
-        keys = [request.args for request in requests]
-        return self._respond("generate_until", documents_of(requests), keys, run, disable_tqdm)
+        return self._respond("generate_until", documents_of(requests), [r.args for r in requests], run, disable_tqdm)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
@@ -214,7 +210,6 @@ class DynamaxLM(HFLM):
             documents: of each request.
             keys: what the harness's cache knows each by.
             run: answers some of them under given policies.
-            disable_tqdm: shows no progress.
         """
         evaluate.check_followed(self.response_ledger, describe.needs_tasks(self))
         answers: dict[int, Answer] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import transformers
 
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.models.fingerprint import (
     Fingerprints,
@@ -14,6 +15,7 @@ from dynamax_lm_eval.models.fingerprint import (
     files_fingerprints,
     model_fingerprints,
 )
+from dynamax_lm_eval.types import MambaKernels
 
 
 class ModelSource:
@@ -65,6 +67,12 @@ class ModelSource:
         """The tokens of the longest row that the options or the configuration allow."""
         limit = self.options.get("max_length") or getattr(self.config.get_text_config(), "max_position_embeddings", 0)
         return int(limit or 0)
+
+    def check_mamba_kernels(self, kernels: MambaKernels | None) -> None:
+        """Raises UserError where ``mamba_kernels`` is given and there are no Mamba blocks."""
+        if kernels is not None and not self.is_recurrent:
+            kind = self.config.model_type
+            raise UserError(f"mamba_kernels has no effect on {kind!r}, which has no Mamba blocks; remove it")
 
     def check_token_ids(self, vocabulary: int) -> None:
         """Raises UserError where an option names a token that a vocabulary of this size does not have."""
