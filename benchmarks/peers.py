@@ -1,4 +1,4 @@
-"""DecodeBatch with forced exits against the CALM technique of the package economize, which runs in its own environment.
+"""Decoding with forced exits against the CALM technique of the package economize, which runs in its own environment.
 
     python -m venv peer && peer/bin/pip install torch transformers economize==0.3.2
     python benchmarks/peers.py --peer-python peer/bin/python --backbone smollm2-gguf --batch-sizes 1 16
