@@ -14,7 +14,7 @@ import lm_eval.tasks
 import pytest
 import transformers as hf
 import yaml
-from conftest import train_tokenizer
+from helpers import train_tokenizer
 from safetensors import SafetensorError
 
 from dynamax_lm_eval import tasks_dir
@@ -261,7 +261,7 @@ class TestGgufAlias:
 
     def test_made_once_and_whole(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """An interrupted conversion leaves nothing that a later run would take for a model."""
-        from conftest import tiny_model
+        from helpers import tiny_model
 
         from dynamax_lm_eval.models import aliases
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import lm_eval
 import pytest
+from helpers import TASKS
+from helpers_engine import CLASSIFIERS, exits_config
+from helpers_harness import results_of, sweep_options
+from helpers_training import make_trainer
 from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
-from test_exits import CLASSIFIERS, exits_config
-from test_lm import TASKS
-from test_sweep import options_for, results_of
-from test_training import make_trainer
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError
@@ -110,7 +110,11 @@ CERTIFICATE = Certificate(
     created="2026-01-01",
     version="0",
 )
+
+
 PROFILE = PruneProfile("b", "f" * 64, 3, [[0.2, 0.1, 0.3], [0.4, 0.5]], 8, 16, "texts.jsonl")
+
+
 PATH = ThresholdPath("b", "f" * 64, "calm", "skip", [2, 3], [{"thresholds": [0.5, 0.6]}], [], [], 100, "texts.jsonl")
 
 
@@ -194,7 +198,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def swept(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A small sweep, and the model to go on with."""
     folder = tmp_path_factory.mktemp("sweep") / "out"
-    options = options_for(
+    options = sweep_options(
         model_folder, folder, tasks="tiny_generate", thresholds="0.3", state_modes="skip", prune="", limit=3
     )
     lm = command.load(options)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, random_ids, tiny_model
+from helpers import FAMILIES, LAYERS, random_ids, tiny_model
+from helpers_engine import EXITS, KINDS, exits_config, varied_classifiers
 from reference import reference_generate, reference_score
-from test_exits import EXITS, KINDS, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine import prefixes
@@ -22,9 +22,15 @@ from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 CLASSIFIERS = varied_classifiers(exits_config(adapter="affine"))
+
+
 #: The reference reads out in the backbone's float64.
 IN_FLOAT64 = copy.deepcopy(CLASSIFIERS)
+
+
 IN_FLOAT64.adapters.double()
+
+
 THRESHOLDS = (0.0, 0.0, 0.02, 0.1, 0.3, 0.47, 0.52, 0.6, 0.8, 0.93, 1.0)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_exits import CLASSIFIERS, exits_config
-from test_training import options_for, texts
+from helpers_engine import CLASSIFIERS, exits_config
+from helpers_training import training_options
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
@@ -74,7 +74,7 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyP
 
 
 def test_push(model_folder: Path, texts: Path, tmp_path: Path, api: type[FakeApi]) -> None:
-    command.train(options_for(model_folder, texts), run(tmp_path))
+    command.train(training_options(model_folder, texts), run(tmp_path))
     (first, made), (second, sent) = api.calls
     assert (first, second) == ("create_repo", "upload_folder")
     assert made == {"repo_id": "me/exits", "private": True, "exist_ok": True}
@@ -99,7 +99,7 @@ def test_a_wrong_token_shows_before_training(
     api.failing = "create_repo"
     monkeypatch.setattr(command, "_loop", lambda *_: pytest.fail("training began"))
     with pytest.raises(UserError, match="--push_to_hub 'me/exits': 401 unauthorised"):
-        command.train(options_for(model_folder, texts), run(tmp_path))
+        command.train(training_options(model_folder, texts), run(tmp_path))
 
 
 def test_what_was_trained_outlives_a_failed_upload(
@@ -110,5 +110,5 @@ def test_what_was_trained_outlives_a_failed_upload(
 ) -> None:
     api.failing = "upload_folder"
     with pytest.raises(UserError, match=r"trained and in .* try again with: hf upload me/exits"):
-        command.train(options_for(model_folder, texts), run(tmp_path))
+        command.train(training_options(model_folder, texts), run(tmp_path))
     assert checkpoint.ExitCheckpoint.open(tmp_path).load()

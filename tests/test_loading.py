@@ -14,10 +14,10 @@ import lm_eval.tasks
 import pytest
 import torch
 import transformers as hf
-from conftest import save_model, tiny_model, train_tokenizer
+from helpers import save_model, tiny_model, train_tokenizer
+from helpers_harness import dynamax
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
-from test_lm import dynamax
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.cli import main
@@ -256,7 +256,11 @@ class TestNotAModel:
 
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
 HEADS = {"mamba_n_heads": 8}
+
+
 REFUSED = {
     "gpt2": (lambda: hf.GPT2Config(n_layer=4), "found no rotary position embeddings in GPT2LMHeadModel"),
     "blt": (hf.BltConfig, "'blt' does not say its number of blocks"),

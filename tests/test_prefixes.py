@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, random_ids, tiny_model
+from helpers import LAYERS, random_ids, tiny_model
+from helpers_engine import (
+    FULL,
+    classifier_policy,
+    engine_for,
+    exits_config,
+    separated_policy,
+    varied_classifiers,
+    with_modes,
+)
 from reference import reference_generate
-from test_engine import FULL, engine_for, separated_policy, with_modes
-from test_exits import classifier_policy, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.compute.accounting import ExecutedCompute, account
@@ -27,10 +34,18 @@ from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 PREAMBLE = random_ids(20, 1)
+
+
 CONTEXTS = [PREAMBLE + random_ids(9, 2), PREAMBLE + random_ids(12, 3), random_ids(15, 4)]
+
+
 #: Two documents after one preamble with three endings each, a third document on its own, and two equal ones.
 PROMPTS = [context + random_ids(n + 1, 10 * i + n) for i, context in enumerate(CONTEXTS) for n in range(3)]
+
+
 PROMPTS += [[*PREAMBLE, 5], [*PREAMBLE, 5], random_ids(3, 99)]
+
+
 SCOPES = ("generated", "all")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, random_ids, tiny_model
+from helpers import LAYERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.cli import main

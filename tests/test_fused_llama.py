@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, TRANSFORMERS, random_ids, tiny_model
+from helpers import LAYERS, TRANSFORMERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import linear, make_backbone
 from dynamax_lm_eval.backbones.linear import linear
@@ -19,6 +19,8 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
+
+
 TEXTS = [random_ids(length, 40 + length) for length in (3, 17, 9)]
 
 
