@@ -11,11 +11,7 @@ import torch
 import transformers as hf
 
 VOCAB = 97
-
-
 LAYERS = 6
-
-
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -30,14 +26,8 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-
-
 _NO_GQA = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
-
-
 _GEMMA_TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-
-
 #: Sliding windows are shorter than the prompts of the tests.
 _CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaConfig(**_SIZES),
@@ -50,29 +40,19 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: hf.GPTNeoXConfig(**_NO_GQA),
     "phi3": lambda: hf.Phi3Config(sliding_window=7, **_SIZES),
 }
-
-
 TRANSFORMERS = tuple(_CONFIGS)
-
-
 _MAMBA_SIZES = {
     **{key: value for key, value in _SIZES.items() if "heads" not in key and not key.startswith(("inter", "max"))},
     "state_size": 6,
     "expand": 2,
 }
-
-
 #: Groups share B and C; chunks are shorter than the prompts of the tests, and some prompts than the convolution.
 _CONFIGS |= {
     "mamba2": lambda: hf.Mamba2Config(num_heads=8, head_dim=8, n_groups=2, chunk_size=4, **_MAMBA_SIZES),
     "mamba": lambda: hf.MambaConfig(**_MAMBA_SIZES),
     "falcon_mamba": lambda: hf.FalconMambaConfig(**_MAMBA_SIZES),
 }
-
-
 MAMBAS = ("mamba2", "mamba")
-
-
 FAMILIES = tuple(_CONFIGS)
 
 
@@ -98,8 +78,6 @@ def random_ids(length: int, seed: int) -> list[int]:
 
 
 TASKS = Path(__file__).parent / "tasks"
-
-
 TEXT = (
     "The quick brown fox jumps over the lazy dog. A stitch in time saves nine, and nobody knows where the time goes. "
     "Question: what is the capital of France? Answer: Paris is the capital of France, on the river Seine.\n"

@@ -28,17 +28,9 @@ from dynamax_lm_eval.exits.resolve import (
 from dynamax_lm_eval.models.fingerprint import model_fingerprint
 
 FULL = ExitPolicy(LAYERS)
-
-
 PROMPTS = [random_ids(length, seed) for seed, length in enumerate((13, 4, 9, 1, 7))]
-
-
 NEW_TOKENS = 8
-
-
 MODES = ("recompute", "copy", "skip")
-
-
 #: Families of blocks that differ in kind: K and V apart, rotary embedding and window by layer, K and V fused, Mamba.
 KINDS_OF_BLOCKS = ("llama", "gemma3", "gpt_neox", *MAMBAS)
 
@@ -114,11 +106,7 @@ def is_separated(*rows: Any, by: float = 1e-5) -> bool:
 
 
 EXITS = (2, 3, 4)
-
-
 KINDS = ("mamba", "hybrid", "ffn", "calm")
-
-
 HIDDEN = 32
 
 

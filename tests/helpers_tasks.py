@@ -17,11 +17,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from dynamax_lm_eval import tasks_dir
 
 NAMES = ("triviaqa_long", "coqa_exit", "truthfulqa_gen_1shot")
-
-
 HARNESS = Path(lm_eval.tasks.__file__).parent
-
-
 # The documents of the READMEs.
 TRIVIA_SHOTS = [
     ("shot-1", "Which artificial waterway links the Mediterranean Sea to the Red Sea?", "Suez Canal"),
@@ -32,28 +28,18 @@ TRIVIA_SHOTS = [
     *((f"shot-{i}", f"Which letter is number {i}?", "ABCDEFGHI"[i]) for i in range(5, 9)),
     ("shot-9", "Which number is the ninth example?", "9"),
 ]
-
-
 LONG = (
     "q-0001",
     "What is the full title of the book that Charles Darwin published in 1859?",
     ["On the Origin of Species by Means of Natural Selection", "The Origin of Species by Means of Natural Selection."],
 )
-
-
 STORY = "Mira planted a pear tree behind the mill. In spring a goat ate its leaves, so she built a fence."
-
-
 TURNS = [
     ("What did Mira plant?", "a pear tree"),
     ("Who ate the leaves?", "A goat."),
     ("What did she build?", "a fence"),
 ]
-
-
 OTHERS = ["A fence!", "fence", "a wooden fence"]
-
-
 SPIDER = {
     "Type": "Adversarial",
     "Category": "Animals",

@@ -20,8 +20,6 @@ from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 from dynamax_lm_eval.training.trainer import Trainer
 
 ROWS = [random_ids(length, 90 + i) for i, length in enumerate((9, 4, 11))]
-
-
 STEPS = 6
 
 

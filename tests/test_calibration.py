@@ -23,11 +23,7 @@ from dynamax_lm_eval.calibration.testing import (
 from dynamax_lm_eval.errors import UserError
 
 Floats = npt.NDArray[np.float64]
-
-
 DRAWS = 2000
-
-
 # The procedures, on losses with known expectations.
 
 #: Expected loss of each candidate, the most careful first: rising, and not.
@@ -73,8 +69,6 @@ def test_risk_control_keeps_the_mean(name: str, kind: str) -> None:
 
 #: Expected losses of the parts of a task whose documents are sorted; their means are above 0.1.
 SORTED = {"halves": (0.02, 0.22), "thirds": (0.0, 0.18, 0.18), "quarters": (0.05, 0.1, 0.13, 0.17)}
-
-
 SPLITS = 1000
 
 

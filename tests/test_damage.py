@@ -20,6 +20,7 @@ from helpers import TASKS
 from helpers_engine import CLASSIFIERS, exits_config
 from helpers_harness import results_of, sweep_options
 from helpers_training import make_trainer
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
 
@@ -110,11 +111,7 @@ CERTIFICATE = Certificate(
     created="2026-01-01",
     version="0",
 )
-
-
 PROFILE = PruneProfile("b", "f" * 64, 3, [[0.2, 0.1, 0.3], [0.4, 0.5]], 8, 16, "texts.jsonl")
-
-
 PATH = ThresholdPath("b", "f" * 64, "calm", "skip", [2, 3], [{"thresholds": [0.5, 0.6]}], [], [], 100, "texts.jsonl")
 
 
@@ -190,8 +187,8 @@ def test_a_log_keeps_the_lines_that_can_be_read(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what the harness notes of the machine in every result file: most of the time of a point."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
-    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: None)
+    monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
+    monkeypatch.setattr(evaluator, "get_git_commit_hash", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.requests import ScoringRequest
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.confidences.softmax import SoftmaxConfidence
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 
@@ -169,7 +170,7 @@ def test_threshold_one_is_the_backbone_and_evaluates_nothing(monkeypatch: pytest
         raise AssertionError("an exit was evaluated")
 
     expected = run_generate(engine, [FULL] * 2, PROMPTS[:2], 2)
-    monkeypatch.setattr("dynamax_lm_eval.exits.confidences.softmax.SoftmaxConfidence.score", forbidden)
+    monkeypatch.setattr(SoftmaxConfidence, "score", forbidden)
     assert run_generate(engine, [policy] * 2, PROMPTS[:2], 2) == expected
 
 

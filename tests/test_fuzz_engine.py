@@ -22,8 +22,6 @@ from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 CLASSIFIERS = varied_classifiers(exits_config(adapter="affine"))
-
-
 #: The reference reads out in the backbone's float64.
 IN_FLOAT64 = copy.deepcopy(CLASSIFIERS)
 

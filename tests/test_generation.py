@@ -19,20 +19,10 @@ from dynamax_lm_eval.lm import DynamaxLM
 
 #: One is a single token, which forced_bos_token_id needs.
 CONTEXTS = ["Question: who wrote Hamlet?", "The quick", "Paris is", "T"]
-
-
 _ENDS = {"eos_token_id": list(range(40, VOCAB))}
-
-
 _SAMPLES = {"do_sample": True, "temperature": 1.0}
-
-
 _TWO_TOKENS = {**_SAMPLES, "sequence_bias": [[[17], 50.0], [[18], 49.0]]}
-
-
 _MIDDLE = list(range(20, 60))
-
-
 #: A value of each honoured field that changes hf's texts, and what is given with it and without it. Those of sampling
 #: leave one token to draw: hf and dynamax draw from streams of their own.
 VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -64,16 +54,10 @@ VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "renormalize_logits": (True, {}),
     "remove_invalid_values": (True, {}),
 }
-
-
 #: These cannot change which token is drawn from finite logits.
 NEVER_SEEN = {"renormalize_logits", "remove_invalid_values"}
-
-
 #: The harness names these with every request, so that a model's own come to nothing.
 HARNESS_DECIDES = {"max_length", "do_sample", "temperature"}
-
-
 INERT_VALUES: dict[str, Any] = {
     **{"early_stopping": True, "length_penalty": 2.0, "num_beam_groups": 2, "diversity_penalty": 0.5},
     **{"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.9},
@@ -84,8 +68,6 @@ INERT_VALUES: dict[str, Any] = {
     **{"compile_config": CompileConfig(), "use_cache": False, "pad_token_id": 5},
     **{"bos_token_id": 5, "decoder_start_token_id": 5, "transformers_version": "4.0.0", "_from_model_config": True},
 }
-
-
 REFUSED_VALUES: dict[str, list[Any]] = {
     "assistant_early_exit": [1, 3],
     "cache_implementation": ["quantized"],
@@ -106,8 +88,6 @@ REFUSED_VALUES: dict[str, list[Any]] = {
     "use_mtp": [True, 1],
     "watermarking_config": [{"bias": 2.5}, True],
 }
-
-
 FIELDS = {*GenerationConfig().to_dict(), *vars(GenerationConfig())}  # type: ignore[no-untyped-call]
 
 

@@ -13,14 +13,13 @@ from helpers import train_tokenizer
 from helpers_harness import dynamax, generation_requests
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.lm import DynamaxLM
 
 #: For every parameter of HFLM, values that do what they do with hf (and how near scores come).
 _TOKENIZER = train_tokenizer()
-
-
 HONOURED: dict[str, list[tuple[Any, float]]] = {
     "pretrained": [],  # every test
     "backend": [("default", 1e-4), ("causal", 1e-4)],
@@ -44,8 +43,6 @@ HONOURED: dict[str, list[tuple[Any, float]]] = {
     "enable_thinking": [(False, 1e-4)],
     "chat_template_args": [({"x": 1}, 1e-4)],
 }
-
-
 #: Values that are refused: before weights load, in one line that names the parameter (or the package it needs).
 REFUSED: dict[str, list[Any]] = {
     "backend": ["seq2seq", "foo", 1],
@@ -78,11 +75,7 @@ REFUSED: dict[str, list[Any]] = {
     "autogptq": [True],
     "gptqmodel": [True, "perhaps"],
 }
-
-
 REQUESTS = generation_requests(["The quick", "nobody knows where the time goes"], until=[])
-
-
 PAIRS = [
     Instance("loglikelihood", {}, pair, i, ("t", i, 1))
     for i, pair in enumerate([("The quick", " fox"), ("nobody", " knows where"), ("", "Paris is")])
@@ -108,8 +101,7 @@ class TestParametersOfHFLM:
     @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
     def test_refused_by_name(self, model_folder: Path, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         if name not in ("autogptq", "gptqmodel"):
-            never = "transformers.modeling_utils.PreTrainedModel.from_pretrained"
-            monkeypatch.setattr(never, lambda *_, **__: pytest.fail("weights were loaded"))
+            monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
         with pytest.raises(UserError, match=rf"{name}|gptq") as caught:
             DynamaxLM(str(model_folder), **{"device": "cpu", "threshold": 1, name: value})
         assert "\n" not in str(caught.value)

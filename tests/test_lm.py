@@ -16,7 +16,9 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness import responder
 from dynamax_lm_eval.lm import DynamaxLM
 
 
@@ -194,7 +196,7 @@ class TestArguments:
     def test_confidences_that_are_not_finite_name_the_document(
         self, model_folder: Path, confidence: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("dynamax_lm_eval.engine.prefixes.MIN_SAVED_TOKENS", 1)
+        monkeypatch.setattr(prefixes, "MIN_SAVED_TOKENS", 1)
         lm = dynamax(model_folder, threshold=0.9, confidence=confidence, exit_layers=[3], exit_scope="all")
         texts = ["The quick", "on the river", "on the river Seine"]  # the last two share what is broken
         poisoned = set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is"))
@@ -234,12 +236,12 @@ class TestArguments:
     def test_automatic_batch_size_follows_memory(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lm = dynamax(model_folder, batch_size="auto", max_batch_size=32)
         per_token = LAYERS * 2 * 2 * 8 * 4
-        monkeypatch.setattr("dynamax_lm_eval.harness.responder._free_memory", lambda _: 3 * per_token * 100 * 7)
-        assert lm._rows_in_flight(100) == 7
-        assert lm._rows_in_flight(1) == 32
-        assert lm._rows_in_flight(10**6) == 1
+        monkeypatch.setattr(responder, "_free_memory", lambda _: 3 * per_token * 100 * 7)
+        assert lm.responder._rows_in_flight(100) == 7
+        assert lm.responder._rows_in_flight(1) == 32
+        assert lm.responder._rows_in_flight(10**6) == 1
         lm.use_policy(replace(lm.args, prefix_caching=False))
-        assert lm._rows_in_flight(100) == 10
+        assert lm.responder._rows_in_flight(100) == 10
 
     def test_repetition_penalty_argument(self, model_folder: Path) -> None:
         by_argument = dynamax(model_folder, repetition_penalty=1.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import json
 import logging
@@ -10,8 +11,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lm_eval.tasks
 import pytest
+import safetensors
 import torch
 import transformers as hf
 from helpers import save_model, tiny_model, train_tokenizer
@@ -53,7 +56,7 @@ def copied(model_folder: Path, tmp_path: Path) -> Path:
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when weights are read, for a fingerprint too."""
     monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
-    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("weights were read"))
 
 
 def load_to_train(folder: Path) -> Any:
@@ -174,7 +177,7 @@ class TestOwnCode:
     ) -> None:
         tasks = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", tasks)
-        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the terminal was asked"))
+        monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("the terminal was asked"))
         monkeypatch.chdir(tmp_path)
         assert main([argument.format(own_code) for argument in arguments]) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -256,11 +259,7 @@ class TestNotAModel:
 
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
 HEADS = {"mamba_n_heads": 8}
-
-
 REFUSED = {
     "gpt2": (lambda: hf.GPT2Config(n_layer=4), "found no rotary position embeddings in GPT2LMHeadModel"),
     "blt": (hf.BltConfig, "'blt' does not say its number of blocks"),
@@ -375,7 +374,7 @@ def test_without_a_home_folder_the_cache_has_to_be_named(monkeypatch: pytest.Mon
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setenv("DYNAMAX_CACHE", "/somewhere")
     assert aliases.cache_dir() == Path("/somewhere")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "~/.cache/huggingface")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", "~/.cache/huggingface")
     for own in ("", "~/mine"):
         monkeypatch.setenv("DYNAMAX_CACHE", own)
         with pytest.raises(UserError, match=r"no home folder .* set DYNAMAX_CACHE="):

@@ -34,18 +34,10 @@ from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 PREAMBLE = random_ids(20, 1)
-
-
 CONTEXTS = [PREAMBLE + random_ids(9, 2), PREAMBLE + random_ids(12, 3), random_ids(15, 4)]
-
-
 #: Two documents after one preamble with three endings each, a third document on its own, and two equal ones.
 PROMPTS = [context + random_ids(n + 1, 10 * i + n) for i, context in enumerate(CONTEXTS) for n in range(3)]
-
-
 PROMPTS += [[*PREAMBLE, 5], [*PREAMBLE, 5], random_ids(3, 99)]
-
-
 SCOPES = ("generated", "all")
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from helpers_harness import EXIT_ARGS, add_post_processor, dynamax, evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness import ledger, responder
 
 
 class TestCache:
@@ -24,12 +27,8 @@ class TestCache:
         self, model_folder: Path, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = self.run(model_folder, manager, tmp_path / "c", **EXIT_ARGS)
-        monkeypatch.setattr(
-            "dynamax_lm_eval.harness.responder.generate", lambda *_: pytest.fail("not answered from the cache")
-        )
-        monkeypatch.setattr(
-            "dynamax_lm_eval.harness.responder.score", lambda *_: pytest.fail("not answered from the cache")
-        )
+        monkeypatch.setattr(responder, "generate", lambda *_: pytest.fail("not answered from the cache"))
+        monkeypatch.setattr(responder, "score", lambda *_: pytest.fail("not answered from the cache"))
         second = self.run(model_folder, manager, tmp_path / "c", **EXIT_ARGS)
         assert second["compute"]["by_task"] == first["compute"]["by_task"]
         assert second["results"] == first["results"]
@@ -55,7 +54,7 @@ class TestCache:
         (edited / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="differs in config"):
             self.run(edited, manager, tmp_path / "c", **EXIT_ARGS)
-        monkeypatch.setattr("dynamax_lm_eval.harness.evaluate.ACCOUNTING", "other")
+        monkeypatch.setattr(ledger, "ACCOUNTING", "other")
         with pytest.raises(UserError, match="differs in accounting"):
             self.run(model_folder, manager, tmp_path / "c", **EXIT_ARGS)
 
@@ -73,8 +72,8 @@ class TestCache:
         self, model_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         identity = dynamax(model_folder, **EXIT_ARGS).identity()
-        monkeypatch.setattr("transformers.generation.configuration_utils.__version__", "9.9.9")
-        monkeypatch.setattr("transformers.configuration_utils.__version__", "9.9.9")
+        monkeypatch.setattr(transformers.generation.configuration_utils, "__version__", "9.9.9")
+        monkeypatch.setattr(transformers.configuration_utils, "__version__", "9.9.9")
         lm = dynamax(model_folder, **EXIT_ARGS)
         assert lm.model.generation_config.to_diff_dict()["transformers_version"] == "9.9.9"
         assert lm.identity() == identity
@@ -112,7 +111,7 @@ class TestCache:
     def test_what_really_ran_is_reported_beside_the_logical_counts(
         self, model_folder: Path, manager: TaskManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("dynamax_lm_eval.engine.prefixes.MIN_SAVED_TOKENS", 4)
+        monkeypatch.setattr(prefixes, "MIN_SAVED_TOKENS", 4)
         tasks = ("tiny_group", "tiny_rolling")
         shared = evaluate(dynamax(model_folder, **EXIT_ARGS), manager, *tasks)["compute"]
         apart = evaluate(dynamax(model_folder, prefix_caching=False, logits_cache=False, **EXIT_ARGS), manager, *tasks)

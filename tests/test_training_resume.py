@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from helpers import launcher
@@ -137,7 +138,7 @@ class TestResume:
         self, model_folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         told: list[tuple[int, dict[str, float]]] = []
-        monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: told.append((step, values)))
+        monkeypatch.setattr(accelerate.Accelerator, "log", lambda _, values, step: told.append((step, values)))
         train(model_folder, texts, tmp_path, max_tokens=256, classifier="calm")
         assert [step for step, _ in told] == [1, 2, 2]
         assert {"learning_rate", "calm/loss_0", "calm/accuracy_2"} <= set(told[0][1])
