@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
+from dynamax_lm_eval.engine.prefixes import PrefixRun
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest, Scoring, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scoring import score_all
@@ -73,6 +74,20 @@ def run_score(
         for context, continuation in pairs
     ]
     return score_all(engine, requests, max_rows)
+
+
+def drained(
+    running: Generator[tuple[int, Any], None, list[PrefixRun]], count: int
+) -> tuple[list[Any], list[PrefixRun]]:
+    """Returns the results of all ``count`` requests in their order, and what was run for prefixes."""
+    results: dict[int, Any] = {}
+    while True:
+        try:
+            index, result = next(running)
+        except StopIteration as end:
+            return [results.pop(i) for i in range(count)], end.value
+        assert 0 <= index < count
+        results[index] = result
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
-from dynamax_lm_eval.engine import engine
+from dynamax_lm_eval.engine.decisions import ExitDecisions
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits.confidences import ExitInputs
+from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprint
@@ -151,13 +153,19 @@ def test_classifiers_that_give_no_number_name_the_document(
     lm = exit_model(model_folder, exits=exits, classifier=kind, exit_scope="all", threshold=0.99)
     texts = ["The quick", "on the river"]
     poisoned = list(set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is")))
-    right = engine._classify
+    evaluate, score = ExitDecisions._evaluate, TrainedConfidence.score
+    evaluated: list[Any] = []
 
-    def broken(name: str, layer: int, batch: Any, tokens: Any, *rest: Any) -> torch.Tensor:
-        hit = torch.from_numpy(np.isin(batch.ids[tokens], poisoned)) & (layer == EXITS[1])
-        return right(name, layer, batch, tokens, *rest).masked_fill(hit, float("nan"))
+    def noted(self: Any, use: Any, block: int, tokens: Any, places: Any, *rest: Any) -> Any:
+        evaluated[:] = [self._batch.ids[tokens[places]]]
+        return evaluate(self, use, block, tokens, places, *rest)
 
-    monkeypatch.setattr(engine, "_classify", broken)
+    def broken(self: TrainedConfidence, inputs: ExitInputs) -> torch.Tensor:
+        hit = torch.from_numpy(np.isin(evaluated[0], poisoned)) & (inputs.layer == EXITS[1])
+        return score(self, inputs).masked_fill(hit, float("nan"))
+
+    monkeypatch.setattr(ExitDecisions, "_evaluate", noted)
+    monkeypatch.setattr(TrainedConfidence, "score", broken)
     settings = {"until": [], "max_gen_toks": 4}
     arguments = {"generate_until": (settings,), "loglikelihood": (" Paris is",), "loglikelihood_rolling": ()}
     for kind_of_request, rest in arguments.items():
