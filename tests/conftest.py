@@ -1,20 +1,20 @@
-"""Tiny random models of every tested family, and a folder with one of them for the harness."""
+"""The process that tests run in, and what several test modules share: folders with a model, exits, texts, tasks."""
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import random
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
+from helpers import TASKS, TEXT, save_model
 from torch.utils import collect_env
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -27,122 +27,21 @@ os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-tests-")
 # Every evaluation of the harness asks pip for all installed packages, which takes longer than the evaluation.
 collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
-VOCAB = 97
-LAYERS = 6
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    # Wide enough that confidences differ from token to token.
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_NO_GQA = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
-_GEMMA_TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
-
-#: Sliding windows are shorter than the prompts of the tests.
-_CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaConfig(**_SIZES),
-    "mistral": lambda: hf.MistralConfig(sliding_window=5, **_SIZES),
-    "qwen2": lambda: hf.Qwen2Config(**_SIZES),
-    "qwen3": lambda: hf.Qwen3Config(head_dim=16, **_SIZES),
-    "gemma3": lambda: hf.Gemma3TextConfig(
-        head_dim=16, sliding_window=5, layer_types=_GEMMA_TYPES, query_pre_attn_scalar=16, **_SIZES
-    ),
-    "gpt_neox": lambda: hf.GPTNeoXConfig(**_NO_GQA),
-    "phi3": lambda: hf.Phi3Config(sliding_window=7, **_SIZES),
-}
-TRANSFORMERS = tuple(_CONFIGS)
-_MAMBA_SIZES = {
-    **{key: value for key, value in _SIZES.items() if "heads" not in key and not key.startswith(("inter", "max"))},
-    "state_size": 6,
-    "expand": 2,
-}
-#: Groups share B and C; chunks are shorter than the prompts of the tests, and some prompts than the convolution.
-_CONFIGS |= {
-    "mamba2": lambda: hf.Mamba2Config(num_heads=8, head_dim=8, n_groups=2, chunk_size=4, **_MAMBA_SIZES),
-    "mamba": lambda: hf.MambaConfig(**_MAMBA_SIZES),
-    "falcon_mamba": lambda: hf.FalconMambaConfig(**_MAMBA_SIZES),
-}
-MAMBAS = ("mamba2", "mamba")
-FAMILIES = tuple(_CONFIGS)
-
 
 @pytest.fixture(autouse=True)
 def as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither random numbers nor what commands set up for their logs depend on which tests ran before."""
+    from lm_eval import utils
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
+    monkeypatch.setattr(utils, "_LOGGING_CONFIGURED", False)
     for name in ("lm_eval", "dynamax_lm_eval"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(logging.NOTSET)
-
-
-@functools.cache
-def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model of a family; the same weights in every test."""
-    torch.manual_seed(FAMILIES.index(family))
-    model = hf.AutoModelForCausalLM.from_config(_CONFIGS[family]()).eval()
-    if "mamba" in family:
-        # Their own initialisation remembers next to nothing and gives all heads the same skip connection.
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.2 * torch.randn_like(parameter)
-            elif name.endswith("in_proj.weight"):
-                parameter.data *= 2
-    return model.to(dtype)
-
-
-def random_ids(length: int, seed: int) -> list[int]:
-    """Token ids without the special ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
-
-
-TEXT = (
-    "The quick brown fox jumps over the lazy dog. A stitch in time saves nine, and nobody knows where the time goes. "
-    "Question: what is the capital of France? Answer: Paris is the capital of France, on the river Seine.\n"
-    "Question: who wrote Hamlet? Answer: William Shakespeare wrote Hamlet and many other plays.\n"
-)
-
-
-def train_tokenizer(vocab_size: int = VOCAB) -> hf.PreTrainedTokenizerFast:
-    """A byte-pair tokenizer trained on a few sentences."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def save_model(family: str, folder: Path) -> Path:
-    """A tiny model with its tokenizer, as a user would have it."""
-    tiny_model(family).save_pretrained(folder)
-    train_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def launcher(processes: int) -> list[str]:
-    """Arguments of Python before those of a command that several processes run; the launcher finds a free port."""
-    return ["-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", f"--nproc_per_node={processes}"]
 
 
 @pytest.fixture(scope="session")
@@ -153,3 +52,47 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mamba_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("mamba2", tmp_path_factory.mktemp("models") / "tiny-mamba2-for-tests")
+
+
+# What follows imports the harness and the package where it is used: tests of small parts need neither.
+
+
+@pytest.fixture(scope="module")
+def exits_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exits for ``model_folder``; of one module, because calibrations leave their certificates beside them."""
+    from helpers_harness import save_exits
+
+    return save_exits(model_folder, tmp_path_factory.mktemp("exits") / "exits")
+
+
+@pytest.fixture(scope="module")
+def manager() -> Any:
+    """The tasks of the tests, without those of the harness."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(TASKS), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents, as a user would have them."""
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    words = TEXT.split()
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(40)]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files with made-up documents of the tasks of the paper."""
+    from helpers_tasks import SPIDER, coqa_row, trivia_rows, write_csv, write_jsonl
+
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "triviaqa_made_up.jsonl", trivia_rows())
+    write_jsonl(folder / "coqa_made_up.jsonl.gz", [coqa_row(), coqa_row() | {"id": "invented-2"}], gzipped=True)
+    empty = SPIDER | {"Question": "No false answer?", "Incorrect Answers": ""}
+    write_csv(folder / "truthfulqa_made_up.csv", [SPIDER, empty])
+    (folder / "notes.txt").write_text("not data")
+    return folder

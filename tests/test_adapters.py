@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, random_ids, tiny_model
+from helpers import LAYERS, random_ids, tiny_model
+from helpers_engine import (
+    EXITS,
+    NEW_TOKENS,
+    PROMPTS,
+    exits_config,
+    is_separated,
+    policy_of,
+    run_generate,
+    run_score,
+    separated_policy,
+    varied_classifiers,
+)
+from helpers_training import ROWS, frozen, make_trainer, training_options
 from reference import reference_generate, reference_score
-from test_engine import NEW_TOKENS, PROMPTS, is_separated, run_generate, run_score, separated_policy
-from test_exits import EXITS, exits_config, varied_classifiers
-from test_resolve import policy_of
-from test_training import ROWS, frozen, make_trainer, options_for
 
 from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.compute.accounting import Trace, account
@@ -167,8 +176,8 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="rank must be at most the hidden size, 32"):
         make_adapters("lowrank:33", EXITS, 32)
     with pytest.raises(UserError, match="--adapter and --final_block exclude each other"):
-        options_for(Path("x"), Path("x"), adapter="affine", final_block=True)
+        training_options(Path("x"), Path("x"), adapter="affine", final_block=True)
     with pytest.raises(UserError, match="--adapter_first must be in"):
-        options_for(Path("x"), Path("x"), adapter_first=0.5)
+        training_options(Path("x"), Path("x"), adapter_first=0.5)
     with pytest.raises(UserError, match="final_block and exit adapters exclude each other"):
         policy_of(exits_config(adapter="affine"), confidence="softmax", exits="x", final_block=True)

@@ -8,10 +8,9 @@ from typing import Any
 import lm_eval
 import numpy as np
 import pytest
+from helpers import TASKS
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from test_lm import TASKS
-from test_trained_exits import save_exits
 
 from dynamax_lm_eval.budget import controller as budgets
 from dynamax_lm_eval.budget import runner as runner
@@ -86,11 +85,6 @@ def test_blocks_are_made_of_documents() -> None:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "BLOCK", 2)
-
-
-@pytest.fixture(scope="module")
-def exits_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_exits(model_folder, tmp_path_factory.mktemp("exits") / "exits")
 
 
 def run(model_folder: Path, exits: Path, task: str = "tiny_generate", **args: Any) -> Any:

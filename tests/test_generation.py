@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB
+from helpers import VOCAB
+from helpers_harness import dynamax, generation_requests
 from lm_eval.models.huggingface import HFLM
-from test_lm import dynamax, generation_requests
 from transformers import CompileConfig, GenerationConfig
 
 from dynamax_lm_eval.errors import UserError
@@ -23,7 +23,6 @@ _ENDS = {"eos_token_id": list(range(40, VOCAB))}
 _SAMPLES = {"do_sample": True, "temperature": 1.0}
 _TWO_TOKENS = {**_SAMPLES, "sequence_bias": [[[17], 50.0], [[18], 49.0]]}
 _MIDDLE = list(range(20, 60))
-
 #: A value of each honoured field that changes hf's texts, and what is given with it and without it. Those of sampling
 #: leave one token to draw: hf and dynamax draw from streams of their own.
 VALUES: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -12,10 +12,10 @@ from typing import Any
 
 import lm_eval
 import pytest
+from helpers import TASKS
+from helpers_harness import EXIT_ARGS, dynamax, save_exits
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
-from test_lm import EXITS, TASKS, dynamax
-from test_trained_exits import save_exits
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.errors import UserError
@@ -57,7 +57,7 @@ for results in (
 
 def test_arguments_by_position(model_folder: Path, tasks: Any) -> None:
     chosen = {"tiny_generate": [2, 5]}
-    lm = dynamax(model_folder, **EXITS)
+    lm = dynamax(model_folder, **EXIT_ARGS)
     by_name = lm_eval.evaluate(lm=lm, task_dict=tasks, samples=chosen, bootstrap_iters=0)
     for instance in tasks["tasks"]["tiny_generate"].instances:
         instance.resps.clear()
@@ -73,7 +73,7 @@ def test_a_call_past_the_wrapper_is_noticed(
 ) -> None:
     theirs = inspect.unwrap(evaluator.evaluate)
     with caplog.at_level(logging.WARNING, "dynamax_lm_eval"):
-        results = theirs(dynamax(model_folder, **EXITS), tasks, bootstrap_iters=0)
+        results = theirs(dynamax(model_folder, **EXIT_ARGS), tasks, bootstrap_iters=0)
     assert "compute" not in results
     assert sum("will have no compute" in message for message in caplog.messages) == 1
     exits = save_exits(model_folder, tmp_path / "exits")
@@ -94,7 +94,7 @@ def test_a_release_without_the_decorator(model_folder: Path, tasks: Any, monkeyp
     harness.install()
     assert evaluator.evaluate is wrapped
     assert inspect.unwrap(wrapped) is plain
-    results = lm_eval.evaluate(dynamax(model_folder, **EXITS), tasks, bootstrap_iters=0)
+    results = lm_eval.evaluate(dynamax(model_folder, **EXIT_ARGS), tasks, bootstrap_iters=0)
     assert results is not None
     assert results["compute"]["overall"]["documents"] == 8
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
-from test_exits import CLASSIFIERS, exits_config
-from test_training import options_for, texts
+from helpers_engine import CLASSIFIERS, exits_config
+from helpers_training import training_options
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions
-
-__all__ = ["texts"]  # a fixture
 
 
 class FakeApi:
@@ -41,7 +40,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> type[FakeApi]:
     class Api(FakeApi):
         calls: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 - made anew for each test
 
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     return Api
 
 
@@ -57,7 +56,7 @@ def test_exits_are_downloaded_at_the_revision_that_is_named(tmp_path: Path, monk
         asked.append((repository, revision, sorted(allow_patterns)))
         return str(tmp_path)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert checkpoint.open_exits("me/exits").config == exits_config()
     checkpoint.open_exits("me/exits@v2")
     files = ["config.json", "exits.safetensors"]
@@ -68,13 +67,13 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyP
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise OSError("404\nnot found")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError, match="could not be had from the Hub: 404 not found"):
         checkpoint.open_exits("me/exits")
 
 
 def test_push(model_folder: Path, texts: Path, tmp_path: Path, api: type[FakeApi]) -> None:
-    command.train(options_for(model_folder, texts), run(tmp_path))
+    command.train(training_options(model_folder, texts), run(tmp_path))
     (first, made), (second, sent) = api.calls
     assert (first, second) == ("create_repo", "upload_folder")
     assert made == {"repo_id": "me/exits", "private": True, "exist_ok": True}
@@ -99,7 +98,7 @@ def test_a_wrong_token_shows_before_training(
     api.failing = "create_repo"
     monkeypatch.setattr(command, "_loop", lambda *_: pytest.fail("training began"))
     with pytest.raises(UserError, match="--push_to_hub 'me/exits': 401 unauthorised"):
-        command.train(options_for(model_folder, texts), run(tmp_path))
+        command.train(training_options(model_folder, texts), run(tmp_path))
 
 
 def test_what_was_trained_outlives_a_failed_upload(
@@ -110,5 +109,5 @@ def test_what_was_trained_outlives_a_failed_upload(
 ) -> None:
     api.failing = "upload_folder"
     with pytest.raises(UserError, match=r"trained and in .* try again with: hf upload me/exits"):
-        command.train(options_for(model_folder, texts), run(tmp_path))
+        command.train(training_options(model_folder, texts), run(tmp_path))
     assert checkpoint.ExitCheckpoint.open(tmp_path).load()

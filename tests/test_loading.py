@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import json
 import logging
@@ -10,14 +11,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lm_eval.tasks
 import pytest
+import safetensors
 import torch
 import transformers as hf
-from conftest import save_model, tiny_model, train_tokenizer
+from helpers import save_model, tiny_model, train_tokenizer
+from helpers_harness import dynamax
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
-from test_lm import dynamax
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.cli import main
@@ -53,7 +56,7 @@ def copied(model_folder: Path, tmp_path: Path) -> Path:
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when weights are read, for a fingerprint too."""
     monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
-    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("weights were read"))
 
 
 def load_to_train(folder: Path) -> Any:
@@ -173,7 +176,7 @@ class TestOwnCode:
     ) -> None:
         tasks = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", tasks)
-        monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the terminal was asked"))
+        monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("the terminal was asked"))
         monkeypatch.chdir(tmp_path)
         assert main([argument.format(own_code) for argument in arguments]) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -370,7 +373,7 @@ def test_without_a_home_folder_the_cache_has_to_be_named(monkeypatch: pytest.Mon
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setenv("DYNAMAX_CACHE", "/somewhere")
     assert aliases.cache_dir() == Path("/somewhere")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "~/.cache/huggingface")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", "~/.cache/huggingface")
     for own in ("", "~/mine"):
         monkeypatch.setenv("DYNAMAX_CACHE", own)
         with pytest.raises(UserError, match=r"no home folder .* set DYNAMAX_CACHE="):

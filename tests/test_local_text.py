@@ -9,7 +9,7 @@ from typing import Any
 
 import lm_eval
 import pytest
-from conftest import TEXT
+from helpers import TEXT
 from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval import tasks_dir

@@ -10,10 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, MAMBAS, random_ids, tiny_model
+from helpers import LAYERS, MAMBAS, random_ids, tiny_model
+from helpers_engine import (
+    CLASSIFIERS,
+    FULL,
+    NEW_TOKENS,
+    PROMPTS,
+    classifier_policy,
+    exits_config,
+    is_separated,
+    model_scores,
+    run_generate,
+    run_score,
+    separated_policy,
+    varied_classifiers,
+)
 from reference import reference_generate, reference_score
-from test_engine import FULL, NEW_TOKENS, PROMPTS, is_separated, model_scores, run_generate, run_score, separated_policy
-from test_exits import CLASSIFIERS, classifier_policy, exits_config, varied_classifiers
 from torch import nn
 
 from dynamax_lm_eval.backbones import MambaBackbone

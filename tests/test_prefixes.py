@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, random_ids, tiny_model
+from helpers import LAYERS, random_ids, tiny_model
+from helpers_engine import (
+    FULL,
+    classifier_policy,
+    drained,
+    engine_for,
+    exits_config,
+    separated_policy,
+    varied_classifiers,
+    with_modes,
+)
 from reference import reference_generate
-from test_engine import FULL, engine_for, separated_policy, with_modes
-from test_exits import classifier_policy, exits_config, varied_classifiers
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.compute.accounting import ExecutedCompute, account
@@ -46,22 +54,18 @@ def plan_of(prompts: Sequence[Sequence[int]], policy: ExitPolicy = FULL) -> Pref
 def run_generations(
     engine: Engine, policy: ExitPolicy, max_rows: int, share: bool = True
 ) -> tuple[list[Generation], list[PrefixRun]]:
-    found: dict[int, Generation] = {}
     requests = [GenerationRequest(prompt, 6, policy, Sampler(), lambda _: False) for prompt in PROMPTS]
-    runs = generate(engine, requests, max_rows, found.__setitem__, share)
-    return [found[i] for i in range(len(PROMPTS))], runs
+    return drained(generate(engine, requests, max_rows, share), len(PROMPTS))
 
 
 def run_scorings(
     engine: Engine, policy: ExitPolicy, max_rows: int, share: bool = True
 ) -> tuple[list[Scoring], list[PrefixRun]]:
-    found: dict[int, Scoring] = {}
     requests = [
         ScoringRequest([*prompt, *(ending := random_ids(4, i))[:-1]], len(prompt), [[t] for t in ending], policy)
         for i, prompt in enumerate(PROMPTS)
     ]
-    runs = score(engine, requests, max_rows, found.__setitem__, None, share)
-    return [found[i] for i in range(len(PROMPTS))], runs
+    return drained(score(engine, requests, max_rows, None, share), len(PROMPTS))
 
 
 def assert_same(shared: Sequence[Any], apart: Sequence[Any]) -> None:
@@ -293,16 +297,13 @@ class TestMemory:
             pytest.skip("slow, and shows nothing more")
         engine = engine_for(family, torch.float64)
         for max_rows in (4,) if is_long else (1, 4):
-            found: dict[int, Generation] = {}
             requests = [GenerationRequest(prompt, 2, FULL, Sampler(), lambda _: False) for prompt in prompts]
-            runs = generate(engine, requests, max_rows, found.__setitem__)
+            results, runs = drained(generate(engine, requests, max_rows), len(prompts))
             assert most["kept"] <= (ROOM_SHARE if max_rows > 1 else 1) * most["rows"]
             assert most["at a time"] <= math.log2(len(prompts)) + 1
             checked = requests[:: len(requests) // 20]
-            expected: dict[int, Generation] = {}
-            generate(engine, checked, 32, expected.__setitem__, False)
-            apart = [expected[i] for i in range(len(checked))]
-            assert_same([found[i] for i in range(len(prompts))][:: len(requests) // 20], apart)
+            apart, _ = drained(generate(engine, checked, 32, False), len(checked))
+            assert_same(results[:: len(requests) // 20], apart)
             # Every token of the trie's inner nodes ran once.
             assert sum(ran.trace.fed_tokens for ran in runs) == sum(len(p.ids) for p in plan_of(prompts).all)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import launcher
+from helpers import TASKS, launcher
 
-TASKS = Path(__file__).parent / "tasks"
 #: Chosen documents, so that their numbers differ from their places; five do not divide by two.
 SAMPLES = json.dumps({"tiny_generate": [1, 2, 4, 6, 7], "tiny_choice": [0, 3, 5], "tiny_rolling": [0, 1, 2, 3, 6]})
 

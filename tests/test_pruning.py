@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, random_ids, tiny_model
+from helpers import LAYERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.cli import main
@@ -20,6 +20,7 @@ from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.measure.prune_profile import distances, last_states
+from dynamax_lm_eval.models import source
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep import command as sweep
 from dynamax_lm_eval.sweep.options import SweepOptions
@@ -117,7 +118,7 @@ def test_a_profile_of_other_weights_is_refused(
     given = {"threshold": 1, "prune_layers": 2, "prune_strategy": "angular", "prune_profile": str(file)}
     if not known_before:
         for name in ("files_fingerprints", "fetched_files_fingerprints"):
-            monkeypatch.setattr(f"dynamax_lm_eval.models.source.{name}", lambda *_: None)
+            monkeypatch.setattr(source, name, lambda *_: None)
     for fingerprint in (found.current, *found.former):  # of this version, and of an earlier one
         made(fingerprint=fingerprint).save(file)
         assert DynamaxLM(str(model_folder), device="cpu", **given).policy.pruned_blocks == {4, 5}

@@ -30,7 +30,8 @@ def python(code: str, **environment: str) -> str:
 
 def test_entry_points_are_declared() -> None:
     found = {
-        (point.group, point.name, point.x) for point in importlib.metadata.distribution("dynamax-lm-eval").entry_points
+        (point.group, point.name, point.value)
+        for point in importlib.metadata.distribution("dynamax-lm-eval").entry_points
     }
     assert ("lm_eval.models", "dynamax", "dynamax_lm_eval.lm:DynamaxLM") in found
     assert ("lm_eval.tasks", "dynamax", "dynamax_lm_eval:tasks_dir") in found

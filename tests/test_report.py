@@ -6,28 +6,25 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_sweep import options_for
+from helpers_harness import made_results, sweep_options
 
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.reports import page, plots, statistics
+from dynamax_lm_eval.reports import page, plots
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, finished_points
-from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 from dynamax_lm_eval.sweep.similarity import consistency, token_f1
 
 
 @pytest.fixture(scope="module")
 def swept(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return command.sweep(options_for(model_folder, tmp_path_factory.mktemp("sweep") / "out"))
+    return command.sweep(sweep_options(model_folder, tmp_path_factory.mktemp("sweep") / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -195,90 +192,8 @@ def test_refusals(
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-# Statistics on points that are made by hand.
-
-
-def point(name: str, series: str, scores: Sequence[float], reduction: float, kind: str = "exits") -> PointResult:
-    """Documents that cost 100 MACs at full depth and save by the same factor."""
-    spent = 100 / reduction
-    macs = {"eligible_full": 100, "eligible": spent, "total_full": 100, "total": spent}
-    return PointResult(
-        name=name,
-        kind=kind,
-        series=series,
-        x=reduction,
-        policy={},
-        scores={"acc,none": (float(np.mean(scores)), 0.0)},
-        compute={"compute_reduction": reduction, "degenerate_rate": 0.0},
-        samples=[{"acc": score, "macs": macs} for score in scores],
-        answers=[],
-        pieces=[],
-    )
-
-
-def made(n: int = 40) -> TaskResults:
-    """The full model is right everywhere; exits lose a tenth at 1.5, and pruning half at 1.25."""
-    right = [1.0] * n
-    return TaskResults(
-        "b",
-        "t",
-        [
-            point("full", "full model", right, 1.0, "full"),
-            point("e", "calm, skip", [0.0] * (n // 10) + [1.0] * (n - n // 10), 1.5),
-            point("p", "pruning, deepest", [0.0, 1.0] * (n // 2), 1.25, "pruning"),
-        ],
-    )
-
-
-def test_scores_at_reductions_lie_between_points() -> None:
-    x, y = np.asarray([1.5, 1.0]), np.asarray([0.9, 1.0])
-    assert statistics.at_reduction(x, y, 1.25) == pytest.approx(0.95)
-    assert math.isnan(statistics.at_reduction(x, y, 1.6))
-    assert statistics.mean_until(x, y, 1.5) == pytest.approx(0.95)
-    assert statistics.mean_until(x, y, 1.25) == pytest.approx(0.975)
-    assert math.isnan(statistics.mean_until(x, y, 1.6))
-
-
-def test_summary_and_intervals() -> None:
-    found = statistics.summary(made(), "acc,none", "compute_reduction", count=2000)
-    rows = found.set_index(["line", "what"])
-    assert rows.loc[("calm, skip", "score at 1.2"), "value"] == pytest.approx(1 - 0.1 * 0.4)
-    assert rows.loc[("calm, skip", "mean score up to 1.25"), "value"] == pytest.approx(0.975)
-    assert rows.loc[("pruning, deepest", "mean score up to 1.25"), "value"] == pytest.approx(0.75)
-    # At 1.5 the score is a mean of 40 draws with success 0.9: the bootstrap's spread is the binomial one.
-    at_end = rows.loc[("calm, skip", "score at 1.5")]
-    spread = 1.96 * math.sqrt(0.9 * 0.1 / 40)
-    assert at_end["high"] - at_end["low"] == pytest.approx(2 * spread, rel=0.2)
-
-
-def test_differences_from_pruning_are_paired() -> None:
-    found = statistics.against_pruning(made(), "acc,none", "compute_vs_full", count=500)
-    (row,) = found.to_dict("records")
-    assert row["pruning"] == "p"
-    assert row["reduction"] == pytest.approx(1.25)
-    assert row["value"] == pytest.approx(0.95 - 0.5)
-    assert row["low"] < row["value"] < row["high"]
-    # The same documents in both: where pruning is the exits themselves, nothing is left to chance.
-    task = made()
-    same = replace(task.points[1], name="same", kind="pruning", series="pruning, deepest")
-    twins = TaskResults("b", "t", [task.points[0], task.points[1], same])
-    (row,) = statistics.against_pruning(twins, "acc,none", "compute_reduction", count=200).to_dict("records")
-    assert (row["value"], row["low"], row["high"]) == pytest.approx((0, 0, 0))
-
-
-def test_metrics_that_are_no_means_have_no_intervals() -> None:
-    task = made()
-    for item in task.points:
-        item.scores["acc,none"] = (7.0, 0.0)
-    assert len(statistics.summary(task, "acc,none", "compute_reduction")) == 0
-
-
-def test_front() -> None:
-    assert statistics.front([(1.0, 0.9), (1.2, 0.8), (1.1, 0.7), (1.3, 0.8), (1.4, 0.1)]) == [0, 3, 4]
-
-
 def test_labels_of_figures(tmp_path: Path) -> None:
-    files = plots.plot(made(), "acc,none", tmp_path / plots.file_stem(made(), "acc,none"))
+    files = plots.plot(made_results(), "acc,none", tmp_path / plots.file_stem(made_results(), "acc,none"))
     svg = next(file for file in files if file.suffix == ".svg").read_text()
     assert "full model" in svg
     assert "calm, skip" in svg

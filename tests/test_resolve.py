@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import LAYERS
-from test_exits import EXITS, exits_config
+from helpers import LAYERS
+from helpers_engine import EXITS, exits_config, policy_of
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.checkpoint import ExitConfig
-from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import (
     default_exit_layers,
     resolve_exit_layers,
@@ -52,10 +50,6 @@ def test_exits_and_thresholds_must_fit_the_depth() -> None:
     with pytest.raises(UserError, match="threshold has 2 values but there are 3 exit layers"):
         resolve_thresholds((0.5, 0.6), (1, 2, 3))
     assert resolve_thresholds((0.5,), (1, 2)) == (0.5, 0.5)
-
-
-def policy_of(trained: ExitConfig | None, **args: Any) -> ExitPolicy:
-    return resolve_policy(DynamaxArgs("x", **args), LAYERS, trained)
 
 
 def test_a_policy_follows_the_exits_at_hand() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import TEXT, train_tokenizer
+from helpers import TEXT, train_tokenizer
+from helpers_harness import dynamax, generation_requests
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_lm import dynamax, generation_requests
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.lm import DynamaxLM

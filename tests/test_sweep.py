@@ -13,18 +13,18 @@ from typing import Any
 import lm_eval
 import pytest
 import yaml
+from helpers import TASKS
+from helpers_harness import add_post_processor, results_of, sweep_options
 from lm_eval.tasks import TaskManager
-from test_lm import TASKS, add_post_processor
-from test_trained_exits import save_exits
 from torch.utils import collect_env
 
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.compute.repetition import ends_in_repetition
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.files import locked
+from dynamax_lm_eval.harness import ledger
 from dynamax_lm_eval.harness.responder import Responder
 from dynamax_lm_eval.lm import DynamaxLM
-from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
@@ -35,39 +35,9 @@ from dynamax_lm_eval.sweep.store import Response, ResponseStore
 FULL = DynamaxArgs(backbone="b", threshold=(1.0,))
 
 
-@pytest.fixture(scope="module")
-def exits_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_exits(model_folder, tmp_path_factory.mktemp("exits") / "exits")
-
-
-def options_for(model_folder: Path, output: Path, **changed: Any) -> SweepOptions:
-    given: dict[str, Any] = {
-        "backbone": str(model_folder),
-        "tasks": "tiny_generate,tiny_choice",
-        "output": str(output),
-        "thresholds": "0.3,0.6",
-        "confidences": "state",
-        "state_modes": "recompute,skip",
-        "prune": "1",
-        "include_path": str(TASKS),
-        "device": "cpu",
-        "batch_size": 5,
-    }
-    return SweepOptions(**{**given, **changed})
-
-
-def results_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Per point: the tasks' results without what differs between runs."""
-    found = {}
-    for point in finished_points(folder):
-        data = json.loads((point["folder"] / point["results"]).read_text())
-        found[point["point"]] = data["results"]
-    return found
-
-
 def test_points_are_what_direct_runs_give(model_folder: Path, exits_folder: Path, tmp_path: Path) -> None:
     shared = f"exits={exits_folder},repetition_penalty=1.2"
-    options = options_for(
+    options = sweep_options(
         model_folder, tmp_path, confidences="calm,mamba,state", model_args=shared, thresholds="0.4", limit=4
     )
     command.sweep(options)
@@ -103,7 +73,7 @@ def test_the_environment_is_looked_at_once(model_folder: Path, tmp_path: Path, m
     monkeypatch.setattr(collect_env, "get_pretty_env_info", environment)
     log = logging.getLogger("lm_eval")
     log.setLevel(logging.INFO)
-    options = options_for(model_folder, tmp_path, tasks="tiny_choice", limit=1)
+    options = sweep_options(model_folder, tmp_path, tasks="tiny_choice", limit=1)
     command.sweep(options)
     command.sweep(replace(options, thresholds="0.8"))
     points = finished_points(tmp_path)
@@ -115,8 +85,8 @@ def test_the_environment_is_looked_at_once(model_folder: Path, tmp_path: Path, m
 
 
 def test_a_stopped_sweep_goes_on(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = command.sweep(options_for(model_folder, tmp_path / "whole"))
-    options = options_for(model_folder, tmp_path / "stopped")
+    whole = command.sweep(sweep_options(model_folder, tmp_path / "whole"))
+    options = sweep_options(model_folder, tmp_path / "stopped")
     answered: list[str] = []
     add = ResponseStore.add
 
@@ -149,7 +119,7 @@ def test_a_stopped_sweep_goes_on(model_folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_sweep_may_grow_but_not_change(model_folder: Path, tmp_path: Path) -> None:
-    options = options_for(model_folder, tmp_path, thresholds="0.3", prune="", limit=2)
+    options = sweep_options(model_folder, tmp_path, thresholds="0.3", prune="", limit=2)
     command.sweep(options)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob(POINT_NAME)}
     command.sweep(replace(options, thresholds="0.3,0.6", prune="2"))
@@ -165,11 +135,11 @@ def test_a_sweep_keeps_to_its_rules_of_counting_and_its_tokenizer(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved = shutil.copytree(model_folder, tmp_path / "model")
-    options = options_for(moved, tmp_path / "out", thresholds="0.3", prune="", limit=2)
+    options = sweep_options(moved, tmp_path / "out", thresholds="0.3", prune="", limit=2)
     command.sweep(options)
     for name in ("ACCOUNTING", "SCHEMA_VERSION"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"dynamax_lm_eval.harness.cache.{name}", "other")
+            patch.setattr(ledger, name, "other")
             with pytest.raises(UserError, match=f"differs in {name.lower()} "):
                 command.sweep(options)
     add_post_processor(moved)
@@ -178,8 +148,8 @@ def test_a_sweep_keeps_to_its_rules_of_counting_and_its_tokenizer(
 
 
 def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = command.sweep(options_for(model_folder, tmp_path / "whole", limit=2))
-    options = options_for(model_folder, tmp_path / "shared", limit=2)
+    whole = command.sweep(sweep_options(model_folder, tmp_path / "whole", limit=2))
+    options = sweep_options(model_folder, tmp_path / "shared", limit=2)
     counts = []
     start = SweepLM.start
     for rank in (0, 1):
@@ -212,7 +182,7 @@ def test_names_that_no_file_can_have(model_folder: Path, tmp_path: Path, name: s
     yaml_text = (TASKS / "tiny_generate.yaml").read_text()
     (tmp_path / "tasks" / "task.yaml").write_text(yaml_text.replace("task: tiny_generate", f"task: {name}"))
     given = {"tasks": name, "include_path": str(tmp_path / "tasks"), "thresholds": "0.3", "prune": "", "limit": 2}
-    folder = command.sweep(options_for(model_folder, tmp_path / "out", state_modes="skip", **given))
+    folder = command.sweep(sweep_options(model_folder, tmp_path / "out", state_modes="skip", **given))
     (task,) = collect.read([folder], 0.1)
     assert task.task == name
     assert [len(point.samples) for point in task.points] == [2, 2]
@@ -233,18 +203,20 @@ def test_data_that_cannot_be_read_end_in_one_line(
 def test_one_process_writes_a_folder(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load", lambda _: pytest.fail("the backbone was loaded"))
     with locked(tmp_path), pytest.raises(UserError, match=r"in use by process .* remove .*\.dynamax\.lock"):
-        command.sweep(options_for(model_folder, tmp_path))
+        command.sweep(sweep_options(model_folder, tmp_path))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        command.sweep(options_for(model_folder, tmp_path / "file"))
+        command.sweep(sweep_options(model_folder, tmp_path / "file"))
     (tmp_path / SWEEP_NAME).write_text("backbone: mine\n")
     with pytest.raises(UserError, match="was not written by a sweep"):
-        command.sweep(options_for(model_folder, tmp_path))
+        command.sweep(sweep_options(model_folder, tmp_path))
     assert (tmp_path / SWEEP_NAME).read_text() == "backbone: mine\n"
 
 
 def test_rolling_texts_are_replayed(model_folder: Path, tmp_path: Path) -> None:
-    options = options_for(model_folder, tmp_path, tasks="tiny_rolling", thresholds="0.3", prune="", state_modes="skip")
+    options = sweep_options(
+        model_folder, tmp_path, tasks="tiny_rolling", thresholds="0.3", prune="", state_modes="skip"
+    )
     first = results_of(command.sweep(options))
     for path in tmp_path.rglob(POINT_NAME):
         path.unlink()
@@ -262,7 +234,7 @@ def test_all_points_are_answered_in_one_batch(
         return answers(self, asked, *args)
 
     monkeypatch.setattr(Responder, "generations", counted)
-    options = options_for(model_folder, tmp_path, tasks="tiny_generate", limit=3)
+    options = sweep_options(model_folder, tmp_path, tasks="tiny_generate", limit=3)
     command.sweep(options)
     assert calls[0] == 6 * 3
     assert not any(calls[1:])
@@ -348,28 +320,3 @@ def test_command_reads_a_file(model_folder: Path, tmp_path: Path) -> None:
     assert stored["limit"] == 1
     assert stored["confidences"] == "state"
     assert SweepOptions(**stored).task_names == ["tiny_generate"]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([1, 2, 3, *[9] * 16], True),
-        ([1, 2, 3, *[9] * 15], False),
-        ([1, *[7, 8] * 8], True),
-        ([1, *[7, 8] * 8, 2], True),  # then a stop string
-        ([1, *[7, 8] * 8, 2, 3], False),
-        ([*[4, 5, 6, 7, 8] * 3, 4], True),
-        ([*range(8)] * 3, True),
-        ([*range(9)] * 3, False),  # longer than the longest n-gram
-        ([*range(8)] * 2, False),  # twice is not three times
-        ([*[1, 1, 2] * 6], True),
-        ([*range(100)], False),
-        ([], False),
-    ],
-)
-def test_repetition(tokens: list[int], expected: bool) -> None:
-    assert ends_in_repetition(tokens, 8, 16) == expected
-
-
-def test_repetition_can_be_switched_off() -> None:
-    assert not ends_in_repetition([9] * 100, 0, 16)

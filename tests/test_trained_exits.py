@@ -11,26 +11,21 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from conftest import LAYERS, tiny_model
+from helpers import LAYERS, tiny_model
+from helpers_engine import EXITS, exits_config
+from helpers_harness import exit_model, save_exits
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
-from test_exits import EXITS, exits_config, varied_classifiers
 
-from dynamax_lm_eval.engine import engine
+from dynamax_lm_eval.engine.decisions import ExitDecisions
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
-from dynamax_lm_eval.harness.ledger import request_keys
+from dynamax_lm_eval.exits.confidences import ExitInputs
+from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprint
-
-TASKS = Path(__file__).parent / "tasks"
-
-
-@pytest.fixture(scope="module")
-def manager() -> TaskManager:
-    return TaskManager(include_path=str(TASKS), include_defaults=False)
 
 
 @pytest.fixture
@@ -39,22 +34,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def save_exits(model_folder: Path, folder: Path, **changes: Any) -> Path:
-    fingerprint = changes.pop("fingerprint", None) or files_fingerprint(str(model_folder), {})
-    config = exits_config(**changes)
-    identity = replace(config.backbone, id=str(model_folder), fingerprint=fingerprint)
-    config = replace(config, backbone=identity)
-    checkpoint.save(folder, config, varied_classifiers(config))
-    return folder
-
-
-def model(folder: Path, **args: Any) -> DynamaxLM:
-    return DynamaxLM(str(folder), **{"threshold": 0.6, "batch_size": 3, "device": "cpu", **args})
-
-
 def test_exits_in_the_users_cache_are_used(model_folder: Path, cache: Path, manager: TaskManager) -> None:
     folder = save_exits(model_folder, cache / "exits" / "some-name")
-    lm = model(model_folder)
+    lm = exit_model(model_folder)
     results = lm_eval.simple_evaluate(
         lm, tasks=["tiny_generate", "tiny_choice"], task_manager=manager, bootstrap_iters=0
     )
@@ -73,11 +55,11 @@ def test_exits_in_the_users_cache_are_used(model_folder: Path, cache: Path, mana
 
 def test_the_newest_exits_win_and_other_backbones_are_not_taken(model_folder: Path, cache: Path) -> None:
     save_exits(model_folder, cache / "exits" / "other", fingerprint="f" * 64)
-    assert model(model_folder, confidence="state").exits is None
-    assert model(model_folder).policy.confidence == "softmax"
+    assert exit_model(model_folder, confidence="state").exits is None
+    assert exit_model(model_folder).policy.confidence == "softmax"
     found = save_exits(model_folder, cache / "exits" / "right")
-    assert model(model_folder).exits.path == found  # type: ignore[union-attr]
-    assert model(model_folder, threshold=1).exits is None
+    assert exit_model(model_folder).exits.path == found  # type: ignore[union-attr]
+    assert exit_model(model_folder, threshold=1).exits is None
 
 
 def test_damaged_exits_of_this_backbone_are_no_reason_to_do_without(model_folder: Path, cache: Path) -> None:
@@ -93,15 +75,13 @@ def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, 
     """What follow() asks for is answered and counted as by a model that was loaded with it."""
     folder = str(save_exits(model_folder, tmp_path / "mine"))
     requests = [Instance("generate_until", {}, ("The quick", {"until": [], "max_gen_toks": 8}), 0, ("t", 0, 1))]
-    lm = model(model_folder, exits=folder, threshold=1)
-    other = model(model_folder, exits=folder, classifier="calm", state_mode="skip")
+    lm = exit_model(model_folder, exits=folder, threshold=1)
+    other = exit_model(model_folder, exits=folder, classifier="calm", state_mode="skip")
     lm.use_policy(other.args)
     assert lm.policy == other.policy
     assert lm.identity() == other.identity()
     assert lm.generate_until(requests) == other.generate_until(requests)
-    mine, theirs = (
-        x.response_ledger.find(request_keys([("generate_until", requests[0].args)])[0]) for x in (lm, other)
-    )
+    mine, theirs = (x.response_ledger.find("generate_until", requests[0].args, 0) for x in (lm, other))
     assert mine == theirs
     assert mine.classifier_macs > 0
     with pytest.raises(UserError, match="exits is loaded already"):
@@ -116,20 +96,20 @@ def test_exits_of_the_package_come_after_those_of_the_user(
 ) -> None:
     monkeypatch.setattr(checkpoint, "shipped_home", lambda: tmp_path / "package")
     shipped = save_exits(model_folder, tmp_path / "package" / "some-model")
-    assert model(model_folder).exits.path == shipped  # type: ignore[union-attr]
+    assert exit_model(model_folder).exits.path == shipped  # type: ignore[union-attr]
     own = save_exits(model_folder, cache / "exits" / "mine")
-    assert model(model_folder).exits.path == own  # type: ignore[union-attr]
+    assert exit_model(model_folder).exits.path == own  # type: ignore[union-attr]
 
 
 def test_named_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
     folder = save_exits(model_folder, tmp_path / "mine")
-    lm = model(model_folder, exits=str(folder), classifier="calm", exit_layers=[3])
+    lm = exit_model(model_folder, exits=str(folder), classifier="calm", exit_layers=[3])
     assert lm.policy.classifier == "calm"
     assert lm.policy.exit_layers == (3,)
     with pytest.raises(UserError, match="there is no such folder"):
-        model(model_folder, exits="./nowhere")
+        exit_model(model_folder, exits="./nowhere")
     with pytest.raises(UserError, match=r"there is no config\.json"):
-        model(model_folder, exits=str(tmp_path))
+        exit_model(model_folder, exits=str(tmp_path))
 
 
 def test_exits_for_other_weights_need_the_users_word(
@@ -137,9 +117,9 @@ def test_exits_for_other_weights_need_the_users_word(
 ) -> None:
     folder = save_exits(model_folder, tmp_path / "foreign", fingerprint="f" * 64)
     with pytest.raises(UserError, match="were trained for other weights"):
-        model(model_folder, exits=str(folder))
+        exit_model(model_folder, exits=str(folder))
     caplog.clear()
-    lm = model(model_folder, exits=str(folder), exits_check="false")
+    lm = exit_model(model_folder, exits=str(folder), exits_check="false")
     assert lm.exits is not None
     assert "because of exits_check=false" in caplog.text
 
@@ -152,14 +132,14 @@ def test_a_model_from_memory_finds_its_exits(model_folder: Path, cache: Path) ->
 
 
 def test_the_response_cache_knows_the_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
-    one = model(model_folder, exits=str(save_exits(model_folder, tmp_path / "a")))
+    one = exit_model(model_folder, exits=str(save_exits(model_folder, tmp_path / "a")))
     config = exits_config()
     other_weights = config.build(seed=99)
     fingerprint = files_fingerprint(str(model_folder), {})
     assert fingerprint is not None
     config = replace(config, backbone=replace(config.backbone, fingerprint=fingerprint))
     checkpoint.save(tmp_path / "b", config, other_weights)
-    other = model(model_folder, exits=str(tmp_path / "b"))
+    other = exit_model(model_folder, exits=str(tmp_path / "b"))
     assert one.identity()["exits"] != other.identity()["exits"]
     assert one.identity()["policy"] == other.identity()["policy"]
 
@@ -170,16 +150,22 @@ def test_classifiers_that_give_no_number_name_the_document(
 ) -> None:
     """Nothing else would tell: logits are as they should be, and no token would ever exit."""
     exits = str(save_exits(model_folder, tmp_path / "mine"))
-    lm = model(model_folder, exits=exits, classifier=kind, exit_scope="all", threshold=0.99)
+    lm = exit_model(model_folder, exits=exits, classifier=kind, exit_scope="all", threshold=0.99)
     texts = ["The quick", "on the river"]
     poisoned = list(set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is")))
-    right = engine._classify
+    evaluate, score = ExitDecisions._evaluate, TrainedConfidence.score
+    evaluated: list[Any] = []
 
-    def broken(name: str, layer: int, batch: Any, tokens: Any, *rest: Any) -> torch.Tensor:
-        hit = torch.from_numpy(np.isin(batch.ids[tokens], poisoned)) & (layer == EXITS[1])
-        return right(name, layer, batch, tokens, *rest).masked_fill(hit, float("nan"))
+    def noted(self: Any, use: Any, block: int, tokens: Any, places: Any, *rest: Any) -> Any:
+        evaluated[:] = [self._batch.ids[tokens[places]]]
+        return evaluate(self, use, block, tokens, places, *rest)
 
-    monkeypatch.setattr(engine, "_classify", broken)
+    def broken(self: TrainedConfidence, inputs: ExitInputs) -> torch.Tensor:
+        hit = torch.from_numpy(np.isin(evaluated[0], poisoned)) & (inputs.layer == EXITS[1])
+        return score(self, inputs).masked_fill(hit, float("nan"))
+
+    monkeypatch.setattr(ExitDecisions, "_evaluate", noted)
+    monkeypatch.setattr(TrainedConfidence, "score", broken)
     settings = {"until": [], "max_gen_toks": 4}
     arguments = {"generate_until": (settings,), "loglikelihood": (" Paris is",), "loglikelihood_rolling": ()}
     for kind_of_request, rest in arguments.items():
@@ -191,12 +177,12 @@ def test_classifiers_that_give_no_number_name_the_document(
 
 def test_preset_paper(model_folder: Path, tmp_path: Path, cache: Path) -> None:
     folder = save_exits(model_folder, tmp_path / "final", final_block=True)
-    lm = model(model_folder, exits=str(folder), preset="paper")
+    lm = exit_model(model_folder, exits=str(folder), preset="paper")
     shown = lm.get_model_info()["dynamax"]
     assert shown["preset"] == "paper"
     assert shown["preset_sets"] == {"final_block": True, "state_mode": "copy", "repetition_penalty": 1.1}
     assert lm.policy.final_block
-    overridden = model(model_folder, exits=str(folder), preset="paper", state_mode="skip", repetition_penalty=1.0)
+    overridden = exit_model(model_folder, exits=str(folder), preset="paper", state_mode="skip", repetition_penalty=1.0)
     assert overridden.policy.state_mode == "skip"
     assert overridden.args.repetition_penalty == 1.0
 
@@ -238,9 +224,7 @@ def test_backbones_of_the_package_run_with_their_exits(name: str, cache: Path) -
     requests = [Instance("generate_until", {}, (p, options), i, ("t", i, 1)) for i, p in enumerate(prompts)]
     texts = lm.generate_until(requests, disable_tqdm=True)
     assert all(len(text.split()) > 3 for text in texts)
-    records = [
-        lm.response_ledger.find(key) for key in request_keys(("generate_until", request.args) for request in requests)
-    ]
+    records = [lm.response_ledger.find("generate_until", request.args, 0) for request in requests]
     assert min(layer for record in records for layers in record.exit_layers for layer in layers) < 12
 
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LAYERS, TRANSFORMERS, random_ids, tiny_model
+from helpers import LAYERS, TRANSFORMERS, random_ids, tiny_model
 
 from dynamax_lm_eval.backbones import linear, make_backbone
-from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
@@ -81,8 +80,8 @@ def test_linear_layers(num_tokens: int, bias: bool) -> None:
     layer = torch.nn.Linear(24, 40, bias=bias)
     x = torch.randn(num_tokens, 24)
     with torch.no_grad():
-        torch.testing.assert_close(linear(layer, x), layer(x))
-        torch.testing.assert_close(linear(layer, x.unsqueeze(0)), layer(x).unsqueeze(0))
+        torch.testing.assert_close(linear.linear(layer, x), layer(x))
+        torch.testing.assert_close(linear.linear(layer, x.unsqueeze(0)), layer(x).unsqueeze(0))
 
 
 def test_layers_that_are_more_than_linear_are_called() -> None:
@@ -91,4 +90,4 @@ def test_layers_that_are_more_than_linear_are_called() -> None:
             return 2 * super().forward(input)
 
     layer, x = Doubled(24, 40), torch.randn(8, 24)
-    torch.testing.assert_close(linear(layer, x), layer(x))
+    torch.testing.assert_close(linear.linear(layer, x), layer(x))
