@@ -1,8 +1,7 @@
 """``--model dynamax``: the harness's ``HFLM`` with generation and scoring done by the early-exit engine.
 
-Loading (dtype, device, revision, PEFT, chat templates and so on) is HFLM's own. Requests come in as texts and leave as
-texts or scores. Features live in their rooms: what is loaded in ``models``, requests in ``harness``, thresholds that
-follow a budget in ``budget``.
+Loading (dtype, revision, PEFT, chat templates and so on) is HFLM's own. Features live in their rooms: what is loaded in
+``models``, requests in ``harness``, thresholds that follow a budget in ``budget``.
 """
 
 from __future__ import annotations
@@ -155,11 +154,11 @@ class DynamaxLM(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of ``generate_until`` requests."""
 
-        def run(asked: Sequence[tuple[ExitPolicy, int]]) -> Answers:
-            jobs = [(replace(self.settings, policy=policy), requests[index]) for policy, index in asked]
-            return self.responder.generations(jobs, disable_tqdm or self.budget.in_blocks)
+        def answer(policies: Sequence[ExitPolicy], chosen: Sequence[int], *shown: Any) -> Answers:
+            settings = [replace(self.settings, policy=policy) for policy in policies]
+            return self.responder.generations([*zip(settings, [requests[i] for i in chosen], strict=True)], *shown)
 
-        return self._respond("generate_until", documents_of(requests), [r.args for r in requests], run, disable_tqdm)
+        return self._respond("generate_until", documents_of(requests), [r.args for r in requests], answer, disable_tqdm)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood, is_greedy) of continuations, through the exits."""
@@ -175,32 +174,28 @@ class DynamaxLM(HFLM):
         documents: Sequence[Document] | None = None,
     ) -> list[tuple[float, bool]]:
         """Scores of (context, continuation) token pairs; without ``documents``, each is one of its own."""
+
+        def answer(policies: Sequence[ExitPolicy], chosen: Sequence[int], *shown: Any) -> Answers:
+            return self.responder.scores(policies, [requests[i][1:] for i in chosen], *shown)
+
         named = documents if documents is not None else [("", f"request {i}") for i in range(len(requests))]
-
-        def run(asked: Sequence[tuple[ExitPolicy, int]]) -> Answers:
-            policies = [policy for policy, _ in asked]
-            pairs = [requests[index][1:] for _, index in asked]
-            own = [named[index] for _, index in asked]
-            return self.responder.scores(policies, pairs, own, disable_tqdm or self.budget.in_blocks)
-
-        return self._respond("loglikelihood", named, [texts for texts, _, _ in requests], run, disable_tqdm)
+        return self._respond("loglikelihood", named, [texts for texts, _, _ in requests], answer, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of the model's length."""
 
-        def run(asked: Sequence[tuple[ExitPolicy, int]]) -> Answers:
-            texts = [(policy, requests[index]) for policy, index in asked]
-            return self.responder.rolling_scores(texts, disable_tqdm or self.budget.in_blocks)
+        def answer(policies: Sequence[ExitPolicy], chosen: Sequence[int], *shown: Any) -> Answers:
+            return self.responder.rolling_scores(policies, [requests[i].args[0] for i in chosen], *shown)
 
-        keys = [(request.args[0],) for request in requests]
-        return self._respond("loglikelihood_rolling", documents_of(requests), keys, run, disable_tqdm)
+        keys = [request.args[:1] for request in requests]
+        return self._respond("loglikelihood_rolling", documents_of(requests), keys, answer, disable_tqdm)
 
     def _respond(
         self,
         kind: str,
         documents: Sequence[Document],
         keys: Sequence[tuple[Any, ...]],
-        run: Callable[[Sequence[tuple[ExitPolicy, int]]], Answers],
+        answer_some: Callable[..., Answers],
         disable_tqdm: bool,
     ) -> list[Any]:
         """Answers requests; each answer is kept, with its compute, as soon as it is known.
@@ -209,8 +204,13 @@ class DynamaxLM(HFLM):
             kind: of the requests, as the harness names it.
             documents: of each request.
             keys: what the harness's cache knows each by.
-            run: answers some of them under given policies.
+            answer_some: takes policies, numbers of requests, their documents, and whether to hide progress.
         """
+
+        def run(asked: Sequence[tuple[ExitPolicy, int]]) -> Answers:
+            policies, chosen = [policy for policy, _ in asked], [index for _, index in asked]
+            return answer_some(policies, chosen, [documents[i] for i in chosen], disable_tqdm or self.budget.in_blocks)
+
         evaluate.check_followed(self.response_ledger, describe.needs_tasks(self))
         answers: dict[int, Answer] = {}
         for index, answer in self.budget.answers(documents, self.policy, run, disable_tqdm):

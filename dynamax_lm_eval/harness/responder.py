@@ -71,14 +71,23 @@ class Responder:
         self._lm = lm
         self._ledger = ledger
 
-    def generations(self, requests: Sequence[tuple[RequestSettings, Any]], disable_tqdm: bool = False) -> Answers:
+    def generations(
+        self,
+        requests: Sequence[tuple[RequestSettings, Any]],
+        documents: Sequence[Document],
+        disable_tqdm: bool = False,
+    ) -> Answers:
         """Yields the index and the text of ``generate_until`` requests, each under settings of its own."""
         if not requests:
             return
         lm = self._lm
-        eos = lm.tok_decode(lm.eot_token_id, skip_special_tokens=False)
-        arguments = PreparedArguments(lm)
-        prepared = [PreparedGeneration(lm, settings, request, eos, arguments) for settings, request in requests]
+        end = lm.eot_token_id
+        eos = None if end is None else lm.tok_decode(end, skip_special_tokens=False)
+        arguments = PreparedArguments(lm)  # most requests of a call share theirs
+        prepared = []
+        for document, (settings, request) in zip(documents, requests, strict=True):
+            with of_document(document):
+                prepared.append(PreparedGeneration(lm, settings, request, eos, arguments))
         _seed_samplers([settings for settings, _ in requests], prepared)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
         jobs = [job.request for job in prepared]
@@ -93,7 +102,7 @@ class Responder:
         with (
             self._timed("generate_until"),
             self._progress(len(requests), "generate_until", disable_tqdm) as progress,
-            naming_document(documents_of([request for _, request in requests])),
+            naming_document(documents),
         ):
             for index, generation in self._driven(running):
                 result = answer(index, generation)
@@ -129,15 +138,20 @@ class Responder:
                 progress.advance(answer.record)
                 yield index, answer
 
-    def rolling_scores(self, requests: Sequence[tuple[ExitPolicy, Any]], disable_tqdm: bool = False) -> Answers:
+    def rolling_scores(
+        self,
+        policies: Sequence[ExitPolicy],
+        texts: Sequence[str],
+        documents: Sequence[Document],
+        disable_tqdm: bool = False,
+    ) -> Answers:
         """Yields the index and the log-likelihood of whole texts, scored in windows of the model's length."""
         lm, kind = self._lm, "loglikelihood_rolling"
-        documents = documents_of([request for _, request in requests])
         windows: list[TokenPair] = []
         owner: list[int] = []
-        for index, (_, request) in enumerate(requests):
+        for index, text in enumerate(texts):
             with of_document(documents[index]):
-                tokens = lm.tok_encode(request.args[0])
+                tokens = lm.tok_encode(text)
                 prefix = needed_prefix(lm) if tokens else 0
             rolling = utils.get_rolling_token_windows(
                 token_list=tokens, prefix_token=prefix, max_seq_len=lm.max_length, context_len=1
@@ -146,8 +160,8 @@ class Responder:
                 windows.append(window)
                 owner.append(index)
 
-        sums = [0.0] * len(requests)
-        parts: list[list[ComputeRecord]] = [[] for _ in requests]
+        sums = [0.0] * len(texts)
+        parts: list[list[ComputeRecord]] = [[] for _ in texts]
         open_windows = Counter(owner)
 
         def whole(index: int) -> tuple[int, Answer]:
@@ -155,12 +169,12 @@ class Responder:
             progress.advance(answer.record)
             return index, answer
 
-        with self._timed(kind), self._progress(len(requests), kind, disable_tqdm) as progress:
-            for index in range(len(requests)):
+        with self._timed(kind), self._progress(len(texts), kind, disable_tqdm) as progress:
+            for index in range(len(texts)):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     yield whole(index)
-            policies = [requests[index][0] for index in owner]
-            for window, answer in self._score(policies, windows, [documents[index] for index in owner]):
+            of_windows = [policies[index] for index in owner], windows, [documents[index] for index in owner]
+            for window, answer in self._score(*of_windows):
                 index = owner[window]
                 sums[index] += answer.value[0]
                 parts[index].append(answer.record)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamax_lm_eval.config import DynamaxArgs
-from dynamax_lm_eval.harness.documents import Document
+from dynamax_lm_eval.harness.documents import Document, documents_of
 from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.harness.requests import RequestSettings
@@ -66,7 +66,9 @@ class SweepLM(DynamaxLM):
         keys = _keys(kind, arguments)
         missing = self._missing(keys)
         jobs = [(point.settings, requests[i]) for point, i in missing]
-        self._store(missing, keys, self.responder.generations(jobs, disable_tqdm))
+        documents = documents_of(requests)
+        own = [documents[i] for _, i in missing]
+        self._store(missing, keys, self.responder.generations(jobs, own, disable_tqdm))
         return [response.answer for response in self._replayed(kind, arguments, keys)]
 
     def _loglikelihood_tokens(
@@ -91,8 +93,10 @@ class SweepLM(DynamaxLM):
         kind, arguments = "loglikelihood_rolling", [(request.args[0],) for request in requests]
         keys = _keys(kind, arguments)
         missing = self._missing(keys)
-        texts = [(point.settings.policy, requests[i]) for point, i in missing]
-        self._store(missing, keys, self.responder.rolling_scores(texts, disable_tqdm))
+        policies = [point.settings.policy for point, _ in missing]
+        documents = documents_of(requests)
+        texts, own = [requests[i].args[0] for _, i in missing], [documents[i] for _, i in missing]
+        self._store(missing, keys, self.responder.rolling_scores(policies, texts, own, disable_tqdm))
         return [float(response.answer) for response in self._replayed(kind, arguments, keys)]
 
     def _store(self, missing: Sequence[tuple[SweepPoint, int]], keys: Sequence[str], answers: Answers) -> None:
