@@ -12,7 +12,7 @@ def test_metric_losses_are_what_the_full_model_had_and_the_exits_lost() -> None:
     full = point("full", "full model", [1.0, 1.0, 0.0, 0.0], 1.0, kind="full")
     ours = point("p", "a", [1.0, 0.0, 1.0, 0.0], 1.5)
     task.points[:] = [full, ours]
-    kind = LossKind.chosen("metric", None, task)
+    kind = LossKind.find("metric", None, task)
     assert kind.of(task, ours).tolist() == [0, 1, 0, 0]
     assert kind.of(task, full).tolist() == [0, 0, 0, 0]
     name = kind.measured_by.partition(",")[0]

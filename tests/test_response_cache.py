@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.harness import ledger, responder
+from dynamax_lm_eval.harness import cache, responder
 
 
 class TestCache:
@@ -54,7 +54,7 @@ class TestCache:
         (edited / "config.json").write_text(json.dumps(config))
         with pytest.raises(UserError, match="differs in config"):
             self.run(edited, manager, tmp_path / "c", **EXIT_ARGS)
-        monkeypatch.setattr(ledger, "ACCOUNTING", "other")
+        monkeypatch.setattr(cache, "ACCOUNTING", "other")
         with pytest.raises(UserError, match="differs in accounting"):
             self.run(model_folder, manager, tmp_path / "c", **EXIT_ARGS)
 

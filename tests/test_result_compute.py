@@ -12,6 +12,8 @@ from helpers_harness import EXIT_ARGS, dynamax, evaluate, responses
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from dynamax_lm_eval.harness.ledger import request_keys
+
 
 class TestCompute:
     def test_every_place_of_the_results(self, model_folder: Path, manager: TaskManager) -> None:
@@ -91,7 +93,7 @@ class TestCompute:
         lm = dynamax(model_folder, **EXIT_ARGS)
         pairs = [Instance("loglikelihood", {}, ("The quick", text), i, ("t", i, 1)) for i, text in enumerate("ab")]
         lm.loglikelihood(pairs, disable_tqdm=True)
-        record = lm.response_ledger.find("loglikelihood", pairs[0].args, 0)
+        record = lm.response_ledger.find(*request_keys([("loglikelihood", pairs[0].args)]))
         assert (record.eligible_tokens, record.compute_reduction) == (0, 1.0)
         single = {
             "task": "single",

@@ -21,10 +21,10 @@ from torch.utils import collect_env
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.files import locked
-from dynamax_lm_eval.harness import ledger
+from dynamax_lm_eval.harness import cache
 from dynamax_lm_eval.harness.responder import Responder
 from dynamax_lm_eval.lm import DynamaxLM
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
@@ -139,7 +139,7 @@ def test_a_sweep_keeps_to_its_rules_of_counting_and_its_tokenizer(
     command.sweep(options)
     for name in ("ACCOUNTING", "SCHEMA_VERSION"):
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, name, "other")
+            patch.setattr(cache, name, "other")
             with pytest.raises(UserError, match=f"differs in {name.lower()} "):
                 command.sweep(options)
     add_post_processor(moved)

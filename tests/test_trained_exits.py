@@ -23,6 +23,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.confidences import ExitInputs
 from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
+from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprint
@@ -81,7 +82,8 @@ def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, 
     assert lm.policy == other.policy
     assert lm.identity() == other.identity()
     assert lm.generate_until(requests) == other.generate_until(requests)
-    mine, theirs = (x.response_ledger.find("generate_until", requests[0].args, 0) for x in (lm, other))
+    (key,) = request_keys([("generate_until", requests[0].args)])
+    mine, theirs = (x.response_ledger.find(key) for x in (lm, other))
     assert mine == theirs
     assert mine.classifier_macs > 0
     with pytest.raises(UserError, match="exits is loaded already"):
@@ -224,7 +226,8 @@ def test_backbones_of_the_package_run_with_their_exits(name: str, cache: Path) -
     requests = [Instance("generate_until", {}, (p, options), i, ("t", i, 1)) for i, p in enumerate(prompts)]
     texts = lm.generate_until(requests, disable_tqdm=True)
     assert all(len(text.split()) > 3 for text in texts)
-    records = [lm.response_ledger.find("generate_until", request.args, 0) for request in requests]
+    keys = request_keys(("generate_until", request.args) for request in requests)
+    records = [lm.response_ledger.find(key) for key in keys]
     assert min(layer for record in records for layers in record.exit_layers for layer in layers) < 12
 
 

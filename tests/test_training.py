@@ -10,7 +10,7 @@ from helpers_training import train, training_options
 
 from dynamax_lm_eval import cli
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.files import locked
+from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.training import command, state
 from dynamax_lm_eval.training.options import RunOptions
 
