@@ -194,7 +194,7 @@ def test_a_missed_budget_is_warned_of(
         ({"target_reduction": 1.1, "threshold_decay": 4}, "threshold_decay"),
         ({"target_reduction": 1.1, "budget": "daily"}, "budget"),
         ({"threshold": "calibrated", "target_reduction": 1.1}, "certificate and target_reduction"),
-        ({"threshold": "calibrated", "certificate": "x.json"}, "both name"),
+        ({"threshold": "calibrated", "certificate": "x.json"}, "write threshold=FILE"),
         ({"certificate_any_task": True}, "certificate_any_task"),
     ],
 )

@@ -17,6 +17,7 @@ from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.frozen import text as data
+from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.generated import generated_documents
 
@@ -69,9 +70,7 @@ class TestData:
         for i in range(files):
             lines = [json.dumps({"text": chr(ord("a") + i) * n}) + "\n" for n in range(1, 8)]
             (tmp_path / f"{i}.jsonl").write_text("".join(lines))
-        documents = data.text_documents(
-            training_options(tmp_path, tmp_path, shuffle_buffer=buffer), str(tmp_path), letters
-        )
+        documents = data.text_documents(TextSource(str(tmp_path), shuffle_buffer=buffer), letters)
         whole = [list(documents(epoch, 0)) for epoch in range(3)]
         for epoch, expected in enumerate(whole):
             assert list(documents(epoch, 4)) == expected[4:]
@@ -92,15 +91,14 @@ class TestData:
         else:
             table.to_json(file)
         source = file if ending != "txt" else tmp_path
-        options = training_options(tmp_path, source, shuffle_buffer=0)
-        documents = data.text_documents(options, str(source), letters)
+        documents = data.text_documents(TextSource(str(source), shuffle_buffer=0), letters)
         assert list(documents(0, 0)) == [[97, 98, 99], [100, 101]]
         assert list(documents(0, 1)) == [[100, 101]]
 
     @pytest.mark.parametrize("dataset", ["./missing.jsonl", "/no/such/folder", "x*.txt"])
     def test_missing_files_are_errors(self, dataset: str) -> None:
         with pytest.raises(UserError, match="no file there with one of the endings"):
-            data.text_documents(training_options(Path("x"), Path("x")), dataset, None)
+            data.text_documents(TextSource(dataset), None)
 
     def test_text_of_the_backbone_itself(self, model_folder: Path) -> None:
         engine = Engine(TransformerBackbone(tiny_model("llama"), max_length=256))
@@ -122,6 +120,6 @@ def test_damaged_text_is_named(tmp_path: Path) -> None:
         ("latin.txt", b"caf\xe9"),
     ):
         (tmp_path / name).write_bytes(content)
-        options = training_options(tmp_path, tmp_path / name, shuffle_buffer=0)
+        source = TextSource(str(tmp_path / name), shuffle_buffer=0)
         with pytest.raises(UserError, match=name):
-            list(data.text_documents(options, str(tmp_path / name), letters)(0, 0))
+            list(data.text_documents(source, letters)(0, 0))

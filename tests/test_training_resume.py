@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.training import command, evaluation, state
@@ -157,7 +158,7 @@ class TestResume:
         for name, tensor in tensors(unbroken).items():
             assert torch.equal(load_file(tmp_path / "exits.safetensors")[name], tensor.bfloat16())
         loaded = saved.load()
-        backbone = command.load_backbone(training_options(model_folder, texts), run)
+        backbone = load_backbone(training_options(model_folder, texts).reading(run))
         frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
         _, rows = command._data(training_options(model_folder, texts), backbone)
         seen = observe(frozen, loaded, rows, 64)
