@@ -36,7 +36,7 @@ FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
     }
 )
 
-#: Arguments that ``--model hf`` takes and this model cannot honour, with the reason.
+#: Arguments of ``--model hf``, or of earlier versions, that cannot be honoured, with the reason.
 REFUSED_ARGUMENTS = {
     "certificate": "write threshold=FILE, or threshold=calibrated",
     "attn_implementation": "dynamax runs its own attention over ragged batches; remove attn_implementation",
@@ -103,7 +103,7 @@ def _check_combinations(args: Mapping[str, Any]) -> None:
 
 
 def _whole(least: int) -> Callable[[str, Any], int]:
-    """A parser of whole numbers, also in text; other than ``_integer`` it refuses 64.0, which is no length."""
+    """A parser of whole numbers, also in text; unlike ``values.count`` it refuses 64.0, which is no length."""
 
     def parse(name: str, value: Any) -> int:
         is_number = isinstance(value, int) and not isinstance(value, bool)

@@ -7,6 +7,7 @@ Loading (dtype, revision, PEFT, chat templates and so on) is HFLM's own. Feature
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -44,9 +45,6 @@ class DynamaxLM(HFLM):
 
     ``backbone`` (or ``pretrained``) is an alias, a Hub id, a folder, or from Python a loaded model.
     """
-
-    #: HFLM's: what loads the model; it sets it by the kind of model.
-    AUTO_MODEL_CLASS: Any = None
 
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         """Checks every argument, then loads the backbone and compares the layer loop with its forward.
@@ -213,10 +211,11 @@ class DynamaxLM(HFLM):
 
         evaluate.check_followed(self.response_ledger, describe.needs_tasks(self))
         answers: dict[int, Answer] = {}
-        for index, answer in self.budget.answers(documents, self.policy, run, disable_tqdm):
-            answers[index] = answer
-            self.response_ledger.store(kind, keys[index], answer.record, answer.value)
-            self.cache_hook.add_partial(kind, keys[index], answer.value)
+        with closing(self.budget.answers(documents, self.policy, run, disable_tqdm)) as stream:
+            for index, answer in stream:
+                answers[index] = answer
+                self.response_ledger.store(kind, keys[index], answer.record, answer.value)
+                self.cache_hook.add_partial(kind, keys[index], answer.value)
         in_order = [answers[index] for index in range(len(keys))]
         self.response_ledger.keep(kind, zip(keys, (answer.record for answer in in_order), strict=True))
         return [answer.value for answer in in_order]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -123,7 +123,7 @@ class BudgetRunner:
         policy: ExitPolicy,
         run: Run[AnyAnswer],
         disable_tqdm: bool = False,
-    ) -> Iterator[tuple[int, AnyAnswer]]:
+    ) -> Generator[tuple[int, AnyAnswer], None, None]:
         """Yields the index of every request with its answer, as soon as it is known.
 
         Args:

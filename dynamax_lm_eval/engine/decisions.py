@@ -132,7 +132,8 @@ class ExitDecisions:
     ) -> _Evaluation:
         """Compares one confidence of the tokens in flight at ``indices`` (t,) with their thresholds."""
         own = tokens[indices]
-        before, after = select(before, indices)[0], select(hidden, indices)[0]
+        after = select(hidden, indices)[0]
+        before = select(before, indices)[0] if use.confidence.reads_before else after
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
         reduced: Sequence[Tensor] = ()

@@ -112,7 +112,6 @@ class _TargetScores:
     ) -> None:
         self._targets = targets
         self._dtype = softmax_dtype
-        self._row_of = batch.layout.row_of
         self._needs_logits = np.flatnonzero(batch.needs_logits)
         flat = [token_targets for row in targets for token_targets in row]
         assert len(flat) == len(self._needs_logits)

@@ -63,7 +63,6 @@ class PreparedGeneration:
             UserError: the prompt or an argument cannot be honoured.
         """
         self._lm = lm
-        self.args = request.args
         #: What the request is, for seeding: equal documents at different places are different requests.
         place = [getattr(request, name, None) for name in ("task_name", "doc_id", "idx")]  # none if made by hand
         self.key = json.dumps([*place, request.args], default=str)

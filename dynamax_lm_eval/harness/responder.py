@@ -27,6 +27,7 @@ from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.harness import describe, evaluate
 from dynamax_lm_eval.harness.documents import Document, document_of, documents_of, naming_document, of_document
 from dynamax_lm_eval.harness.encoding import TokenPair, encode_pair, fit, needed_prefix
 from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
@@ -55,7 +56,7 @@ class Answer:
     tokens: Sequence[int] | None = None
 
 
-Answers = Iterator[tuple[int, Answer]]
+Answers = Generator[tuple[int, Answer], None, None]
 
 
 class Responder:
@@ -115,6 +116,7 @@ class Responder:
         Raises:
             UserError: one of them cannot be scored; names its document.
         """
+        evaluate.check_followed(self._ledger, describe.needs_tasks(self._lm))
         if self._lm.enable_thinking:
             tasks = sorted({task for task, _ in documents_of(requests)})
             raise UserError(f"enable_thinking=true is for generations only, and {', '.join(tasks)} asks for scores")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +102,12 @@ class SweepLM(DynamaxLM):
 
     def _store(self, missing: Sequence[tuple[SweepPoint, int]], keys: Sequence[str], answers: Answers) -> None:
         """Keeps each answer with its point, on disk as soon as it is known."""
-        for index, answer in answers:
-            point, request = missing[index]
-            value = list(answer.value) if isinstance(answer.value, tuple) else answer.value
-            pieces = None if answer.tokens is None else self._pieces(answer.tokens)
-            point.store.add(keys[request], Response(value, answer.record, pieces))
+        with closing(answers):
+            for index, answer in answers:
+                point, request = missing[index]
+                value = list(answer.value) if isinstance(answer.value, tuple) else answer.value
+                pieces = None if answer.tokens is None else self._pieces(answer.tokens)
+                point.store.add(keys[request], Response(value, answer.record, pieces))
 
     def _missing(self, keys: Sequence[str]) -> list[tuple[SweepPoint, int]]:
         """Returns the points and the indices of requests that they have no answer to."""

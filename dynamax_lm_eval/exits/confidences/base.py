@@ -22,7 +22,7 @@ class ExitInputs(NamedTuple):
 
     Attributes:
         layer: the exit layer.
-        before: (T, D) hidden states before its block.
+        before: (T, D) hidden states before its block; those after it for confidences that do not look at them.
         after: (T, D) hidden states after it.
         slots: (T,) the place of each token's row in the states.
         classifiers: the trained exits with what they carry of the rows.
@@ -49,6 +49,8 @@ class Confidence(ABC):
     name: str
     #: Whether an evaluation reads the LM head.
     reads_lm_head: ClassVar[bool] = False
+    #: Whether it looks at the hidden states before the block.
+    reads_before: ClassVar[bool] = False
     #: Whether it carries a state from token to token of a row.
     recurrent: bool = False
 

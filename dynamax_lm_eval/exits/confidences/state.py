@@ -12,6 +12,7 @@ class StateConfidence(Confidence):
     """Cosine of the hidden state before and after the block at the exit."""
 
     name = "state"
+    reads_before = True
 
     def score(self, inputs: ExitInputs) -> Tensor:
         return state_similarity(inputs.before, inputs.after)
