@@ -1,6 +1,6 @@
 """Files written so that a reader, or a restart after a kill, never sees half of one, and read so that damage shows.
 
-Knows texts, JSON, checksums and names; knows nothing of what the files say.
+Knows texts, JSON, tensors, checksums and names; knows nothing of what the files say.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from dynamax_lm_eval.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 #: Characters of a name that stays as it is; with an ending and a date it still fits the 255 bytes of a file name.
 _LONGEST_NAME = 120
@@ -47,6 +50,21 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file, on disk before this returns; not in one step, so that callers rename it.
+
+    It gets the permissions that the umask leaves, where the library's own make it its writer's alone.
+    """
+    from safetensors.torch import save_file  # takes torch, which not all who write files need
+
+    with naming(path):
+        path.touch()
+        permissions = stat.S_IMODE(path.stat().st_mode)
+        save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(permissions)
+    sync(path)
 
 
 def checksum(data: Any, salt: str = "") -> str:
@@ -129,7 +147,7 @@ class JsonFormat:
         if not isinstance(data, dict) or data.get("format") != self.name:
             raise UserError(f"{called} cannot be used: it is not {self.what} (no format {self.name!r}); {self.remedy}")
         version = data.get("format_version", 1)
-        if version in self.outdated:
+        if isinstance(version, int) and version in self.outdated:
             raise UserError(
                 f"{called} cannot be used: it is of an earlier version ({version}) that is no longer valid, since "
                 f"{self.outdated[version]}; {self.remedy}"

@@ -107,7 +107,7 @@ def test_a_restart_answers_nothing_twice(
 
 def _never(_self: Any, asked: Any, *_args: Any, **_kwargs: Any) -> Any:
     assert not asked, "everything was answered before"
-    return iter(())
+    return (answer for answer in ())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from helpers import TASKS
 from helpers_harness import add_post_processor, calibrate_options, run_calibrated, save_exits
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
@@ -93,6 +94,11 @@ def test_documents_given_by_position_are_those_that_are_checked(
         lm_eval.evaluate(lm, tasks)
     with pytest.raises(UserError, match="a certificate cannot be checked"):
         inspect.unwrap(lm_eval.evaluator.evaluate)(lm, tasks)
+    requests = tasks["tasks"]["tiny_generate"].instances
+    with pytest.raises(UserError, match="a certificate cannot be checked where the model is called directly"):
+        lm.generate_until(requests)
+    with pytest.raises(UserError, match="a certificate cannot be checked where the model is called directly"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
 
 
 @pytest.mark.parametrize(

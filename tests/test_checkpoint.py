@@ -68,6 +68,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         (lambda folder: set_config(folder, format_version=99), "format_version is 99"),
         (lambda folder: set_config(folder, exit_layers=[3, 2, 4]), "are not rising numbers"),
         (lambda folder: set_config(folder, exit_layers=[2, 6]), "are not rising numbers"),
+        (lambda folder: set_config(folder, final_block="no"), "final_block is not true or false"),
         (lambda folder: set_config(folder, classifiers=[]), "are not some of calm, ffn, mamba, hybrid"),
         (lambda folder: set_config(folder, activation="swoosh"), "activation 'swoosh' is unknown"),
         (lambda folder: set_config(folder, exit_layers=[2, 3]), "exits.safetensors cannot be used"),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import (
@@ -17,6 +18,7 @@ from dynamax_lm_eval.files import (
     checksum,
     naming,
     short_name,
+    write_tensors,
     write_text,
 )
 
@@ -89,7 +91,8 @@ def mode(path: Path) -> int:
 
 def test_new_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
     write_text(tmp_path / "new", "text\n")
-    assert mode(tmp_path / "new") == 0o666 & ~umask
+    write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)})
+    assert mode(tmp_path / "new") == mode(tmp_path / "tensors") == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("permissions", [0o600, 0o664])

@@ -85,12 +85,23 @@ def test_policies_read_the_file(tmp_path: Path) -> None:
         resolve_policy(args, 8)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": "other"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '{"format": "other"}', '{"format": "dynamax-prune-profile", "format_version": [1]}']
+)
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "profile.json"
     file.write_text(text)
     with pytest.raises(UserError, match="prune_profile"):
         PruneProfile.load(file)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"distances": [[0.5]]}, {"distances": [*made().distances[:-1], [0.5, math.nan]]}, {"fingerprint": None}]
+)
+def test_a_profile_edited_into_nonsense_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    made(**changed).save(tmp_path / "profile.json")
+    with pytest.raises(UserError, match=r"profile.json' is damaged .*distances|fingerprint"):
+        PruneProfile.load(tmp_path / "profile.json")
 
 
 @pytest.mark.parametrize(

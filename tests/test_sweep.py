@@ -21,13 +21,14 @@ from torch.utils import collect_env
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.files import file_checksum
 from dynamax_lm_eval.harness import cache
 from dynamax_lm_eval.harness.responder import Responder
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
-from dynamax_lm_eval.sweep.files import POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
+from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, grid, parse_thresholds, read_yaml
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
@@ -197,6 +198,50 @@ def test_data_that_cannot_be_read_end_in_one_line(
     given += ["--metadata", f"file={tmp_path / 'a.jsonl'}", "--device", "cpu", "--confidences", "state"]
     assert main(["sweep", *given]) == 2
     assert "a.jsonl: line 2 is no JSON" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("only_our_tasks")
+def test_points_that_answered_other_documents_are_made_anew(model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    options = replace(
+        sweep_options(model_folder, tmp_path / "out", thresholds="0.3", prune=""),
+        tasks="local_text",
+        metadata=json.dumps({"file": str(data)}),
+    )
+    for thresholds, words in (("0.3", "The quick"), ("0.3,0.6", "A slow")):
+        data.write_text("".join(json.dumps({"text": f"{words} fox {i}"}) + "\n" for i in range(3)))
+        command.sweep(replace(options, thresholds=thresholds))
+    (task,) = collect.read([tmp_path / "out"], 0.1)
+    assert {sample["doc"]["text"] for point in task.points for sample in point.samples} == {
+        f"A slow fox {i}" for i in range(3)
+    }
+
+
+def test_a_report_does_not_compare_other_documents(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = sweep_options(model_folder, tmp_path, thresholds="0.3", prune="2", limit=2)
+    command.sweep(replace(options, tasks="tiny_choice"))
+    (point,) = [path for path in tmp_path.rglob(POINT_NAME) if POINT.read(path)["family"] == "pruning"]
+    data = POINT.read(point)
+    file = point.parent / data["samples"]["tiny_choice"]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "doc_hash": "other"}) + "\n" for line in lines))
+    checksums = {name: file_checksum(point.parent / name) for name in data["checksums"]}
+    POINT.write(point, {**data, "checksums": checksums})
+    (task,) = collect.read([tmp_path], 0.1)
+    assert {result.kind for result in task.points} == {"full", "exits"}
+    assert "1 points answered other documents" in caplog.text
+
+
+def test_a_sweep_goes_on_where_its_model_was_moved(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = sweep_options(model_folder, tmp_path / "out", thresholds="0.3", prune="", limit=2)
+    command.sweep(options)
+    moved = shutil.copytree(model_folder, tmp_path / "moved")
+    monkeypatch.setattr(Responder, "generations", lambda *_: pytest.fail("asked again"))
+    command.sweep(replace(options, backbone=str(moved)))
 
 
 @pytest.mark.usefixtures("only_our_tasks")

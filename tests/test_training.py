@@ -47,6 +47,18 @@ class TestOutput:
         assert (tmp_path / name).read_text() == content
 
     @pytest.mark.usefixtures("no_work")
+    @pytest.mark.parametrize("name", ["training.jsonl", "state/state-machine/notes.txt"])
+    def test_what_looks_like_a_beginning_does_not_open_a_folder(
+        self, model_folder: Path, texts: Path, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / "README.md").write_text("MY OWN README")
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=r"holds other files \(README.md, [^.]+"):
+            command.train(training_options(model_folder, texts), RunOptions(output=str(tmp_path), device="cpu"))
+        assert (tmp_path / name).exists()
+
+    @pytest.mark.usefixtures("no_work")
     @pytest.mark.parametrize("damaged", ["", "[1]", None])
     def test_a_damaged_state_can_be_overwritten_only(
         self,

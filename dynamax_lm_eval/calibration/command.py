@@ -29,7 +29,7 @@ from dynamax_lm_eval.calibration.testing import (
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
-from dynamax_lm_eval.harness.evaluate import document_hash
+from dynamax_lm_eval.harness.evaluate import document_hashes
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points
@@ -251,7 +251,7 @@ def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:
         tasks = manager.load(names)["tasks"]
     if list(tasks) != [options.tasks]:
         raise UserError(f"--tasks must name one task, and {options.tasks!r} is {', '.join(tasks)}; calibrate each")
-    return [document_hash(document) for document in tasks[options.tasks].eval_docs]
+    return document_hashes(tasks[options.tasks])
 
 
 def _samples(options: CalibrateOptions, documents: list[int]) -> str:

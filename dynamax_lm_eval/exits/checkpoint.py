@@ -14,14 +14,14 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
-from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync, write_text
+from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, write_tensors, write_text
 from dynamax_lm_eval.models.aliases import HUB_ALIASES, cache_dir, shipped_dir
 from dynamax_lm_eval.models.fingerprint import Fingerprints, tensors_fingerprint
 from dynamax_lm_eval.types import ClassifierKind
@@ -102,6 +102,8 @@ class ExitConfig:
 
     def check(self) -> None:
         """Raises UserError where the configuration contradicts itself or asks for what does not exist."""
+        if not isinstance(self.backbone.fingerprint, str) or not isinstance(self.final_block, bool):
+            raise UserError("its fingerprint is not a text, or its final_block is not true or false")
         layers, depth = self.exit_layers, self.backbone.num_layers
         if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < depth:
             raise UserError(f"its exit_layers {list(layers)} are not rising numbers in 1..{depth - 1}")
@@ -244,9 +246,8 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in modules.state_dict().items()}
     partial = folder / f".{WEIGHTS_NAME}.partial"
-    with naming(partial):
-        save_file(tensors, partial, metadata={"format": "pt"})
-    sync(partial)
+    partial.unlink(missing_ok=True)
+    write_tensors(partial, tensors, {"format": "pt"})
     weights_checksum = file_checksum(partial)
     partial.replace(folder / WEIGHTS_NAME)
     for name, text in (files or {}).items():

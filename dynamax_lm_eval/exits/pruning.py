@@ -7,6 +7,7 @@ l .. l + n - 1 do; those of the least distance are disabled. Knows files and num
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,10 +63,23 @@ class PruneProfile:
     @classmethod
     def load(cls, path: Path) -> PruneProfile:
         """Reads a profile; raises UserError where the file is missing or is no such profile."""
+        called = f"prune_profile={str(path)!r}"
         try:
-            return cls(**FORMAT.read(path, f"prune_profile={str(path)!r}"))
-        except TypeError as error:
-            raise UserError(f"prune_profile={str(path)!r} is damaged ({error}); {FORMAT.remedy}") from error
+            profile = cls(**FORMAT.read(path, called))
+            profile._check()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{called} is damaged ({error}); {FORMAT.remedy}") from error
+        return profile
+
+    def _check(self) -> None:
+        """Refuses, with TypeError or ValueError, what only an edited file says; ``json`` reads NaN as a number."""
+        if not isinstance(self.fingerprint, str):
+            raise TypeError("its fingerprint must be a text")
+        lengths = [len(row) for row in self.distances]
+        if lengths != list(range(self.num_layers, 1, -1)):
+            raise ValueError(f"distances must have {self.num_layers} to 2 entries, row by row, and have {lengths}")
+        if not all(isinstance(d, int | float) and math.isfinite(d) for row in self.distances for d in row):
+            raise ValueError("distances must be finite numbers")
 
 
 def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:

@@ -65,13 +65,16 @@ def _decorated(function: Any) -> CellType | None:
     return innermost
 
 
-def check_followed(ledger: ResponseLedger, needed_by: str | None) -> None:
+def check_followed(ledger: ResponseLedger, needed_by: str | None, by_hand: bool) -> None:
     """Notices that the harness evaluates a model without having passed through :func:`install`'s wrapper.
 
-    Models that are called directly are not meant. ``needed_by``: what of the model's arguments cannot do without.
+    Args:
+        ledger: of the model.
+        needed_by: what of the model's arguments cannot do without; None: nothing.
+        by_hand: it can where no harness evaluates, and requests are made by hand.
 
     Raises:
-        UserError: there is such an argument; otherwise a warning is logged.
+        UserError: there is such an argument; otherwise a warning is logged, where the harness evaluates.
     """
     if ledger.is_followed:
         return
@@ -79,6 +82,10 @@ def check_followed(ledger: ResponseLedger, needed_by: str | None) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not theirs:
         frame = frame.f_back
+    if frame is None and needed_by is not None and not by_hand:
+        raise UserError(
+            f"{needed_by} cannot be checked where the model is called directly; call lm_eval.simple_evaluate"
+        )
     if frame is None:
         return
     remedy = "import dynamax_lm_eval.lm before lm_eval.evaluate is bound to a name, or call lm_eval.simple_evaluate"
@@ -179,13 +186,17 @@ def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> Non
         raise UserError(f'--samples must be a file, or JSON like {{"task": [0, 7]}}, got {samples!r}')
 
     def documents(name: str) -> list[str]:
-        task = tasks[name]
-        evaluated = task.doc_iterator(limit=get_sample_size(task, limit), samples=samples.get(name))
-        return [document_hash(document) for _, document in evaluated]
+        return document_hashes(tasks[name], limit, samples.get(name))
 
     names = ("apply_chat_template", "system_instruction", "fewshot_as_multiturn")
     settings = {name: options.get(name) for name in names}
     lm.begin_run(tasks, documents, settings)
+
+
+def document_hashes(task: Any, limit: float | None = None, samples: list[int] | None = None) -> list[str]:
+    """Returns the harness's ``doc_hash`` of each document of a task that an evaluation with these options takes."""
+    evaluated = task.doc_iterator(limit=get_sample_size(task, limit), samples=samples)
+    return [document_hash(document) for _, document in evaluated]
 
 
 def document_hash(document: Any) -> str:

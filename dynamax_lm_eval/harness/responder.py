@@ -116,7 +116,7 @@ class Responder:
         Raises:
             UserError: one of them cannot be scored; names its document.
         """
-        evaluate.check_followed(self._ledger, describe.needs_tasks(self._lm))
+        evaluate.check_followed(self._ledger, describe.needs_tasks(self._lm), by_hand=self._lm.certified is None)
         if self._lm.enable_thinking:
             tasks = sorted({task for task, _ in documents_of(requests)})
             raise UserError(f"enable_thinking=true is for generations only, and {', '.join(tasks)} asks for scores")

@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
-from dynamax_lm_eval.files import file_checksum, short_name
-from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
+from dynamax_lm_eval.files import checksum, file_checksum, short_name
+from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
@@ -51,6 +51,7 @@ _RECORDED = 2
 #: Options that change nothing in the results.
 _FREE = frozenset(
     [
+        "backbone",  # the identity of the answers binds its weights, wherever they lie
         "output",
         "batch_size",
         "device",
@@ -108,13 +109,14 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         SweepPoint(point, settings, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
         for point, settings, identity in own_points
     ]
-    waiting = [point for point in points if not _is_done(folder, point, options)]
+    asked = _asked(options, tasks)
+    waiting = [point for point in points if not _is_done(folder, point, asked)]
     if done := len(points) - len(waiting):
         logger.info("%d of %d points are done already", done, len(points))
     lm.start(waiting)
     for number, point in enumerate(waiting, start=1):
         results = _evaluate(lm, point, options, tasks)
-        _save(folder, point, options, results, lm.run_settings)
+        _save(folder, point, options, results, lm.run_settings, asked)
         logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, _summary(results))
     for point in points:
         point.store.close()
@@ -190,14 +192,14 @@ def process() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
+def _is_done(folder: Path, point: SweepPoint, asked: dict[str, Any]) -> bool:
     """Says whether a point is finished and nothing of it is damaged; what is damaged is made anew, with a warning."""
     path = point_folder(folder, point.point.name) / POINT_NAME
     if not path.is_file():
         return False
     try:
         done = POINT.read(path)
-        if done["asked"] != _requested(options):
+        if done["asked"] != asked:
             return False
         check_results(path.parent, done["checksums"])
     except UserError as error:
@@ -208,11 +210,25 @@ def _is_done(folder: Path, point: SweepPoint, options: SweepOptions) -> bool:
     return missing <= 0 and not point.store.damaged
 
 
-def _requested(options: SweepOptions) -> dict[str, Any]:
-    """Returns what a point must have answered, and recorded, to be finished."""
-    requested = {"tasks": options.task_names, "limit": options.limit, "recorded": _RECORDED}
+def _asked(options: SweepOptions, manager: TaskManager) -> dict[str, Any]:
+    """Returns what a point must have answered, and recorded, to be finished.
+
+    The documents are part of it: the data of a task may change between two runs, and points that answered different
+    ones cannot be compared.
+    """
     samples = options.samples_given
-    return requested if samples is None else {**requested, "samples": samples}
+    with naming_tasks():
+        tasks = manager.load(options.task_names)["tasks"]
+    asked = {
+        "tasks": options.task_names,
+        "limit": options.limit,
+        "recorded": _RECORDED,
+        "documents": {
+            name: checksum(document_hashes(task, options.limit, (samples or {}).get(name)))
+            for name, task in sorted(tasks.items())
+        },
+    }
+    return asked if samples is None else {**asked, "samples": samples}
 
 
 @contextmanager
@@ -268,10 +284,17 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     return results
 
 
-def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[str, Any], run: dict[str, Any]) -> None:
+def _save(
+    folder: Path,
+    point: SweepPoint,
+    options: SweepOptions,
+    results: dict[str, Any],
+    run: dict[str, Any],
+    asked: dict[str, Any],
+) -> None:
     """Writes the harness's own files, then ``point.json``, which says that they are whole.
 
-    ``run``: settings of the tasks, as certificates bind them.
+    ``run``: settings of the tasks, as certificates bind them; ``asked``: as :func:`_asked` returns it.
     """
     directory = point_folder(folder, point.point.name)
     samples = results.pop("samples")
@@ -301,7 +324,7 @@ def _save(folder: Path, point: SweepPoint, options: SweepOptions, results: dict[
         "line": point.point.series,
         "value": point.point.x,
         "policy": point.settings.policy.describe(),
-        "asked": _requested(options),
+        "asked": asked,
         "run": run,
         "results": summary,
         "samples": files,

@@ -148,8 +148,8 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
         if not full:
             raise UserError(f"{backbone}, {task}: the full model is missing; let the sweep finish")
         others = [result for result in results if result.kind != "full"]
-        documents = [sample["doc_id"] for sample in full[0].samples]
-        kept = [point for point in others if [sample["doc_id"] for sample in point.samples] == documents]
+        documents = _documents(full[0])
+        kept = [point for point in others if _documents(point) == documents]
         if len(kept) < len(others):
             logger.warning(
                 "%s, %s: %d points answered other documents than the full model and are left out",
@@ -160,6 +160,11 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
         _compare(full[0], kept, max_degenerate)
         tasks.append(TaskResults(backbone, task, [full[0], *kept]))
     return tasks
+
+
+def _documents(point: PointResult) -> list[tuple[int, str]]:
+    """Returns which documents a point answered: an id alone says nothing where the data of a task changed."""
+    return [(sample["doc_id"], sample["doc_hash"]) for sample in point.samples]
 
 
 def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:

@@ -19,12 +19,12 @@ TRACKED = "dynamax-exits"
 def is_own_log(log: Path) -> bool:
     """Returns whether a ``training.jsonl`` is a training's.
 
-    It is where it is empty, or begins with a line as :func:`write_step` writes it, whole or cut short.
+    It is where it begins with a line as :func:`write_step` writes it, whole or cut short.
     """
     first, *others = log.read_bytes().split(b"\n")
     names = {item.name for item in fields(StepReport)}
     try:
-        return not first or names <= set(json.loads(first))
+        return names <= set(json.loads(first))
     except (ValueError, TypeError):
         return not others and first.startswith(b'{"step": ')
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
-from dynamax_lm_eval.locks import locked
+from dynamax_lm_eval.locks import LOCK_NAME, locked
 from dynamax_lm_eval.training import state
 from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, is_own_log
 from dynamax_lm_eval.training.options import RunOptions
@@ -37,7 +37,7 @@ def _check_output(folder: Path, run: RunOptions) -> None:
     finished = (folder / checkpoint.CONFIG_NAME).exists()
     begun = state.is_begun(folder / STATE_NAME)
     if folder.exists() and not _is_own(folder):
-        names = sorted(path.name for path in folder.iterdir())[:3] if folder.is_dir() else []
+        names = sorted(_foreign_names(folder))[:3] if folder.is_dir() else []
         raise UserError(
             f"--output {folder} is no folder of a training, and holds other files ({', '.join(names)}, ...); choose "
             "another one"
@@ -59,16 +59,22 @@ def _is_own(folder: Path) -> bool:
     """
     if not folder.is_dir():
         return False
-    if all(path.name.startswith(".") or path.name == TRACKED for path in folder.iterdir()):
-        return True
+    names = {name for name in _foreign_names(folder) if not name.startswith(".") and name != TRACKED}
     log = folder / LOG_NAME
-    if state.is_begun(folder / STATE_NAME) or (log.is_file() and is_own_log(log)):
+    # Before the first step a training leaves an empty log, which tells nothing where there is more.
+    begun = names <= {LOG_NAME, STATE_NAME} if log.is_file() and not log.stat().st_size else not names
+    if begun or state.is_begun(folder / STATE_NAME) or (log.is_file() and is_own_log(log)):
         return True
     try:
         checkpoint.FORMAT.read(folder / checkpoint.CONFIG_NAME)
     except UserError:
         return False
     return True
+
+
+def _foreign_names(folder: Path) -> list[str]:
+    """Returns the names in a folder, without the lock that is held there by now."""
+    return [path.name for path in folder.iterdir() if path.name != LOCK_NAME]
 
 
 def clear(folder: Path) -> None:

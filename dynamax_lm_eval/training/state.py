@@ -6,6 +6,7 @@ A state is a folder that appears as a whole. The one before it is kept, and used
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from dynamax_lm_eval.errors import UserError, changed_settings
-from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, sync
+from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,8 @@ def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.o
     partial = folder / f".{_PREFIX}{progress.step:08d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    with naming(partial):
-        save_file(_tensors(module.state_dict()), partial / _WEIGHTS)
-        save_file(_optimizer_tensors(optimizer), partial / _OPTIMIZER)
-    for name in _FILES:
-        sync(partial / name)
+    write_tensors(partial / _WEIGHTS, _tensors(module.state_dict()))
+    write_tensors(partial / _OPTIMIZER, _optimizer_tensors(optimizer))
     checksums = {name: file_checksum(partial / name) for name in _FILES}
     PROGRESS.write(partial / PROGRESS_NAME, {**progress.__dict__, "checksums": checksums})
     sync(partial)
@@ -125,7 +123,8 @@ def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())
+    names = re.compile(rf"{_PREFIX}\d{{8,}}")
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if names.fullmatch(path.name) and path.is_dir())
 
 
 def _tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
