@@ -72,7 +72,7 @@ class TestResume:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Trainer, "_accumulate", dying(Trainer._accumulate))
                 patch.setattr(Trainer, "_update", dying(Trainer._update))
-                patch.setattr(state, "save_file", dying(state.save_file))
+                patch.setattr(state, "write_tensors", dying(state.write_tensors))
                 patch.setattr(Path, "rename", dying(Path.rename))
                 try:
                     saved = train(model_folder, texts, tmp_path, resume=True)

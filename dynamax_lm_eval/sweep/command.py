@@ -217,7 +217,7 @@ def _asked(options: SweepOptions, manager: TaskManager) -> dict[str, Any]:
     ones cannot be compared.
     """
     samples = options.samples_given
-    with naming_tasks():
+    with naming_tasks(), one_of_many_evaluations():
         tasks = manager.load(options.task_names)["tasks"]
     asked = {
         "tasks": options.task_names,
