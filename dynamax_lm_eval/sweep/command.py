@@ -21,9 +21,9 @@ from lm_eval.tasks import TaskManager
 import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
+from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import checksum, file_checksum, short_name
 from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
-from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
@@ -106,8 +106,8 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
     points = [
-        SweepPoint(point, settings, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
-        for point, settings, identity in own_points
+        SweepPoint(point, policy, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
+        for point, policy, identity in own_points
     ]
     asked = _asked(options, tasks)
     waiting = [point for point in points if not _is_done(folder, point, asked)]
@@ -171,8 +171,8 @@ def _bound(options: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve(
     lm: SweepLM, points: Sequence[Point], options: SweepOptions
-) -> list[tuple[Point, RequestSettings, dict[str, Any]]]:
-    """Returns each point with its settings of requests and the identity of its answers, options of the sweep included.
+) -> list[tuple[Point, ExitPolicy, dict[str, Any]]]:
+    """Returns each point with its policy and the identity of its answers, options of the sweep included.
 
     Raises:
         UserError: the backbone cannot run one of them; before any is answered.
@@ -183,7 +183,7 @@ def _resolve(
             lm.use_policy(point.args)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from error
-        resolved.append((point, lm.settings, {**lm.identity(), **_bound(options.to_json())}))
+        resolved.append((point, lm.policy, {**lm.identity(), **_bound(options.to_json())}))
     return resolved
 
 
@@ -323,7 +323,7 @@ def _save(
         "family": point.point.kind,
         "line": point.point.series,
         "value": point.point.x,
-        "policy": point.settings.policy.describe(),
+        "policy": point.policy.describe(),
         "asked": asked,
         "run": run,
         "results": summary,
