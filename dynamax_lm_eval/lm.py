@@ -140,11 +140,6 @@ class DynamaxLM(HFLM):
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
 
-    @property
-    def settings(self) -> RequestSettings:
-        """What decides how requests are answered now, beside themselves."""
-        return RequestSettings(self.policy, self.args.repetition_penalty)
-
     def _policy_for(self, args: DynamaxArgs) -> ExitPolicy:
         exits = self.exits.config if self.exits is not None and checkpoint.may_use_exits(args) else None
         return resolve_policy(args, self._source.num_layers, exits, self._source.is_recurrent)
@@ -153,7 +148,7 @@ class DynamaxLM(HFLM):
         """Texts of ``generate_until`` requests."""
 
         def answer(policies: Sequence[ExitPolicy], chosen: Sequence[int], *shown: Any) -> Answers:
-            settings = [replace(self.settings, policy=policy) for policy in policies]
+            settings = [RequestSettings(policy, self.args.repetition_penalty) for policy in policies]
             return self.responder.generations([*zip(settings, [requests[i] for i in chosen], strict=True)], *shown)
 
         return self._respond("generate_until", documents_of(requests), [r.args for r in requests], answer, disable_tqdm)
