@@ -62,7 +62,7 @@ class DynamaxLM(HFLM):
         source.check_mamba_kernels(self.args.mamba_kernels)
         draft = None
         if model is None:
-            draft = engine_without_weights(source.config, source.options, source.longest_row, kernels)
+            draft = engine_without_weights(source.structure, source.longest_row, kernels)
         # Runs without exits need not read the weights twice.
         if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
             source.read_fingerprints()
@@ -78,6 +78,7 @@ class DynamaxLM(HFLM):
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
 
+        self.AUTO_MODEL_CLASS = loading.auto_class(source.config)
         with loading.naming(f"backbone={self.args.backbone!r}"):
             super().__init__(pretrained=model if model is not None else source.path, **source.options)
         if hasattr(self, "accelerator"):
@@ -142,7 +143,7 @@ class DynamaxLM(HFLM):
 
     def _policy_for(self, args: DynamaxArgs) -> ExitPolicy:
         exits = self.exits.config if self.exits is not None and checkpoint.may_use_exits(args) else None
-        return resolve_policy(args, self._source.num_layers, exits, self._source.is_recurrent)
+        return resolve_policy(args, self._source.num_layers, exits, self._source.has_recurrence)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts of ``generate_until`` requests."""

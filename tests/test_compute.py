@@ -141,10 +141,10 @@ def test_weights_that_cannot_be_counted_are_refused() -> None:
 
 COST = BackboneCost(
     (
-        BlockCost(weights=100, attention_width=3, window=None, state_recompute=10),
-        BlockCost(weights=200, attention_width=5, window=2, state_recompute=20),
-        BlockCost(weights=300, attention_width=3, window=None, state_recompute=30),
-        BlockCost(weights=400, attention_width=5, window=2, state_recompute=40),
+        BlockCost(weights=100, per_position=6, window=None, state_recompute=10),
+        BlockCost(weights=200, per_position=10, window=2, state_recompute=20),
+        BlockCost(weights=300, per_position=6, window=None, state_recompute=30),
+        BlockCost(weights=400, per_position=10, window=2, state_recompute=40),
     ),
     lm_head=1000,
 )

@@ -118,6 +118,10 @@ class ForwardPass(ABC):
     """
 
     @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Returns the hidden states (1, N, D) of the batch's token ids (N,); called once, before any block."""
+
+    @abstractmethod
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         """Runs one block on the tokens in flight, after giving it the states of those that have left.
 
@@ -153,6 +157,8 @@ class Backbone(ABC):
 
     #: The name of the model's class.
     name: str
+    #: How the blocks are run: the words of ``backbones.RUNGS``.
+    rung: str
     num_layers: int
     hidden_size: int
     vocab_size: int
@@ -186,7 +192,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Returns the hidden states (1, N, D) of token ids (N,)."""
+        """Returns the hidden states (1, N, D) of token ids (N,) that stand alone."""
 
     @abstractmethod
     def readout(self, hidden: Tensor) -> Tensor:
@@ -199,15 +205,3 @@ class Backbone(ABC):
     @abstractmethod
     def row_bytes(self, num_tokens: int) -> int:
         """Returns the bytes of what all blocks keep of a row of ``num_tokens`` tokens."""
-
-    @abstractmethod
-    def observe(self, ids: Tensor) -> None:
-        """Runs the tokens ``ids`` (T,) once and corrects ``cost`` by what the blocks were seen to do."""
-
-    @abstractmethod
-    def verify_recompute(self, ids: Tensor) -> None:
-        """Compares recomputed states with those that the blocks write, on the tokens ``ids`` (T,).
-
-        Raises:
-            UserError: they differ; the message says where.
-        """

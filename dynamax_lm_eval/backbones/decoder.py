@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import Backbone
+from dynamax_lm_eval.models.blocks import find_blocks
 
 
 class DecoderBackbone(Backbone):
@@ -25,7 +27,8 @@ class DecoderBackbone(Backbone):
         self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: Any = self.model.config.get_text_config()
         self.name = type(self.model).__name__
-        self._decoder, self._layers = families.find_layers(self.model, self.config.num_hidden_layers, self.name)
+        self._layers: list[Any] = find_blocks(self.model, self.config.num_hidden_layers, self.name)
+        self._decoder = _holder_of(self.model, self._layers)
         self.num_layers = len(self._layers)
         self.hidden_size = int(self.config.hidden_size)
         self._embeddings: nn.Module = self.model.get_input_embeddings()
@@ -39,3 +42,12 @@ class DecoderBackbone(Backbone):
     def embed(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self._embeddings(ids.unsqueeze(0))
         return hidden
+
+
+def _holder_of(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+    """Returns the module that holds the list of blocks."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and list(child) == list(blocks):
+                return module
+    raise AssertionError("the blocks are the model's")

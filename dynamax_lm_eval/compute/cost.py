@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ class BlockCost:
 
     Attributes:
         weights: MACs per token of all projections and MLP weights; equal to the number of those weights.
-        attention_width: heads * head_dim; scores and values cost 2 * attention_width * context.
+        per_position: MACs of attention per position in sight; 2 * heads * head_dim of scores and values.
         window: sliding window in tokens; context = min(position + 1, window). None: all positions.
         state_recompute: MACs per token of making the block's state from the exit hidden state: K and V, or what
             updates the conv and SSM states.
@@ -38,7 +38,7 @@ class BlockCost:
     """
 
     weights: int
-    attention_width: int
+    per_position: int
     window: int | None
     state_recompute: int
     paper_recompute: float = PAPER_ATTENTION_RECOMPUTE
@@ -52,7 +52,7 @@ class BlockCost:
     def at(self, position: int) -> int:
         """Returns the MACs of the block for one token at ``position`` (0-based)."""
         context = position + 1 if self.window is None else min(position + 1, self.window)
-        return self.per_token + 2 * self.attention_width * context
+        return self.per_token + self.per_position * context
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class BackboneCost:
 
     blocks: tuple[BlockCost, ...]
     lm_head: int
+    #: Whether blocks are counted by formula, or as torch's FLOP counter saw them at load.
+    source: Literal["formula", "measured"] = "formula"
 
     @property
     def num_layers(self) -> int:
@@ -91,11 +93,11 @@ class BackboneCost:
         macs: npt.NDArray[np.int64] = weights[layers]
         for window in {cost.window for cost in self.blocks}:
             widths = _running_sum(
-                keep * cost.attention_width * (cost.window == window)
+                keep * cost.per_position * (cost.window == window)
                 for keep, cost in zip(kept, self.blocks, strict=True)
             )
             context = positions + 1 if window is None else np.minimum(positions + 1, window)
-            macs = macs + 2 * widths[layers] * context
+            macs = macs + widths[layers] * context
         return macs
 
     def last_block_macs(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -6,40 +6,51 @@ scaled embeddings, another mask) shows as a difference, and the model is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones import SLOW_RUNGS, WholeRowBackbone, make_backbone, rungs
+from dynamax_lm_eval.backbones.base import Backbone, IntArray
 from dynamax_lm_eval.backbones.compare import differences, is_close
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
 from dynamax_lm_eval.models import loading
 from dynamax_lm_eval.types import MambaKernels
 
+logger = logging.getLogger(__name__)
+
 _BLOCK_BY_BLOCK = "block by block"
-_LENGTHS = (11, 4)
-#: How many tokens of the first row are fed at once; the others follow one by one.
-_PREFILL = 7
+#: Tokens of the two texts of the self-check, where nothing asks for more.
+_SHORT = 13
+_LENGTH_OF_SECOND = 7
+#: How many of the second are fed while the first decodes; the others follow one by one.
+_PREFILL_OF_SECOND = 4
+#: Settings that limit what a token sees, and how far beyond them the first text goes.
+_LIMITS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "index_topk")
+_BEYOND = 9
+#: Most parameters times tokens of the first text, elsewhere and on a CPU.
+_AFFORDABLE = (10**13, 10**11)
+#: From the exit layer of a token that leaves to that of the next one.
+_STRIDE = 5
 #: Most characters of an exception that a message quotes.
 _LONGEST_REASON = 240
 
 
-def engine_without_weights(
-    config: Any, options: Mapping[str, Any], max_length: int, mamba_kernels: MambaKernels = "auto"
-) -> Engine | None:
-    """Returns the engine that a configuration leads to, judged by its structure and cost before weights are read.
+def engine_without_weights(structure: Any, max_length: int, mamba_kernels: MambaKernels = "auto") -> Engine | None:
+    """Returns the engine that a model leads to, judged by its structure and cost before weights are read.
 
     Args:
-        config: the backbone's configuration.
-        options: the arguments that the model will be loaded with (trust_remote_code, revision).
+        structure: the model on the meta device, as ``loading.model_without_weights`` makes it.
         max_length: longest row that will be run.
         mamba_kernels: as for :func:`checked_engine`.
 
@@ -50,11 +61,15 @@ def engine_without_weights(
     Raises:
         UserError: whatever its weights, the model cannot be run block by block.
     """
-    model = loading.model_without_weights(config, options)
-    if model is None:
+    if structure is None:
         return None
-    with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
-        return Engine(make_backbone(model, max_length, mamba_kernels))
+    try:
+        return Engine(make_backbone(structure, max_length, mamba_kernels))
+    except UserError:
+        raise
+    except Exception as error:
+        logger.debug("%s: not judged before its weights are loaded (%s)", type(structure).__name__, error)
+        return None
 
 
 def checked_engine(
@@ -67,6 +82,8 @@ def checked_engine(
 ) -> Engine:
     """Returns an engine for a loaded model that was seen to compute what the model computes.
 
+    Of the ways in which blocks may be run (``backbones.rungs``) it takes the fastest that is right.
+
     Args:
         model: a causal LM of transformers in eval mode.
         policy: the policy that will be used; decides what has to work.
@@ -78,13 +95,28 @@ def checked_engine(
     Raises:
         UserError: the model cannot be run block by block, or not under this policy; says why.
     """
-    with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
-        engine = Engine(make_backbone(model, max_length, mamba_kernels), classifiers, autocast_dtype)
-        engine.check_policy(policy)
-        with engine.autocast():
-            check_against_model(engine, model)
-    check_policy(engine, policy)
-    return engine
+    refused: dict[str, UserError] = {}
+    expected: _Expected | None = None
+    for rung, make in rungs(model, max_length, mamba_kernels).items():
+        try:
+            with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
+                engine = Engine(make(), classifiers, autocast_dtype)
+                with engine.autocast():
+                    expected = expected or _Expected.of(model, engine.backbone)
+                    check_against_model(engine, expected)
+            engine.check_policy(policy)
+            check_policy(engine, policy)
+        except (ParityError, KindError) as error:
+            logger.debug("%s: not run as %s (%s)", type(model).__name__, rung, error)
+            refused[rung] = error
+            continue
+        if rung in SLOW_RUNGS:
+            logger.warning("%s runs %s", type(model).__name__, SLOW_RUNGS[rung])
+        return engine
+    # What to say: why the last way is not right that could be tried at all.
+    compared = [error for error in refused.values() if isinstance(error, ParityError)]
+    last = (compared or list(refused.values()))[-1]
+    raise UserError(str(last)) from last
 
 
 def check_policy(engine: Engine, policy: ExitPolicy) -> None:
@@ -97,41 +129,102 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
         engine.recomputes_states = True
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """Two texts, and what the model says of them."""
+
+    texts: tuple[list[int], list[int]]
+    logits: Tensor  # (N, V) of both, one after the other
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, backbone: Backbone) -> _Expected:
+        """Makes texts and runs them through the model.
+
+        Raises:
+            UserError: its logits are not finite, or change when tokens are added.
+        """
+        name, generator = type(model).__name__, torch.Generator().manual_seed(0)
+        known = min(backbone.vocab_size, backbone.num_embeddings)
+        for length in dict.fromkeys((_length(model), _SHORT)):
+            texts = [torch.randint(0, known, (n,), generator=generator) for n in (length, _LENGTH_OF_SECOND)]
+            whole, second = (_logits_of(model, text) for text in texts)
+            if not (whole.isfinite().all() and second.isfinite().all()):
+                raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
+            cut = length - _LENGTH_OF_SECOND
+            if is_close(_logits_of(model, texts[0][:cut]), whole[:cut]):
+                return cls((texts[0].tolist(), texts[1].tolist()), torch.cat([whole, second]))
+            # Ties in what is looked up (sparse attention) may be broken otherwise in a longer text.
+            logger.debug("%s: its logits at the first of %d tokens change with the others", name, length)
+        raise UserError(
+            f"{name} is not causal: in its own forward, what it says of a token changes when others follow, so nothing "
+            "that is generated token by token equals it"
+        )
+
+
+def _logits_of(model: Any, text: Tensor) -> Tensor:
+    """Returns the logits (T, V) of a text by the model's own forward."""
+    logits: Tensor = model(text.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    return logits
+
+
+def _length(model: Any) -> int:
+    """Returns how long the first text is: longer than whatever limits what a token sees, where that is cheap."""
+    config = model.config.get_text_config()
+    limits = [value for name in _LIMITS if isinstance(value := getattr(config, name, None), int) and value > 0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    affordable = _AFFORDABLE[model.device.type == "cpu"] // max(parameters, 1)
+    longest = max((limit for limit in limits if limit + _BEYOND <= affordable), default=0)
+    return max(_SHORT, longest + _BEYOND if longest else 0)
+
+
 @torch.no_grad()
-def check_against_model(engine: Engine, model: Any) -> None:
-    """Runs a few tokens both ways: two rows together, and one row partly token by token.
+def check_against_model(engine: Engine, expected: _Expected) -> None:
+    """Runs two texts in one batch, and again so that one is fed while the other decodes, and both token by token.
 
     Raises:
-        UserError: the logits differ by more than rounding, or are not finite.
+        UserError: the logits differ by more than rounding from the model's.
     """
     backbone = engine.backbone
-    name = type(model).__name__
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(0, backbone.vocab_size, (n,), generator=generator) for n in _LENGTHS]
-    reference: list[Tensor] = []
-    for text in texts:
-        reference.append(model(text.unsqueeze(0).to(backbone.device), use_cache=False).logits[0])
-    if not all(torch.isfinite(logits).all() for logits in reference):
-        raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
-
-    dtype = backbone.embed(texts[0].to(backbone.device)).dtype
-    states = engine.new_states(2 * sum(_LENGTHS))
-    together = _logits(engine, states, [(text.tolist(), 0, None) for text in texts])
-    _compare(name, "two rows in one batch", together, torch.cat(reference), dtype)
-
-    first = texts[0].tolist()
-    slot = states.allocate_row(len(first))
-    assert slot is not None
-    stepped = [_logits(engine, states, [(first[:_PREFILL], 0, slot)])]
-    stepped += [_logits(engine, states, [([first[i]], i, slot)]) for i in range(_PREFILL, len(first))]
-    _compare(name, "token by token", torch.cat(stepped), reference[0], dtype)
-    backbone.observe(texts[0].to(backbone.device))
+    dtype = backbone.embed(torch.tensor([0], device=backbone.device)).dtype
+    together = _fed(engine, expected.texts, [_all_at_once(expected.texts)])
+    _compare(backbone.name, "two rows in one batch", together, expected.logits, dtype)
+    stepped = _fed(engine, expected.texts, _one_after_the_other(expected.texts))
+    _compare(backbone.name, "token by token", stepped, expected.logits, dtype)
 
 
+@torch.no_grad()
 def check_state_recompute(engine: Engine) -> None:
-    """Checks the states that ``state_mode=recompute`` makes; raises UserError where they differ."""
-    ids = torch.arange(_LENGTHS[0]) % engine.backbone.vocab_size
-    engine.backbone.verify_recompute(ids.to(engine.backbone.device))
+    """Checks the states that ``state_mode=recompute`` makes: tokens leave after every number of blocks.
+
+    Compared with blocks that are given the exit states of tokens that left as if they had stayed, and run on whole
+    rows without a cache.
+
+    Raises:
+        UserError: the logits of any token differ by more than rounding.
+    """
+    backbone = engine.backbone
+    if backbone.rung == WholeRowBackbone.rung or backbone.num_layers < 2:
+        return
+    reference = Engine(WholeRowBackbone(backbone.model))
+    generator = torch.Generator().manual_seed(1)
+    known = min(backbone.vocab_size, backbone.num_embeddings)
+    texts = [torch.randint(0, known, (n,), generator=generator).tolist() for n in (_SHORT, _LENGTH_OF_SECOND)]
+    # About half of the tokens stay, and those that leave do so everywhere.
+    leave = [
+        [0 if i % 2 == 0 else 1 + (i // 2 * _STRIDE + row) % (backbone.num_layers - 1) for i in range(len(text))]
+        for row, text in enumerate(texts)
+    ]
+    dtype = backbone.embed(torch.tensor([0], device=backbone.device)).dtype
+    theirs = _fed(reference, texts, [_all_at_once(texts)], leave)
+    for what, feeds in (("at once", [_all_at_once(texts)]), ("token by token", _one_after_the_other(texts))):
+        ours = _fed(engine, texts, feeds, leave)
+        if not is_close(ours, theirs, dtype):
+            largest, mean = differences(ours, theirs)
+            raise ParityError(
+                f"{backbone.name}: with state_mode=recompute (fed {what}), logits after exits differ from those of its "
+                f"own blocks by {largest:.1e} of their largest and {mean:.1e} of their mean value; use state_mode=skip"
+            )
 
 
 @contextmanager
@@ -143,30 +236,86 @@ def _naming_model(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = loading.described(error)[:_LONGEST_REASON]
-        raise UserError(f"{name} is not supported: it cannot be used {what} ({reason})") from error
+        raise KindError(f"{name} is not supported: it cannot be used {what} ({reason})") from error
 
 
-def _logits(engine: Engine, states: Any, rows: list[tuple[list[int], int, int | None]]) -> Tensor:
-    """Returns the logits (N, V) of rows given as ids, first position and slot; None: a new row."""
-    policy = ExitPolicy(engine.backbone.num_layers)
-    inputs = []
-    for ids, first, slot in rows:
-        row_slot = states.allocate_row(len(ids)) if slot is None else slot
-        inputs.append(RowInput(ids, first, row_slot, prompt_length=1, max_steps=1, policy=policy))
-    batch = FlatBatch.build(inputs)
-    collector = _AllLogits(len(batch))
-    engine.forward(batch, states, collector)
-    return torch.stack([row for row in collector.rows if row is not None])
+#: What is fed in one pass: rows, and from where to where.
+_Feed = list[tuple[int, int, int]]
+
+
+def _all_at_once(texts: Sequence[Sequence[int]]) -> _Feed:
+    return [(row, 0, len(text)) for row, text in enumerate(texts)]
+
+
+def _one_after_the_other(texts: Sequence[Sequence[int]]) -> list[_Feed]:
+    """Returns passes in which the second row begins while the first decodes, and then both decode."""
+    first, second = (len(text) for text in texts)
+    steps = second - _PREFILL_OF_SECOND
+    begin = first - steps - 1
+    feeds: list[_Feed] = [[(0, 0, begin)], [(0, begin, begin + 1), (1, 0, _PREFILL_OF_SECOND)]]
+    for i in range(steps):
+        position = _PREFILL_OF_SECOND + i
+        feeds.append([(0, begin + 1 + i, begin + 2 + i), (1, position, position + 1)])
+    return feeds
+
+
+def _fed(
+    engine: Engine, texts: Sequence[list[int]], feeds: Sequence[_Feed], leave: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """Returns the logits (N, V) of two rows, one after the other.
+
+    Args:
+        engine: runs them.
+        texts: the rows.
+        feeds: the passes.
+        leave: for each token after how many blocks it leaves; 0: it stays.
+    """
+    depth, stride = engine.backbone.num_layers, max(map(len, texts))
+    states = engine.new_states(len(texts) * stride, row_stride=stride)
+    slots = [states.allocate_row(len(text)) for text in texts]
+    policy = ExitPolicy(depth)
+    if leave is not None:
+        layers = tuple(range(1, depth))
+        policy = ExitPolicy(depth, layers, (0.0,) * len(layers), confidence="state", exit_scope="all")
+    rows: list[list[Tensor]] = [[] for _ in texts]
+    for feed in feeds:
+        inputs = []
+        for row, begin, end in feed:
+            slot = slots[row]
+            assert slot is not None
+            inputs.append(RowInput(texts[row][begin:end], begin, slot, prompt_length=1, max_steps=1, policy=policy))
+        batch = FlatBatch.build(inputs)
+        if leave is not None:
+            after = np.concatenate([leave[row][begin:end] for row, begin, end in feed])
+            table = {layer: np.where(after == layer, 0.0, NEVER).astype(np.float32) for layer in policy.exit_layers}
+            batch = replace(batch, thresholds=table)
+        collector = _AllLogits(len(batch))
+        engine.forward(batch, states, collector)
+        found = torch.stack([logits for logits in collector.rows if logits is not None])
+        for (row, begin, end), logits in zip(feed, found.split([end - begin for _, begin, end in feed]), strict=True):
+            rows[row].append(logits)
+    for slot in slots:
+        assert slot is not None
+        states.free_row(slot)
+    return torch.cat([logits for parts in rows for logits in parts])
 
 
 def _compare(name: str, what: str, ours: Tensor, theirs: Tensor, computed_in: torch.dtype) -> None:
-    """Raises UserError where logits of ours and of the model differ by more than rounding."""
+    """Raises ParityError where logits of ours and of the model differ by more than rounding."""
     if not is_close(ours, theirs, computed_in):
         largest, mean = differences(ours, theirs)
-        raise UserError(
+        raise ParityError(
             f"{name} is not supported: run block by block ({what}), its logits differ from model.forward by "
             f"{largest:.1e} of their largest and {mean:.1e} of their mean value, more than rounding explains"
         )
+
+
+class ParityError(UserError):
+    """A model, run block by block in one way, does not compute what it computes."""
+
+
+class KindError(UserError):
+    """A model cannot be run in one way."""
 
 
 class _AllLogits:

@@ -30,7 +30,7 @@ def resolve_policy(
         args: what the user asked for.
         num_layers: blocks of the backbone.
         exits: the trained exits at hand.
-        recurrent_backbone: Mamba; decides what ``preset=paper`` leaves behind, and excludes ``copy``.
+        recurrent_backbone: some blocks keep a recurrent state; decides what ``preset=paper`` leaves behind, and excludes ``copy``.
 
     Raises:
         UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
@@ -239,7 +239,7 @@ def _check_active(policy: ExitPolicy, exits: ExitConfig | None, recurrent_backbo
     if not policy.active_exits:
         return
     if recurrent_backbone and policy.state_mode == "copy":
-        raise UserError(copy_is_impossible("a Mamba backbone"))
+        raise UserError(copy_is_impossible("this backbone"))
     if policy.confidence == "classifier" and exits is None:
         raise UserError(
             "confidence=classifier needs exits that were trained for this backbone, and none are known; name them "

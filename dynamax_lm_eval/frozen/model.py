@@ -14,6 +14,7 @@ from dynamax_lm_eval.exits.checkpoint import BackboneIdentity
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.fingerprint import files_fingerprints, model_fingerprints
 
 
@@ -61,17 +62,19 @@ def load_backbone(options: FrozenOptions, device: torch.device | None = None) ->
     config, source = read_config(options), aliases.resolve_backbone(options.backbone)
     dtype = _dtype(options.dtype, device)
     shared = _load_options(options)
-    engine_without_weights(config, shared, options.seq_len)
+    structure = loading.model_without_weights(config, shared)
+    engine_without_weights(structure, options.seq_len)
     name = f"--backbone {options.backbone!r}"
     with loading.naming(f"the tokenizer of {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
-    models = loading.CompleteModels(transformers.AutoModelForCausalLM, lambda _: name)
+    models = loading.CompleteModels(loading.auto_class(config), lambda _: name)
     model = models.from_pretrained(source, dtype=dtype, **shared)
     model = model.to(device).eval().requires_grad_(False)
     # Rows are cut by --seq_len; the tokenizer's own limit is none of this run's.
     tokenizer.model_max_length = int(1e30)
-    engine = checked_engine(model, ExitPolicy(int(config.get_text_config().num_hidden_layers)), options.seq_len)
     text = config.get_text_config()
+    depth = len(find_blocks(model, int(text.num_hidden_layers), type(model).__name__))
+    engine = checked_engine(model, ExitPolicy(depth), options.seq_len)
     fingerprints = files_fingerprints(source, shared) or model_fingerprints(model)
     return FrozenBackbone(
         engine=engine,
@@ -81,7 +84,7 @@ def load_backbone(options: FrozenOptions, device: torch.device | None = None) ->
             revision=options.revision or "main",
             model_type=config.model_type,
             hidden_size=int(text.hidden_size),
-            num_layers=int(text.num_hidden_layers),
+            num_layers=depth,
             fingerprint=fingerprints.current,
         ),
         activation=str(getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"),

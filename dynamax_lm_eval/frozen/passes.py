@@ -70,7 +70,7 @@ class FrozenPass:
         tokens = np.arange(total)
         ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         with backbone.running():
-            hidden = backbone.embed(ids.to(backbone.device))
+            hidden = run.embed(ids.to(backbone.device))
             exits = {}
             for block in range(1, backbone.num_layers + 1):
                 hidden = run.run_block(block, tokens, hidden)

@@ -55,6 +55,8 @@ def run_settings(lm: Any) -> dict[str, Any]:
         "certificate": lm.certified.describe() if lm.certified is not None else None,
         "confidence_chosen_by": "user" if lm.args.confidence is not None else "default",
         "repetition_penalty": lm.args.repetition_penalty,
+        "runs_as": backbone.rung,
+        "cost_source": backbone.cost.source,
         "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
     }
 

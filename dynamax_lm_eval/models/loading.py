@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dynamax_lm_eval.errors import UserError
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 #: Pure state-space models.
 _RECURRENT = ("mamba", "mamba2", "falcon_mamba")
 #: Entries of ``layer_types`` that stand for blocks which keep something else than K and V.
-_OTHER_BLOCKS = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+_RECURRENT_KINDS = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 #: Adapters whose compute is that of linear layers and vectors, as it is counted.
 _ADAPTERS = ("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS")
 #: Groups of weights that a message names.
@@ -41,10 +44,10 @@ def is_recurrent(config: Any) -> bool:
 
 
 def copy_is_impossible(name: str) -> str:
-    """Returns the message that refuses ``state_mode=copy`` for Mamba."""
+    """Returns the message that refuses ``state_mode=copy`` where there is a recurrence."""
     return (
-        f"state_mode=copy is not possible on {name}: the states of Mamba blocks sum up the whole past, so there is "
-        "nothing of a single token to copy; use recompute or skip"
+        f"state_mode=copy is not possible on {name}: the states of its recurrent blocks sum up the whole past, so "
+        "there is nothing of a single token to copy; use recompute or skip"
     )
 
 
@@ -170,30 +173,36 @@ def check_architecture(config: Any) -> None:
         raise UserError(
             f"{model_type!r} is an encoder-decoder (seq2seq) model; dynamax needs a decoder-only (causal) backbone"
         )
-    text = config.get_text_config()
-    if not is_recurrent(config):
-        _check_kinds_of_blocks(model_type, text)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    if not any(model_type in mapping for mapping in known) and not getattr(config, "auto_map", None):
         raise UserError(f"{model_type!r} is not a causal language model of transformers")
-    if not isinstance(getattr(text, "num_hidden_layers", None), int):
+    if not isinstance(getattr(config.get_text_config(), "num_hidden_layers", None), int):
         raise UserError(
             f"{model_type!r} does not say its number of blocks (its configuration has no num_hidden_layers); "
             "this architecture is not supported"
         )
 
 
-def _check_kinds_of_blocks(model_type: Any, config: Any) -> None:
-    """Raises UserError where the blocks are of several kinds."""
-    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
-    others = sorted({kind for kind in kinds or () if kind in _OTHER_BLOCKS})
-    has_mamba = any(name.startswith("mamba_") for name in vars(config))
-    if not others and (kinds or not has_mamba):
-        return  # a family that may mix them, and here does not, is judged by its blocks
-    mixture = "attention and Mamba blocks" if has_mamba else f"attention and other blocks ({', '.join(others)})"
-    raise UserError(
-        f"{model_type!r} mixes {mixture}; dynamax runs models of one kind of block: Transformers, "
-        f"{', '.join(_RECURRENT)}"
-    )
+def auto_class(config: Any) -> Any:
+    """Returns the class of transformers that loads the model of a configuration.
+
+    Models that see images and are not known as language models are loaded whole; they run on text.
+    """
+    model_type = getattr(config, "model_type", None)
+    is_language_model = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "auto_map", None)
+    if not is_language_model and model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def has_recurrence(config: Any) -> bool:
+    """Returns whether some blocks keep a state that sums up the past, as Mamba's do, by what a configuration says."""
+    if is_recurrent(config):
+        return True
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    has_mamba = any(name.startswith("mamba_") for name in vars(text))
+    return any(kind in _RECURRENT_KINDS for kind in kinds or ()) or (has_mamba and not kinds)
 
 
 def model_without_weights(config: Any, options: Mapping[str, Any]) -> Any:
@@ -217,8 +226,7 @@ def model_without_weights(config: Any, options: Mapping[str, Any]) -> Any:
     pinned = {"code_revision": str(options.get("revision") or "main")} if code and trusted and "--" not in code else {}
     try:
         with torch.device("meta"):
-            auto_class: Any = transformers.AutoModelForCausalLM
-            model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=trusted, **pinned)
+            model = auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=trusted, **pinned)
     except Exception as error:
         logger.debug("The model could not be built without its weights (%s)", described(error))
         return None

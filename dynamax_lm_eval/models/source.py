@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import Any
 
 import transformers
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.fingerprint import (
     Fingerprints,
     fetched_files_fingerprints,
@@ -52,15 +54,24 @@ class ModelSource:
             loading.check_peft(options["peft"])
         self.fingerprints: Fingerprints | None = None
 
-    @property
+    @cached_property
+    def structure(self) -> Any:
+        """The model, or as long as it is not loaded one like it without weights; None where that cannot be made."""
+        return self.model if self.model is not None else loading.model_without_weights(self.config, self.options)
+
+    @cached_property
     def num_layers(self) -> int:
         """The number of blocks, L."""
-        return int(self.config.get_text_config().num_hidden_layers)
+        depth = int(self.config.get_text_config().num_hidden_layers)
+        if self.structure is None:
+            return depth
+        # Some families count otherwise than by blocks.
+        return len(find_blocks(self.structure, depth, type(self.structure).__name__))
 
     @property
-    def is_recurrent(self) -> bool:
-        """Whether its blocks are Mamba blocks."""
-        return loading.is_recurrent(self.config)
+    def has_recurrence(self) -> bool:
+        """Whether some of its blocks keep a recurrent state."""
+        return loading.has_recurrence(self.config)
 
     @property
     def longest_row(self) -> int:
@@ -70,7 +81,7 @@ class ModelSource:
 
     def check_mamba_kernels(self, kernels: MambaKernels | None) -> None:
         """Raises UserError where ``mamba_kernels`` is given and there are no Mamba blocks."""
-        if kernels is not None and not self.is_recurrent:
+        if kernels is not None and not self.has_recurrence:
             kind = self.config.model_type
             raise UserError(f"mamba_kernels has no effect on {kind!r}, which has no Mamba blocks; remove it")
 

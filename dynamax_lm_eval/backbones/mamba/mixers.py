@@ -86,7 +86,7 @@ class Mixer(ABC):
         conv = self.channels * self.kernel
         return BlockCost(
             weights=weights,
-            attention_width=0,
+            per_position=0,
             window=None,
             state_recompute=weights - self._left_out_of_updates(name) + conv + 2 * ssm,
             paper_recompute=PAPER_MAMBA_RECOMPUTE,

@@ -1,7 +1,8 @@
 """The attention of a ragged batch: each row's tokens over that row's own K and V, by position.
 
 It is registered with transformers as an attention function, so that blocks run exactly as their family wrote
-them; the layout travels with the call as the keyword argument ``plan``.
+them. The layout of the batch is the plan of the context that blocks run in (:func:`attending`), or travels with the
+call as the keyword argument ``plan``.
 
 n tokens in flight, H heads, H_kv K/V heads, P head dim, C slots of the cache.
 """
@@ -9,6 +10,9 @@ n tokens in flight, H heads, H_kv K/V heads, P head dim, C slots of the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +23,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.transformer import masks
+from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
 from dynamax_lm_eval.errors import UserError
 
 NAME = "dynamax_ragged"
 
 #: Arguments of some families' attention that change its result and are not computed here.
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "head_mask", "position_bias")
+_UNSUPPORTED = ("head_mask", "position_bias", "indices", "block_indices")
 
 #: Queries that share one explicit mask; bounds the size of masks for windows and gaps.
 _QUERY_CHUNK = 512
@@ -83,29 +89,26 @@ class AttentionPlan:
         self._positions = positions
         self._masked = masked_kv_slots
         self._device = device
-        self._segments: dict[int | None, list[AttentionSegment]] = {}
-        self._decodings: dict[int | None, DecodeBatch | None] = {}
+        self._segments: dict[Visibility, list[AttentionSegment]] = {}
+        self._decodings: dict[Visibility, DecodeBatch | None] = {}
         alone = np.diff(starts, prepend=-1) != 0
         alone &= np.diff(starts, append=-1) != 0
         self._alone = np.flatnonzero(alone)
-        self._additive: dict[tuple[int | None, torch.dtype], Tensor] = {}
-        self.last_window: int | None = None
+        self._additive: dict[tuple[Visibility, torch.dtype], Tensor] = {}
 
-    def segments(self, window: int | None) -> list[AttentionSegment]:
-        """Returns the segments for a sliding window (None: no window), without the tokens of :meth:`decoding`."""
-        self.last_window = window
+    def segments(self, window: Visibility) -> list[AttentionSegment]:
+        """Returns the segments for what is visible, without the tokens of :meth:`decoding`."""
         if window not in self._segments:
             self._segments[window] = self._cut(window)
         return self._segments[window]
 
-    def decoding(self, window: int | None) -> DecodeBatch | None:
+    def decoding(self, window: Visibility) -> DecodeBatch | None:
         """Returns the tokens that are alone in their rows, where they make a batch that wastes little."""
-        self.last_window = window
         if window not in self._decodings:
             self._decodings[window] = self._as_batch(window)
         return self._decodings[window]
 
-    def additive_mask(self, decoding: DecodeBatch, window: int | None, dtype: torch.dtype) -> Tensor:
+    def additive_mask(self, decoding: DecodeBatch, window: Visibility, dtype: torch.dtype) -> Tensor:
         """Returns the mask as scores to add, (S, 1, 1, K), made once for all blocks."""
         key = (window, dtype)
         if key not in self._additive:
@@ -113,13 +116,13 @@ class AttentionPlan:
             self._additive[key] = zeros.masked_fill_(~decoding.mask, -math.inf)
         return self._additive[key]
 
-    def _as_batch(self, window: int | None) -> DecodeBatch | None:
+    def _as_batch(self, window: Visibility) -> DecodeBatch | None:
         row_stride, tokens = self._row_stride, self._alone
         if row_stride is None or len(tokens) < 2:
             return None
         numbers, positions = self._starts[tokens] // row_stride, self._positions[tokens]
         first, last = int(numbers.min()), int(numbers.max())
-        lows = np.zeros_like(positions) if window is None else np.maximum(0, positions - window + 1)
+        lows = np.maximum(0, positions - window + 1) if isinstance(window, int) else np.zeros_like(positions)
         low, end = int(lows.min()), int(positions.max()) + 1
         if (last - first + 1) * (end - low) > _MOST_PADDING * int((positions + 1 - lows).sum()):
             return None
@@ -127,6 +130,8 @@ class AttentionPlan:
         attended = np.ones((last - first + 1, end - low), dtype=np.bool_)
         lines = numbers - first
         attended[lines] = (keys <= positions[:, None]) & (keys >= lows[:, None])
+        if isinstance(window, MaskRule):
+            attended[lines] &= window.attended(positions, keys)
         if self._masked is not None:
             masked = self._masked_between(first * row_stride, (last + 1) * row_stride)
             row, key = np.divmod(masked - first * row_stride, row_stride)
@@ -141,7 +146,7 @@ class AttentionPlan:
             mask=torch.from_numpy(attended)[:, None, None].to(self._device, non_blocking=True),
         )
 
-    def _cut(self, window: int | None) -> list[AttentionSegment]:
+    def _cut(self, window: Visibility) -> list[AttentionSegment]:
         segments: list[AttentionSegment] = []
         batched = self.decoding(window) is not None
         bounds = np.flatnonzero(np.diff(self._starts, prepend=-1, append=-1))
@@ -151,7 +156,7 @@ class AttentionPlan:
             start = int(self._starts[first])
             positions = self._positions[first:last]
             end = int(positions[-1]) + 1
-            whole = window is None or end <= window
+            whole = window is None or (isinstance(window, int) and end <= window)
             masked = self._masked_between(start, start + end)
             if whole and len(masked) == 0 and len(positions) == end and end > 1:
                 segments.append(AttentionSegment(slice(first, last), slice(start, start + end), None, causal=True))
@@ -159,18 +164,20 @@ class AttentionPlan:
                 segments += self._cut_row(first, start, positions, window)
         return segments
 
-    def _cut_row(self, first: int, start: int, positions: IntArray, window: int | None) -> list[AttentionSegment]:
+    def _cut_row(self, first: int, start: int, positions: IntArray, window: Visibility) -> list[AttentionSegment]:
         segments: list[AttentionSegment] = []
         for i in range(0, len(positions), _QUERY_CHUNK):
             queries = positions[i : i + _QUERY_CHUNK]
-            low = 0 if window is None else max(0, int(queries[0]) - window + 1)
+            low = max(0, int(queries[0]) - window + 1) if isinstance(window, int) else 0
             end = int(queries[-1]) + 1
             masked = self._masked_between(start + low, start + end) - (start + low)
             mask = None
-            if len(queries) > 1 or len(masked):
+            if len(queries) > 1 or len(masked) or isinstance(window, MaskRule):
                 keys = np.arange(low, end)
                 attended = keys <= queries[:, None]
-                if window is not None:
+                if isinstance(window, MaskRule):
+                    attended &= window.attended(queries, keys)
+                elif window is not None:
                     attended &= queries[:, None] - keys < window
                 attended[:, masked] = False
                 mask = torch.from_numpy(attended).to(self._device, non_blocking=True)
@@ -184,56 +191,95 @@ class AttentionPlan:
         return self._masked[np.searchsorted(self._masked, low) : np.searchsorted(self._masked, high)]
 
 
+@dataclass
+class Attending:
+    """What the attention of the block that runs now is computed by."""
+
+    plan: AttentionPlan
+    visibility: Visibility
+    #: Whether attention has been called.
+    called: bool = False
+
+
+_NOW: ContextVar[Attending | None] = ContextVar("attending", default=None)
+
+
+@contextmanager
+def attending(plan: AttentionPlan, visibility: Visibility) -> Iterator[Attending]:
+    """Runs blocks whose attention sees what ``plan`` says of a batch, under one mask."""
+    now = Attending(plan, visibility)
+    token = _NOW.set(now)
+    try:
+        yield now
+    finally:
+        _NOW.reset(token)
+
+
 def ragged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     sliding_window: int | None = None,
     plan: AttentionPlan | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Computes attention over caches, behind transformers' attention interface.
 
     Args:
         query: (1, H, n, P)
-        key: (C, H_kv, P), the cache that the cache object returned.
-        value: (C, H_kv, P)
-        attention_mask: must be None; the plan says what is attended to.
+        key: (C, H_kv, P) or (1, H_kv, C, P), the cache that the cache object returned, or what was made of it.
+        value: as ``key``.
+        attention_mask: None, or a :class:`MaskRule`; the plan says what is attended to.
         scaling: factor of the scores; None: P ** -0.5.
-        sliding_window: the block's window in tokens.
-        plan: the layout of the batch.
+        sliding_window: the block's window in tokens, where ``plan`` is given.
+        plan: the layout of the batch; None: that of :func:`attending`.
+        softcap: scores s become softcap * tanh(s / softcap).
+        s_aux, sinks: (H,) scores that take part in the softmax and stand for no key.
 
     Returns:
         (1, n, H, P), and no attention weights.
 
     Raises:
         UserError: the family uses an attention that is not computed here.
-        TypeError: the block was not run by the engine, or does not pass the plan on.
+        TypeError: the block was not run by the engine.
     """
+    visibility: Visibility = sliding_window
     if plan is None:
-        raise TypeError(f"the plan of the batch did not reach {type(module).__name__}: its block does not hand it on")
-    assert attention_mask is None, "the plan says what is attended to"
+        if (now := _NOW.get()) is None:
+            raise TypeError(f"{type(module).__name__} attends outside a pass")
+        plan, visibility, now.called = now.plan, now.visibility, True
+    if attention_mask is not None and not isinstance(attention_mask, MaskRule):
+        raise TypeError(f"{type(module).__name__} makes its attention mask by itself")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses attention with {name}, which dynamax does not support")
+    if key.ndim == 4:
+        key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    scores = Scores(scaling, softcap, s_aux if s_aux is not None else sinks)
     _, heads, n, head_dim = query.shape
     groups = heads // key.shape[1]
-    if (decoding := plan.decoding(sliding_window)) is not None:
-        mask = plan.additive_mask(decoding, sliding_window, query.dtype)
-        decoded = _decode(decoding, mask, query, key, value, scaling)
+    if (decoding := plan.decoding(visibility)) is not None:
+        mask = plan.additive_mask(decoding, visibility, query.dtype)
+        decoded = _decode(decoding, mask, query, key, value, scores)
         if decoding.tokens is None:
             return decoded, None
         output = query.new_empty(1, n, heads, value.shape[-1]).index_copy_(1, decoding.tokens, decoded)
     else:
         output = query.new_empty(1, n, heads, value.shape[-1])
-    for segment in plan.segments(sliding_window):
+    for segment in plan.segments(visibility):
         k = key[segment.places].transpose(0, 1).unsqueeze(0)  # (1, H_kv, places, P)
         v = value[segment.places].transpose(0, 1).unsqueeze(0)
         q = query[:, :, segment.queries]  # (1, H, queries, P)
-        if q.shape[2] == 1:
+        if not scores.are_plain:
+            out = scores.attend(q, k, v, segment.mask, segment.causal)
+            output[:, segment.queries] = out.transpose(1, 2)
+        elif q.shape[2] == 1:
             # The heads that share K and V become the queries of one head: no copies of K and V.
             q = q.reshape(1, key.shape[1], groups, head_dim)
             expanded = None if segment.mask is None else segment.mask.expand(groups, -1)
@@ -247,8 +293,45 @@ def ragged_attention(
     return output, None
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How scores become weights."""
+
+    scaling: float | None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # (H,)
+
+    @property
+    def are_plain(self) -> bool:
+        """Whether torch's own attention computes them."""
+        return self.softcap is None and self.sinks is None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False) -> Tensor:
+        """Returns (B, H, Q, P) for queries (B, H, Q, P) and K, V (B, H_kv, K, P).
+
+        ``mask``: bool, or scores to add, that broadcasts against (B, 1, Q, K).
+        """
+        grouped = query.unflatten(1, (key.shape[1], -1))  # (B, H_kv, G, Q, P)
+        scaling = query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scaling  # (B, H, Q, K)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        scores = scores.float()
+        if self.sinks is not None:
+            sinks = self.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        weights = weights.to(value.dtype).unflatten(1, (key.shape[1], -1))
+        return (weights @ value.unsqueeze(2)).flatten(1, 2)
+
+
 def _decode(
-    decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scores: Scores
 ) -> Tensor:
     """Returns (1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
@@ -257,16 +340,22 @@ def _decode(
         q = q.index_select(0, decoding.tokens)
     if decoding.lines is not None:
         q = q.new_zeros(len(mask), heads, head_dim).index_copy_(0, decoding.lines, q)
-    # The heads that share K and V become the queries of one head.
-    q = q.reshape(len(mask), kv_heads, heads // kv_heads, head_dim)
     k, v = (
         cache[decoding.rows].unflatten(0, (-1, decoding.row_stride))[:, decoding.keys].transpose(1, 2)
         for cache in (key, value)
     )  # (S, H_kv, K, P)
-    out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(len(mask), heads, -1)
+    out: Tensor
+    if scores.are_plain:
+        # The heads that share K and V become the queries of one head.
+        q = q.reshape(len(mask), kv_heads, heads // kv_heads, head_dim)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scaling)
+        out = out.reshape(len(mask), heads, -1)
+    else:
+        out = scores.attend(q.unsqueeze(2), k, v, mask)[:, :, 0]
     if decoding.lines is not None:
         out = out.index_select(0, decoding.lines)
     return out.unsqueeze(0)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, ragged_attention)
+masks.register(NAME)

@@ -28,17 +28,19 @@ class DeferredKV:
         self.positions: IntArray = np.empty(0, dtype=np.int64)  # (m,)
         #: (m,) the last block that has a state of theirs.
         self.done: IntArray = np.empty(0, dtype=np.int64)
+        self.ids: Tensor | None = None  # (m,) of their tokens; None: there are none
         self.hidden: Tensor | None = None  # (m, D) at their exits; None: there are none
         self.version += 1
 
     def __len__(self) -> int:
         return len(self.slots)
 
-    def add(self, slots: IntArray, positions: IntArray, hidden: Tensor, layer: int) -> None:
-        """Defers the states of tokens of rows (t,), hidden states (t, D), that left after ``layer`` blocks."""
+    def add(self, slots: IntArray, positions: IntArray, ids: Tensor, hidden: Tensor, layer: int) -> None:
+        """Defers the states of tokens (t,) of rows (t,), hidden states (t, D), that left after ``layer`` blocks."""
         self.slots = np.concatenate([self.slots, slots])
         self.positions = np.concatenate([self.positions, positions])
         self.done = np.concatenate([self.done, np.full(len(slots), layer, dtype=np.int64)])
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids])
         self.hidden = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
         self.version += 1
 
@@ -56,10 +58,11 @@ class DeferredKV:
         if not kept.any():
             self._empty()
             return
-        assert self.hidden is not None
+        assert self.hidden is not None and self.ids is not None
         indices = np.flatnonzero(kept)
         self.slots, self.positions, self.done = self.slots[indices], self.positions[indices], self.done[indices]
         # Rows may be freed outside the mode of torch in which tokens ran.
         with torch.inference_mode(self.hidden.is_inference()):
-            self.hidden = self.hidden.index_select(0, on_device(indices, self.hidden.device))
+            chosen = on_device(indices, self.hidden.device)
+            self.ids, self.hidden = self.ids.index_select(0, chosen), self.hidden.index_select(0, chosen)
         self.version += 1

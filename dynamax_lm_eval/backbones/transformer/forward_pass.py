@@ -1,71 +1,63 @@
-"""One pass of a flat batch through the blocks of a Transformer.
+"""One pass of a flat batch through blocks that attend: what tokens in flight see, and what those that left leave.
+
+What a block is called with, and how, is the business of the backbone's own pass (:class:`AttentionPass` is abstract).
 
 N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.transformer import attention
-from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 
-if TYPE_CHECKING:
-    from dynamax_lm_eval.backbones.transformer.backbone import TransformerBackbone
 
+class AttentionPass(ForwardPass):
+    """One pass of a flat batch: positions, arguments and cache slots are computed once for all blocks."""
 
-class RotaryEmbeddings(dict[str | None, tuple[Tensor, Tensor]]):
-    """The rotary embeddings (cos, sin) of some tokens, each of shape (1, n, P), by rotary key."""
-
-    def __init__(self, angles: Mapping[str | None, tuple[Tensor, Tensor]]) -> None:
-        super().__init__(angles)
-        self._signed: dict[str | None, tuple[Tensor, Tensor]] = {}
-
-    def signed(self, key: str | None) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin as :class:`FusedLlamaBlock` takes them, made once for all blocks."""
-        if key not in self._signed:
-            self._signed[key] = signed_rotary(*self[key])
-        return self._signed[key]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The pass and its states after one block has run on one row."""
-
-    run: TransformerPass
-    states: AttentionStates
-    before: Tensor  # (1, T, D), what the block was given
-
-
-class TransformerPass(ForwardPass):
-    """One pass of a flat batch: positions, rotary embeddings and cache slots are computed once for all blocks."""
-
-    def __init__(
-        self, backbone: TransformerBackbone, states: AttentionStates, layout: RowLayout, materialize_all: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, states: AttentionStates, layout: RowLayout, materialize_all: bool) -> None:
         self._backbone = backbone
         self._states = states
         self._layout = layout
         self._starts = np.asarray(layout.slots, dtype=np.int64)[layout.row_of]  # (N,)
         self._kv_slots = self._starts + layout.positions  # (N,)
         self._positions = torch.from_numpy(layout.positions).to(backbone.device)
-        self._rotary: RotaryEmbeddings | None = None
+        self._ids: Tensor | None = None
         self._active: ActiveTokens | None = None
         self._materialize_all = materialize_all
-        self._fused = [fused if fused is not None and fused.may_replace else None for fused in backbone.fused_blocks]
         self._slots = np.asarray(layout.slots, dtype=np.int64)
-        self._pending: _Pending | None = None
+        self._pending: PendingTokens | None = None
         # Exits of rows in skip mode: behind each of them the blocks see fewer tokens.
         self._skip_layers = layout.exit_layers if "skip" in layout.state_modes else ()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        self._ids = ids
+        return self._backbone.embed(ids)
+
+    @abstractmethod
+    def _arguments(self, tokens: IntArray, like: Tensor) -> Any:
+        """Returns what blocks are called with for ``tokens`` (n,) of the batch besides their hidden states."""
+
+    @abstractmethod
+    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> Any:
+        """Returns the same for those of the deferred tokens that are numbered ``tokens`` (m,)."""
+
+    @abstractmethod
+    def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
+        """Returns what a block makes of the tokens in flight, (1, n, D)."""
+
+    @abstractmethod
+    def _write_states(self, block: int, pending: PendingTokens, chosen: Tensor | None) -> None:
+        """Gives a block the states of pending tokens; ``chosen``: indices of some of them, None for all."""
 
     @cached_property
     def _last_given(self) -> IntArray:
@@ -79,22 +71,11 @@ class TransformerPass(ForwardPass):
     def has_pending_states(self) -> bool:
         return self._materialize_all and len(self._states.deferred) > 0
 
-    @property
-    def last_window(self) -> int | None:
-        """The sliding window that the last block's attention was called with."""
-        return self._active.plan.last_window if self._active is not None else None
-
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         self._materialize(block, tokens)
         if len(tokens) == 0:
             return hidden
-        active = self._active_tokens(block, tokens, hidden)
-        scatter = _Scatter(self._states, block, active.kv_slots)
-        fused = self._fused[block - 1]
-        if fused is None:
-            return self._backbone.call_block(block, hidden, scatter, active)
-        angles = active.rotary.signed(self._backbone.blocks[block - 1].rotary_key)
-        return fused(hidden, *angles, scatter.write, active.plan)
+        return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
 
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         rows = self._layout.row_of[tokens]
@@ -104,17 +85,21 @@ class TransformerPass(ForwardPass):
             exit_hidden = hidden[0]
             if len(deferred) < len(tokens):
                 exit_hidden = exit_hidden.index_select(0, on_device(deferred, self._backbone.device))
+            assert self._ids is not None, "tokens were embedded"
+            ids = self._ids.index_select(0, on_device(tokens[deferred], self._backbone.device))
             self._states.deferred.add(
-                self._starts[tokens[deferred]], self._layout.positions[tokens[deferred]], exit_hidden, layer
+                self._starts[tokens[deferred]], self._layout.positions[tokens[deferred]], ids, exit_hidden, layer
             )
-        skipped = tokens[modes == "skip"]
-        if len(skipped):
-            self._states.layer_of[self._kv_slots[skipped]] = layer
-            final = self._layout.final_block[self._layout.row_of[skipped]]
-            self._states.runs_last[self._kv_slots[skipped]] = final
+        self._mark_skipped(tokens[modes == "skip"], layer)
         copied = tokens[modes == "copy"]
         if len(copied):
             self._copy(copied, layer)
+
+    def _mark_skipped(self, tokens: IntArray, layer: int) -> None:
+        """Masks out of the later blocks the slots of tokens (t,) that leave nothing behind."""
+        if len(tokens):
+            self._states.layer_of[self._kv_slots[tokens]] = layer
+            self._states.runs_last[self._kv_slots[tokens]] = self._layout.final_block[self._layout.row_of[tokens]]
 
     def _materialize(self, block: int, tokens: IntArray) -> None:
         """Gives a block the states that were deferred of the rows in flight."""
@@ -133,27 +118,15 @@ class TransformerPass(ForwardPass):
         runs = self._layout.is_given_states(block, pending.rows)
         if not runs.any():
             return
-        key, value = self.project(block, pending.hidden, pending.rotary)
-        kv_slots = pending.kv_slots
-        if not runs.all():
-            indices = on_device(np.flatnonzero(runs), self._backbone.device)
-            key, value, kv_slots = key.index_select(0, indices), value.index_select(0, indices), kv_slots[indices]
-        self._states.write(block, kv_slots, key, value)
+        chosen = None if runs.all() else on_device(np.flatnonzero(runs), self._backbone.device)
+        self._write_states(block, pending, chosen)
         is_complete = runs & (self._last_given[pending.rows] == block)
         deferred.done[pending.tokens[runs]] = block
         if is_complete.any():
             deferred.done[pending.tokens[is_complete]] = self._backbone.num_layers
             deferred.drop_complete(self._backbone.num_layers)
 
-    def project(self, block: int, hidden: Tensor, rotary: RotaryEmbeddings) -> tuple[Tensor, Tensor]:
-        """Returns K and V (m, H_kv, P) that ``block`` would write for hidden states (1, m, D) at these angles."""
-        described, fused = self._backbone.blocks[block - 1], self._fused[block - 1]
-        if fused is not None:
-            return fused.states(hidden, *rotary.signed(described.rotary_key))
-        key, value = described.project(described.norm(hidden), *rotary[described.rotary_key])
-        return key[0].transpose(0, 1), value[0].transpose(0, 1)
-
-    def _find_pending(self, block: int, in_flight: IntArray, passed: int) -> _Pending:
+    def _find_pending(self, block: int, in_flight: IntArray, passed: int) -> PendingTokens:
         """Returns the deferred tokens that ``block`` has no states of: those of the rows in flight, or of all rows."""
         deferred = self._states.deferred
         rows = np.arange(len(self._slots)) if self._materialize_all else np.unique(self._layout.row_of[in_flight])
@@ -161,19 +134,18 @@ class TransformerPass(ForwardPass):
         row_of = np.asarray([row_at.get(slot, -1) for slot in deferred.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
         device = self._backbone.device
-        hidden, rotary = None, RotaryEmbeddings({})
+        hidden, arguments = None, None
         if len(tokens) and deferred.hidden is not None:
             hidden = deferred.hidden.index_select(0, on_device(tokens, device)).unsqueeze(0)
-            positions = on_device(deferred.positions[tokens], device).unsqueeze(0)
-            rotary = self._backbone.position_embeddings(positions, hidden)
-        return _Pending(
+            arguments = self._arguments_of_deferred(tokens, hidden)
+        return PendingTokens(
             in_flight=in_flight,
             passed=passed,
             version=deferred.version,
             tokens=tokens,
             rows=row_of[tokens],
             hidden=hidden,
-            rotary=rotary,
+            arguments=arguments,
             kv_slots=on_device(deferred.slots[tokens] + deferred.positions[tokens], device),
         )
 
@@ -197,16 +169,11 @@ class TransformerPass(ForwardPass):
             return active
         if active is None or active.tokens is not tokens:
             indices = on_device(tokens, self._backbone.device)
-            rotary = RotaryEmbeddings(
-                {
-                    key: (cos.index_select(1, indices), sin.index_select(1, indices))
-                    for key, (cos, sin) in self._rotary_embeddings(hidden).items()
-                }
-            )
+            arguments = self._arguments(tokens, hidden)
             positions = self._positions.index_select(0, indices).unsqueeze(0)
             kv_slots = on_device(self._kv_slots[tokens], self._backbone.device)
         else:
-            rotary, positions, kv_slots = active.rotary, active.positions, active.kv_slots
+            arguments, positions, kv_slots = active.arguments, active.positions, active.kv_slots
         masked_kv_slots = self._states.masked_kv_slots(block) if self._skip_layers else None
         plan = attention.AttentionPlan(
             self._starts[tokens],
@@ -215,14 +182,8 @@ class TransformerPass(ForwardPass):
             self._backbone.device,
             self._states.row_stride,
         )
-        self._active = ActiveTokens(tokens, epoch, kv_slots, positions, rotary, plan)
+        self._active = ActiveTokens(tokens, epoch, kv_slots, positions, arguments, plan)
         return self._active
-
-    def _rotary_embeddings(self, like: Tensor) -> RotaryEmbeddings:
-        """Returns the rotary embeddings of all N tokens, in the dtype of ``like``."""
-        if self._rotary is None:
-            self._rotary = self._backbone.position_embeddings(self._positions.unsqueeze(0), like)
-        return self._rotary
 
 
 @dataclass(frozen=True)
@@ -233,12 +194,12 @@ class ActiveTokens:
     epoch: int  # exits passed by rows in skip mode, and whether this is a final block
     kv_slots: Tensor  # (n,)
     positions: Tensor  # (1, n)
-    rotary: RotaryEmbeddings
+    arguments: Any
     plan: attention.AttentionPlan
 
 
 @dataclass(frozen=True)
-class _Pending:
+class PendingTokens:
     """The deferred tokens whose states the blocks up to the next exit need.
 
     Valid while the same tokens are in flight, no further exit has been passed, and nothing more is deferred.
@@ -250,22 +211,5 @@ class _Pending:
     tokens: IntArray  # (m,) among those deferred
     rows: IntArray  # (m,) their rows in the pass
     hidden: Tensor | None  # (1, m, D); None: there are none
-    rotary: RotaryEmbeddings
+    arguments: Any
     kv_slots: Tensor  # (m,)
-
-
-class _Scatter:
-    """A stand-in for transformers' cache, which writes K and V to the cache slots of the tokens."""
-
-    def __init__(self, states: AttentionStates, block: int, kv_slots: Tensor) -> None:
-        self._states = states
-        self._block = block
-        self._kv_slots = kv_slots
-
-    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes K and V (n, H_kv, P)."""
-        return self._states.write(self._block, self._kv_slots, key, value)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes K and V (1, H_kv, n, P), as blocks of transformers call it."""
-        return self.write(key[0].transpose(0, 1), value[0].transpose(0, 1))

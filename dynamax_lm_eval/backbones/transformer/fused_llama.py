@@ -9,7 +9,7 @@ n tokens in flight, D hidden, H heads, H_kv K/V heads, P head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.linear import is_changed, linear
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
+from dynamax_lm_eval.errors import UserError
 
 #: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
 _FAMILIES = {"Llama": False, "Mistral": True, "Qwen2": False, "Qwen3": False}
@@ -31,8 +32,8 @@ class FusedLlamaBlock:
     def __init__(self, module: Any, head_dim: int, window: int | None) -> None:
         attn = module.self_attn
         self._attention = attn
-        self._head_dim = head_dim
-        self._window = window
+        self.head_dim = head_dim
+        self.window = window
         self._scaling = attn.scaling
         self._norms = (module.input_layernorm, module.post_attention_layernorm)
         self._projections = (attn.q_proj, attn.k_proj, attn.v_proj)
@@ -43,7 +44,26 @@ class FusedLlamaBlock:
         self._bypassed = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
 
     @classmethod
-    def of(cls, module: Any, head_dim: int) -> FusedLlamaBlock | None:
+    def of_all(cls, modules: Iterable[Any], name: str) -> list[FusedLlamaBlock]:
+        """Returns the fused forms of all blocks of the model of this name; UserError where one is of another kind."""
+        fused = [cls.of(module) for module in modules]
+        known = [block for block in fused if block is not None]
+        if len(known) < len(fused):
+            raise UserError(f"{name}: its blocks are not all of the kind of Llama's")
+        return known
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return int(self._output.in_features) // self.head_dim
+
+    @property
+    def kv_projections(self) -> tuple[Any, Any]:
+        """The modules that make K and V."""
+        return self._projections[1], self._projections[2]
+
+    @classmethod
+    def of(cls, module: Any) -> FusedLlamaBlock | None:
         """Returns the fused form of a block of transformers; None where its family is not known to be of the kind."""
         family = type(module).__name__.removesuffix("DecoderLayer")
         if family not in _FAMILIES or not type(module).__module__.startswith("transformers.models."):
@@ -54,7 +74,7 @@ class FusedLlamaBlock:
         if any(type(getattr(module, name)).__name__ != family + kind for name, kind in parts.items()):
             return None
         window = getattr(attn.config, "sliding_window", None) if _FAMILIES[family] else None
-        return cls(module, head_dim, getattr(attn, "sliding_window", window))
+        return cls(module, int(attn.head_dim), getattr(attn, "sliding_window", window))
 
     @property
     def may_replace(self) -> bool:
@@ -64,7 +84,7 @@ class FusedLlamaBlock:
     def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns K and V (m, H_kv, P) that the block would write for (1, m, D) at such angles as it is called with."""
         normed = _normed(self._norms[0], hidden)
-        key, value = (linear(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections[1:])
+        key, value = (linear(project, normed).unflatten(-1, (-1, self.head_dim)) for project in self._projections[1:])
         if self._head_norms is not None:
             key = self._head_norms[1](key)
         return _rotated(key, cos, sin)[0], value[0]
@@ -73,7 +93,7 @@ class FusedLlamaBlock:
         """Returns the block's output (1, n, D) for its input and angles (1, n, 1, P) as of :func:`signed_rotary`."""
         normed = _normed(self._norms[0], hidden)
         query, key, value = (
-            linear(project, normed).unflatten(-1, (-1, self._head_dim)) for project in self._projections
+            linear(project, normed).unflatten(-1, (-1, self.head_dim)) for project in self._projections
         )  # (1, n, heads, P)
         if self._head_norms is not None:
             query, key = self._head_norms[0](query), self._head_norms[1](key)
@@ -81,7 +101,7 @@ class FusedLlamaBlock:
         rotated = _rotated(torch.cat((query, key), dim=2), cos, sin)
         keys, values = write(rotated[0, :, heads:], value[0])
         query = rotated[:, :, :heads].transpose(1, 2)
-        attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self._window, plan)
+        attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self.window, plan)
         hidden = hidden + linear(self._output, attended.flatten(2))
         normed = _normed(self._norms[1], hidden)
         gated = self._activation(linear(self._gate, normed)).mul_(linear(self._up, normed))

@@ -1,0 +1,145 @@
+"""Which tokens move recurrent states on, and in what order: those in flight and those that left, by position.
+
+N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.mamba.mixers import Mixer
+from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
+from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
+
+
+def new_rows(layout: RowLayout) -> BoolArray:
+    """Returns the rows (R,) whose first token is fed in this pass, so that they have no states yet."""
+    firsts = np.unique(layout.row_of, return_index=True)[1]
+    is_new: BoolArray = layout.positions[firsts] == 0
+    return is_new
+
+
+@dataclass(frozen=True)
+class LeftTokens:
+    """The tokens that left and whose states later blocks recompute."""
+
+    tokens: IntArray  # (m,)
+    hidden: Tensor | None  # (1, m, D); None: there are none
+
+    @classmethod
+    def none(cls) -> LeftTokens:
+        return cls(np.empty(0, dtype=np.int64), None)
+
+    def joined(self, tokens: IntArray, hidden: Tensor, layout: RowLayout) -> LeftTokens:
+        """Returns these and those of the tokens (t,), hidden states (1, t, D), whose rows recompute states."""
+        modes = np.asarray(layout.state_modes)[layout.row_of[tokens]]
+        more = LeftTokens(tokens, hidden).where(modes == "recompute")
+        if self.hidden is None or more.hidden is None:
+            return more if self.hidden is None else self
+        return LeftTokens(np.concatenate([self.tokens, more.tokens]), torch.cat([self.hidden, more.hidden], dim=1))
+
+    def at(self, block: int, layout: RowLayout) -> LeftTokens:
+        """Returns those that a block (1-based) is given states of: none where it is pruned or runs as a final block."""
+        if self.hidden is None:
+            return self
+        return self.where(layout.is_given_states(block, layout.row_of[self.tokens]))
+
+    def where(self, mask: Any) -> LeftTokens:
+        """Returns those for which ``mask`` (m,) is true."""
+        if mask.all():
+            return self
+        indices = np.flatnonzero(mask)
+        if self.hidden is None or len(indices) == 0:
+            return LeftTokens.none()
+        hidden = self.hidden.index_select(1, on_device(indices, self.hidden.device))
+        return LeftTokens(self.tokens[indices], hidden)
+
+
+@dataclass(frozen=True)
+class RecurrentPlan:
+    """The rows of the tokens that a block updates its states from; valid while these are the same tokens."""
+
+    tokens: IntArray
+    left: IntArray
+    rows: RaggedRows
+    numbers: IntArray  # (R,) lines of the rows in the tables
+    lines: slice | Tensor  # the same
+    is_new: BoolArray  # (R,) rows that have no state yet
+    positions: IntArray  # (n + m,) in order
+    order: Tensor | None  # (n + m,) in flight, then left, to the order of the rows; None: they are in order
+    in_flight: Tensor | None  # (n,) indices of the tokens in flight in that order; None: they are all, in order
+
+    @classmethod
+    def of(
+        cls,
+        tokens: IntArray,
+        left: IntArray,
+        layout: RowLayout,
+        lines: Sequence[int],
+        is_new: BoolArray,
+        device: torch.device,
+        last: RecurrentPlan | None,
+    ) -> RecurrentPlan:
+        """Returns the plan for tokens in flight (n,) and tokens that left (m,).
+
+        Args:
+            tokens: in flight.
+            left: that left.
+            layout: of the batch.
+            lines: (R,) of its rows in the tables.
+            is_new: as of :func:`new_rows`.
+            device: where the states are.
+            last: the plan before, which is returned if it is for the same tokens.
+        """
+        if last is not None and last.tokens is tokens and np.array_equal(last.left, left):
+            return last
+        updated = np.concatenate([tokens, left]) if len(left) else tokens
+        order = np.argsort(updated) if len(left) else np.arange(len(updated))
+        rows, lengths = np.unique(layout.row_of[updated[order]], return_counts=True)
+        # One token per row: rows may stand in any order, and in the order of their lines the table is one view.
+        numbers = np.asarray(lines, dtype=np.int64)[rows]
+        if len(updated) == len(rows):
+            by_line = np.argsort(numbers)
+            order, numbers, rows = order[by_line], numbers[by_line], rows[by_line]
+        is_reordered = not np.array_equal(order, np.arange(len(order)))
+        rank = np.empty(len(order), dtype=np.int64)
+        rank[order] = np.arange(len(order))
+        return cls(
+            tokens=tokens,
+            left=left,
+            rows=RaggedRows(lengths.tolist(), device),
+            numbers=numbers,
+            lines=lines_of(numbers, device),
+            is_new=is_new[rows],
+            positions=layout.positions[updated[order]],
+            order=on_device(order, device) if is_reordered else None,
+            in_flight=on_device(rank[: len(tokens)], device) if is_reordered or len(left) else None,
+        )
+
+    @property
+    def all_new(self) -> bool:
+        """Whether none of the rows has a state yet."""
+        return bool(self.is_new.all())
+
+    def advance(self, mixer: Mixer, table: StateTable, update: Tensor) -> Tensor:
+        """Moves the rows' states on and returns the read-outs (n + m, I) in the order of the rows.
+
+        ``update``: what the mixer projected of the tokens in flight, and after them of those that left.
+        """
+        if self.order is not None:
+            update = update.index_select(0, self.order)
+        read, after = mixer.advance(update, self.rows, None if self.all_new else table.read(self.lines))
+        assert after is not None
+        table.write(self.lines, after)
+        return read
+
+    def of_tokens_in_flight(self, values: Tensor) -> Tensor:
+        """Returns the values (n, ...) of the tokens in flight, of those of all (n + m, ...) in the order of the rows."""
+        return values if self.in_flight is None else values.index_select(0, self.in_flight)

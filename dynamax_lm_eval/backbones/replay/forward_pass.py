@@ -1,0 +1,222 @@
+"""One pass of a flat batch through blocks of any kind, each called with the arguments that the model makes.
+
+Blocks that only attend defer the states of tokens that left, as fused ones do. Where a state of some block depends on
+more than the block's input, it takes tokens in order, and every block is given them as it comes.
+
+N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.mamba.plan import LeftTokens, RecurrentPlan, new_rows
+from dynamax_lm_eval.backbones.replay.arguments import Call
+from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
+from dynamax_lm_eval.backbones.replay.states import ReplayStates
+from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, attending
+from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass, PendingTokens
+from dynamax_lm_eval.backbones.transformer.fused_pass import StatesWritten
+
+if TYPE_CHECKING:
+    from dynamax_lm_eval.backbones.replay.backbone import ReplayBackbone
+
+
+class ReplayPass(AttentionPass):
+    """One pass of a flat batch through blocks as their family wrote them."""
+
+    _states: ReplayStates
+
+    def __init__(
+        self, backbone: ReplayBackbone, states: ReplayStates, layout: RowLayout, materialize_all: bool
+    ) -> None:
+        super().__init__(backbone, states, layout, materialize_all)
+        self._blocks = backbone
+        self._calls: list[Call] = []
+        self._left = LeftTokens.none()
+        self._lines = tuple(states.line_of[slot] for slot in layout.slots)
+        self._is_new = new_rows(layout)
+        self._plan: RecurrentPlan | None = None
+        # Of the block that runs now: the tokens' slots, how many writes stop it, and what its mixers were called with.
+        self._written_to: Tensor | None = None
+        self._writes_left: int | None = None
+        self._collected: dict[FlatMixer, Any] = {}
+        #: What stands for the output of a mixer while states alone are written; nothing should depend on it.
+        self.placeholder = 0.0
+
+    def embed(self, ids: Tensor) -> Tensor:
+        self._ids = ids
+        self._calls = self._blocks.replay.capture(ids, self._positions, self._blocks.cache)
+        return self._blocks.hidden_shape.flat(self._calls[0].hidden)
+
+    @property
+    def has_pending_states(self) -> bool:
+        return self._left.hidden is not None if self._blocks.takes_tokens_in_order else super().has_pending_states
+
+    def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        if not self._blocks.takes_tokens_in_order:
+            super().exit_tokens(tokens, hidden, layer)
+            return
+        self._left = self._left.joined(tokens, hidden, self._layout)
+        skipped = tokens[np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]] == "skip"]
+        self._mark_skipped(skipped, layer)
+
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        if not self._blocks.takes_tokens_in_order:
+            return super().run_block(block, tokens, hidden)
+        left = self._left.at(block, self._layout)
+        if len(tokens) + len(left.tokens) == 0:
+            return hidden
+        described = self._blocks.blocks[block - 1]
+        if described.is_sequential and left.hidden is not None and len(tokens):
+            return self._run_merged(block, tokens, hidden, left)
+        if described.mixers:
+            self._plan = self._recurrent_plan(tokens, left.tokens)
+        if left.hidden is not None and described.num_writes:
+            device = self._backbone.device
+            call = self._select(block, on_device(left.tokens, device))
+            kv_slots = on_device(self._kv_slots[left.tokens], device)
+            self._give(block, left.hidden, call, kv_slots, self._plan_of(left.tokens, block))
+        if len(tokens):
+            hidden = self._call(block, hidden, self._active_tokens(block, tokens, hidden))
+        else:
+            for mixer in described.mixers:
+                assert self._plan is not None
+                mixer.run(None, self._collected.pop(mixer, None), self._plan, self._states.table(mixer))
+        self._collected.clear()
+        return hidden
+
+    def write_only(self, block: int, hidden: Tensor) -> WrittenStates:
+        """Gives a block the states of all tokens of the batch, as if they had left with ``hidden`` (1, N, D)."""
+        tokens = np.arange(hidden.shape[1])
+        active = self._active_tokens(block, tokens, hidden)
+        attended = self._give(block, hidden, self._select(block, None), active.kv_slots, active.plan)
+        caches = [cache for cache in (*self._states.keys, *self._states.values) if cache is not None]
+        collected = [c.hidden if isinstance(c, Call) else c for c in self._collected.values()]
+        return WrittenStates(attended, [*caches, *(value for value in collected if value is not None)])
+
+    def mix(self, mixer: FlatMixer, call: Call) -> Any:
+        """Runs a mixer in the place of the module that a block calls."""
+        if self._writes_left is not None:
+            self._collected[mixer] = mixer.collected(call)
+            self._note_write()
+            return self._blocks.shaped(mixer, torch.full_like(call.hidden, self.placeholder))
+        assert self._plan is not None
+        output = mixer.run(call, self._collected.pop(mixer, None), self._plan, self._states.table(mixer))
+        assert output is not None
+        return self._blocks.shaped(mixer, output)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes K and V (1, H_kv, n, P) to a layer of the cache; returns the caches (1, H_kv, C, P)."""
+        assert self._written_to is not None, "a block is running"
+        keys, values = self._states.write(
+            layer + 1, self._written_to, key[0].transpose(0, 1), value[0].transpose(0, 1)
+        )
+        self._note_write()
+        return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+
+    def _note_write(self) -> None:
+        if self._writes_left is not None:
+            self._writes_left -= 1
+            if self._writes_left == 0:
+                raise StatesWritten
+
+    def _select(self, block: int, tokens: Tensor | None) -> Call:
+        """Returns what a block is called with for tokens of the batch; None: for all."""
+        call = self._calls[block - 1]
+        return call if tokens is None else self._blocks.blocks[block - 1].axes.select(call, tokens)
+
+    def _arguments(self, tokens: IntArray, like: Tensor) -> Tensor | None:
+        return None if len(tokens) == len(self._starts) else on_device(tokens, self._backbone.device)
+
+    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> list[Call]:
+        deferred = self._states.deferred
+        assert deferred.ids is not None
+        positions = on_device(deferred.positions[tokens], self._backbone.device)
+        ids = deferred.ids.index_select(0, on_device(tokens, self._backbone.device))
+        return self._blocks.replay.capture(ids, positions, self._blocks.cache)
+
+    def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
+        if self._blocks.blocks[block - 1].mixers:
+            left = self._plan.left if self._plan is not None and self._collected else active.tokens[:0]
+            self._plan = self._recurrent_plan(active.tokens, left)
+        call = self._select(block, active.arguments).replaced(self._blocks.hidden_shape.of_model(hidden))
+        self._written_to = active.kv_slots
+        with self._blocks.passing(self), attending(active.plan, self._blocks.visibility(block, call)):
+            return self._blocks.hidden_shape.flat(self._blocks.replay.call(block, call))
+
+    def _write_states(self, block: int, pending: PendingTokens, chosen: Tensor | None) -> None:
+        described = self._blocks.blocks[block - 1]
+        if not described.num_writes:
+            return
+        call, hidden, kv_slots = pending.arguments[block - 1], pending.hidden, pending.kv_slots
+        assert hidden is not None
+        if chosen is not None:
+            call, hidden = described.axes.select(call, chosen), hidden.index_select(1, chosen)
+            kv_slots = kv_slots[chosen]
+        self._give(block, hidden, call, kv_slots, None)
+
+    def _give(self, block: int, hidden: Tensor, call: Call, kv_slots: Tensor, plan: AttentionPlan | None) -> bool:
+        """Runs a block on the exit states (1, m, D) of tokens that left, until it has written its states.
+
+        Returns whether it attended before.
+        """
+        described = self._blocks.blocks[block - 1]
+        call = call.replaced(self._blocks.hidden_shape.of_model(hidden))
+        self._written_to, self._writes_left = kv_slots, described.num_writes
+        empty = np.empty(0, dtype=np.int64)
+        plan = plan or AttentionPlan(empty, empty, None, self._backbone.device)
+        try:
+            with (
+                self._blocks.passing(self),
+                described.without_unneeded(),
+                attending(plan, self._blocks.visibility(block, call)) as now,
+            ):
+                self._blocks.replay.call(block, call)
+        except StatesWritten:
+            pass
+        finally:
+            self._writes_left = None
+        return now.called
+
+    def _run_merged(self, block: int, tokens: IntArray, hidden: Tensor, left: LeftTokens) -> Tensor:
+        """Runs a block whose states depend on attention on all tokens at once; returns those in flight (1, n, D)."""
+        assert left.hidden is not None
+        both = np.concatenate([tokens, left.tokens])
+        order = np.argsort(both)
+        merged = torch.cat([hidden, left.hidden], dim=1).index_select(1, on_device(order, hidden.device))
+        output = self._call(block, merged, self._active_tokens(block, both[order], merged))
+        in_flight = np.argsort(order)[: len(tokens)]
+        return output.index_select(1, on_device(in_flight, hidden.device))
+
+    def _recurrent_plan(self, tokens: IntArray, left: IntArray) -> RecurrentPlan:
+        return RecurrentPlan.of(
+            tokens, left, self._layout, self._lines, self._is_new, self._backbone.device, self._plan
+        )
+
+    def _plan_of(self, tokens: IntArray, block: int) -> AttentionPlan | None:
+        """Returns what tokens that left see, where a block attends before it writes its states."""
+        if not self._blocks.blocks[block - 1].is_sequential:
+            return None
+        active = self._active
+        plan = self._active_tokens(block, tokens, torch.empty(0)).plan
+        self._active = active
+        return plan
+
+
+@dataclass(frozen=True)
+class WrittenStates:
+    """What a block wrote for tokens that left."""
+
+    attended: bool  # before it had written everything
+    values: list[Tensor]
+
+    def equals(self, other: WrittenStates) -> bool:
+        """Returns whether the same was written."""
+        return all(torch.equal(a, b) for a, b in zip(self.values, other.values, strict=True))

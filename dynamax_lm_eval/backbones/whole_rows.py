@@ -1,0 +1,209 @@
+"""Any causal language model at all, run without a cache: every block sees its inputs for the whole row again.
+
+A block keeps what it was given for each token of a row, and runs on all of it whenever a token is added. What it
+computes for earlier tokens is thrown away; by causality it is the same as before. That assumes nothing of a model but
+that it is causal and calls its blocks one after the other, so it is what remains where nothing faster is right, and
+what faster ways are compared with. A token costs as much as its whole row.
+
+N tokens of a flat batch, n in flight, m that left, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, on_device
+from dynamax_lm_eval.backbones.mamba.plan import LeftTokens
+from dynamax_lm_eval.backbones.replay import costs
+from dynamax_lm_eval.backbones.replay.arguments import Call
+from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel
+from dynamax_lm_eval.backbones.replay.probing import LENGTHS
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.blocks import find_blocks
+from dynamax_lm_eval.types import StateMode
+
+
+class WholeRowBackbone(Backbone):
+    """A causal LM of transformers whose blocks run on whole rows."""
+
+    rung = "whole rows"
+
+    def __init__(self, model: Any) -> None:
+        """
+        Args:
+            model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
+
+        Raises:
+            UserError: its blocks cannot be found.
+        """
+        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: Any = self.model.config.get_text_config()
+        self.name = type(self.model).__name__
+        depth = getattr(self.config, "num_hidden_layers", None)
+        self.replay = ReplayModel(self.model, find_blocks(self.model, depth, self.name))
+        self.num_layers = len(self.replay.blocks)
+        self.device = self.replay.device
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.num_embeddings = int(getattr(embeddings, "num_embeddings", self.config.vocab_size))
+        self.vocab_size = int(getattr(head, "out_features", self.config.vocab_size))
+        with torch.no_grad():
+            self.replay.watch_outputs()
+            shorter, longer = (
+                self.replay.capture(torch.arange(n, device=self.device), None, None)[0].hidden for n in LENGTHS
+            )
+        grows = [b - a == LENGTHS[1] - LENGTHS[0] for a, b in zip(shorter.shape, longer.shape, strict=True)]
+        if grows.count(True) != 1:
+            raise UserError(f"{self.name} does not give its blocks one hidden state for each token")
+        axis = grows.index(True)
+        #: Places before the first token, which some models put in themselves.
+        self.num_extra = shorter.shape[axis] - LENGTHS[0]
+        self.hidden_shape = HiddenShape(tuple(shorter.shape), axis)
+        self.hidden_size = self.hidden_shape.size
+        self.cost = costs.measure_whole_rows(self.replay, self.hidden_size * self.vocab_size)
+
+    def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> WholeRowStates:
+        return WholeRowStates(self.num_layers)
+
+    def start_pass(self, states: States, layout: RowLayout, materialize_all: bool = False) -> WholeRowPass:
+        assert isinstance(states, WholeRowStates)
+        return WholeRowPass(self, states, layout)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.hidden_shape.flat(self.replay.capture(ids, None, None)[0].hidden)
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        count = len(hidden)
+        hidden = torch.cat([hidden.new_zeros(self.num_extra, hidden.shape[1]), hidden]) if self.num_extra else hidden
+        return self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), count).contiguous()
+
+    def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
+        if mode != "recompute" and exit_layers:
+            raise UserError(
+                f"state_mode={mode} is not possible on {self.name}, whose blocks run on whole rows; use recompute"
+            )
+
+    def row_bytes(self, num_tokens: int) -> int:
+        size = torch.finfo(self.model.dtype).bits // 8
+        return self.num_layers * self.hidden_size * size * num_tokens
+
+
+class WholeRowStates(States):
+    """For every row its token ids, and what each block was given for its tokens."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._next = 0
+        self.ids: dict[int, Tensor] = {}  # slot -> (t,)
+        self.inputs: dict[int, list[Tensor | None]] = {}  # slot -> for each block (1-based) (t, D)
+        self.extra: dict[int, dict[int, Tensor]] = {}  # slot -> for each block the places before the first token (e, D)
+        self._kept: dict[int, int] = {}
+
+    def allocate_row(self, capacity: int) -> int | None:
+        self._next += 1
+        self.inputs[self._next] = [None] * (self._num_layers + 1)
+        return self._next
+
+    def free_row(self, slot: int) -> None:
+        self.inputs.pop(slot)
+        self.ids.pop(slot, None)
+        self.extra.pop(slot, None)
+
+    def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        self.ids[slot] = self.ids[source][:num_tokens]
+        self.extra[slot] = dict(self.extra[source])
+        self.inputs[slot] = [None if part is None else part[:num_tokens] for part in self.inputs[source]]
+
+    def keep(self, slot: int, num_tokens: int) -> bool:
+        line = self.allocate_row(num_tokens)
+        assert line is not None
+        self.copy_row(slot, line, num_tokens)
+        self._kept[num_tokens] = line
+        return True
+
+    def give(self, num_tokens: int, slot: int) -> None:
+        self.copy_row(self._kept[num_tokens], slot, num_tokens)
+
+    def forget(self, num_tokens: int) -> None:
+        self.free_row(self._kept.pop(num_tokens))
+
+
+class WholeRowPass(ForwardPass):
+    """One pass of a flat batch, row by row."""
+
+    def __init__(self, backbone: WholeRowBackbone, states: WholeRowStates, layout: RowLayout) -> None:
+        self._backbone = backbone
+        self._states = states
+        self._layout = layout
+        self._left = LeftTokens.none()
+        self._calls: list[list[Call]] = []
+        #: What the last block that ran on a row returned.
+        self._outputs: dict[int, tuple[Any, ...]] = {}
+
+    @property
+    def has_pending_states(self) -> bool:
+        return self._left.hidden is not None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        layout, shape = self._layout, self._backbone.hidden_shape
+        hidden = []
+        for row, slot in enumerate(layout.slots):
+            fed = ids.index_select(0, on_device(np.flatnonzero(layout.row_of == row), ids.device))
+            before = self._states.ids.get(slot)
+            self._states.ids[slot] = fed if before is None else torch.cat([before, fed])
+            self._calls.append(self._backbone.replay.capture(self._states.ids[slot], None, None))
+            whole = shape.flat(self._calls[-1][0].hidden)
+            self._states.extra.setdefault(slot, {1: whole[0, : self._backbone.num_extra]})
+            hidden.append(whole[:, -len(fed) :])
+        return torch.cat(hidden, dim=1)
+
+    def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        self._left = self._left.joined(tokens, hidden, self._layout)
+
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        left, layout, shape = self._left.at(block, self._layout), self._layout, self._backbone.hidden_shape
+        given = np.concatenate([tokens, left.tokens])
+        values = hidden[0] if left.hidden is None else torch.cat([hidden[0], left.hidden[0]])
+        outputs = []
+        for row in np.unique(layout.row_of[given]).tolist():
+            own = np.flatnonzero(layout.row_of[given] == row)
+            own = own[np.argsort(given[own])]
+            inputs = self._add(row, block, values.index_select(0, on_device(own, values.device)), given[own])
+            in_flight = tokens[layout.row_of[tokens] == row]
+            if len(in_flight):
+                output = self._run(row, block, inputs)
+                outputs.append(output.index_select(0, on_device(layout.positions[in_flight], output.device)))
+        return torch.cat(outputs).unsqueeze(0) if outputs else hidden
+
+    def _run(self, row: int, block: int, inputs: Tensor) -> Tensor:
+        """Returns what a block makes of the inputs (T, D) of a whole row."""
+        replay, shape, count = self._backbone.replay, self._backbone.hidden_shape, self._backbone.num_extra
+        extra = self._states.extra[self._layout.slots[row]]
+        call = self._calls[row][block - 1]
+        if block in extra:
+            inputs = torch.cat([extra[block], inputs])
+        if row in self._outputs and replay.handed_on[block - 1]:
+            last = self._outputs[row]
+            call = call.with_values({place: last[index] for place, index in replay.handed_on[block - 1].items()})
+        self._outputs[row] = replay.outputs(block, call.replaced(shape.of_model(inputs.unsqueeze(0))))
+        output = shape.flat(self._outputs[row][0])[0]
+        extra.setdefault(block + 1, output[:count])
+        return output[count:]
+
+    def _add(self, row: int, block: int, values: Tensor, tokens: IntArray) -> Tensor:
+        """Notes what a block is given for tokens of a row (t,), and returns that of all its tokens, (T, D)."""
+        inputs = self._states.inputs[self._layout.slots[row]]
+        before = inputs[block]
+        first = int(self._layout.positions[tokens[0]])
+        held = 0 if before is None else len(before)
+        assert held in (first, first + len(tokens)), "a row's tokens come in order"
+        if before is None or first == 0:
+            inputs[block] = values
+        else:
+            inputs[block] = torch.cat([before[:first], values])
+        whole = inputs[block]
+        assert whole is not None
+        return whole
