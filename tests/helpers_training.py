@@ -10,7 +10,7 @@ from helpers import random_ids, tiny_model
 from helpers_engine import EXITS
 from reference import RECURRENT
 
-from dynamax_lm_eval.backbones import TransformerBackbone
+from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.frozen.passes import FrozenPass
@@ -24,7 +24,7 @@ STEPS = 6
 
 
 def frozen(family: str = "llama", top_k: int = 1, final_block: bool = False) -> FrozenPass:
-    return FrozenPass(TransformerBackbone(tiny_model(family), max_length=256), EXITS, final_block, top_k)
+    return FrozenPass(make_backbone(tiny_model(family), max_length=256), EXITS, final_block, top_k)
 
 
 def training_options(backbone: Path, texts: Path, **changes: Any) -> TrainingOptions:

@@ -11,7 +11,7 @@ from helpers import LAYERS, tiny_model
 from helpers_engine import NEW_TOKENS, PROMPTS, engine_for, run_generate, separated_policy
 
 from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
-from dynamax_lm_eval.backbones.transformer.forward_pass import TransformerPass
+from dynamax_lm_eval.backbones.transformer.fused_pass import FusedPass
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 
@@ -23,13 +23,13 @@ def test_states_are_recomputed_only_where_a_later_token_needs_them(scope: Any, m
     policy = ExitPolicy(LAYERS, (2, 4), (0.5,) * 2, exit_scope=scope)
     policy = separated_policy(model, policy, PROMPTS[0])
     recomputed = [0] * (LAYERS + 1)
-    project = TransformerPass.project
+    project = FusedPass.project
 
-    def count(run: TransformerPass, block: int, hidden: torch.Tensor, rotary: Any) -> Any:
+    def count(run: FusedPass, block: int, hidden: torch.Tensor, rotary: Any) -> Any:
         recomputed[block] += hidden.shape[1]
         return project(run, block, hidden, rotary)
 
-    monkeypatch.setattr(TransformerPass, "project", count)
+    monkeypatch.setattr(FusedPass, "project", count)
     (result,) = run_generate(engine, [policy], PROMPTS[:1], 1)
     layers = [LAYERS] * (result.trace.fed_tokens - len(result.trace.exit_layers)) + list(result.trace.exit_layers)
     prompt = len(PROMPTS[0])

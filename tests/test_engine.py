@@ -24,7 +24,7 @@ from helpers_engine import (
 )
 from reference import reference_generate, reference_score
 
-from dynamax_lm_eval.backbones import TransformerBackbone
+from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.requests import ScoringRequest
 from dynamax_lm_eval.engine.scoring import score_all
@@ -237,7 +237,7 @@ def test_half_precision_stays_near_full_precision(family: str, dtype: torch.dtyp
     pairs = [(prompt, random_ids(6, 50 + i)) for i, prompt in enumerate(PROMPTS)]
     # A calm model: with the wide weights of the other tests, rounding grows from block to block.
     models = [calm_model(family, kind) for kind in (torch.float32, dtype)]
-    full, half = (run_score(Engine(TransformerBackbone(model, 256)), policy, pairs, 3) for model in models)
+    full, half = (run_score(Engine(make_backbone(model, 256)), policy, pairs, 3) for model in models)
     for ours, exact in zip(half, full, strict=True):
         assert ours.trace == exact.trace
         assert set(ours.trace.exit_layers) == {3}
@@ -264,7 +264,7 @@ def test_cuda_gives_what_the_cpu_gives(family: str, mode: Any) -> None:
 
     model = tiny_model(family)
     policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, state_mode=mode), PROMPTS[0])
-    on_gpu = Engine(TransformerBackbone(copy.deepcopy(model).cuda(), max_length=256))
+    on_gpu = Engine(make_backbone(copy.deepcopy(model).cuda(), max_length=256))
     expected = run_generate(engine_for(family), [policy] * 3, PROMPTS[:3], 2)
     assert run_generate(on_gpu, [policy] * 3, PROMPTS[:3], 2) == expected
 

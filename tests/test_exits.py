@@ -23,7 +23,7 @@ from helpers_engine import (
 )
 from reference import RECURRENT, reference_generate, reference_score
 
-from dynamax_lm_eval.backbones import TransformerBackbone
+from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.compute.accounting import Trace, account
 from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.engine.engine import Engine
@@ -71,7 +71,7 @@ def test_final_block_with_training_free_confidences(confidence: Any) -> None:
     model = tiny_model("qwen3")
     policy = ExitPolicy(LAYERS, EXITS, (0.5,) * 3, confidence=confidence, final_block=True)
     policy = separated_policy(model, policy, PROMPTS[0])
-    engine = Engine(TransformerBackbone(model, max_length=256))
+    engine = Engine(make_backbone(model, max_length=256))
     expected = [reference_generate(model, policy, prompt, NEW_TOKENS) for prompt in PROMPTS[:3]]
     for (tokens, row), result in zip(expected, run_generate(engine, [policy] * 3, PROMPTS[:3], 3), strict=True):
         assert result.tokens == tokens

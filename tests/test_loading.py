@@ -22,13 +22,13 @@ from helpers_harness import dynamax
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
-from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.engine.parity import engine_without_weights
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models.blocks import find_blocks
 
 PAIR = ([5, 9, 14, 3], [7, 21])
 
@@ -257,32 +257,11 @@ class TestNotAModel:
             dynamax(folder)
 
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
-HEADS = {"mamba_n_heads": 8}
 REFUSED = {
-    "gpt2": (lambda: hf.GPT2Config(n_layer=4), "found no rotary position embeddings in GPT2LMHeadModel"),
     "blt": (hf.BltConfig, "'blt' does not say its number of blocks"),
-    "olmo2": (lambda: hf.Olmo2Config(**SMALL), "found no norm before attention in block 1 of Olmo2ForCausalLM"),
-    "mpt": (lambda: hf.MptConfig(n_layers=4), "found no final norm in MptForCausalLM"),
-    "mixtral": (lambda: hf.MixtralConfig(**SMALL), r"cost model cannot count \(mlp\.gate\.weight\)"),
-    "deepseek": (
-        lambda: hf.DeepseekV3Config(**SMALL),
-        r"how DeepseekV3Attention makes K and V is not known \(.*kv_a_proj_with_mqa",
-    ),
-    "all attention": (
-        lambda: hf.GraniteMoeHybridConfig(layer_types=["full_attention"] * 4, **SMALL, **HEADS),
-        "found no rotary position embeddings in GraniteMoeHybridForCausalLM",
-    ),
-    "mixed": (
-        lambda: hf.GraniteMoeHybridConfig(
-            mamba_n_heads=8, layer_types=["full_attention", "linear_attention"] * 2, **SMALL
-        ),
-        "'granitemoehybrid' mixes attention and Mamba blocks",
-    ),
-    "linear attention": (
-        lambda: hf.Qwen3NextConfig(**SMALL),
-        r"'qwen3_next' mixes attention and other blocks \(linear_attention\)",
-    ),
+    "hrm_text": (lambda: hf.HrmTextConfig(num_layers_per_stack=1), "HrmTextForCausalLM has no list of"),
+    "bart": (hf.BartConfig, "'bart' is an encoder-decoder"),
+    "clip": (hf.CLIPConfig, "'clip' is not a causal language model"),
 }
 
 
@@ -303,11 +282,11 @@ class TestStructure:
         with pytest.raises(UserError, match="state_mode=copy is not possible on Gemma3ForCausalLM"):
             dynamax(tmp_path, confidence="softmax", threshold=0.5, state_mode="copy")
 
-    @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "phi3", "mamba2", "mamba", "falcon_mamba"])
+    @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "mamba2", "mamba", "falcon_mamba"])
     def test_is_that_of_the_loaded_model(self, family: str, tmp_path: Path) -> None:
         config = tiny_model(family).config
         before = config.to_dict()
-        engine = engine_without_weights(config, {}, 64)
+        engine = engine_without_weights(loading.model_without_weights(config, {}), 64)
         assert engine is not None
         assert config.to_dict() == before
         loaded = dynamax(save_model(family, tmp_path), confidence="softmax").engine.backbone.cost
@@ -322,16 +301,14 @@ class TestStructure:
         config = hf.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
         with torch.device("meta"):
             model = hf.Gemma3ForConditionalGeneration(config)
-        decoder, layers = families.find_layers(model, 6, "it")
-        assert decoder is model.model.language_model
-        assert layers is model.model.language_model.layers
-        assert engine_without_weights(config, {}, 64) is not None
+        assert find_blocks(model, 6, "it") == list(model.model.language_model.layers)
+        assert engine_without_weights(loading.model_without_weights(config, {}), 64) is not None
 
     def test_lists_of_single_layers_are_no_blocks(self) -> None:
         model = torch.nn.Module()
         model.norms = torch.nn.ModuleList(torch.nn.LayerNorm(4) for _ in range(3))
         model.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
-        assert families.find_layers(model, 3, "it") == (model, model.layers)
+        assert find_blocks(model, 3, "it") == list(model.layers)
 
 
 @pytest.mark.usefixtures("no_weights")

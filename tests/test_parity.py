@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import FAMILIES, tiny_model
 from helpers_engine import engine_for
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
+from dynamax_lm_eval.backbones.replay.mixers import RowMixer
+from dynamax_lm_eval.backbones.replay.model import ReplayModel
+from dynamax_lm_eval.backbones.transformer import attention, fused_llama
 from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model, check_state_recompute, checked_engine
@@ -26,44 +31,9 @@ class TestSelfCheck:
         check_against_model(engine, tiny_model(family))
         check_state_recompute(engine)
 
-    def test_refuses_scaled_embeddings(self) -> None:
-        import transformers as hf
-
-        torch.manual_seed(0)
-        config = hf.GraniteConfig(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            embedding_multiplier=12.0,
-        )
-        model = hf.GraniteForCausalLM(config).eval()
-        with pytest.raises(UserError, match="GraniteForCausalLM is not supported"):
-            check_against_model(Engine(TransformerBackbone(model)), model)
-
-    def test_refuses_soft_capped_attention(self) -> None:
-        import transformers as hf
-
-        config = hf.Gemma2Config(
-            vocab_size=97,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-        )
-        model = hf.Gemma2ForCausalLM(config).eval()
-        with pytest.raises(UserError, match="softcap"):
-            check_against_model(Engine(TransformerBackbone(model)), model)
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("family", FAMILIES)
     def test_sees_small_errors_in_every_dtype(self, family: str, dtype: torch.dtype) -> None:
-        import copy
-
         model = tiny_model(family, dtype)
         scaled = copy.deepcopy(model)
         scaled.get_output_embeddings().weight.data *= 1.05
@@ -72,8 +42,6 @@ class TestSelfCheck:
             check_against_model(Engine(make_backbone(model, 256)), scaled)
 
     def test_counts_the_window_that_the_blocks_use(self) -> None:
-        import copy
-
         for family, windows in (("mistral", [5] * 6), ("gemma3", [5, 5, None] * 2), ("qwen2", [None] * 6)):
             engine = engine_for(family)
             check_against_model(engine, tiny_model(family))
@@ -85,45 +53,64 @@ class TestSelfCheck:
         check_against_model(engine, model)
         assert [block.window for block in engine.backbone.cost.blocks] == [None] * 6
 
-    def test_refuses_by_name_what_fails_on_the_way(self) -> None:
-        import transformers as hf
+    def test_refuses_by_name_what_fails_on_the_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fails(*args: object) -> None:
+            raise ZeroDivisionError
 
-        sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-        stablelm = hf.StableLmForCausalLM(hf.StableLmConfig(**sizes)).eval()
-        with pytest.raises(UserError, match="StableLmForCausalLM is not supported: it cannot be used block by block"):
-            checked_engine(stablelm, ExitPolicy(2), 64)
-        phi = hf.PhiForCausalLM(hf.PhiConfig(**sizes)).eval()
-        checked_engine(phi, ExitPolicy(2), 64)
-        exits = ExitPolicy(2, (1,), (0.5,))
-        checked_engine(phi, replace(exits, state_mode="skip"), 64)
-        with pytest.raises(UserError, match=r"skip and copy may work|use state_mode=skip or copy"):
-            checked_engine(phi, exits, 64)
+        monkeypatch.setattr(ReplayModel, "capture", fails)
+        message = r"Gemma3ForCausalLM is not supported: it cannot be used block by block \(ZeroDivisionError"
+        with pytest.raises(UserError, match=message):
+            checked_engine(tiny_model("gemma3"), ExitPolicy(6), 64)
 
-    def test_refuses_learned_positions(self) -> None:
-        import transformers as hf
+    def test_takes_the_fastest_way_that_is_right(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, exits = tiny_model("llama"), ExitPolicy(6, (2,), (0.5,))
 
-        model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)).eval()
-        with pytest.raises(UserError, match="GPT2LMHeadModel"):
-            TransformerBackbone(model)
+        def rung(policy: ExitPolicy = exits) -> str:
+            return checked_engine(model, policy, 64).backbone.rung
 
-    def test_refuses_a_wrong_projection(self) -> None:
-        engine = engine_for("phi3")
-        block = engine.backbone.blocks[1]  # type: ignore[attr-defined]
-        wrong = replace(block, project=lambda h, c, s: tuple(2 * x for x in block.project(h, c, s)))
-        engine.backbone.blocks[1] = wrong  # type: ignore[attr-defined]
-        with pytest.raises(UserError, match="block 2"):
+        assert rung() == "fused"
+        with monkeypatch.context() as wrong:
+            states = FusedLlamaBlock.states
+            wrong.setattr(FusedLlamaBlock, "states", lambda *args: tuple(1.1 * x for x in states(*args)))
+            assert rung() == "flat"
+            assert rung(ExitPolicy(6)) == rung(replace(exits, state_mode="skip")) == "fused"  # which need no such states
+        with monkeypatch.context() as wrong:
+            attend = attention.ragged_attention
+            wrong.setattr(fused_llama, "ragged_attention", lambda *args: (1.1 * attend(*args)[0], None))
+            assert rung() == "flat"
+            wrong.setitem(ALL_ATTENTION_FUNCTIONS, attention.NAME, lambda *a, **k: (1.1 * attend(*a, **k)[0], None))
+            assert rung() == "row modules"
+            wrong.setattr(RowMixer, "called", lambda *args: torch.zeros(1, 1, 32))
+            assert rung() == "whole rows"
+
+    def test_a_mode_that_cannot_be_had_is_refused_for_its_own_reason(self) -> None:
+        with pytest.raises(UserError, match="state_mode=copy is not possible on Gemma3ForCausalLM"):
+            checked_engine(tiny_model("gemma3"), ExitPolicy(6, (2,), (0.5,), state_mode="copy"), 64)
+
+    def test_refuses_what_is_not_causal(self) -> None:
+        model = copy.deepcopy(tiny_model("gemma3"))
+        for layer in model.model.layers:
+            layer.mlp.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
+        with pytest.raises(UserError, match="Gemma3ForCausalLM is not causal"):
+            checked_engine(model, ExitPolicy(6), 64)
+
+    @pytest.mark.parametrize("family", ["phi3", "mamba2", "gemma3"])
+    def test_sees_wrong_states_of_tokens_that_left(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        engine = engine_for(family)
+        check_state_recompute(engine)
+        if family == "mamba2":
+            mixer = engine.backbone.blocks[2].mixer  # type: ignore[attr-defined]
+            right = mixer.project_update
+            monkeypatch.setattr(mixer, "project_update", lambda normed: 1.1 * right(normed))
+        else:
+            block = engine.backbone.blocks[1]  # type: ignore[attr-defined]
+            block.unneeded.append((block.module.self_attn.o_proj, 32))  # has no part in it
+            check_state_recompute(engine)
+            block.unneeded[:] = [(block.module.input_layernorm, 32)]
+        with pytest.raises(UserError, match="logits after exits differ"):
             check_state_recompute(engine)
 
-    def test_refuses_a_wrong_projection_of_a_lean_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        right = FusedLlamaBlock.states
-        monkeypatch.setattr(FusedLlamaBlock, "states", lambda *args: tuple(2 * x for x in right(*args)))
-        with pytest.raises(UserError, match="block 1"):
-            check_state_recompute(engine_for("llama"))
-
     def test_refuses_weights_that_are_not_finite(self) -> None:
-        import copy
-
         model = copy.deepcopy(tiny_model("llama"))
         model.model.layers[0].mlp.up_proj.weight.data.fill_(float("nan"))
         with pytest.raises(UserError, match="not finite"):

@@ -96,14 +96,14 @@ def checked_engine(
         UserError: the model cannot be run block by block, or not under this policy; says why.
     """
     refused: dict[str, UserError] = {}
-    expected: _Expected | None = None
+    expected: Expected | None = None
     for rung, make in rungs(model, max_length, mamba_kernels).items():
         try:
             with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
                 engine = Engine(make(), classifiers, autocast_dtype)
                 with engine.autocast():
-                    expected = expected or _Expected.of(model, engine.backbone)
-                    check_against_model(engine, expected)
+                    expected = expected or Expected.of(model, engine.backbone)
+                    check_against_model(engine, model, expected)
             engine.check_policy(policy)
             check_policy(engine, policy)
         except (ParityError, KindError) as error:
@@ -130,15 +130,15 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
 
 
 @dataclass(frozen=True)
-class _Expected:
-    """Two texts, and what the model says of them."""
+class Expected:
+    """Two texts, and what the model's own forward says of them."""
 
     texts: tuple[list[int], list[int]]
     logits: Tensor  # (N, V) of both, one after the other
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, backbone: Backbone) -> _Expected:
+    def of(cls, model: Any, backbone: Backbone) -> Expected:
         """Makes texts and runs them through the model.
 
         Raises:
@@ -179,13 +179,18 @@ def _length(model: Any) -> int:
 
 
 @torch.no_grad()
-def check_against_model(engine: Engine, expected: _Expected) -> None:
+def check_against_model(engine: Engine, model: Any, expected: Expected | None = None) -> None:
     """Runs two texts in one batch, and again so that one is fed while the other decodes, and both token by token.
 
+    Args:
+        engine: what runs them.
+        model: whose own forward counts.
+        expected: what that gives, where it is known.
+
     Raises:
-        UserError: the logits differ by more than rounding from the model's.
+        ParityError: the logits differ by more than rounding from the model's.
     """
-    backbone = engine.backbone
+    backbone, expected = engine.backbone, expected or Expected.of(model, engine.backbone)
     dtype = backbone.embed(torch.tensor([0], device=backbone.device)).dtype
     together = _fed(engine, expected.texts, [_all_at_once(expected.texts)])
     _compare(backbone.name, "two rows in one batch", together, expected.logits, dtype)

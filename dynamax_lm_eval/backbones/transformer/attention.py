@@ -25,7 +25,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.backbones.transformer import masks
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
-from dynamax_lm_eval.errors import UserError
 
 NAME = "dynamax_ragged"
 
@@ -246,8 +245,7 @@ def ragged_attention(
         (1, n, H, P), and no attention weights.
 
     Raises:
-        UserError: the family uses an attention that is not computed here.
-        TypeError: the block was not run by the engine.
+        TypeError: the family uses an attention that is not computed here, or the block was not run by the engine.
     """
     visibility: Visibility = sliding_window
     if plan is None:
@@ -258,7 +256,7 @@ def ragged_attention(
         raise TypeError(f"{type(module).__name__} makes its attention mask by itself")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise UserError(f"{type(module).__name__} uses attention with {name}, which dynamax does not support")
+            raise TypeError(f"{type(module).__name__} attends with {name}, which is not computed here")
     if key.ndim == 4:
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     scores = Scores(scaling, softcap, s_aux if s_aux is not None else sinks)
