@@ -34,7 +34,7 @@ from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows, channel_scan
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.engine.parity import check_against_model, check_state_recompute
+from dynamax_lm_eval.engine.parity import check_against_model
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy

@@ -73,14 +73,16 @@ class TestSelfCheck:
             states = FusedLlamaBlock.states
             wrong.setattr(FusedLlamaBlock, "states", lambda *args: tuple(1.1 * x for x in states(*args)))
             assert rung() == "flat"
-            assert rung(ExitPolicy(6)) == rung(replace(exits, state_mode="skip")) == "fused"  # which need no such states
+            assert (
+                rung(ExitPolicy(6)) == rung(replace(exits, state_mode="skip")) == "fused"
+            )  # which need no such states
         with monkeypatch.context() as wrong:
             attend = attention.ragged_attention
             wrong.setattr(fused_llama, "ragged_attention", lambda *args: (1.1 * attend(*args)[0], None))
             assert rung() == "flat"
             wrong.setitem(ALL_ATTENTION_FUNCTIONS, attention.NAME, lambda *a, **k: (1.1 * attend(*a, **k)[0], None))
             assert rung() == "row modules"
-            wrong.setattr(RowMixer, "called", lambda *args: torch.zeros(1, 1, 32))
+            wrong.setattr(RowMixer, "called", lambda *_: torch.zeros(1, 1, 32))
             assert rung() == "whole rows"
 
     def test_a_mode_that_cannot_be_had_is_refused_for_its_own_reason(self) -> None:

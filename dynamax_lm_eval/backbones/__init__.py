@@ -10,18 +10,17 @@ from dynamax_lm_eval.backbones.mamba.backbone import MambaBackbone
 from dynamax_lm_eval.backbones.replay.backbone import ReplayBackbone
 from dynamax_lm_eval.backbones.transformer.backbone import TransformerBackbone
 from dynamax_lm_eval.backbones.whole_rows import WholeRowBackbone
-from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.loading import is_recurrent
 from dynamax_lm_eval.types import MambaKernels
 
 __all__ = [
+    "SLOW_RUNGS",
     "Backbone",
     "ForwardPass",
     "MambaBackbone",
     "ReplayBackbone",
     "RowLayout",
     "States",
-    "SLOW_RUNGS",
     "TransformerBackbone",
     "WholeRowBackbone",
     "make_backbone",

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -159,6 +160,8 @@ class Backbone(ABC):
     name: str
     #: How the blocks are run: the words of ``backbones.RUNGS``.
     rung: str
+    #: The model of transformers, without adapters around it.
+    model: Any
     num_layers: int
     hidden_size: int
     vocab_size: int

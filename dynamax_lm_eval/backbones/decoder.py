@@ -24,7 +24,7 @@ class DecoderBackbone(Backbone):
         Raises:
             UserError: parts of it are not found.
         """
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: Any = self.model.config.get_text_config()
         self.name = type(self.model).__name__
         self._layers: list[Any] = find_blocks(self.model, self.config.num_hidden_layers, self.name)

@@ -40,7 +40,7 @@ class WholeRowBackbone(Backbone):
         Raises:
             UserError: its blocks cannot be found.
         """
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: Any = self.model.config.get_text_config()
         self.name = type(self.model).__name__
         depth = getattr(self.config, "num_hidden_layers", None)
@@ -164,7 +164,7 @@ class WholeRowPass(ForwardPass):
         self._left = self._left.joined(tokens, hidden, self._layout)
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        left, layout, shape = self._left.at(block, self._layout), self._layout, self._backbone.hidden_shape
+        left, layout = self._left.at(block, self._layout), self._layout
         given = np.concatenate([tokens, left.tokens])
         values = hidden[0] if left.hidden is None else torch.cat([hidden[0], left.hidden[0]])
         outputs = []

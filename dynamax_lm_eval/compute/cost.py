@@ -93,8 +93,7 @@ class BackboneCost:
         macs: npt.NDArray[np.int64] = weights[layers]
         for window in {cost.window for cost in self.blocks}:
             widths = _running_sum(
-                keep * cost.per_position * (cost.window == window)
-                for keep, cost in zip(kept, self.blocks, strict=True)
+                keep * cost.per_position * (cost.window == window) for keep, cost in zip(kept, self.blocks, strict=True)
             )
             context = positions + 1 if window is None else np.minimum(positions + 1, window)
             macs = macs + widths[layers] * context

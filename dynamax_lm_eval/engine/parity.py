@@ -7,7 +7,7 @@ scaled embeddings, another mask) shows as a difference, and the model is refused
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,8 +114,8 @@ def checked_engine(
             logger.warning("%s runs %s", type(model).__name__, SLOW_RUNGS[rung])
         return engine
     # What to say: why the last way is not right that could be tried at all.
-    compared = [error for error in refused.values() if isinstance(error, ParityError)]
-    last = (compared or list(refused.values()))[-1]
+    errors = list(refused.values())
+    last = next((error for error in reversed(errors) if isinstance(error, ParityError)), errors[-1])
     raise UserError(str(last)) from last
 
 
@@ -297,7 +297,8 @@ def _fed(
         collector = _AllLogits(len(batch))
         engine.forward(batch, states, collector)
         found = torch.stack([logits for logits in collector.rows if logits is not None])
-        for (row, begin, end), logits in zip(feed, found.split([end - begin for _, begin, end in feed]), strict=True):
+        parts = found.split([end - begin for _, begin, end in feed])
+        for (row, _, _), logits in zip(feed, parts, strict=True):
             rows[row].append(logits)
     for slot in slots:
         assert slot is not None

@@ -30,7 +30,8 @@ def resolve_policy(
         args: what the user asked for.
         num_layers: blocks of the backbone.
         exits: the trained exits at hand.
-        recurrent_backbone: some blocks keep a recurrent state; decides what ``preset=paper`` leaves behind, and excludes ``copy``.
+        recurrent_backbone: some blocks keep a recurrent state; decides what ``preset=paper`` leaves behind, and
+            excludes ``copy``.
 
     Raises:
         UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do

@@ -29,6 +29,7 @@ class FrozenBatch:
     """The hidden states of a batch."""
 
     rows: RaggedRows
+    first: Tensor  # (N, D) what block 1 is given
     exits: dict[int, Tensor]  # exit layer -> (N, D), what its classifier sees
     reads: dict[int, Tensor]  # exit layer -> (N, D), what its read-out sees: after the final block, if any
     last: Tensor  # (N, D) after block L
@@ -70,7 +71,7 @@ class FrozenPass:
         tokens = np.arange(total)
         ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         with backbone.running():
-            hidden = run.embed(ids.to(backbone.device))
+            first = hidden = run.embed(ids.to(backbone.device))
             exits = {}
             for block in range(1, backbone.num_layers + 1):
                 hidden = run.run_block(block, tokens, hidden)
@@ -80,7 +81,7 @@ class FrozenPass:
             if self.final_block:
                 for layer, state in exits.items():
                     reads[layer] = run.run_block(backbone.num_layers, tokens, state.unsqueeze(0))[0]
-        return FrozenBatch(RaggedRows(lengths, backbone.device), exits, reads, hidden[0])
+        return FrozenBatch(RaggedRows(lengths, backbone.device), first[0], exits, reads, hidden[0])
 
     @torch.no_grad()
     def label(

@@ -93,11 +93,8 @@ def last_states(backbone: Backbone, rows: list[list[int]]) -> Tensor:
     depth = backbone.num_layers
     batch = FrozenPass(backbone, tuple(range(1, depth)), False, 1).run(rows)
     ends = torch.from_numpy(np.cumsum([len(row) for row in rows]) - 1).to(backbone.device)
-    with torch.no_grad():
-        first = backbone.embed(torch.tensor([row[-1] for row in rows], device=backbone.device))[0]
-        return torch.stack(
-            [first, *(batch.exits[layer][ends] for layer in range(1, depth)), batch.last[ends]], 1
-        ).float()
+    states = [batch.first, *(batch.exits[layer] for layer in range(1, depth)), batch.last]
+    return torch.stack([state[ends] for state in states], 1).float()
 
 
 def distances(states: Tensor) -> list[list[float]]:

@@ -25,7 +25,7 @@ def find_blocks(model: Any, depth: int | None, name: str) -> list[nn.Module]:
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     roots = [decoder, model] if isinstance(decoder, nn.Module) else [model]
-    lists = [
+    lists: list[nn.ModuleList] = [
         module
         for root in roots
         for path, module in root.named_modules()
@@ -40,4 +40,4 @@ def find_blocks(model: Any, depth: int | None, name: str) -> list[nn.Module]:
     named = [module for module in lists if type(module[0]).__name__.endswith(("Layer", "Block"))]
     if not named:
         raise UserError(f"{name} has no list of {depth or 'its'} blocks; its architecture is not supported")
-    return list(max(named, key=len))
+    return max((list(blocks) for blocks in named), key=len)

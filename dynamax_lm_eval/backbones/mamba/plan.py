@@ -141,5 +141,5 @@ class RecurrentPlan:
         return read
 
     def of_tokens_in_flight(self, values: Tensor) -> Tensor:
-        """Returns the values (n, ...) of the tokens in flight, of those of all (n + m, ...) in the order of the rows."""
+        """Returns the values (n, ...) of the tokens in flight, of all (n + m, ...) in the order of the rows."""
         return values if self.in_flight is None else values.index_select(0, self.in_flight)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class AmbiguousAxis(Exception):
+class AmbiguousAxisError(Exception):
     """An argument has more than one axis of tokens, so it cannot be cut to some of them."""
 
 
@@ -26,7 +26,7 @@ def token_axes(shorter: Any, longer: Any, lengths: tuple[int, int], masks: bool 
         masks: attention masks, which have two, are no error; whoever calls makes them anew.
 
     Raises:
-        AmbiguousAxis: a tensor has several.
+        AmbiguousAxisError: a tensor has several.
     """
     if isinstance(shorter, Tensor) and isinstance(longer, Tensor):
         pairs = list(enumerate(zip(shorter.shape, longer.shape, strict=False)))
@@ -34,7 +34,7 @@ def token_axes(shorter: Any, longer: Any, lengths: tuple[int, int], masks: bool 
         if masks and len(axes) == 2 and shorter.ndim == 4:
             return None
         if len(axes) > 1:
-            raise AmbiguousAxis(f"shape {tuple(shorter.shape)} for {lengths[0]} tokens")
+            raise AmbiguousAxisError(f"shape {tuple(shorter.shape)} for {lengths[0]} tokens")
         return axes[0] if axes else None
     if type(shorter) in (tuple, list):
         return tuple(token_axes(a, b, lengths, masks) for a, b in zip(shorter, longer, strict=True))
@@ -117,10 +117,19 @@ class CallAxes:
 
     def joined(self, first: Call, second: Call) -> Call:
         """Returns the call for the tokens of two calls, one after the other."""
-        parts: list[Tensor] = []
-        self.map(second, lambda tensor, axis: parts.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        following = iter(parts)
+        following = iter(self.tensors(second))
         return self.map(first, lambda tensor, axis: torch.cat([tensor, next(following)], dim=axis))
+
+    def tensors(self, call: Call) -> list[Tensor]:
+        """Returns the tensors of a call that have an axis of tokens."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor, _: int) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(call, note)
+        return found
 
     def by_row(self, call: Call) -> Call:
         """Returns the call for N tokens of one row as one for a token in each of N rows."""

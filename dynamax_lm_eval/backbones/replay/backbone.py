@@ -54,7 +54,7 @@ class ReplayBackbone(Backbone):
             UserError: its blocks cannot be found.
             Exception: whatever goes wrong where a family does otherwise than is assumed here.
         """
-        self.model: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config: Any = self.model.config.get_text_config()
         self.name = type(self.model).__name__
         depth = getattr(self.config, "num_hidden_layers", None)

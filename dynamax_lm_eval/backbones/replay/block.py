@@ -50,7 +50,7 @@ class ReplayBlock:
 
 
 def _zeros(width: int) -> Any:
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], width)
 
     return forward

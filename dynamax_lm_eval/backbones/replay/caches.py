@@ -25,11 +25,13 @@ class FlatCache(DynamicCache):
         super().__init__(config=config)
         self.writer: Writer | None = None
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Writes K and V."""
         if self.writer is None:
             raise TypeError("a block writes K and V outside a pass")
-        return self.writer(layer_idx, key, value)
+        return self.writer(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -72,9 +74,10 @@ class RowCache(DynamicCache):
 
 def _unwindowed(layer: Any) -> Any:
     """Returns a layer that keeps all K and V in place of one that keeps a window of them."""
-    if type(layer) is cache_utils.DynamicSlidingWindowLayer:
-        return cache_utils.DynamicLayer()
-    hybrid = getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", None)
+    known: Any = cache_utils
+    if type(layer) is known.DynamicSlidingWindowLayer:
+        return known.DynamicLayer()
+    hybrid = getattr(known, "LinearAttentionAndSlidingWindowAttentionLayer", None)
     if hybrid is not None and type(layer) is hybrid:
-        return cache_utils.LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+        return known.LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
     return layer

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +25,6 @@ from dynamax_lm_eval.compute.cost import PAPER_ATTENTION_RECOMPUTE, PAPER_MAMBA_
 
 if TYPE_CHECKING:
     from dynamax_lm_eval.backbones.replay.backbone import ReplayBackbone
-    from dynamax_lm_eval.backbones.replay.block import ReplayBlock
 
 #: Positions at which a token is fed; two tell a line, and the third whether it is one.
 _POSITIONS = (2, 3, 4)
@@ -39,7 +37,7 @@ class Products(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._flops = 0
 
     @property
@@ -69,9 +67,7 @@ def measure(backbone: ReplayBackbone, lm_head: int) -> BackboneCost:
         for block in backbone.blocks
     ]
     lines = _lines(backbone.replay, recurrent)
-    blocks = tuple(
-        _cost(backbone, number, *line) for number, line in enumerate(lines, start=1)
-    )
+    blocks = tuple(_cost(backbone, number, *line) for number, line in enumerate(lines, start=1))
     return BackboneCost(blocks, lm_head, source="measured")
 
 
@@ -124,10 +120,10 @@ def _accumulating(
     for number, block in enumerate(replay.blocks):
         for module, sign in [(block, 1), *((module, -1) for module in without[number])]:
 
-            def begin(_: nn.Module, args: Any, number: int = number, sign: int = sign) -> None:
+            def begin(*_: Any, number: int = number, sign: int = sign) -> None:
                 totals[number] -= sign * counter.macs
 
-            def end(_: nn.Module, args: Any, output: Any, number: int = number, sign: int = sign) -> None:
+            def end(*_: Any, number: int = number, sign: int = sign) -> None:
                 totals[number] += sign * counter.macs
 
             hooks.append(module.register_forward_pre_hook(begin))
@@ -183,7 +179,7 @@ def _recompute(backbone: ReplayBackbone, number: int) -> int:
 def _silent(mixers: Sequence[Any]) -> Iterator[None]:
     """Lets mixers take nothing of the tokens that they are called with."""
     for mixer in mixers:
-        mixer.collected = lambda call: None
+        mixer.collected = lambda _: None
     try:
         yield
     finally:
@@ -215,9 +211,10 @@ def mixer_macs(module: nn.Module, state_size: int) -> tuple[int, int]:
     and read-out.
     """
     weights, rest = 0, 3 * state_size
+    leaf: Any
     for leaf in module.modules():
         if hasattr(leaf, "in_features") and hasattr(leaf, "out_features") and not any(leaf.children()):
             weights += int(leaf.in_features) * int(leaf.out_features)
         elif isinstance(leaf, nn.Conv1d):
-            rest += int(np.prod(leaf.weight.shape))
+            rest += leaf.weight.numel()
     return weights, rest

@@ -80,7 +80,7 @@ class ReplayPass(AttentionPass):
             self._plan = self._recurrent_plan(tokens, left.tokens)
         if left.hidden is not None and described.num_writes:
             device = self._backbone.device
-            call = self._select(block, on_device(left.tokens, device))
+            call = self._select(block, _Chosen(on_device(left.tokens, device)))
             kv_slots = on_device(self._kv_slots[left.tokens], device)
             self._give(block, left.hidden, call, kv_slots, self._plan_of(left.tokens, block))
         if len(tokens):
@@ -115,9 +115,7 @@ class ReplayPass(AttentionPass):
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes K and V (1, H_kv, n, P) to a layer of the cache; returns the caches (1, H_kv, C, P)."""
         assert self._written_to is not None, "a block is running"
-        keys, values = self._states.write(
-            layer + 1, self._written_to, key[0].transpose(0, 1), value[0].transpose(0, 1)
-        )
+        keys, values = self._states.write(layer + 1, self._written_to, key[0].transpose(0, 1), value[0].transpose(0, 1))
         self._note_write()
         return keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
 
@@ -127,13 +125,13 @@ class ReplayPass(AttentionPass):
             if self._writes_left == 0:
                 raise StatesWritten
 
-    def _select(self, block: int, tokens: Tensor | None) -> Call:
+    def _select(self, block: int, chosen: _Chosen | None) -> Call:
         """Returns what a block is called with for tokens of the batch; None: for all."""
         call = self._calls[block - 1]
-        return call if tokens is None else self._blocks.blocks[block - 1].axes.select(call, tokens)
+        return call if chosen is None else self._blocks.blocks[block - 1].axes.map(call, chosen.of)
 
-    def _arguments(self, tokens: IntArray, like: Tensor) -> Tensor | None:
-        return None if len(tokens) == len(self._starts) else on_device(tokens, self._backbone.device)
+    def _arguments(self, tokens: IntArray, like: Tensor) -> _Chosen | None:
+        return None if len(tokens) == len(self._starts) else _Chosen(on_device(tokens, self._backbone.device))
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> list[Call]:
         deferred = self._states.deferred
@@ -220,3 +218,18 @@ class WrittenStates:
     def equals(self, other: WrittenStates) -> bool:
         """Returns whether the same was written."""
         return all(torch.equal(a, b) for a, b in zip(self.values, other.values, strict=True))
+
+
+class _Chosen:
+    """Some tokens of a batch, and their parts of arguments, which many blocks share."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+        self._parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor, axis: int) -> Tensor:
+        """Returns the part of an argument."""
+        key = (id(tensor), axis)
+        if key not in self._parts:
+            self._parts[key] = (tensor.index_select(axis, self._tokens), tensor)  # kept, so that its id stays its own
+        return self._parts[key][0]

@@ -138,9 +138,7 @@ class RowMixer(FlatMixer):
             output = output.index_select(1, on_device(np.argsort(np.asarray(order)), output.device))
         return output if plan.in_flight is None else output.index_select(1, plan.in_flight)
 
-    def _step(
-        self, call: Call, tokens: Any, plan: RecurrentPlan, numbers: Any, table: StackedTable
-    ) -> Tensor:
+    def _step(self, call: Call, tokens: Any, plan: RecurrentPlan, numbers: Any, table: StackedTable) -> Tensor:
         """Returns the outputs (1, r, D) of one token in each of r rows, which run as a batch."""
         if len(tokens) < len(plan.positions):
             call = self._axes.select(call, on_device(tokens, self._model.device))

@@ -26,7 +26,7 @@ from dynamax_lm_eval.errors import UserError
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "layer_past", "past_key_value")
 
 
-class _Captured(Exception):
+class _Captured(Exception):  # noqa: N818 (a signal)
     """The last block has been called, and nothing after it need run."""
 
 
@@ -68,7 +68,7 @@ class ReplayModel:
         last: list[Any] = [()]
 
         def before(number: int) -> Any:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
                 named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
                 for index, value in enumerate(last[0]):
                     if index and isinstance(value, Tensor):
@@ -77,7 +77,7 @@ class ReplayModel:
             return hook
 
         def after(number: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
                 last[0] = output if isinstance(output, (tuple, list)) else ()
                 self.arities[number] = len(last[0]) or None
 
@@ -229,4 +229,5 @@ class HiddenShape:
         """Returns hidden states (1, N, D) in the model's form."""
         if self._is_plain:
             return hidden
-        return hidden[0].unflatten(-1, self._rest).movedim(0, self._axis).contiguous()
+        shaped: Tensor = hidden[0].unflatten(-1, self._rest)
+        return shaped.movedim(0, self._axis).contiguous()

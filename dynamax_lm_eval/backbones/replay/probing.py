@@ -68,9 +68,11 @@ class Watched(RowCache):
         super().__init__(config)
         self._tell = tell
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._tell("update", layer_idx, (key.numel() + value.numel()) // key.shape[2])
-        return super().update(key, value, layer_idx, *args, **kwargs)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._tell("update", layer_idx, (key_states.numel() + value_states.numel()) // key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def _telling(name: str) -> Any:
@@ -127,23 +129,30 @@ def feed(replay: ReplayModel, tokens: Sequence[int], cache: RowCache | None) -> 
     return logits
 
 
+def _popping(stack: list[nn.Module]) -> Any:
+    def hook(*_: Any) -> None:
+        stack.pop()
+
+    return hook
+
+
 @contextmanager
 def _following(replay: ReplayModel, stack: list[nn.Module], inside: list[int]) -> Iterator[None]:
     """Keeps the modules of blocks that are running in ``stack``, and the numbers of their blocks in ``inside``."""
     hooks = []
     for number, block in enumerate(replay.blocks):
 
-        def enter(_: nn.Module, args: Any, number: int = number) -> None:
+        def enter(*_: Any, number: int = number) -> None:
             inside.append(number)
 
-        def leave(_: nn.Module, args: Any, output: Any, number: int = number) -> None:
+        def leave(_: nn.Module, __: Any, output: Any, number: int = number) -> None:
             inside.pop()
             replay.arities[number] = len(output) if isinstance(output, (tuple, list)) else None
 
         hooks.append(block.register_forward_pre_hook(enter))
         for module in block.modules():
             hooks.append(module.register_forward_pre_hook(lambda m, _: stack.append(m)))
-            hooks.append(module.register_forward_hook(lambda m, _, output: stack.pop() and None))
+            hooks.append(module.register_forward_hook(_popping(stack)))
         hooks.append(block.register_forward_hook(leave))
     try:
         yield

@@ -19,7 +19,7 @@ from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.backbones.mamba.state_cache import lines_of
 from dynamax_lm_eval.backbones.replay.caches import RowCache
 
-#: The states of a layer of transformers' caches for linear attention: their dicts, and where it says that there are any.
+#: The states of a layer of transformers' caches for linear attention: their dicts, and where it says what there is.
 _KINDS = (("conv_states", "is_conv_states_initialized"), ("recurrent_states", "is_recurrent_states_initialized"))
 
 

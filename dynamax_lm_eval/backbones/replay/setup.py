@@ -5,7 +5,7 @@ Everything is found by running a few tokens: see ``probing``. Knows modules and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from dynamax_lm_eval.backbones.replay.caches import RowCache
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer, MambaMixer, RowMixer
 from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel
 from dynamax_lm_eval.backbones.replay.probing import LENGTHS, BlockTrace, ModelTrace, feed, watch
+from dynamax_lm_eval.backbones.replay.row_states import StackedTable
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, classified
 from dynamax_lm_eval.types import MambaKernels
@@ -65,7 +66,9 @@ def describe(
     calls = _ModuleCalls(replay, trace, attention_by_row)
     with replay.attention(attention.NAME):
         captured = [
-            replay.capture(torch.arange(n, device=replay.device) + 3, torch.arange(n, device=replay.device), backbone.cache)
+            replay.capture(
+                torch.arange(n, device=replay.device) + 3, torch.arange(n, device=replay.device), backbone.cache
+            )
             for n in LENGTHS
         ]
     axes = [shorter.axes(longer, LENGTHS) for shorter, longer in zip(*captured, strict=True)]
@@ -92,7 +95,7 @@ def describe(
     return Description(
         blocks=blocks,
         hidden_shape=shape,
-        bytes=_row_bytes(trace, blocks, replay),
+        bytes=_row_bytes(trace, replay),
         mixer_arities=arities,
     )
 
@@ -176,12 +179,13 @@ class _ModuleCalls:
             fresh = mixer.new_table()
             with fresh.opened(line, 0) as cache:
                 whole_output = mixer.called(call, cache)
-            mixer.state_size = fresh.numel()
+            if isinstance(fresh, StackedTable):
+                mixer.state_size = fresh.numel()
             return is_close(torch.cat(outputs, dim=1), whole_output)
         except Exception:
             return False
 
-    def _note_arity(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _note_arity(self, module: nn.Module, _: Any, output: Any) -> None:
         self.arities[module] = len(output) if isinstance(output, (tuple, list)) else None
 
 
@@ -206,7 +210,7 @@ def _mask_rule(call: Call) -> MaskRule | None:
     return rules[0] if rules else None
 
 
-def _row_bytes(trace: ModelTrace, blocks: Sequence[ReplayBlock], replay: ReplayModel) -> tuple[int, int]:
+def _row_bytes(trace: ModelTrace, replay: ReplayModel) -> tuple[int, int]:
     """Returns the bytes that all blocks keep of a token, and of a row however long it is."""
     size = torch.finfo(replay.model.dtype).bits // 8
     per_token = sum(use.values for block in trace.blocks for use in block.uses if use.name == "update") * size
@@ -261,8 +265,8 @@ def why_blocks_differ(backbone: ReplayBackbone, first: int) -> str | None:
         calls = backbone.replay.capture(ids, torch.arange(len(_TOKENS), device=backbone.device), backbone.cache)
     called_with = set()
     for number in numbers:
-        call, found = calls[number - 1], list[Tensor]()
-        backbone.blocks[number - 1].axes.map(call, lambda tensor, _, f=found: f.append(tensor) or tensor)
+        call = calls[number - 1]
+        found = backbone.blocks[number - 1].axes.tensors(call)
         called_with.add(tuple(id(tensor) for tensor in found if tensor is not call.hidden))
     return "rotary embedding or other inputs of their own" if len(called_with) > 1 else None
 
@@ -279,7 +283,9 @@ def find_stops(backbone: ReplayBackbone) -> None:
         if key not in known:
             known[key] = _find_stop(backbone, number, names)
         block.is_sequential, unneeded = known[key]
-        block.unneeded = [(block.module.get_submodule(name), _width(block.module.get_submodule(name))) for name in unneeded]
+        block.unneeded = [
+            (block.module.get_submodule(name), _width(block.module.get_submodule(name))) for name in unneeded
+        ]
 
 
 def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, str]) -> tuple[bool, list[str]]:
@@ -296,7 +302,11 @@ def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, 
     grows = any(isinstance(mixer, RowMixer) and not mixer.is_recurrent for mixer in block.mixers)
     if written.attended or (block.num_writes > 1 and grows):
         return True, []
-    if block.mixers and block.num_writes > 1 and not written.equals(backbone.write_only(number, _TOKENS, placeholder=1.0)):
+    if (
+        block.mixers
+        and block.num_writes > 1
+        and not written.equals(backbone.write_only(number, _TOKENS, placeholder=1.0))
+    ):
         return True, []
     unneeded = []
     for module in dict.fromkeys(called):

@@ -325,12 +325,11 @@ class Scores:
         else:
             weights = scores.softmax(-1)
         weights = weights.to(value.dtype).unflatten(1, (key.shape[1], -1))
-        return (weights @ value.unsqueeze(2)).flatten(1, 2)
+        attended: Tensor = weights @ value.unsqueeze(2)
+        return attended.flatten(1, 2)
 
 
-def _decode(
-    decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-) -> Tensor:
+def _decode(decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """Returns (1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
     q = query[0].transpose(0, 1)  # (n, H, P)

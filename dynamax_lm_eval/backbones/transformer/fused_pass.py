@@ -5,6 +5,7 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -39,7 +40,7 @@ class RotaryEmbeddings:
         return self._signed
 
 
-class StatesWritten(Exception):
+class StatesWritten(Exception):  # noqa: N818 (a signal)
     """A block has written all its states, and what follows in it need not run."""
 
 
@@ -65,10 +66,12 @@ class FusedPass(AttentionPass):
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
         scatter = _Scatter(self._states, block, active.kv_slots)
-        fused, rotary = self._fused[block - 1], active.arguments
+        fused = self._fused[block - 1]
+        rotary: RotaryEmbeddings = active.arguments
         if fused is None:
             return self._blocks.call_block(block, hidden, scatter, rotary, active.positions, active.plan)
-        return fused(hidden, *rotary.signed, scatter.write, active.plan)
+        cos, sin = rotary.signed
+        return fused(hidden, cos, sin, scatter.write, active.plan)
 
     def _write_states(self, block: int, pending: PendingTokens, chosen: Tensor | None) -> None:
         assert pending.hidden is not None
@@ -84,10 +87,8 @@ class FusedPass(AttentionPass):
         if fused is not None:
             return fused.states(hidden, *rotary.signed)
         taken = _Taken()
-        try:
+        with suppress(StatesWritten):
             self._blocks.call_block(block, hidden, taken, rotary, None, None)
-        except StatesWritten:
-            pass
         return taken.states
 
 

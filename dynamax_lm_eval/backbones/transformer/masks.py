@@ -67,7 +67,7 @@ def classified(rule: MaskRule, horizon: int) -> Visibility:
     return None if window == last + 1 else window
 
 
-def _as_rule(*args: Any, mask_function: Callable[..., Any], **kwargs: Any) -> MaskRule:
+def _as_rule(*_: Any, mask_function: Callable[..., Any], **__: Any) -> MaskRule:
     return MaskRule(mask_function)
 
 
