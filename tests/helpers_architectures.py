@@ -57,7 +57,7 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], Any]]] = {
             **{"mamba_headdim": 8, "n_mamba_heads": 8, "attention_hidden_size": 64, "attention_head_dim": 16},
             **{"adapter_rank": 4, "mamba_d_state": 6, "mamba_ngroups": 1, "chunk_size": 4, "num_mem_blocks": 1},
             # transformers' own step does not clamp, so with a limit its text would not be that of its forward.
-            time_step_min=0.0,
+            time_step_min=1e-9,
         ),
     ),
     "linear attention and experts": (

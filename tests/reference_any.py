@@ -66,14 +66,14 @@ class AnyReference:
         def run(number: int, hidden: Tensor, args: Any, kwargs: Any) -> Any:
             policy = self.policy
             if number in policy.pruned_blocks:
-                return hidden, None
+                return hidden
             after_exit = state["exit"] < depth and not (policy.final_block and number == depth)
             if after_exit and policy.state_mode == "skip":
                 kept = self._recurrent_states(number)
                 self._run(originals[number - 1], number, args, kwargs)  # K and V that nobody looks at
                 self._restore(number, kept)
                 self.masked[number].add(position)
-                return hidden, None
+                return hidden
             output = self._run(originals[number - 1], number, args, kwargs)
             new = output[0] if isinstance(output, (tuple, list)) else output
             if after_exit:
@@ -83,13 +83,13 @@ class AnyReference:
                         source.keys[..., -1, :],
                         source.values[..., -1, :],
                     )
-                return hidden, output
+                return hidden
             state["last"] = number
             if state["exit"] == depth:
                 self._show_classifier(number, new, position, first)
                 if position >= first and self._exits(number, hidden, new, position - first):
                     state["exit"] = number
-            return new, output
+            return new
 
         self._with(run, token)
         self.row.layers.append(state["exit"])
@@ -107,7 +107,7 @@ class AnyReference:
 
                 def forward(*args: Any, _n: int = number, _o: Any = original, **kwargs: Any) -> Any:
                     hidden = args[0] if args else kwargs["hidden_states"]
-                    new, output = run(_n, hidden, args, kwargs)
+                    new = run(_n, hidden, args, kwargs)
                     size = self._size(_n)
                     return new if size is None else (new, *[None] * (size - 1))
 

@@ -14,7 +14,6 @@ from helpers_architectures import ARCHITECTURES, DEPTH, architecture
 from helpers_engine import drained, is_separated, model_scores, run_generate, run_score
 from reference_any import any_generate, any_score
 
-from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate
@@ -170,19 +169,23 @@ def test_frozen_passes_give_the_hidden_states_of_the_model(group: str) -> None:
     states = last_states(backbone, rows)
     batch = FrozenPass(backbone, (2, 5), True, 1).run(rows)
     assert batch.reads[2].shape == batch.exits[2].shape
+    blocks = backbone.replay.blocks  # type: ignore[attr-defined]
     for row, found in zip(rows, states, strict=True):
-        seen: list[torch.Tensor] = []
-        blocks = list(make_backbone(model).replay.blocks)  # type: ignore[attr-defined]
-        hooks = [
-            block.register_forward_hook(
-                lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
-            )
-            for block in blocks
-        ]
-        with torch.no_grad():
-            model(torch.tensor([row]), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for theirs, ours in zip(seen, found[1:], strict=True):
+        for theirs, ours in zip(hidden_states(model, blocks, row), found[1:], strict=True):
             flat = theirs.movedim(-2, 0).flatten(1)[-1] if theirs.ndim == 4 else theirs[0, -1]
             torch.testing.assert_close(ours, flat, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def hidden_states(model: Any, blocks: list[torch.nn.Module], row: list[int]) -> list[torch.Tensor]:
+    """What every block returns in the model's own forward."""
+    seen: list[torch.Tensor] = []
+
+    def note(_: Any, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_hook(note) for block in blocks]
+    model(torch.tensor([row]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
