@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,8 @@ from helpers import random_ids
 from helpers_architectures import ARCHITECTURES, DEPTH, architecture
 from helpers_engine import drained, is_separated, model_scores, run_generate, run_score
 from reference_any import any_generate, any_score
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.engine.engine import Engine
@@ -189,3 +192,49 @@ def hidden_states(model: Any, blocks: list[torch.nn.Module], row: list[int]) -> 
     for hook in hooks:
         hook.remove()
     return seen
+
+
+@pytest.mark.parametrize("group", [group for group in ARCHITECTURES if ARCHITECTURES[group][0] != "whole rows"])
+def test_costs_are_what_the_flop_counter_sees(group: str) -> None:
+    """One token through transformers' eager code; of modules with a recurrence, what their linear layers do."""
+    engine = engine_of(group)
+    for context in (3, 11):
+        expected = [block.at(context) - block.recurrence for block in engine.backbone.cost.blocks]
+        assert counted(architecture(group), engine.backbone, context) == expected
+
+
+def counted(model: Any, backbone: Any, context: int) -> list[int]:
+    """The MACs of every block for a token at position ``context`` that torch's own counter sees."""
+    names = {module: name for name, module in model.named_modules()}
+    recurrent = {
+        mixer.module for block in backbone.blocks for mixer in block.mixers if getattr(mixer, "is_recurrent", True)
+    }
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    cache = {"cache": DynamicCache(config=model.config), "use_cache": True}
+    if "cache" not in inspect.signature(model.forward).parameters:
+        cache["past_key_values"] = cache.pop("cache")
+    ids = torch.tensor([[3 + i % 50 for i in range(context + 1)]])
+    positions = torch.arange(context + 1)[None]
+    try:
+        with torch.inference_mode():
+            model(ids[:, :context], position_ids=positions[:, :context], **cache)
+            with FlopCounterMode(display=False) as counter:
+                model(ids[:, context:], position_ids=positions[:, context:], **cache)
+    finally:
+        model.set_attn_implementation(before)
+
+    def seen(module: torch.nn.Module) -> int:
+        counts = counter.flop_counts.get(f"{type(model).__name__}.{names[module]}", {})
+        return sum(counts.values()) // 2
+
+    found = []
+    for block in backbone.replay.blocks:
+        macs = seen(block)
+        for module in block.modules():
+            if module in recurrent:
+                macs += sum(seen(leaf) for leaf in module.modules() if isinstance(leaf, torch.nn.Linear)) - seen(module)
+        found.append(macs)
+    return found
