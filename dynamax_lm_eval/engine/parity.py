@@ -102,7 +102,7 @@ def checked_engine(
             with _naming_model(type(model).__name__, _BLOCK_BY_BLOCK):
                 engine = Engine(make(), classifiers, autocast_dtype)
                 with engine.autocast():
-                    expected = expected or Expected.of(model, engine.backbone)
+                    expected = expected or Expected.of(model, engine.backbone, max_length)
                     check_against_model(engine, model, expected)
             engine.check_policy(policy)
             check_policy(engine, policy)
@@ -110,6 +110,7 @@ def checked_engine(
             logger.debug("%s: not run as %s (%s)", type(model).__name__, rung, error)
             refused[rung] = error
             continue
+        logger.info("%s runs as: %s", type(model).__name__, engine.backbone.rung)
         if rung in SLOW_RUNGS:
             logger.warning("%s runs %s", type(model).__name__, SLOW_RUNGS[rung])
         return engine
@@ -138,15 +139,15 @@ class Expected:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, backbone: Backbone) -> Expected:
-        """Makes texts and runs them through the model.
+    def of(cls, model: Any, backbone: Backbone, max_length: int | None = None) -> Expected:
+        """Makes texts of up to ``max_length`` tokens and runs them through the model.
 
         Raises:
             UserError: its logits are not finite, or change when tokens are added.
         """
         name, generator = type(model).__name__, torch.Generator().manual_seed(0)
         known = min(backbone.vocab_size, backbone.num_embeddings)
-        for length in dict.fromkeys((_length(model), _SHORT)):
+        for length in dict.fromkeys((_length(model, max_length), _SHORT)):
             texts = [torch.randint(0, known, (n,), generator=generator) for n in (length, _LENGTH_OF_SECOND)]
             whole, second = (_logits_of(model, text) for text in texts)
             if not (whole.isfinite().all() and second.isfinite().all()):
@@ -168,12 +169,14 @@ def _logits_of(model: Any, text: Tensor) -> Tensor:
     return logits
 
 
-def _length(model: Any) -> int:
+def _length(model: Any, max_length: int | None) -> int:
     """Returns how long the first text is: longer than whatever limits what a token sees, where that is cheap."""
     config = model.config.get_text_config()
     limits = [value for name in _LIMITS if isinstance(value := getattr(config, name, None), int) and value > 0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     affordable = _AFFORDABLE[model.device.type == "cpu"] // max(parameters, 1)
+    if max_length:
+        affordable = min(affordable, max_length)
     longest = max((limit for limit in limits if limit + _BEYOND <= affordable), default=0)
     return max(_SHORT, longest + _BEYOND if longest else 0)
 

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import dynamax_lm_eval
+from dynamax_lm_eval.backbones import SLOW_RUNGS
 from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def run_settings(lm: Any) -> dict[str, Any]:
         "confidence_chosen_by": "user" if lm.args.confidence is not None else "default",
         "repetition_penalty": lm.args.repetition_penalty,
         "runs_as": backbone.rung,
+        "runs_as_note": SLOW_RUNGS.get(backbone.rung),
         "cost_source": backbone.cost.source,
         "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
     }
