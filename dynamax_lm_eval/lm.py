@@ -67,7 +67,8 @@ class DynamaxLM(HFLM):
         if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
             source.read_fingerprints()
         known = source.fingerprints
-        self.exits = checkpoint.for_run(self.args, source.config, known)
+        hidden_size = draft.backbone.hidden_size if draft is not None else None
+        self.exits = checkpoint.for_run(self.args, source.config, known, source.num_layers, hidden_size)
         self.certified = certificates.for_run(self.args, self._policy_for, known, self.exits)
         if self.certified is not None:
             self.args = replace(self.args, threshold=self.certified.thresholds)
@@ -94,6 +95,8 @@ class DynamaxLM(HFLM):
             classifiers, self.exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
+        if self.exits is not None:
+            self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
         source.check_token_ids(self.engine.backbone.num_embeddings)
         self.response_ledger = ResponseLedger()
         self.responder = Responder(self, self.response_ledger)

@@ -123,6 +123,8 @@ def checked_engine(
 def check_policy(engine: Engine, policy: ExitPolicy) -> None:
     """Raises UserError where the backbone cannot follow the policy, or makes other states than its blocks do."""
     engine.check_policy(policy)
+    if policy.pruned_blocks:
+        check_pruning(engine, policy)
     if policy.active_exits and policy.state_mode == "recompute" and not engine.recomputes_states:
         what = "with state_mode=recompute (skip and copy may work)"
         with _naming_model(engine.backbone.name, what), engine.autocast():
@@ -247,6 +249,24 @@ def _naming_model(name: str, what: str) -> Iterator[None]:
         raise KindError(f"{name} is not supported: it cannot be used {what} ({reason})") from error
 
 
+def check_pruning(engine: Engine, policy: ExitPolicy) -> None:
+    """Raises UserError where other blocks need what the pruned ones keep (K and V that they share, say)."""
+    text, pruned = list(range(_LENGTH_OF_SECOND)), sorted(policy.pruned_blocks)
+    try:
+        with engine.autocast():
+            _fed(
+                engine,
+                [text],
+                [_all_at_once([text])],
+                policy=ExitPolicy(policy.num_layers, pruned_blocks=policy.pruned_blocks),
+            )
+    except Exception as error:
+        raise UserError(
+            f"blocks {pruned} cannot be pruned on {engine.backbone.name}: others need what they keep "
+            f"({loading.described(error)}); prune others"
+        ) from error
+
+
 #: What is fed in one pass: rows, and from where to where.
 _Feed = list[tuple[int, int, int]]
 
@@ -268,20 +288,25 @@ def _one_after_the_other(texts: Sequence[Sequence[int]]) -> list[_Feed]:
 
 
 def _fed(
-    engine: Engine, texts: Sequence[list[int]], feeds: Sequence[_Feed], leave: Sequence[Sequence[int]] | None = None
+    engine: Engine,
+    texts: Sequence[list[int]],
+    feeds: Sequence[_Feed],
+    leave: Sequence[Sequence[int]] | None = None,
+    policy: ExitPolicy | None = None,
 ) -> Tensor:
-    """Returns the logits (N, V) of two rows, one after the other.
+    """Returns the logits (N, V) of rows, one after the other.
 
     Args:
         engine: runs them.
         texts: the rows.
         feeds: the passes.
         leave: for each token after how many blocks it leaves; 0: it stays.
+        policy: under which tokens stay; None: every block runs.
     """
     depth, stride = engine.backbone.num_layers, max(map(len, texts))
     states = engine.new_states(len(texts) * stride, row_stride=stride)
     slots = [states.allocate_row(len(text)) for text in texts]
-    policy = ExitPolicy(depth)
+    policy = policy or ExitPolicy(depth)
     if leave is not None:
         layers = tuple(range(1, depth))
         policy = ExitPolicy(depth, layers, (0.0,) * len(layers), confidence="state", exit_scope="all")

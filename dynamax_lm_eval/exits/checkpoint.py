@@ -202,15 +202,15 @@ class ExitCheckpoint:
         tensors = load_file(self.path / WEIGHTS_NAME)
         return tensors_fingerprint((name, tensor.float()) for name, tensor in tensors.items())
 
-    def check_fits(self, model_type: str, hidden_size: int, num_layers: int) -> None:
-        """Raises UserError where the checkpoint was trained for a backbone of another shape."""
+    def check_fits(self, model_type: str, hidden_size: int | None, num_layers: int) -> None:
+        """Raises UserError where the checkpoint was trained for a backbone of another shape; None: not known."""
         trained = self.config.backbone
         for what, theirs, ours in (
             ("hidden size", trained.hidden_size, hidden_size),
             ("number of blocks", trained.num_layers, num_layers),
             ("architecture", trained.model_type, model_type),
         ):
-            if theirs != ours:
+            if ours is not None and theirs != ours:
                 raise UserError(
                     f"exits={str(self.path)!r} do not fit this backbone: {what} is {theirs!r} there and {ours!r} here; "
                     f"they were trained for {trained.id!r}"
@@ -321,13 +321,21 @@ def open_exits(name: str) -> ExitCheckpoint:
     return ExitCheckpoint.open(Path(path))
 
 
-def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints | None) -> ExitCheckpoint | None:
+def for_run(
+    args: DynamaxArgs,
+    backbone_config: Any,
+    fingerprints: Fingerprints | None,
+    num_layers: int | None = None,
+    hidden_size: int | None = None,
+) -> ExitCheckpoint | None:
     """Opens the exits that a run uses: those it names, else those known for its backbone; None where it needs none.
 
     Args:
         args: the run's arguments.
         backbone_config: transformers' configuration of the backbone.
         fingerprints: of its weights; None where they are not on this machine yet (check them after loading).
+        num_layers: blocks of the backbone; None: as its configuration says.
+        hidden_size: of what runs through them, which may be several vectors per token; None: not known yet.
 
     Raises:
         UserError: the exits cannot be read, or do not fit the backbone.
@@ -344,7 +352,7 @@ def for_run(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints 
         logger.info("Using the exits in %s", own.path)
         checkpoint = own
     text = backbone_config.get_text_config()
-    checkpoint.check_fits(backbone_config.model_type, int(text.hidden_size), int(text.num_hidden_layers))
+    checkpoint.check_fits(backbone_config.model_type, hidden_size, num_layers or int(text.num_hidden_layers))
     if fingerprints is not None:
         checkpoint.check_fingerprint(fingerprints.current, args.exits_check, fingerprints.former)
     return checkpoint

@@ -83,7 +83,7 @@ def load_backbone(options: FrozenOptions, device: torch.device | None = None) ->
             id=aliases.HUB_ALIASES.get(options.backbone, options.backbone),
             revision=options.revision or "main",
             model_type=config.model_type,
-            hidden_size=int(text.hidden_size),
+            hidden_size=engine.backbone.hidden_size,
             num_layers=depth,
             fingerprint=fingerprints.current,
         ),
