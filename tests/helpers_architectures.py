@@ -100,6 +100,14 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
     "latent attention": ("flat", lambda: hf.DeepseekV3Config(**_SIZES, **_LATENT)),
+    "two attentions in a block": (
+        "flat",
+        lambda: hf.LongcatFlashConfig(
+            **{**_SIZES, "num_hidden_layers": 2 * DEPTH, "num_layers": DEPTH, "ffn_hidden_size": 48, "head_dim": 4},
+            **{"q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            **{"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 1},
+        ),
+    ),
     "sinks": (
         "flat",
         lambda: hf.GptOssConfig(

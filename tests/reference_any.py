@@ -78,11 +78,9 @@ class AnyReference:
             new = output[0] if isinstance(output, (tuple, list)) else output
             if after_exit:
                 if policy.state_mode == "copy":
-                    source, target = (self.cache.layers[n - 1] for n in (state["last"], number))
-                    target.keys[..., -1, :], target.values[..., -1, :] = (
-                        source.keys[..., -1, :],
-                        source.values[..., -1, :],
-                    )
+                    for source, target in zip(self._layers(state["last"]), self._layers(number), strict=True):
+                        target.keys[..., -1, :] = source.keys[..., -1, :]
+                        target.values[..., -1, :] = source.values[..., -1, :]
                 return hidden
             state["last"] = number
             if state["exit"] == depth:
@@ -152,6 +150,12 @@ class AnyReference:
             return mask
 
         return forward(*map(masked, args), **{name: masked(value) for name, value in kwargs.items()})
+
+    def _layers(self, number: int) -> list[Any]:
+        """The layers of the cache that a block uses."""
+        each = max(1, len(self.cache.layers) // len(self.blocks))
+        layers: list[Any] = self.cache.layers[(number - 1) * each : number * each]
+        return layers
 
     def _recurrent_states(self, number: int) -> Any:
         layer = self.cache.layers[number - 1] if number <= len(self.cache.layers) else None

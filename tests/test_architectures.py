@@ -194,7 +194,13 @@ def hidden_states(model: Any, blocks: list[torch.nn.Module], row: list[int]) -> 
     return seen
 
 
-@pytest.mark.parametrize("group", [group for group in ARCHITECTURES if ARCHITECTURES[group][0] != "whole rows"])
+#: Some of its experts are the identity, so a token costs what it is sent to.
+UNEVEN = "two attentions in a block"
+
+
+@pytest.mark.parametrize(
+    "group", [group for group in ARCHITECTURES if ARCHITECTURES[group][0] != "whole rows" and group != UNEVEN]
+)
 def test_costs_are_what_the_flop_counter_sees(group: str) -> None:
     """One token through transformers' eager code; of modules with a recurrence, what their linear layers do."""
     engine = engine_of(group)

@@ -43,9 +43,11 @@ class ReplayPass(AttentionPass):
         self._lines = tuple(states.line_of[slot] for slot in layout.slots)
         self._is_new = new_rows(layout)
         self._plan: RecurrentPlan | None = None
-        # Of the block that runs now: the tokens' slots, how many writes stop it, and what its mixers were called with.
+        # Of the block that runs now: the tokens' slots, how many writes stop it, whether its mixers only take what they
+        # are called with, and what that was.
         self._written_to: Tensor | None = None
         self._writes_left: int | None = None
+        self._is_collecting = False
         self._collected: dict[FlatMixer, Any] = {}
         #: What stands for the output of a mixer while states alone are written; nothing should depend on it.
         self.placeholder = 0.0
@@ -64,8 +66,10 @@ class ReplayPass(AttentionPass):
             super().exit_tokens(tokens, hidden, layer)
             return
         self._left = self._left.joined(tokens, hidden, self._layout)
-        skipped = tokens[np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]] == "skip"]
-        self._mark_skipped(skipped, layer)
+        modes = np.asarray(self._layout.state_modes)[self._layout.row_of[tokens]]
+        self._mark_skipped(tokens[modes == "skip"], layer)
+        if len(copied := tokens[modes == "copy"]):
+            self._copy(copied, layer)
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         if not self._blocks.takes_tokens_in_order:
@@ -74,15 +78,14 @@ class ReplayPass(AttentionPass):
         if len(tokens) + len(left.tokens) == 0:
             return hidden
         described = self._blocks.blocks[block - 1]
-        if described.is_sequential and left.hidden is not None and len(tokens):
-            return self._run_merged(block, tokens, hidden, left)
+        if described.is_sequential and left.hidden is not None:
+            return self._run_in_order(block, tokens, hidden, left)
         if described.mixers:
             self._plan = self._recurrent_plan(tokens, left.tokens)
         if left.hidden is not None and described.num_writes:
             device = self._backbone.device
             call = self._select(block, _Chosen(on_device(left.tokens, device)))
-            kv_slots = on_device(self._kv_slots[left.tokens], device)
-            self._give(block, left.hidden, call, kv_slots, self._plan_of(left.tokens, block))
+            self._give(block, left.hidden, call, on_device(self._kv_slots[left.tokens], device), None)
         if len(tokens):
             hidden = self._call(block, hidden, self._active_tokens(block, tokens, hidden))
         else:
@@ -103,13 +106,14 @@ class ReplayPass(AttentionPass):
 
     def mix(self, mixer: FlatMixer, call: Call) -> Any:
         """Runs a mixer in the place of the module that a block calls."""
-        if self._writes_left is not None:
+        if self._is_collecting:
             self._collected[mixer] = mixer.collected(call)
-            self._note_write()
-            return self._blocks.shaped(mixer, torch.full_like(call.hidden, self.placeholder))
-        assert self._plan is not None
-        output = mixer.run(call, self._collected.pop(mixer, None), self._plan, self._states.table(mixer))
+            output: Tensor | None = torch.full_like(call.hidden, self.placeholder)
+        else:
+            assert self._plan is not None
+            output = mixer.run(call, self._collected.pop(mixer, None), self._plan, self._states.table(mixer))
         assert output is not None
+        self._note_write()
         return self._blocks.shaped(mixer, output)
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,14 +164,31 @@ class ReplayPass(AttentionPass):
             kv_slots = kv_slots[chosen]
         self._give(block, hidden, call, kv_slots, None)
 
-    def _give(self, block: int, hidden: Tensor, call: Call, kv_slots: Tensor, plan: AttentionPlan | None) -> bool:
+    def _give(
+        self,
+        block: int,
+        hidden: Tensor,
+        call: Call,
+        kv_slots: Tensor,
+        plan: AttentionPlan | None,
+        collect: bool = True,
+    ) -> bool:
         """Runs a block on the exit states (1, m, D) of tokens that left, until it has written its states.
 
-        Returns whether it attended before.
+        Args:
+            block: 1-based.
+            hidden: the exit states.
+            call: what it is called with for these tokens.
+            kv_slots: of the tokens.
+            plan: what they attend to, where the block attends.
+            collect: its mixers only take what they are called with; else they move their states on.
+
+        Returns:
+            Whether it attended.
         """
         described = self._blocks.blocks[block - 1]
         call = call.replaced(self._blocks.hidden_shape.of_model(hidden))
-        self._written_to, self._writes_left = kv_slots, described.num_writes
+        self._written_to, self._writes_left, self._is_collecting = kv_slots, described.num_writes, collect
         empty = np.empty(0, dtype=np.int64)
         plan = plan or AttentionPlan(empty, empty, None, self._backbone.device)
         try:
@@ -180,32 +201,28 @@ class ReplayPass(AttentionPass):
         except StatesWritten:
             pass
         finally:
-            self._writes_left = None
+            self._writes_left, self._is_collecting = None, False
         return now.called
 
-    def _run_merged(self, block: int, tokens: IntArray, hidden: Tensor, left: LeftTokens) -> Tensor:
-        """Runs a block whose states depend on attention on all tokens at once; returns those in flight (1, n, D)."""
+    def _run_in_order(self, block: int, tokens: IntArray, hidden: Tensor, left: LeftTokens) -> Tensor:
+        """Runs a block whose states depend on one another on all tokens at once; returns those in flight (1, n, D)."""
         assert left.hidden is not None
         both = np.concatenate([tokens, left.tokens])
         order = np.argsort(both)
-        merged = torch.cat([hidden, left.hidden], dim=1).index_select(1, on_device(order, hidden.device))
-        output = self._call(block, merged, self._active_tokens(block, both[order], merged))
-        in_flight = np.argsort(order)[: len(tokens)]
-        return output.index_select(1, on_device(in_flight, hidden.device))
+        merged = torch.cat([hidden, left.hidden], dim=1).index_select(1, on_device(order, left.hidden.device))
+        active = self._active_tokens(block, both[order], merged)
+        if len(tokens):
+            output = self._call(block, merged, active)
+            return output.index_select(1, on_device(np.argsort(order)[: len(tokens)], hidden.device))
+        if self._blocks.blocks[block - 1].mixers:
+            self._plan = self._recurrent_plan(active.tokens, tokens)
+        self._give(block, merged, self._select(block, active.arguments), active.kv_slots, active.plan, collect=False)
+        return hidden
 
     def _recurrent_plan(self, tokens: IntArray, left: IntArray) -> RecurrentPlan:
         return RecurrentPlan.of(
             tokens, left, self._layout, self._lines, self._is_new, self._backbone.device, self._plan
         )
-
-    def _plan_of(self, tokens: IntArray, block: int) -> AttentionPlan | None:
-        """Returns what tokens that left see, where a block attends before it writes its states."""
-        if not self._blocks.blocks[block - 1].is_sequential:
-            return None
-        active = self._active
-        plan = self._active_tokens(block, tokens, torch.empty(0)).plan
-        self._active = active
-        return plan
 
 
 @dataclass(frozen=True)

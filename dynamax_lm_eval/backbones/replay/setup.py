@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Tokens of a row, of which states are written on trial.
 _TOKENS = (3, 4, 5)
+#: Names that a final norm may have.
+_FINAL_NORMS = (*families.FINAL_NORMS, "norm_f", "layer_norm", "embedding_norm")
 #: Positions up to which masks are looked at where nothing says how long rows will be.
 _HORIZON = 4096
 
@@ -236,13 +238,14 @@ def direct_readout(backbone: ReplayBackbone) -> Any:
     hidden = hidden.to(backbone.device, backbone.embed(torch.zeros(1, dtype=torch.int64, device=backbone.device)).dtype)
     theirs = backbone.replay.readout(hidden.unsqueeze(0), len(hidden))
     for name, module in backbone.model.named_modules():
-        if name.rpartition(".")[2] in families.FINAL_NORMS and not any(block in name for block in ("layers.", "h.")):
+        if name.rpartition(".")[2] in _FINAL_NORMS and not any(block in name for block in ("layers.", "h.")):
             try:
                 readout = final_readout(module, head, softcap)
                 ours = readout(hidden)
             except Exception:
                 continue
-            if ours.shape == theirs.shape and ours.dtype == theirs.dtype and is_close(ours, theirs):
+            # Bit for bit: in half precision a scale or a soft-cap could pass for rounding.
+            if ours.shape == theirs.shape and ours.dtype == theirs.dtype and torch.equal(ours, theirs):
                 return readout
     return None
 
