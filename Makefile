@@ -9,13 +9,14 @@ TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 DEMO_ARGS ?= threshold=0.8
 DEMO := $(BIN)/lm_eval --model dynamax --tasks trivia_demo --include_path tasks --device cpu --batch_size 16 --log_samples
 
-.PHONY: help install demo test test-slow test-all check format wheel clean
+.PHONY: help install demo test test-slow test-all kernels check format wheel clean
 
 help:
 	@echo "make demo       install into $(VENV), then evaluate SmolLM2-135M with exits on and off (CPU, minutes)"
 	@echo "make test       install into $(VENV), then run the tests but the slow ones (minutes)"
 	@echo "make test-slow  the slow ones: several processes, the harness's command, further families"
 	@echo "make test-all   all tests"
+	@echo "make kernels    the released sources of mamba-ssm under Triton's interpreter, without a GPU (minutes)"
 	@echo "make check      lint, format and types"
 	@echo "make format     apply the formatter"
 	@echo "make wheel      build the wheel into dist/"
@@ -46,6 +47,18 @@ test-slow: $(BIN)/.installed
 
 test-all: $(BIN)/.installed
 	$(BIN)/python -m pytest
+
+# Their packages are never built: what a GPU would compile is read and interpreted.
+KERNELS := mamba-ssm==2.3.2.post1
+$(BIN)/.kernels: $(BIN)/.installed
+	$(PIP) install --quiet setuptools wheel packaging einops triton
+	MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: \
+		--dest $(VENV)/kernels $(KERNELS)
+	for file in $(VENV)/kernels/*.tar.gz; do tar -xzf $$file -C $(VENV)/kernels; done
+	touch $@
+
+kernels: $(BIN)/.kernels
+	TRITON_INTERPRET=1 KERNEL_SOURCES=$(VENV)/kernels $(BIN)/python -m pytest -n 0 tests/test_kernel_sources.py
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -216,10 +216,11 @@ def _chunk_scan(x: Any, dt: Any, A: Any, B: Any, C: Any, **options: Any) -> tupl
     rows = [number for number, size in enumerate(np.diff(ends).tolist()) for _ in range(size)]
     assert options["seq_idx"].tolist() == [rows]
     states = torch.zeros(len(ends) - 1, x.shape[2], x.shape[3], B.shape[3])
+    zeros = torch.zeros(x.shape[2:])
     outputs = []
     for t, row in enumerate(rows):
-        step = _state_update(states[row : row + 1], x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t])
-        outputs.append(step)
+        given = (x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t])
+        outputs.append(_state_update(states[row : row + 1], *given, zeros, dt_bias=zeros))
     return torch.stack(outputs, dim=1), states
 
 
@@ -230,10 +231,14 @@ def _state_update(
     A: Any,  # noqa: N803
     B: Any,  # noqa: N803
     C: Any,  # noqa: N803
+    D: Any,  # noqa: N803
+    dt_bias: Any,
     dt_softplus: bool = False,
 ) -> torch.Tensor:
-    """What mamba-ssm documents of selective_state_update: the state is moved on in place."""
+    """What mamba-ssm documents of selective_state_update, and what its releases demand: a skip term and a bias."""
     assert not dt_softplus
+    assert D.shape == dt_bias.shape == x.shape[1:]
+    assert not D.any() and not dt_bias.any()
     if state.ndim == 4:
         B, C = (values.repeat_interleave(state.shape[1] // values.shape[1], 1)[:, :, None] for values in (B, C))  # noqa: N806
     else:

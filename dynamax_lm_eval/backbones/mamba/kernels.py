@@ -8,6 +8,7 @@ T tokens of R rows, H heads, P head dim, G groups, N SSM state.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamax_lm_eval.models.loading import described
 from dynamax_lm_eval.types import MambaKernels
 
 logger = logging.getLogger(__name__)
@@ -45,11 +47,13 @@ class ScanKernels:
         # The kernel knows by their strides of 0 that these are one number per head.
         steps = dt.unsqueeze(-1).expand(-1, -1, head_dim)
         decays = decay.view(-1, 1, 1).expand(heads, head_dim, size)
-        return self.state_update(state, x, steps, decays, b, c, dt_softplus=False)
+        zeros = _zero(x).expand(heads, head_dim)
+        return self.state_update(state, x, steps, decays, b, c, zeros, dt_bias=zeros, dt_softplus=False)
 
     def step_channels(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
         """Returns the read-outs (R, I) of Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N)."""
-        return self.state_update(state, x, dt, decay, b, c, dt_softplus=False)
+        zeros = _zero(x).expand(x.shape[1])
+        return self.state_update(state, x, dt, decay, b, c, zeros, dt_bias=zeros, dt_softplus=False)
 
     def chunks(
         self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, lengths: list[int]
@@ -75,6 +79,17 @@ class ScanKernels:
         return output.squeeze(0), after
 
 
+def _zero(like: Tensor) -> Tensor:
+    """Returns a zero on the device of ``like``: no released kernel runs without a skip term and a bias of dt."""
+    return _zero_on(like.device)
+
+
+@functools.cache
+def _zero_on(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), device=device)
+
+
 def find(choice: MambaKernels, device: torch.device) -> ScanKernels | None:
     """Returns the kernels, if they are asked for, installed and of use on ``device``; logs which are used."""
     if device.type != "cuda" or choice == "torch":
@@ -82,8 +97,11 @@ def find(choice: MambaKernels, device: torch.device) -> ScanKernels | None:
     try:
         combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
         update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
-    except ImportError as error:
-        logger.info("Mamba runs on plain torch: mamba-ssm is not installed (%s)", error)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "mamba_ssm":
+            logger.info("Mamba runs on plain torch: mamba-ssm is not installed")
+        else:
+            logger.warning("Mamba runs on plain torch: mamba-ssm cannot be imported (%s)", described(error))
         return None
     logger.info("Mamba runs on the kernels of mamba-ssm; mamba_kernels=torch does without them")
     return ScanKernels(combined.mamba_chunk_scan_combined, update.selective_state_update)

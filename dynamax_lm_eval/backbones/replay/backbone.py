@@ -66,13 +66,15 @@ class ReplayBackbone(Backbone):
         # Not the configuration's: added tokens may have resized the head.
         self.vocab_size = int(getattr(head, "out_features", self.config.vocab_size))
         self.cache = FlatCache(self.model.config)
+        self.mixers: list[FlatMixer] = []
+        self._is_running = False
         self._now: ReplayPass | None = None
         self.cache.writer = self._write
         self._direct_readout: Any = None
         found = setup.describe(self, max_length, mamba_kernels, attention_by_row)
         self.blocks, self.hidden_shape, self._bytes = found.blocks, found.hidden_shape, found.bytes
         self.hidden_size = self.hidden_shape.size
-        self.mixers: list[FlatMixer] = [mixer for block in self.blocks for mixer in block.mixers]
+        self.mixers = [mixer for block in self.blocks for mixer in block.mixers]
         self.is_recurrent = self.takes_tokens_in_order = bool(self.mixers)
         self.rung = "row modules" if attention_by_row else "mixed" if self.is_recurrent else "flat"
         self._mixer_arities: dict[FlatMixer, int | None] = found.mixer_arities
@@ -130,9 +132,16 @@ class ReplayBackbone(Backbone):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        replaced = [(mixer.module, self._forward_of(mixer)) for mixer in self.mixers] if hasattr(self, "mixers") else []
-        with self.replay.attention(attention.NAME), replaced_forwards(replaced):
+        if self._is_running:
             yield
+            return
+        self._is_running = True
+        try:
+            replaced = [(mixer.module, self._forward_of(mixer)) for mixer in self.mixers]
+            with self.replay.attention(attention.NAME), replaced_forwards(replaced):
+                yield
+        finally:
+            self._is_running = False
 
     @contextmanager
     def passing(self, run: ReplayPass) -> Iterator[None]:
