@@ -44,6 +44,12 @@ MODES = [
     for mode in ("recompute", "copy", "skip")
     if mode == "recompute" or (group not in ONLY_RECOMPUTE and (mode == "skip" or group not in NO_COPY))
 ]
+#: Of groups whose K and V are kept alike, all modes but the first are slow.
+QUICK = {*NO_COPY, "soft-caps", "two attentions in a block"}
+MODES_BY_TIME = [
+    pytest.param(group, mode, marks=[] if mode == "recompute" or group in QUICK else [pytest.mark.slow])
+    for group, mode in MODES
+]
 every_group = pytest.mark.parametrize("group", ARCHITECTURES)
 
 
@@ -99,7 +105,7 @@ def test_exits_off_is_what_transformers_computes(group: str) -> None:
         assert scoring.greedy_tokens == greedy
 
 
-@pytest.mark.parametrize(("group", "mode"), MODES)
+@pytest.mark.parametrize(("group", "mode"), MODES_BY_TIME)
 def test_exits_are_those_of_the_reference(group: str, mode: Any) -> None:
     """Generated and scored in batches with shared beginnings, against one row fed token by token."""
     model, engine = architecture(group), engine_of(group, mode)

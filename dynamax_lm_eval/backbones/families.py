@@ -1,7 +1,6 @@
-"""Families of Transformers, as far as they have to be known: names of modules, and layouts of K/V projections.
+"""Families of Transformers, as far as they have to be known: names of modules, sizes, and types of rotary embedding.
 
 Everything else that a family may do differently is found by comparison with ``model.forward`` at load.
-D hidden, H_kv K/V heads, P head dim, m tokens.
 """
 
 from __future__ import annotations

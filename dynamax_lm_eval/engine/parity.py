@@ -1,7 +1,7 @@
-"""Checks the layer loop against ``model.forward`` when a model is loaded.
+"""Finds out how a loaded model can be run: by comparing each way to run its blocks with ``model.forward``.
 
-Instead of a list of supported families: whatever a family does that the loop does not (soft-capping,
-scaled embeddings, another mask) shows as a difference, and the model is refused by name.
+Instead of a list of supported families: whatever a family does that one way does not shows as a difference, and the
+next is tried; where none is right, the model is refused by name.
 """
 
 from __future__ import annotations

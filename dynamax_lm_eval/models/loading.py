@@ -201,8 +201,13 @@ def has_recurrence(config: Any) -> bool:
         return True
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    has_mamba = any(name.startswith("mamba_") for name in vars(text))
-    return any(kind in _RECURRENT_KINDS for kind in kinds or ()) or (has_mamba and not kinds)
+    return any(kind in _RECURRENT_KINDS for kind in kinds or ()) or (has_mamba_blocks(config) and not kinds)
+
+
+def has_mamba_blocks(config: Any) -> bool:
+    """Returns whether a configuration has settings of Mamba blocks."""
+    names = vars(config.get_text_config())
+    return is_recurrent(config) or any(name.startswith("mamba_") for name in names)
 
 
 def model_without_weights(config: Any, options: Mapping[str, Any]) -> Any:

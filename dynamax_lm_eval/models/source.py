@@ -81,7 +81,7 @@ class ModelSource:
 
     def check_mamba_kernels(self, kernels: MambaKernels | None) -> None:
         """Raises UserError where ``mamba_kernels`` is given and there are no Mamba blocks."""
-        if kernels is not None and not self.has_recurrence:
+        if kernels is not None and not loading.has_mamba_blocks(self.config):
             kind = self.config.model_type
             raise UserError(f"mamba_kernels has no effect on {kind!r}, which has no Mamba blocks; remove it")
 
