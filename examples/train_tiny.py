@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynamax_lm_eval.backbones import MambaBackbone
-from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.files import write_text
 from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.text import held_out, text_documents

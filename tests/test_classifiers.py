@@ -10,7 +10,8 @@ import torch
 from helpers_engine import CLASSIFIERS, EXITS, HIDDEN, KINDS
 from reference import RECURRENT
 
-from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, causal_conv, selective_scan
 from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS as TABLE

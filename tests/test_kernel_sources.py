@@ -15,7 +15,8 @@ from helpers_engine import PROMPTS, engine_for, run_generate, separated_policy
 from dynamax_lm_eval.backbones import MambaBackbone
 from dynamax_lm_eval.backbones.mamba import ssm
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
-from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model
 from dynamax_lm_eval.exits.policy import ExitPolicy
@@ -75,6 +76,18 @@ def test_chunks_of_new_rows(kernels: ScanKernels, lengths: list[int]) -> None:
     rows, given = RaggedRows(lengths), inputs_of(shape, sum(lengths))
     ours, after = ssm.selective_scan(*given, rows, None)
     theirs, moved = ssm.selective_scan(*given, rows, None, kernels)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved, after, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 1], [3, 2]])
+def test_rows_that_go_on(kernels: ScanKernels, lengths: list[int]) -> None:
+    """Some with one token, and some with several."""
+    shape = MixerShape(heads=4, head_dim=8, groups=2, state=16, kernel=4)
+    rows, given = RaggedRows(lengths), inputs_of(shape, sum(lengths))
+    before = torch.randn(len(lengths), 4, 8, 16, generator=torch.Generator().manual_seed(1))
+    ours, after = ssm.selective_scan(*given, rows, before.clone())
+    theirs, moved = ssm.selective_scan(*given, rows, before.clone(), kernels)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moved, after, rtol=1e-4, atol=1e-5)
 

@@ -31,7 +31,8 @@ from torch import nn
 from dynamax_lm_eval.backbones import MambaBackbone
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
-from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows, channel_scan
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import channel_scan
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model
@@ -210,13 +211,27 @@ def test_step_sizes_are_clamped_in_every_form() -> None:
 
 
 def _chunk_scan(x: Any, dt: Any, A: Any, B: Any, C: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: N803
-    """What mamba-ssm documents of mamba_chunk_scan_combined, token by token: batch 1, sequences by cu_seqlens."""
-    assert (options["dt_softplus"], options["return_varlen_states"]) == (False, True)
+    """What mamba-ssm documents of mamba_chunk_scan_combined, token by token.
+
+    Sequences in one line by cu_seqlens, or one in each line of a batch with initial states.
+    """
+    assert not options["dt_softplus"]
+    zeros = torch.zeros(x.shape[2:])
+    if "initial_states" in options:
+        assert options["return_final_states"]
+        lines, states = x.shape[0], options["initial_states"].clone()
+        read = [
+            _state_update(states, x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t], zeros, dt_bias=zeros)
+            for t in range(x.shape[1])
+        ]
+        assert states.shape[0] == lines
+        return torch.stack(read, dim=1), states
+    assert options["return_varlen_states"]
     ends = options["cu_seqlens"].tolist()
     rows = [number for number, size in enumerate(np.diff(ends).tolist()) for _ in range(size)]
     assert options["seq_idx"].tolist() == [rows]
+    assert options["seq_idx"].dtype == options["cu_seqlens"].dtype == torch.int32
     states = torch.zeros(len(ends) - 1, x.shape[2], x.shape[3], B.shape[3])
-    zeros = torch.zeros(x.shape[2:])
     outputs = []
     for t, row in enumerate(rows):
         given = (x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t])

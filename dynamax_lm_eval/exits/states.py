@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray
-from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 

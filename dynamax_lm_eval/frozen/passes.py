@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, full_depth_layout
-from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 #: Tokens of the vocabulary whose maximum is looked for first.

@@ -1,7 +1,7 @@
 """The selective scan of Mamba-2 by the CUDA kernels of mamba-ssm, where they are installed.
 
-Both forms stand behind ``ssm.selective_scan``, which falls back to plain torch for what they cannot do (rows of
-several tokens that have a past, gradients). Knows tensors of flat ragged rows; knows no modules.
+They stand behind ``ssm.selective_scan``, which falls back to plain torch for what they cannot do (gradients). Knows
+tensors of flat ragged rows; knows no modules.
 
 T tokens of R rows, H heads, P head dim, G groups, N SSM state.
 """
@@ -13,13 +13,16 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dynamax_lm_eval.models.loading import described
 from dynamax_lm_eval.types import MambaKernels
+
+if TYPE_CHECKING:
+    from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +59,67 @@ class ScanKernels:
         return self.state_update(state, x, dt, decay, b, c, zeros, dt_bias=zeros, dt_softplus=False)
 
     def chunks(
-        self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, lengths: list[int]
+        self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, rows: RaggedRows
     ) -> tuple[Tensor, Tensor]:
-        """Runs new rows of ``lengths`` tokens side by side: x (T, H, P), dt (T, H), b and c (T, G, N).
+        """Runs new rows side by side: x (T, H, P), dt (T, H), b and c (T, G, N).
 
         Returns:
             (T, H, P), and the states after each row (R, H, P, N).
         """
-        sizes = torch.tensor(lengths, device=x.device)
-        row_of = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32, device=x.device), sizes)
-        ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
+        bounds = rows.bounds
         output, after = self.chunk_scan(
             *(values.unsqueeze(0).contiguous() for values in (x, dt)),
             decay,
             *(values.unsqueeze(0).contiguous() for values in (b, c)),
             chunk_size=_CHUNK,
-            seq_idx=row_of.unsqueeze(0),
-            cu_seqlens=ends,
+            seq_idx=bounds.row_of.unsqueeze(0),
+            cu_seqlens=bounds.ends,
             dt_softplus=False,
             return_varlen_states=True,
         )
         return output.squeeze(0), after
+
+    def go_on(
+        self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, rows: RaggedRows, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Runs rows that have a past, ``state`` (R, H, P, N): those of one token by a step, the others padded.
+
+        A padded token has a step size of 0, which leaves the state as it is.
+
+        Returns:
+            (T, H, P), and the new states, in the memory of the given ones.
+        """
+        split = rows.split_by_length
+        output = torch.empty_like(x)
+        if split.single_rows is not None:
+            tokens, own = split.single_tokens, split.single_rows
+            moved = state.index_select(0, own)
+            own_x, own_dt, own_b, own_c = (values.index_select(0, tokens) for values in (x, dt, b, c))
+            read = self.step(own_x, own_dt, decay, own_b, own_c, moved)
+            output.index_copy_(0, tokens, read)
+            state.index_copy_(0, own, moved)
+        if split.long_rows is not None:
+            padded, own = split.long_tokens, split.long_rows  # (r, L), T where there is no token
+            long = [_padded(values, padded) for values in (x, dt, b, c)]
+            read, after = self.chunk_scan(
+                *long[:2],
+                decay,
+                *long[2:],
+                chunk_size=_CHUNK,
+                initial_states=state.index_select(0, own),
+                dt_softplus=False,
+                return_final_states=True,
+            )
+            output.index_copy_(0, split.long_order, read.flatten(0, 1).index_select(0, split.long_present))
+            state.index_copy_(0, own, after.to(state.dtype))
+        return output, state
+
+
+def _padded(values: Tensor, tokens: Tensor) -> Tensor:
+    """Returns values (T, ...) as (r, L, ...) for ``tokens`` (r, L); zeros at T."""
+    with_zero = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+    padded: Tensor = with_zero.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+    return padded
 
 
 def _zero(like: Tensor) -> Tensor:

@@ -22,14 +22,8 @@ from transformers.activations import ACT2FN
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.linear import is_plain, linear
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
-from dynamax_lm_eval.backbones.mamba.ssm import (
-    MixerShape,
-    MixerState,
-    RaggedRows,
-    causal_conv,
-    channel_scan,
-    selective_scan,
-)
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, causal_conv, channel_scan, selective_scan
 from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE, BlockCost
 from dynamax_lm_eval.errors import UserError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
-from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
 
 

@@ -17,7 +17,7 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.compare import is_close
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.mixers import make_mixer
-from dynamax_lm_eval.backbones.mamba.ssm import RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.replay.arguments import Call, CallAxes
 from dynamax_lm_eval.backbones.replay.block import ReplayBlock
 from dynamax_lm_eval.backbones.replay.caches import RowCache

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.errors import UserError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dynamax_lm_eval.backbones.mamba.ssm import MixerState, RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, RaggedRows
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState
 from dynamax_lm_eval.exits.classifiers.base import ClassifierOptions, width
 from dynamax_lm_eval.exits.classifiers.mamba import MixerClassifier, mixer_shape
 

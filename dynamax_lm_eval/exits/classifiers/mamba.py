@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, RaggedRows, causal_conv, selective_scan
+from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, causal_conv, selective_scan
 from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions, RmsNorm, width
 
 #: Time steps that a fresh mixer starts with, log-uniform (Mamba's own initialisation).
