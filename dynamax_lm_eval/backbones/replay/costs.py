@@ -165,10 +165,15 @@ def _recompute(backbone: ReplayBackbone, number: int) -> int:
     if not block.num_writes:
         return 0
     silenced = [m for m in block.mixers if not isinstance(m, RowMixer) or m.is_recurrent]
-    counter = Products()
-    with _silent(silenced), counter:
-        backbone.write_only(number, (3,))
-    whole = counter.macs
+    counter, before = Products(), [0]
+    # What the model does to make the block's arguments is none of it, and the block does not come to its end.
+    hook = block.module.register_forward_pre_hook(lambda *_: before.__setitem__(0, counter.macs))
+    try:
+        with _silent(silenced), counter:
+            backbone.write_only(number, (3,))
+    finally:
+        hook.remove()
+    whole = counter.macs - before[0]
     for mixer in block.mixers:
         if isinstance(mixer, RowMixer) and not mixer.is_recurrent:
             whole += _module_macs(backbone, mixer.module)
