@@ -57,13 +57,10 @@ class WholeRowBackbone(Backbone):
             shorter, longer = (
                 self.replay.capture(torch.arange(n, device=self.device), None, None)[0].hidden for n in LENGTHS
             )
-        grows = [b - a == LENGTHS[1] - LENGTHS[0] for a, b in zip(shorter.shape, longer.shape, strict=True)]
+        grows = [sizes == LENGTHS for sizes in zip(shorter.shape, longer.shape, strict=True)]
         if grows.count(True) != 1:
             raise UserError(f"{self.name} does not give its blocks one hidden state for each token")
-        axis = grows.index(True)
-        #: Places before the first token, which some models put in themselves.
-        self.num_extra = shorter.shape[axis] - LENGTHS[0]
-        self.hidden_shape = HiddenShape(tuple(shorter.shape), axis)
+        self.hidden_shape = HiddenShape(tuple(shorter.shape), grows.index(True))
         self.hidden_size = self.hidden_shape.size
 
     @cached_property
@@ -82,9 +79,7 @@ class WholeRowBackbone(Backbone):
         return self.hidden_shape.flat(self.replay.capture(ids, None, None)[0].hidden)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        count = len(hidden)
-        hidden = torch.cat([hidden.new_zeros(self.num_extra, hidden.shape[1]), hidden]) if self.num_extra else hidden
-        return self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), count).contiguous()
+        return self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden)).contiguous()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode != "recompute" and exit_layers:
@@ -105,7 +100,6 @@ class WholeRowStates(States):
         self._next = 0
         self.ids: dict[int, Tensor] = {}  # slot -> (t,)
         self.inputs: dict[int, list[Tensor | None]] = {}  # slot -> for each block (1-based) (t, D)
-        self.extra: dict[int, dict[int, Tensor]] = {}  # slot -> for each block the places before the first token (e, D)
         self._kept: dict[int, int] = {}
 
     def allocate_row(self, capacity: int) -> int | None:
@@ -116,11 +110,9 @@ class WholeRowStates(States):
     def free_row(self, slot: int) -> None:
         self.inputs.pop(slot)
         self.ids.pop(slot, None)
-        self.extra.pop(slot, None)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         self.ids[slot] = self.ids[source][:num_tokens]
-        self.extra[slot] = dict(self.extra[source])
         self.inputs[slot] = [None if part is None else part[:num_tokens] for part in self.inputs[source]]
 
     def keep(self, slot: int, num_tokens: int) -> bool:
@@ -161,9 +153,7 @@ class WholeRowPass(ForwardPass):
             before = self._states.ids.get(slot)
             self._states.ids[slot] = fed if before is None else torch.cat([before, fed])
             self._calls.append(self._backbone.replay.capture(self._states.ids[slot], None, None))
-            whole = shape.flat(self._calls[-1][0].hidden)
-            self._states.extra.setdefault(slot, {1: whole[0, : self._backbone.num_extra]})
-            hidden.append(whole[:, -len(fed) :])
+            hidden.append(shape.flat(self._calls[-1][0].hidden)[:, -len(fed) :])
         return torch.cat(hidden, dim=1)
 
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
@@ -186,18 +176,13 @@ class WholeRowPass(ForwardPass):
 
     def _run(self, row: int, block: int, inputs: Tensor) -> Tensor:
         """Returns what a block makes of the inputs (T, D) of a whole row."""
-        replay, shape, count = self._backbone.replay, self._backbone.hidden_shape, self._backbone.num_extra
-        extra = self._states.extra[self._layout.slots[row]]
+        replay, shape = self._backbone.replay, self._backbone.hidden_shape
         call = self._calls[row][block - 1]
-        if block in extra:
-            inputs = torch.cat([extra[block], inputs])
         if row in self._outputs and replay.handed_on[block - 1]:
             last = self._outputs[row]
             call = call.with_values({place: last[index] for place, index in replay.handed_on[block - 1].items()})
         self._outputs[row] = replay.outputs(block, call.replaced(shape.of_model(inputs.unsqueeze(0))))
-        output = shape.flat(self._outputs[row][0])[0]
-        extra.setdefault(block + 1, output[:count])
-        return output[count:]
+        return shape.flat(self._outputs[row][0])[0]
 
     def _add(self, row: int, block: int, values: Tensor, tokens: IntArray) -> Tensor:
         """Notes what a block is given for tokens of a row (t,), and returns that of all its tokens, (T, D)."""
