@@ -40,6 +40,8 @@ _LIMITS = ("sliding_window", "attention_chunk_size", "attention_window_size", "w
 _BEYOND = 9
 #: Most parameters times tokens of the first text, elsewhere and on a CPU.
 _AFFORDABLE = (10**13, 10**11)
+#: Most logits of the first text: 1 GiB in float32.
+_MOST_LOGITS = 2**28
 #: From the exit layer of a token that leaves to that of the next one.
 _STRIDE = 5
 #: Most characters of an exception that a message quotes.
@@ -177,6 +179,7 @@ def _length(model: Any, max_length: int | None) -> int:
     limits = [value for name in _LIMITS if isinstance(value := getattr(config, name, None), int) and value > 0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     affordable = _AFFORDABLE[model.device.type == "cpu"] // max(parameters, 1)
+    affordable = min(affordable, _MOST_LOGITS // int(getattr(config, "vocab_size", 1)))
     if max_length:
         affordable = min(affordable, max_length)
     longest = max((limit for limit in limits if limit + _BEYOND <= affordable), default=0)
