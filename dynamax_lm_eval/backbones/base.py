@@ -111,6 +111,27 @@ class States(ABC):
         """Drops the states that are kept of a prefix of ``num_tokens`` tokens."""
 
 
+class KeptInRows(States):
+    """States that keep a prefix in a row of its own."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, int] = {}  # tokens of a kept prefix -> slot
+
+    def keep(self, slot: int, num_tokens: int) -> bool:
+        kept = self.allocate_row(num_tokens)
+        if kept is None:
+            return False
+        self.copy_row(slot, kept, num_tokens)
+        self._kept[num_tokens] = kept
+        return True
+
+    def give(self, num_tokens: int, slot: int) -> None:
+        self.copy_row(self._kept[num_tokens], slot, num_tokens)
+
+    def forget(self, num_tokens: int) -> None:
+        self.free_row(self._kept.pop(num_tokens))
+
+
 class ForwardPass(ABC):
     """One pass of a flat batch through the blocks, in order.
 
@@ -158,7 +179,7 @@ class Backbone(ABC):
 
     #: The name of the model's class.
     name: str
-    #: How the blocks are run: the words of ``backbones.RUNGS``.
+    #: How the blocks are run: a key of ``backbones.rungs``, or ``mixed`` for what is ``flat`` with recurrent modules.
     rung: str
     #: The model of transformers, without adapters around it.
     model: Any

@@ -12,7 +12,32 @@ from dynamax_lm_eval.backbones.base import Backbone
 from dynamax_lm_eval.models.blocks import find_blocks
 
 
-class DecoderBackbone(Backbone):
+class ModelBackbone(Backbone):
+    """A causal LM of transformers and its list of blocks."""
+
+    def __init__(self, model: Any) -> None:
+        """
+        Args:
+            model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
+
+        Raises:
+            UserError: its blocks are not found.
+        """
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config: Any = self.model.config.get_text_config()
+        self.name = type(self.model).__name__
+        depth = getattr(self.config, "num_hidden_layers", None)
+        self._layers: list[Any] = find_blocks(self.model, depth, self.name)
+        self.num_layers = len(self._layers)
+        self._embeddings: nn.Module = self.model.get_input_embeddings()
+        self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
+        self._lm_head: Any = self.model.get_output_embeddings()
+        # Not the configuration's: added tokens may have resized the head.
+        self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
+        self.device = next(self._layers[0].parameters()).device
+
+
+class DecoderBackbone(ModelBackbone):
     """A backbone of embeddings, a list of blocks, a final norm and an LM head."""
 
     def __init__(self, model: Any, final_norms: tuple[str, ...]) -> None:
@@ -24,20 +49,10 @@ class DecoderBackbone(Backbone):
         Raises:
             UserError: parts of it are not found.
         """
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config: Any = self.model.config.get_text_config()
-        self.name = type(self.model).__name__
-        self._layers: list[Any] = find_blocks(self.model, self.config.num_hidden_layers, self.name)
-        self._decoder = _holder_of(self.model, self._layers)
-        self.num_layers = len(self._layers)
+        super().__init__(model)
         self.hidden_size = int(self.config.hidden_size)
-        self._embeddings: nn.Module = self.model.get_input_embeddings()
-        self.num_embeddings = int(getattr(self._embeddings, "num_embeddings", self.config.vocab_size))
-        self._lm_head: Any = self.model.get_output_embeddings()
+        self._decoder = _holder_of(self.model, self._layers)
         self._final_norm = families.child(self._decoder, final_norms, f"final norm in {self.name}")
-        # Not the configuration's: added tokens may have resized the head.
-        self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
-        self.device = next(self._layers[0].parameters()).device
 
     def embed(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self._embeddings(ids.unsqueeze(0))

@@ -25,6 +25,14 @@ def child(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:
     raise UserError(f"found no {what} (looked for {', '.join(names)}); this architecture is not supported")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Returns whether a module is a linear layer of some kind, whatever its weights are stored as.
+
+    Leaves only: a LoRA layer has sizes of its own and holds the layers that are counted.
+    """
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
+
+
 def linear_macs(module: nn.Module, name: str) -> int:
     """Returns the MACs per token of all linear layers in a module, quantised ones and adapters included.
 
@@ -33,12 +41,7 @@ def linear_macs(module: nn.Module, name: str) -> int:
     Raises:
         UserError: the module holds matrices outside linear layers, which cannot be counted (experts, say).
     """
-    # Leaves only: a LoRA layer has sizes of its own and holds the layers that are counted.
-    linears = {
-        path: leaf
-        for path, leaf in module.named_modules()
-        if hasattr(leaf, "in_features") and hasattr(leaf, "out_features") and not any(leaf.children())
-    }
+    linears = {path: leaf for path, leaf in module.named_modules() if is_linear(leaf)}
     for path, parameter in module.named_parameters():
         is_matrix = parameter.ndim > 1 and parameter.numel() > max(parameter.shape)
         if is_matrix and path.rpartition(".")[0] not in linears:

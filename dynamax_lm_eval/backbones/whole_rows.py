@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, States, on_device
+from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, KeptInRows, RowLayout, States, on_device
+from dynamax_lm_eval.backbones.decoder import ModelBackbone
 from dynamax_lm_eval.backbones.mamba.plan import LeftTokens
 from dynamax_lm_eval.backbones.replay import costs
 from dynamax_lm_eval.backbones.replay.arguments import Call
@@ -25,11 +26,10 @@ from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel
 from dynamax_lm_eval.backbones.replay.probing import LENGTHS
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.types import StateMode
 
 
-class WholeRowBackbone(Backbone):
+class WholeRowBackbone(ModelBackbone):
     """A causal LM of transformers whose blocks run on whole rows."""
 
     rung = "whole rows"
@@ -42,16 +42,8 @@ class WholeRowBackbone(Backbone):
         Raises:
             UserError: its blocks cannot be found.
         """
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config: Any = self.model.config.get_text_config()
-        self.name = type(self.model).__name__
-        depth = getattr(self.config, "num_hidden_layers", None)
-        self.replay = ReplayModel(self.model, find_blocks(self.model, depth, self.name))
-        self.num_layers = len(self.replay.blocks)
-        self.device = self.replay.device
-        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        self.num_embeddings = int(getattr(embeddings, "num_embeddings", self.config.vocab_size))
-        self.vocab_size = int(getattr(head, "out_features", self.config.vocab_size))
+        super().__init__(model)
+        self.replay = ReplayModel(self.model, self._layers)
         with torch.no_grad():
             self.replay.watch_outputs()
             shorter, longer = (
@@ -92,15 +84,15 @@ class WholeRowBackbone(Backbone):
         return self.num_layers * self.hidden_size * size * num_tokens
 
 
-class WholeRowStates(States):
+class WholeRowStates(KeptInRows):
     """For every row its token ids, and what each block was given for its tokens."""
 
     def __init__(self, num_layers: int) -> None:
+        super().__init__()
         self._num_layers = num_layers
         self._next = 0
         self.ids: dict[int, Tensor] = {}  # slot -> (t,)
         self.inputs: dict[int, list[Tensor | None]] = {}  # slot -> for each block (1-based) (t, D)
-        self._kept: dict[int, int] = {}
 
     def allocate_row(self, capacity: int) -> int | None:
         self._next += 1
@@ -114,19 +106,6 @@ class WholeRowStates(States):
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         self.ids[slot] = self.ids[source][:num_tokens]
         self.inputs[slot] = [None if part is None else part[:num_tokens] for part in self.inputs[source]]
-
-    def keep(self, slot: int, num_tokens: int) -> bool:
-        line = self.allocate_row(num_tokens)
-        assert line is not None
-        self.copy_row(slot, line, num_tokens)
-        self._kept[num_tokens] = line
-        return True
-
-    def give(self, num_tokens: int, slot: int) -> None:
-        self.copy_row(self._kept[num_tokens], slot, num_tokens)
-
-    def forget(self, num_tokens: int) -> None:
-        self.free_row(self._kept.pop(num_tokens))
 
 
 class WholeRowPass(ForwardPass):

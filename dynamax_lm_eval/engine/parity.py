@@ -106,7 +106,6 @@ def checked_engine(
                 with engine.autocast():
                     expected = expected or Expected.of(model, engine.backbone, max_length)
                     check_against_model(engine, model, expected)
-            engine.check_policy(policy)
             check_policy(engine, policy)
         except (ParityError, KindError) as error:
             logger.debug("%s: not run as %s (%s)", type(model).__name__, rung, error)

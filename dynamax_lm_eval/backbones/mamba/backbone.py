@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
-from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, RowLayout, States
+from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, KeptInRows, RowLayout, States
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.mamba import kernels
@@ -104,14 +104,14 @@ class MambaBackbone(DecoderBackbone):
         return _Block(norm, make_mixer(mixer, where, self._kernels), bool(getattr(module, "residual_in_fp32", False)))
 
 
-class MambaStates(States):
+class MambaStates(KeptInRows):
     """The conv windows and SSM states of all rows, one table per block, made when a block first runs."""
 
     def __init__(self, backbone: MambaBackbone) -> None:
+        super().__init__()
         self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
         self._free: list[int] = []
         self._num_lines = 0
-        self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
 
     def allocate_row(self, capacity: int) -> int | None:
         """Returns a line, which is the same in every table; states do not grow with the row, so there always is one."""
@@ -127,19 +127,6 @@ class MambaStates(States):
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         for table in self._tables:
             table.copy(source, slot)
-
-    def keep(self, slot: int, num_tokens: int) -> bool:
-        line = self.allocate_row(num_tokens)
-        assert line is not None
-        self.copy_row(slot, line, num_tokens)
-        self._kept[num_tokens] = line
-        return True
-
-    def give(self, num_tokens: int, slot: int) -> None:
-        self.copy_row(self._kept[num_tokens], slot, num_tokens)
-
-    def forget(self, num_tokens: int) -> None:
-        self.free_row(self._kept.pop(num_tokens))
 
     def table(self, block: int) -> StateTable:
         """Returns the table of a block (1-based), with a line for every allocated row."""

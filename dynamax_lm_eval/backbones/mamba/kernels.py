@@ -50,12 +50,12 @@ class ScanKernels:
         # The kernel knows by their strides of 0 that these are one number per head.
         steps = dt.unsqueeze(-1).expand(-1, -1, head_dim)
         decays = decay.view(-1, 1, 1).expand(heads, head_dim, size)
-        zeros = _zero(x).expand(heads, head_dim)
+        zeros = _zero_on(x.device).expand(heads, head_dim)
         return self.state_update(state, x, steps, decays, b, c, zeros, dt_bias=zeros, dt_softplus=False)
 
     def step_channels(self, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
         """Returns the read-outs (R, I) of Mamba-1: x and dt (R, I), decay (I, N), b and c (R, N), state (R, I, N)."""
-        zeros = _zero(x).expand(x.shape[1])
+        zeros = _zero_on(x.device).expand(x.shape[1])
         return self.state_update(state, x, dt, decay, b, c, zeros, dt_bias=zeros, dt_softplus=False)
 
     def chunks(
@@ -122,13 +122,9 @@ def _padded(values: Tensor, tokens: Tensor) -> Tensor:
     return padded
 
 
-def _zero(like: Tensor) -> Tensor:
-    """Returns a zero on the device of ``like``: no released kernel runs without a skip term and a bias of dt."""
-    return _zero_on(like.device)
-
-
 @functools.cache
 def _zero_on(device: torch.device) -> Tensor:
+    """Returns a zero: no released kernel runs without a skip term and a bias of dt."""
     with torch.inference_mode(False):
         return torch.zeros((), device=device)
 

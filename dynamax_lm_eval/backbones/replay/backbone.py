@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import Backbone, RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.base import RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.decoder import ModelBackbone
 from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.replay import costs, setup
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.backbones.replay.caches import FlatCache
 from dynamax_lm_eval.backbones.replay.forward_pass import ReplayPass, WrittenStates
-from dynamax_lm_eval.backbones.replay.mixers import FlatMixer, RowMixer
-from dynamax_lm_eval.backbones.replay.model import ReplayModel, replaced_forwards
+from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
+from dynamax_lm_eval.backbones.replay.model import ReplayModel, in_form, replaced_forwards
 from dynamax_lm_eval.backbones.replay.states import ReplayStates
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.types import MambaKernels, StateMode
 
 
-class ReplayBackbone(Backbone):
+class ReplayBackbone(ModelBackbone):
     """A causal LM of transformers whose blocks are called with the model's own arguments."""
 
     def __init__(
@@ -54,17 +54,8 @@ class ReplayBackbone(Backbone):
             UserError: its blocks cannot be found.
             Exception: whatever goes wrong where a family does otherwise than is assumed here.
         """
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.config: Any = self.model.config.get_text_config()
-        self.name = type(self.model).__name__
-        depth = getattr(self.config, "num_hidden_layers", None)
-        self.replay = ReplayModel(self.model, find_blocks(self.model, depth, self.name))
-        self.num_layers = len(self.replay.blocks)
-        self.device = self.replay.device
-        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        self.num_embeddings = int(getattr(embeddings, "num_embeddings", self.config.vocab_size))
-        # Not the configuration's: added tokens may have resized the head.
-        self.vocab_size = int(getattr(head, "out_features", self.config.vocab_size))
+        super().__init__(model)
+        self.replay = ReplayModel(self.model, self._layers)
         self.cache = FlatCache(self.model.config)
         self.mixers: list[FlatMixer] = []
         self._is_running = False
@@ -75,14 +66,15 @@ class ReplayBackbone(Backbone):
         self.blocks, self.hidden_shape, self._bytes = found.blocks, found.hidden_shape, found.bytes
         self.hidden_size = self.hidden_shape.size
         self.mixers = [mixer for block in self.blocks for mixer in block.mixers]
-        self.is_recurrent = self.takes_tokens_in_order = bool(self.mixers)
-        self.rung = "row modules" if attention_by_row else "mixed" if self.is_recurrent else "flat"
+        #: Whether some block takes tokens in order, so that nothing is deferred.
+        self.takes_tokens_in_order = bool(self.mixers)
+        self.rung = "row modules" if attention_by_row else "mixed" if self.mixers else "flat"
         self._mixer_arities: dict[FlatMixer, int | None] = found.mixer_arities
         self._direct_readout = setup.direct_readout(self)
         if self.device.type == "meta":
             return  # policies are checked, nothing is run
         setup.find_stops(self)
-        self.takes_tokens_in_order = self.is_recurrent or any(block.is_sequential for block in self.blocks)
+        self.takes_tokens_in_order |= any(block.is_sequential for block in self.blocks)
         self.cost = costs.measure(self, self.hidden_size * self.vocab_size)
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> ReplayStates:
@@ -108,7 +100,7 @@ class ReplayBackbone(Backbone):
         if mode == "recompute" or not exit_layers:
             return
         if mode == "skip":
-            if any(isinstance(mixer, RowMixer) and not mixer.is_recurrent for mixer in self.mixers):
+            if not all(mixer.is_recurrent for mixer in self.mixers):
                 raise UserError(
                     f"state_mode=skip is not possible on {self.name}: its attention finds places in its cache by "
                     "counting tokens, so none can be left out; use recompute"
@@ -176,8 +168,7 @@ class ReplayBackbone(Backbone):
 
     def shaped(self, mixer: FlatMixer, output: Tensor) -> Any:
         """Returns a mixer's output in the form in which its module returns it."""
-        arity = self._mixer_arities[mixer]
-        return output if arity is None else (output, *[None] * (arity - 1))
+        return in_form(output, self._mixer_arities[mixer])
 
     def _write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self._now is None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.replay.caches import RowCache
 from dynamax_lm_eval.backbones.replay.mixers import MambaMixer, RowMixer
 from dynamax_lm_eval.backbones.replay.model import ReplayModel
@@ -62,10 +63,7 @@ class Products(TorchDispatchMode):
 @torch.inference_mode()
 def measure(backbone: ReplayBackbone, lm_head: int) -> BackboneCost:
     """Returns the cost of a backbone whose blocks are known, and of one read of its LM head."""
-    recurrent = [
-        [mixer.module for mixer in block.mixers if not isinstance(mixer, RowMixer) or mixer.is_recurrent]
-        for block in backbone.blocks
-    ]
+    recurrent = [[mixer.module for mixer in block.mixers if mixer.is_recurrent] for block in backbone.blocks]
     lines = _lines(backbone.replay, recurrent)
     blocks = tuple(_cost(backbone, number, *line) for number, line in enumerate(lines, start=1))
     return BackboneCost(blocks, lm_head, source="measured")
@@ -164,7 +162,7 @@ def _recompute(backbone: ReplayBackbone, number: int) -> int:
     block = backbone.blocks[number - 1]
     if not block.num_writes:
         return 0
-    silenced = [m for m in block.mixers if not isinstance(m, RowMixer) or m.is_recurrent]
+    silenced = [mixer for mixer in block.mixers if mixer.is_recurrent]
     counter, before = Products(), [0]
     # What the model does to make the block's arguments is none of it, and the block does not come to its end.
     hook = block.module.register_forward_pre_hook(lambda *_: before.__setitem__(0, counter.macs))
@@ -175,7 +173,7 @@ def _recompute(backbone: ReplayBackbone, number: int) -> int:
         hook.remove()
     whole = counter.macs - before[0]
     for mixer in block.mixers:
-        if isinstance(mixer, RowMixer) and not mixer.is_recurrent:
+        if not mixer.is_recurrent:
             whole += _module_macs(backbone, mixer.module)
     return int(whole)
 
@@ -218,7 +216,7 @@ def mixer_macs(module: nn.Module, state_size: int) -> tuple[int, int]:
     weights, rest = 0, 3 * state_size
     leaf: Any
     for leaf in module.modules():
-        if hasattr(leaf, "in_features") and hasattr(leaf, "out_features") and not any(leaf.children()):
+        if families.is_linear(leaf):
             weights += int(leaf.in_features) * int(leaf.out_features)
         elif isinstance(leaf, nn.Conv1d):
             rest += leaf.weight.numel()

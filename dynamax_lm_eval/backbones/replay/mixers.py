@@ -22,13 +22,16 @@ from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.plan import RecurrentPlan
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable
 from dynamax_lm_eval.backbones.replay.arguments import Call, CallAxes
-from dynamax_lm_eval.backbones.replay.model import ReplayModel, replaced_forwards
+from dynamax_lm_eval.backbones.replay.model import ReplayModel, parts_of, replaced_forwards
 from dynamax_lm_eval.backbones.replay.row_states import RowTable, StackedTable
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule
 
 
 class FlatMixer(ABC):
     """A module with states, run on a flat batch."""
+
+    #: Whether its states have a constant size, so that those of several rows make a batch.
+    is_recurrent = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -94,8 +97,6 @@ class RowMixer(FlatMixer):
         self._model = model
         self._axes = axes
         self._layers = cache_layers
-        #: Whether its states have a constant size, so that those of several rows make a batch.
-        self.is_recurrent = True
         #: Elements of its recurrent states for one row.
         self.state_size = 0
         #: Whether it takes several tokens of a row at once that has a past.
@@ -180,6 +181,5 @@ class RowMixer(FlatMixer):
         args = tuple(cache if self._model.is_cache(value) else value for value in call.args)
         eager = nullcontext() if self.is_recurrent else self._model.attention("eager")
         with eager, replaced_forwards([(self.module, self._model.own_forward(self.module))]):
-            output: Any = self.module(*args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return result
+            output: Tensor = parts_of(self.module(*args, **kwargs))[0]
+        return output

@@ -78,8 +78,8 @@ class ReplayModel:
 
         def after(number: int) -> Any:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
-                last[0] = output if isinstance(output, (tuple, list)) else ()
-                self.arities[number] = len(last[0]) or None
+                last[0] = parts_of(output)
+                self.arities[number] = arity_of(output)
 
             return hook
 
@@ -142,8 +142,7 @@ class ReplayModel:
 
     def outputs(self, block: int, call: Call) -> tuple[Any, ...]:
         """Returns all that block ``block`` (1-based) returns, hidden states first."""
-        output: Any = self.blocks[block - 1](*call.args, **call.kwargs)
-        return tuple(output) if isinstance(output, (tuple, list)) else (output,)
+        return parts_of(self.blocks[block - 1](*call.args, **call.kwargs))
 
     @contextmanager
     def attention(self, name: str, experts: str | None = None) -> Iterator[None]:
@@ -176,14 +175,28 @@ class ReplayModel:
 
     def _shaped(self, number: int, hidden: Tensor) -> Any:
         """Returns hidden states in the form in which a block returns them."""
-        arity = self.arities[number]
-        return hidden if arity is None else (hidden, *[None] * (arity - 1))
+        return in_form(hidden, self.arities[number])
 
     @contextmanager
     def _replaced(self, forwards: Sequence[Any]) -> Iterator[None]:
         """Runs the model with other functions in place of its blocks'."""
         with replaced_forwards(list(zip(self.blocks, forwards, strict=True))):
             yield
+
+
+def parts_of(output: Any) -> tuple[Any, ...]:
+    """Returns all that a block or module returned, hidden states first."""
+    return tuple(output) if isinstance(output, (tuple, list)) else (output,)
+
+
+def arity_of(output: Any) -> int | None:
+    """Returns the length of the tuple that a block or module returned; None: it returned hidden states alone."""
+    return len(output) if isinstance(output, (tuple, list)) else None
+
+
+def in_form(hidden: Tensor, arity: int | None) -> Any:
+    """Returns hidden states in the form of a block or module that returns ``arity`` (:func:`arity_of`)."""
+    return hidden if arity is None else (hidden, *[None] * (arity - 1))
 
 
 @contextmanager

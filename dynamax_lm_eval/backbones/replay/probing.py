@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones.replay.caches import RowCache
-from dynamax_lm_eval.backbones.replay.model import ReplayModel
+from dynamax_lm_eval.backbones.replay.model import ReplayModel, arity_of
 
 #: Tokens that are fed at once, in two runs: where arguments differ in size, there stand tokens.
 LENGTHS = (5, 7)
@@ -147,7 +147,7 @@ def _following(replay: ReplayModel, stack: list[nn.Module], inside: list[int]) -
 
         def leave(_: nn.Module, __: Any, output: Any, number: int = number) -> None:
             inside.pop()
-            replay.arities[number] = len(output) if isinstance(output, (tuple, list)) else None
+            replay.arities[number] = arity_of(output)
 
         hooks.append(block.register_forward_pre_hook(enter))
         for module in block.modules():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.compare import is_close
@@ -22,7 +22,7 @@ from dynamax_lm_eval.backbones.replay.arguments import Call, CallAxes
 from dynamax_lm_eval.backbones.replay.block import ReplayBlock
 from dynamax_lm_eval.backbones.replay.caches import RowCache
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer, MambaMixer, RowMixer
-from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel
+from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel, arity_of, parts_of
 from dynamax_lm_eval.backbones.replay.probing import LENGTHS, BlockTrace, ModelTrace, feed, watch
 from dynamax_lm_eval.backbones.replay.row_states import StackedTable
 from dynamax_lm_eval.backbones.transformer import attention
@@ -111,7 +111,7 @@ class _ModuleCalls:
         modules = {m for block in trace.blocks for m in self._layers_of(block)}
         self.arities: dict[nn.Module, int | None] = {}
         seen: list[dict[nn.Module, Call]] = []
-        for length in LENGTHS:
+        for length in LENGTHS if modules else ():
             found: dict[nn.Module, Call] = {}
             hooks = [module.register_forward_pre_hook(_noting(found), with_kwargs=True) for module in modules]
             hooks += [module.register_forward_hook(self._note_arity) for module in modules]
@@ -159,7 +159,7 @@ class _ModuleCalls:
         """Returns the module as a Mamba mixer of ours, where that computes the same."""
         try:
             ours = make_mixer(module, "", scans)
-            theirs = _first(module(*call.args, **_without_cache(self._replay, call)))
+            theirs = parts_of(module(*call.args, **_without_cache(self._replay, call)))[0]
             gate, update = ours.project(call.hidden[0])
             read, _ = ours.advance(update, RaggedRows([call.hidden.shape[1]], call.hidden.device), None)
             output = ours.output(read, gate)
@@ -188,7 +188,7 @@ class _ModuleCalls:
             return False
 
     def _note_arity(self, module: nn.Module, _: Any, output: Any) -> None:
-        self.arities[module] = len(output) if isinstance(output, (tuple, list)) else None
+        self.arities[module] = arity_of(output)
 
 
 def _noting(found: dict[nn.Module, Call]) -> Any:
@@ -200,11 +200,6 @@ def _noting(found: dict[nn.Module, Call]) -> Any:
 
 def _without_cache(replay: ReplayModel, call: Call) -> dict[str, Any]:
     return {name: None if replay.is_cache(value) else value for name, value in call.kwargs.items()}
-
-
-def _first(output: Any) -> Tensor:
-    result: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return result
 
 
 def _mask_rule(call: Call) -> MaskRule | None:
@@ -302,7 +297,7 @@ def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, 
     finally:
         for hook in hooks:
             hook.remove()
-    grows = any(isinstance(mixer, RowMixer) and not mixer.is_recurrent for mixer in block.mixers)
+    grows = not all(mixer.is_recurrent for mixer in block.mixers)
     if written.attended or (block.num_writes > 1 and grows):
         return True, []
     if (
@@ -322,5 +317,4 @@ def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, 
 
 def _width(module: nn.Module) -> int:
     """Returns how wide the output of a linear layer is; 0 for other modules."""
-    is_leaf = hasattr(module, "in_features") and not any(module.children())
-    return int(getattr(module, "out_features", 0)) if is_leaf else 0
+    return int(getattr(module, "out_features", 0)) if families.is_linear(module) else 0
