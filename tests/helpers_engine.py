@@ -13,6 +13,7 @@ from helpers import LAYERS, MAMBAS, random_ids, tiny_model
 from reference import reference_generate
 
 from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
+from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
@@ -99,11 +100,16 @@ def model_scores(model: Any, context: list[int], continuation: list[int]) -> tup
 
 
 def separated_policies(
-    model: Any, policy: ExitPolicy, prompt: list[int], quantile: float = 0.5, classifiers: Any = None
+    model: Any,
+    policy: ExitPolicy,
+    prompt: list[int],
+    quantile: float = 0.5,
+    classifiers: Any = None,
+    generate: Any = reference_generate,
 ) -> Iterator[ExitPolicy]:
     """The policy with thresholds at which some tokens exit; those farthest from the prompt's confidences first."""
     never_exits = replace(policy, thresholds=(0.9999,) * len(policy.exit_layers))
-    _, never = reference_generate(model, never_exits, prompt, 12, classifiers)
+    _, never = generate(model, never_exits, prompt, 12, classifiers)
     values = sorted(value + 0.9999 for value in never.confidences)
     middle = values[int(quantile * len(values)) :]
     gaps = [(b - a, (a + b) / 2) for a, b in itertools.pairwise(middle)]
@@ -163,3 +169,10 @@ def separated(policy: ExitPolicy, family: str = "llama") -> ExitPolicy:
 
 def policy_of(trained: ExitConfig | None, **args: Any) -> ExitPolicy:
     return resolve_policy(DynamaxArgs("x", **args), LAYERS, trained)
+
+
+class KernelsOnCpu(ScanKernels):
+    """Kernels that are used on a CPU as on a GPU: stand-ins, or interpreted ones."""
+
+    def can_run(self, inputs: torch.Tensor) -> bool:
+        return not inputs.requires_grad

@@ -46,8 +46,8 @@ class _ListCache:
         return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
 
 
-class Reference:
-    """Feeds one row token by token under a policy."""
+class Decisions:
+    """What a row of a reference has seen, and whether its tokens leave; how blocks run is the reference's own."""
 
     def __init__(
         self, model: Any, policy: ExitPolicy, prompt_length: int, max_steps: int, classifiers: Any = None
@@ -55,15 +55,73 @@ class Reference:
         self.model = model
         self.classifiers = classifiers
         self.seen: dict[int, list[Tensor]] = {}  # exit layer -> hidden states that its classifier saw
-        self.config = model.config
         self.policy = policy
         self.prompt_length = prompt_length
         self.max_steps = max_steps
+        self.row = Row()
+
+    def feed(self, token: int) -> Tensor:
+        """Runs one token, keeps its states, returns its logits (V,)."""
+        raise NotImplementedError
+
+    def _readout(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _exits(self, block: int, before: Tensor, after: Tensor, step: int) -> bool:
+        policy = self.policy
+        if block not in policy.exit_layers:
+            return False
+        threshold = policy.thresholds[policy.exit_layers.index(block)]
+        if threshold >= 1:
+            return False
+        if policy.threshold_decay is not None:
+            threshold = 0.9 * threshold + 0.1 * math.exp(-policy.threshold_decay * step / self.max_steps)
+            threshold = min(max(threshold, 0.0), 1.0)
+        if policy.confidence == "classifier":
+            seen = self.seen[block] if policy.classifier in RECURRENT else [after.flatten()]
+            confidence = float(slow_classifier(self.classifiers.at(policy.classifier, block), seen).softmax(-1)[1])
+        elif policy.confidence == "state":
+            a, b = before.flatten(), after.flatten()
+            confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
+        else:
+            p = self._readout(self._adapted(after, block)).softmax(-1)
+            if policy.confidence == "softmax":
+                first, second = p.sort(descending=True).values[:2].tolist()
+                confidence = first - second
+            else:
+                confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
+        assert math.isfinite(confidence)
+        self.row.confidences.append(confidence - threshold)
+        return confidence >= threshold
+
+    def _adapted(self, hidden: Tensor, layer: int) -> Tensor:
+        if self.policy.adapter == "none":
+            return hidden
+        parts = dict(self.classifiers.adapter(layer).named_parameters())
+        matrix = parts["up.weight"] if "down.weight" not in parts else parts["up.weight"] @ parts["down.weight"]
+        return hidden + hidden @ matrix.T + parts["up.bias"]
+
+    def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
+        policy = self.policy
+        if policy.classifier not in RECURRENT or block not in policy.exit_layers:
+            return
+        if policy.thresholds[policy.exit_layers.index(block)] >= 1:
+            return
+        everywhere = policy.exit_scope == "all"
+        if everywhere or position >= min(first, self.prompt_length - policy.classifier_warmup):
+            self.seen.setdefault(block, []).append(hidden.flatten())
+
+
+class Reference(Decisions):
+    """Feeds one row token by token under a policy."""
+
+    def __init__(self, model: Any, *args: Any) -> None:
+        super().__init__(model, *args)
+        self.config = model.config
         self.inner = next(m for m in model.children() if hasattr(m, "layers"))
         self.caches = [_ListCache() for _ in self.inner.layers]
         self.is_mamba = "mamba" in self.config.model_type
         self.mamba_cache = DynamicCache(config=self.config) if self.is_mamba else None
-        self.row = Row()
 
     @torch.no_grad()
     def feed(self, token: int) -> Tensor:
@@ -91,49 +149,6 @@ class Reference:
         logits = self._readout(self._adapted(hidden, exit_layer) if exit_layer < depth else hidden)
         self.row.logits.append(logits)
         return logits
-
-    def _exits(self, block: int, before: Tensor, after: Tensor, step: int) -> bool:
-        policy = self.policy
-        if block not in policy.exit_layers:
-            return False
-        threshold = policy.thresholds[policy.exit_layers.index(block)]
-        if threshold >= 1:
-            return False
-        if policy.threshold_decay is not None:
-            threshold = 0.9 * threshold + 0.1 * math.exp(-policy.threshold_decay * step / self.max_steps)
-            threshold = min(max(threshold, 0.0), 1.0)
-        if policy.confidence == "classifier":
-            seen = self.seen[block] if policy.classifier in RECURRENT else [after.flatten()]
-            confidence = float(slow_classifier(self.classifiers.at(policy.classifier, block), seen).softmax(-1)[1])
-        elif policy.confidence == "state":
-            a, b = before.flatten(), after.flatten()
-            confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
-        else:
-            p = self._readout(self._adapted(after, block)).softmax(-1)
-            if policy.confidence == "softmax":
-                first, second = p.sort(descending=True).values[:2].tolist()
-                confidence = first - second
-            else:
-                confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
-        self.row.confidences.append(confidence - threshold)
-        return confidence >= threshold
-
-    def _adapted(self, hidden: Tensor, layer: int) -> Tensor:
-        if self.policy.adapter == "none":
-            return hidden
-        parts = dict(self.classifiers.adapter(layer).named_parameters())
-        matrix = parts["up.weight"] if "down.weight" not in parts else parts["up.weight"] @ parts["down.weight"]
-        return hidden + hidden @ matrix.T + parts["up.bias"]
-
-    def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
-        policy = self.policy
-        if policy.classifier not in RECURRENT or block not in policy.exit_layers:
-            return
-        if policy.thresholds[policy.exit_layers.index(block)] >= 1:
-            return
-        everywhere = policy.exit_scope == "all"
-        if everywhere or position >= min(first, self.prompt_length - policy.classifier_warmup):
-            self.seen.setdefault(block, []).append(hidden.flatten())
 
     def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:
         if self.policy.state_mode == "recompute":
@@ -220,10 +235,15 @@ def slow_classifier(classifier: Any, seen: list[Tensor]) -> Tensor:
 
 
 def reference_generate(
-    model: Any, policy: ExitPolicy, prompt: list[int], max_new: int, classifiers: Any = None
+    model: Any,
+    policy: ExitPolicy,
+    prompt: list[int],
+    max_new: int,
+    classifiers: Any = None,
+    kind: type[Decisions] = Reference,
 ) -> tuple[list[int], Row]:
-    """Greedy tokens after a prompt."""
-    reference = Reference(model, policy, len(prompt), max_new, classifiers)
+    """Greedy tokens after a prompt, by a reference of this kind."""
+    reference = kind(model, policy, len(prompt), max_new, classifiers)
     for token in prompt:
         logits = reference.feed(token)
     generated = [int(logits.argmax())]
@@ -233,10 +253,15 @@ def reference_generate(
 
 
 def reference_score(
-    model: Any, policy: ExitPolicy, context: list[int], continuation: list[int], classifiers: Any = None
+    model: Any,
+    policy: ExitPolicy,
+    context: list[int],
+    continuation: list[int],
+    classifiers: Any = None,
+    kind: type[Decisions] = Reference,
 ) -> tuple[list[float], Row]:
-    """Log-probability of each continuation token, fed one by one."""
-    reference = Reference(model, policy, len(context), len(continuation), classifiers)
+    """Log-probability of each continuation token, fed one by one to a reference of this kind."""
+    reference = kind(model, policy, len(context), len(continuation), classifiers)
     for token in [*context, *continuation[:-1]]:
         reference.feed(token)
     wanted = reference.row.logits[len(context) - 1 :]

@@ -6,37 +6,22 @@ and eager attention, and blocks are told of a token whether to run, to run for t
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+import functools
 from typing import Any
 
 import torch
-from reference import slow_classifier
+from reference import Decisions, reference_generate, reference_score
 from torch import Tensor
 from transformers import DynamicCache, cache_utils
 
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
-RECURRENT = ("mamba", "hybrid")
 
+class AnyReference(Decisions):
+    """Feeds one row token by token under a policy, with ``confidence=state`` or classifiers."""
 
-@dataclass
-class Row:
-    """What a row of the reference has seen and decided."""
-
-    layers: list[int] = field(default_factory=list)  # of every token
-    logits: list[Tensor] = field(default_factory=list)  # of every token
-    confidences: list[float] = field(default_factory=list)  # all that were compared, less their threshold
-
-
-class AnyReference:
-    """Feeds one row token by token under a policy."""
-
-    def __init__(
-        self, model: Any, policy: ExitPolicy, prompt_length: int, max_steps: int, classifiers: Any = None
-    ) -> None:
-        self.model, self.policy, self.classifiers = model, policy, classifiers
-        self.prompt_length, self.max_steps = prompt_length, max_steps
+    def __init__(self, model: Any, policy: ExitPolicy, *args: Any) -> None:
+        super().__init__(model, policy, *args)
         depth = policy.num_layers
         self.blocks = next(
             list(m)
@@ -52,8 +37,6 @@ class AnyReference:
             for layer in self.cache.layers
         ]
         self.masked: list[set[int]] = [set() for _ in range(depth + 1)]
-        self.seen: dict[int, list[Tensor]] = {}
-        self.row = Row()
 
     @torch.no_grad()
     def feed(self, token: int) -> Tensor:
@@ -170,52 +153,6 @@ class AnyReference:
         for (name, index), state in kept.items():
             getattr(self.cache.layers[number - 1], name)[index] = state
 
-    def _exits(self, block: int, before: Tensor, after: Tensor, step: int) -> bool:
-        policy = self.policy
-        if block not in policy.exit_layers:
-            return False
-        threshold = policy.thresholds[policy.exit_layers.index(block)]
-        if threshold >= 1:
-            return False
-        if policy.confidence == "classifier":
-            seen = self.seen[block] if policy.classifier in RECURRENT else [after.flatten()]
-            confidence = float(slow_classifier(self.classifiers.at(policy.classifier, block), seen).softmax(-1)[1])
-        else:
-            assert policy.confidence == "state"
-            a, b = before.flatten(), after.flatten()
-            confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
-        assert math.isfinite(confidence)
-        self.row.confidences.append(confidence - threshold)
-        return confidence >= threshold
 
-    def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
-        policy = self.policy
-        if policy.classifier not in RECURRENT or block not in policy.exit_layers:
-            return
-        if policy.exit_scope == "all" or position >= min(first, self.prompt_length - policy.classifier_warmup):
-            self.seen.setdefault(block, []).append(hidden.flatten())
-
-
-def any_generate(
-    model: Any, policy: ExitPolicy, prompt: list[int], max_new: int, classifiers: Any = None
-) -> tuple[list[int], Row]:
-    """Greedy tokens after a prompt."""
-    reference = AnyReference(model, policy, len(prompt), max_new, classifiers)
-    for token in prompt:
-        logits = reference.feed(token)
-    generated = [int(logits.argmax())]
-    while len(generated) < max_new:
-        generated.append(int(reference.feed(generated[-1]).argmax()))
-    return generated, reference.row
-
-
-def any_score(
-    model: Any, policy: ExitPolicy, context: list[int], continuation: list[int], classifiers: Any = None
-) -> tuple[list[float], Row]:
-    """Log-probability of each continuation token, fed one by one."""
-    reference = AnyReference(model, policy, len(context), len(continuation), classifiers)
-    for token in [*context, *continuation[:-1]]:
-        reference.feed(token)
-    wanted = reference.row.logits[len(context) - 1 :]
-    scores = [float(logits.log_softmax(-1)[token]) for logits, token in zip(wanted, continuation, strict=True)]
-    return scores, reference.row
+any_generate = functools.partial(reference_generate, kind=AnyReference)
+any_score = functools.partial(reference_score, kind=AnyReference)

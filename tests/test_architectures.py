@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +11,15 @@ import pytest
 import torch
 from helpers import random_ids
 from helpers_architectures import ARCHITECTURES, DEPTH, architecture
-from helpers_engine import drained, is_separated, model_scores, run_generate, run_score
+from helpers_engine import (
+    drained,
+    is_separated,
+    model_scores,
+    run_generate,
+    run_score,
+    separated_policies,
+    varied_classifiers,
+)
 from reference_any import any_generate, any_score
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
@@ -60,16 +67,9 @@ def short_prefixes_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def classifiers_of(engine: Engine) -> ExitClassifiers:
     """Classifiers whose confidences differ from token to token, as after training."""
-    torch.manual_seed(7)
-    hidden = engine.backbone.hidden_size
-    identity = BackboneIdentity("tiny", "main", "tiny", hidden, DEPTH, "0" * 32)
+    identity = BackboneIdentity("tiny", "main", "tiny", engine.backbone.hidden_size, DEPTH, "0" * 32)
     options = ClassifierOptions(mamba_state=5, mamba_expand=0.75, mamba_kernel=3)
-    classifiers = ExitConfig(identity, EXITS, ("mamba", "calm"), "silu", options).build(3)
-    with torch.no_grad():
-        for kind in classifiers.kinds:
-            for layer in classifiers.exit_layers:
-                classifiers.at(kind, layer).out_proj.weight.mul_(3)
-    return classifiers.requires_grad_(False).eval()
+    return varied_classifiers(ExitConfig(identity, EXITS, ("mamba", "calm"), "silu", options))
 
 
 def engine_of(group: str, mode: Any = "recompute") -> Engine:
@@ -77,16 +77,6 @@ def engine_of(group: str, mode: Any = "recompute") -> Engine:
     engine = checked_engine(architecture(group), ExitPolicy(DEPTH, EXITS, (0.5,) * 3, state_mode=mode), 128)
     engine.classifiers = classifiers_of(engine)
     return engine
-
-
-def separated(model: Any, policy: ExitPolicy, classifiers: Any) -> Iterator[ExitPolicy]:
-    """The policy with thresholds at which some tokens exit; those farthest from a prompt's confidences first."""
-    never = replace(policy, thresholds=(0.9999,) * len(EXITS))
-    _, row = any_generate(model, never, PROMPTS[0], 12, classifiers)
-    values = sorted(value + 0.9999 for value in row.confidences)[len(row.confidences) // 2 :]
-    gaps = [(b - a, (a + b) / 2) for a, b in itertools.pairwise(values)]
-    for _, threshold in sorted(gaps[: len(gaps) // 2 + 1], reverse=True):
-        yield replace(policy, thresholds=(threshold,) * len(EXITS))
 
 
 @every_group
@@ -122,7 +112,9 @@ def test_exits_are_those_of_the_reference(group: str, mode: Any) -> None:
             exit_scope=scope,  # type: ignore[arg-type]
         )
         pairs = [(prompt, random_ids(6, 70 + i)) for i, prompt in enumerate(PROMPTS)]
-        for policy in separated(model, start, engine.classifiers):
+        for policy in separated_policies(
+            model, start, PROMPTS[0], classifiers=engine.classifiers, generate=any_generate
+        ):
             texts = [any_generate(model, policy, prompt, NEW_TOKENS, engine.classifiers) for prompt in PROMPTS]
             scored = [any_score(model, policy, *pair, engine.classifiers) for pair in pairs]
             if is_separated(*(row for _, row in [*texts, *scored]), by=3e-5):

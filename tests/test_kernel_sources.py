@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 from helpers import LAYERS, MAMBAS, tiny_model
-from helpers_engine import PROMPTS, engine_for, run_generate, separated_policy
+from helpers_engine import PROMPTS, KernelsOnCpu, engine_for, run_generate, separated_policy
 
 from dynamax_lm_eval.backbones import MambaBackbone
 from dynamax_lm_eval.backbones.mamba import ssm
@@ -27,17 +27,12 @@ pytestmark = [
 ]
 
 
-class _Interpreted(ScanKernels):
-    def can_run(self, inputs: torch.Tensor) -> bool:
-        return not inputs.requires_grad
-
-
 @pytest.fixture(scope="module")
 def kernels() -> ScanKernels:
     from kernel_sources import load
 
     combined, update = load()
-    return _Interpreted(combined.mamba_chunk_scan_combined, update.selective_state_update)
+    return KernelsOnCpu(combined.mamba_chunk_scan_combined, update.selective_state_update)
 
 
 def inputs_of(shape: MixerShape, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MixerShape]:

@@ -16,6 +16,7 @@ from helpers_engine import (
     FULL,
     NEW_TOKENS,
     PROMPTS,
+    KernelsOnCpu,
     classifier_policy,
     exits_config,
     is_separated,
@@ -30,7 +31,6 @@ from torch import nn
 
 from dynamax_lm_eval.backbones import MambaBackbone
 from dynamax_lm_eval.backbones.mamba import kernels
-from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import channel_scan
 from dynamax_lm_eval.config import DynamaxArgs
@@ -262,11 +262,6 @@ def _state_update(
     return (state * C).sum(-1)
 
 
-class _OnCpu(ScanKernels):
-    def can_run(self, inputs: torch.Tensor) -> bool:
-        return not inputs.requires_grad
-
-
 @pytest.mark.parametrize("family", MAMBAS)
 def test_the_kernels_functions_are_called_as_documented(family: str) -> None:
     """Prefill, steps of rows in any order, and rows that go on with several tokens."""
@@ -281,7 +276,7 @@ def test_the_kernels_functions_are_called_as_documented(family: str) -> None:
 
     model = tiny_model(family)
     with_kernels = MambaBackbone(model)
-    fakes = _OnCpu(counted("chunk_scan", _chunk_scan), counted("state_update", _state_update))
+    fakes = KernelsOnCpu(counted("chunk_scan", _chunk_scan), counted("state_update", _state_update))
     for block in with_kernels.blocks:
         block.mixer.kernels = fakes
     policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3), PROMPTS[0])
