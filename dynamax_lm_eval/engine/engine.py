@@ -67,19 +67,21 @@ class RowStates:
         self.classifiers.free_row(slot)
 
 
-class WaitingHidden(NamedTuple):
-    """Tokens of a batch that have run through ``layer`` blocks and wait there."""
+class HeldTokens(NamedTuple):
+    """Tokens of a batch that have run through ``layer`` blocks and are to go on later."""
 
+    layer: int
     tokens: IntArray  # (w,) indices into the batch
     hidden: Tensor  # (1, w, D)
-    layer: int
 
 
 class PassResult(NamedTuple):
     """What became of the tokens of a pass."""
 
     layers: IntArray  # (N,) the number of blocks that each ran through, so far
-    waiting: WaitingHidden | None  # those that were held at an exit
+    held: HeldTokens | None
+    #: Tokens (u,) that are yet to be read out, with the hidden states (1, u, D) to read.
+    unread: tuple[IntArray, Tensor] | None
 
 
 class Engine:
@@ -157,12 +159,12 @@ class Engine:
             collector: gets the logits of the tokens that are done.
             start: the number of blocks that the tokens have run through, and their hidden states (1, N, D); None: they
                 are new. Only where ``backbone.resumes``.
-            holds: asked with an exit layer and the number of tokens that go on; True lets them wait there. Only where
-                every row has one token.
+            holds: asked with an exit layer and the number of tokens that go on; True holds them there. Only where
+                every row has one token. Tokens whose logits no decision needed are then left unread.
             materialize_all: as for :meth:`forward`.
         """
         backbone = self.backbone
-        waiting: WaitingHidden | None = None
+        held: HeldTokens | None = None
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
@@ -189,11 +191,19 @@ class Engine:
                     returning.add(tokens[for_last], select(hidden, for_last))
                     tokens, hidden = tokens[staying], select(hidden, staying)
                 if leaves is not None and holds is not None and len(tokens) and holds(block, len(tokens)):
-                    waiting = WaitingHidden(tokens, hidden, block)
+                    held = HeldTokens(block, tokens, hidden)
                     layer_of[tokens] = block
                     tokens, hidden = tokens[:0], hidden[:, :0]
+            if holds is not None:
+                return PassResult(layer_of, held, decisions.unread(tokens, hidden))
             decisions.read_out(tokens, hidden)
-        return PassResult(layer_of, waiting)
+        return PassResult(layer_of, held, None)
+
+    @torch.inference_mode()
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Returns the logits (u, V) of hidden states (1, u, D) that a pass left unread."""
+        with self.autocast(), self.backbone.running():
+            return self.backbone.readout(hidden[0])
 
 
 def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:

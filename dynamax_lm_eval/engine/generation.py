@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, SharedPrefix, find_prefixes
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
-from dynamax_lm_eval.engine.waiting import WaitingRow, WaitingRows
+from dynamax_lm_eval.engine.waiting import READ_OUT, WaitingRow, WaitingRows
 from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
 
 #: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
@@ -98,41 +98,19 @@ def generate(
     waiting: WaitingRows[_Row] = WaitingRows(max_rows)
     while pending or len(waiting):
         room = min(in_flight - len(waiting), len(pending))
-        layer, taken = waiting.take(room)
-        if layer == 0:
+        place, taken = waiting.take(room)
+        if place == 0:
             admitted = _admit(requests, needs, pending, states, prefixes, len(taken), room)
-            taken += [WaitingRow(row, None) for row in admitted]
+            taken += [WaitingRow(row) for row in admitted]
         taken.sort(key=lambda waited: waited.row.slot)  # neighbours in the states are neighbours in the batch
-        rows = [waited.row for waited in taken]
-        parts = [waited.hidden for waited in taken if waited.hidden is not None]
-        batch = FlatBatch.build([row.next_input() for row in rows])
-        collector = _LastLogits(batch.layout.row_of)
-        can_wait = in_flight > max_rows and len(batch) == len(rows)
-        with naming_request([row.index for row in rows]):
-            result = engine.advance(
-                batch,
-                states,
-                collector,
-                start=(layer, torch.cat(parts, dim=1)) if layer else None,
-                holds=waiting.holds if can_wait else None,
-            )
-        if result.waiting is not None:  # as many tokens as rows
-            held = result.waiting.tokens.tolist()
-            hidden = result.waiting.hidden.split(1, dim=1)
-            waiting.add(result.waiting.layer, map(WaitingRow, [rows[i] for i in held], hidden))
-        if len(collector.rows) == 0:
-            continue
-        layers = batch.by_row(result.layers)
-        done = [(rows[i], layers[i]) for i in collector.rows.tolist()]
-        for (row, row_layers), token in zip(done, _choose([row for row, _ in done], collector.logits()), strict=True):
-            row.layers += row_layers
+        for row, token in _run(engine, states, waiting, place, taken, in_flight > max_rows):
             row.generated.append(token)
             request = row.request
             if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
                 states.free_row(row.slot)
                 yield row.index, row.result()
             else:
-                waiting.add(0, [WaitingRow(row, None)])
+                waiting.add(0, [WaitingRow(row)])
     return prefixes.runs
 
 
@@ -175,6 +153,43 @@ def _admit(
         _Row(index, requests[index], slot, shared_prefix)
         for (index, slot), shared_prefix in zip(admitted, shared_prefixes, strict=True)
     ]
+
+
+def _run(
+    engine: Engine,
+    states: RowStates,
+    waiting: WaitingRows[_Row],
+    place: int,
+    taken: Sequence[WaitingRow[_Row]],
+    may_wait: bool,
+) -> Iterator[tuple[_Row, int]]:
+    """Takes rows on from where they waited, and yields those that have a next token, with it."""
+    rows = [waited.row for waited in taken]
+    hidden = [waited.hidden for waited in taken if waited.hidden is not None]
+    if place == READ_OUT:
+        yield from zip(rows, _choose(rows, engine.read_out(torch.cat(hidden, dim=1)).float()), strict=True)
+        return
+    batch = FlatBatch.build([row.next_input() for row in rows])
+    collector = _LastLogits(batch.layout.row_of)
+    start = (place, torch.cat(hidden, dim=1)) if place else None
+    # With one token in each row, tokens are rows.
+    holds = waiting.holds if may_wait and len(batch) == len(rows) else None
+    with naming_request([row.index for row in rows]):
+        result = engine.advance(batch, states, collector, start, holds)
+
+    def wait(place: int, tokens: IntArray, hidden: Tensor) -> None:
+        waiting.add(place, map(WaitingRow, [rows[i] for i in tokens.tolist()], hidden.split(1, dim=1)))
+
+    for i, layers in enumerate(batch.by_row(result.layers)):
+        if result.held is None or i not in result.held.tokens:
+            rows[i].layers += layers
+    if result.held is not None:
+        wait(*result.held)
+    if result.unread is not None:
+        wait(READ_OUT, *result.unread)
+    if len(collector.rows):
+        done = [rows[i] for i in collector.rows.tolist()]
+        yield from zip(done, _choose(done, collector.logits()), strict=True)
 
 
 def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
