@@ -13,12 +13,13 @@ from __future__ import annotations
 import copy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,9 +38,11 @@ _KERNELS = {"scaled_dot_product_attention": 1, "rms_norm": 1, "conv1d": 1, "repe
 _READ = {"tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
 #: What is known of a tensor without asking the device.
 _KNOWN = {
-    "size", "stride", "dim", "numel", "nelement", "element_size", "is_contiguous", "storage_offset", "is_floating_point",
-    "is_complex", "ndimension", "type", "__len__", "get_device", "requires_grad_", "_is_view",
+    "size", "stride", "dim", "numel", "nelement", "element_size", "is_contiguous", "storage_offset", "is_complex",
+    "is_floating_point", "ndimension", "data_ptr", "__len__", "untyped_storage", "is_inference",
 }  # fmt: skip
+#: What the tensor itself says, not its values.
+_OF_THE_DEVICE = {"device", "is_cuda", "is_cpu", "requires_grad", "grad", "grad_fn", "is_leaf"}
 
 
 class CudaTensor(Tensor):
@@ -146,10 +149,11 @@ class _Device(TorchFunctionMode):
         return tree_map(wrapped, results)
 
     def _attribute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs) if not _is_computed(func) else func(*tree_map(_values, args))
-        if isinstance(result, Tensor) and isinstance(args[0], CudaTensor) and not isinstance(result, CudaTensor):
-            return CudaTensor(result)
-        return result
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if attribute in _OF_THE_DEVICE or not isinstance(args[0], CudaTensor):
+            return func(*args, **kwargs)
+        result = func(*tree_map(_values, args), **kwargs)
+        return CudaTensor(result) if isinstance(result, Tensor) else result
 
     def _assign(self, func: Any, tensor: Any, value: Any) -> None:
         if not isinstance(value, CudaTensor):
@@ -215,7 +219,7 @@ class _Operations(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
-        results = func(*args, **kwargs)
+        results = attend_runs(*args) if name == "_varlen_attn" else func(*args, **kwargs)
         if name in _WAITING or _waits(name, args, kwargs):
             self._device.note("read_backs")
         elif (counts := self._device.counts) is not None and not func.is_view and name not in _FREE:
@@ -224,6 +228,48 @@ class _Operations(TorchDispatchMode):
                 counts.launches[name] += _KERNELS.get(name, 1)
                 counts.shapes.append(f"{name} {[tuple(tensor.shape) for tensor in tensors]}")
         return results
+
+
+def attend_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_query: Tensor,
+    first_key: Tensor,
+    longest: int,
+    most_keys: int,
+    causal: bool,
+    scaling: float | None,
+    window: list[int],
+    grouped: bool,
+    num_keys: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel behind ``torch.nn.attention.varlen.varlen_attn`` computes, run by run and without it.
+
+    Queries (n, H, P) stand at the end of their run's keys (C, H_kv, P), of which ``num_keys`` count. As the kernel, it
+    refuses indices of another type, and runs that are longer than it was told.
+    """
+    if {tensor.dtype for tensor in (first_query, first_key, num_keys)} != {torch.int32}:
+        raise RuntimeError("cu_seqlens and seqused must have dtype int32")
+    if query.shape[1] % key.shape[1] or (not grouped and query.shape[1] != key.shape[1]):
+        raise RuntimeError("the number of heads of keys must divide that of queries")
+    outputs = []
+    for run, count in enumerate(num_keys.tolist()):
+        q = query[first_query[run] : first_query[run + 1]]
+        assert 0 < len(q) <= longest and 0 < count <= most_keys
+        k, v = (cache[first_key[run] : first_key[run] + count] for cache in (key, value))
+        own = torch.arange(count - len(q), count)[:, None]  # (queries, 1) the keys of the queries themselves
+        keys = torch.arange(count)
+        seen = torch.ones(len(q), count, dtype=torch.bool)
+        if causal or window[1] == 0:
+            seen &= keys <= own
+        if window[0] >= 0:
+            seen &= keys >= own - window[0]
+        parts = [part.float().transpose(0, 1) for part in (q, k, v)]
+        out = F.scaled_dot_product_attention(*parts, attn_mask=seen, scale=scaling, enable_gqa=grouped)
+        outputs.append(out.transpose(0, 1).to(query.dtype))
+    return torch.cat(outputs), torch.empty(0), torch.empty(0)
 
 
 def _waits(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -248,13 +294,6 @@ def _target(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.
     likes = [a for a in args[1:2] if isinstance(a, Tensor)]
     target = torch.device(named[0]) if named else likes[0].device if likes else None
     return target if target is not None and (target.type == "cuda" or isinstance(args[0], CudaTensor)) else None
-
-
-def _is_computed(getter: Any) -> bool:
-    """Returns whether an attribute is a tensor or asks for one: ``T``, ``data``, ``real``."""
-    return getattr(getter, "__name__", "") in ("is_inference", "untyped_storage") or getattr(
-        getattr(getter, "__self__", None), "__name__", ""
-    ) in ("T", "mT", "H", "mH", "data", "real", "imag")
 
 
 def _place() -> str:
@@ -309,5 +348,3 @@ def on_cuda(module: Module) -> Module:
             if buffer is not None:
                 part._buffers[name] = CudaTensor(buffer)
     return moved
-
-

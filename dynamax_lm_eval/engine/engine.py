@@ -124,7 +124,7 @@ class Engine:
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
-            hidden = run.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
+            hidden = run.embed(on_device(batch.ids, backbone.device))  # (1, N, D)
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
             returning = WaitingTokens()

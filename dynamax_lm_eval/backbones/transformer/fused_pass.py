@@ -6,8 +6,9 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
@@ -17,6 +18,11 @@ from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 
 if TYPE_CHECKING:
     from dynamax_lm_eval.backbones.transformer.backbone import TransformerBackbone
+
+
+#: Tokens of which a GPU makes K and V in one product, those that left with those in flight: reading the weights takes
+#: longer than multiplying so few.
+_FEW = 256
 
 
 class RotaryEmbeddings:
@@ -54,11 +60,38 @@ class FusedPass(AttentionPass):
         self._blocks = backbone
         self._fused = [fused if fused.may_replace else None for fused in backbone.fused_blocks]
         self._rotary: RotaryEmbeddings | None = None
+        self._merged: _MergedTokens | None = None
+
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        taken, fused = self._take_pending(block, tokens), self._fused[block - 1]
+        if taken is not None:
+            pending, chosen = taken
+            assert pending.hidden is not None
+            few = 0 < len(tokens) <= _FEW - len(pending.tokens)
+            if few and fused is not None and chosen is None and hidden.device.type == "cuda":
+                active = self._active_tokens(block, tokens, hidden)
+                merged = self._merge(active, pending)
+                scatter = _Scatter(self._states, block, merged.kv_slots)
+                return fused(hidden, *merged.signed, scatter.write, active.plan, pending.hidden)
+            self._write_states(block, *taken)
+        if len(tokens) == 0:
+            return hidden
+        return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
+
+    def _merge(self, active: ActiveTokens, pending: PendingTokens) -> _MergedTokens:
+        """Returns what a block is called with for tokens in flight and those that left, made once for many blocks."""
+        merged = self._merged
+        if merged is None or merged.active is not active or merged.pending is not pending:
+            pairs = zip(active.arguments.signed, pending.arguments.signed, strict=True)
+            cos, sin = (torch.cat(pair, dim=1) for pair in pairs)
+            kv_slots = torch.cat((active.kv_slots, pending.kv_slots))
+            merged = self._merged = _MergedTokens(active, pending, (cos, sin), kv_slots)
+        return merged
 
     def _arguments(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
         if self._rotary is None:
             self._rotary = self._blocks.position_embeddings(self._positions.unsqueeze(0), like)
-        return self._rotary.select(on_device(tokens, self._backbone.device))
+        return self._rotary if len(tokens) == len(self._starts) else self._rotary.select(self._indices_of(tokens))
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
         positions = on_device(self._states.deferred.positions[tokens], self._backbone.device)
@@ -90,6 +123,15 @@ class FusedPass(AttentionPass):
         with suppress(StatesWritten):
             self._blocks.call_block(block, hidden, taken, rotary, None, None)
         return taken.states
+
+
+class _MergedTokens(NamedTuple):
+    """The n tokens in flight and, after them, m that left, as one call of a block makes K and V of both."""
+
+    active: ActiveTokens
+    pending: PendingTokens
+    signed: tuple[Tensor, Tensor]  # (1, n + m, 1, P)
+    kv_slots: Tensor  # (n + m,)
 
 
 class _Scatter:
