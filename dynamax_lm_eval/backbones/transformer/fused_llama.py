@@ -82,7 +82,7 @@ class FusedLlamaBlock:
 
     def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns K and V (m, H_kv, P) that the block would write for (1, m, D) at such angles as it is called with."""
-        normed = _normed(self._norms[0], hidden)
+        normed = normed_by(self._norms[0], hidden)
         if self._stacked_projections.is_stacked:
             both = self._stacked_projections.last(sum(part.out_features for part in self.kv_projections), normed)
             key, value = self._by_head(both).chunk(2, dim=2)
@@ -104,14 +104,14 @@ class FusedLlamaBlock:
             plan: what the n attend to.
             left: (1, m, D) hidden states of tokens that left, of which the block makes K and V as well.
         """
-        normed = _normed(self._norms[0], hidden if left is None else torch.cat((hidden, left), dim=1))
+        normed = normed_by(self._norms[0], hidden if left is None else torch.cat((hidden, left), dim=1))
         query_key, value = self._projected(normed)
         rotated = _rotated(query_key, cos, sin)
         keys, values = write(rotated[0, :, self.heads :], value[0])
         query = rotated[:, : hidden.shape[1], : self.heads].transpose(1, 2)
         attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self.window, plan)
         hidden = hidden + linear(self._output, attended.flatten(2))
-        normed = _normed(self._norms[1], hidden)
+        normed = normed_by(self._norms[1], hidden)
         if self._stacked_gate.is_stacked:
             gate, up = self._stacked_gate(normed).chunk(2, dim=-1)
         else:
@@ -153,12 +153,13 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _head_normed(norm: Any, x: Tensor) -> Tensor:
     """Returns Q or K (1, n, heads, P) normalised by a module that somebody may have hooked."""
     if x.device.type == "cuda" and not is_changed(vars(norm)):
-        return _normed(norm, x)
+        return normed_by(norm, x)
     normed: Tensor = norm(x)
     return normed
 
 
-def _normed(norm: Any, hidden: Tensor) -> Tensor:
+def normed_by(norm: Any, hidden: Tensor) -> Tensor:
+    """Returns hidden states (.., D) normalised by a module of such a family, which nobody has hooked."""
     weight = norm.weight
     if hidden.device.type == "cuda" and hidden.dtype == weight.dtype:
         # One operation, which rounds once where the family's own code rounds twice.

@@ -28,10 +28,10 @@ _FEW = 256
 class RotaryEmbeddings:
     """The rotary embeddings of some tokens."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """``cos``, ``sin``: (1, n, P)."""
+    def __init__(self, cos: Tensor, sin: Tensor, signed: tuple[Tensor, Tensor] | None = None) -> None:
+        """``cos``, ``sin``: (1, n, P); ``signed``: what :attr:`signed` is, where that is known."""
         self.angles = (cos, sin)
-        self._signed: tuple[Tensor, Tensor] | None = None
+        self._signed = signed
 
     def select(self, indices: Tensor) -> RotaryEmbeddings:
         """Returns those of some of the tokens."""
@@ -44,6 +44,23 @@ class RotaryEmbeddings:
         if self._signed is None:
             self._signed = signed_rotary(*self.angles)
         return self._signed
+
+
+class RotaryTable:
+    """The rotary embeddings of all positions, from which those of some tokens are taken in one operation."""
+
+    def __init__(self, rotary: RotaryEmbeddings) -> None:
+        """``rotary``: of the positions 0, 1, 2 and so on."""
+        cos, sin = rotary.angles
+        self._rows = torch.stack((cos[0], sin[0], rotary.signed[1][0, :, 0]), dim=1)  # (positions, 3, P)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, positions: Tensor) -> RotaryEmbeddings:
+        """Returns those at positions (n,)."""
+        cos, sin, signed = self._rows.index_select(0, positions).unsqueeze(0).unbind(2)
+        return RotaryEmbeddings(cos, sin, (cos.unsqueeze(2), signed.unsqueeze(2)))
 
 
 class StatesWritten(Exception):  # noqa: N818 (a signal)
@@ -89,12 +106,18 @@ class FusedPass(AttentionPass):
         return merged
 
     def _arguments(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
+        if (table := self._blocks.rotary_table(int(self._layout.positions.max()) + 1, like)) is not None:
+            whole = len(tokens) == len(self._starts)
+            return table.at(self._positions if whole else self._positions.index_select(0, self._indices_of(tokens)))
         if self._rotary is None:
             self._rotary = self._blocks.position_embeddings(self._positions.unsqueeze(0), like)
         return self._rotary if len(tokens) == len(self._starts) else self._rotary.select(self._indices_of(tokens))
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
-        positions = on_device(self._states.deferred.positions[tokens], self._backbone.device)
+        positions_here = self._states.deferred.positions[tokens]
+        positions = on_device(positions_here, self._backbone.device)
+        if (table := self._blocks.rotary_table(int(positions_here.max()) + 1, like)) is not None:
+            return table.at(positions)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
