@@ -10,12 +10,24 @@ import pytest
 import torch
 from cudalike import counting, cuda_like, on_cuda
 from helpers import FAMILIES, LAYERS, random_ids, tiny_model
-from helpers_engine import CLASSIFIERS, EXITS, MODES, PROMPTS, run_generate, run_score, separated_policy
+from helpers_engine import (
+    CLASSIFIERS,
+    EXITS,
+    FULL,
+    MODES,
+    NEW_TOKENS,
+    PROMPTS,
+    run_generate,
+    run_score,
+    separated_policy,
+    varied_classifiers,
+)
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.transformer import varlen
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model, checked_engine
+from dynamax_lm_eval.exits.classifiers import exit_probability
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 PAIRS = [(random_ids(9, 1), random_ids(6, 2)), (random_ids(3, 3), random_ids(8, 4)), (random_ids(12, 5), [5, 9])]
@@ -108,7 +120,9 @@ def test_the_kernel_of_ragged_rows(family: str, mode: str, ragged_kernel: None) 
         assert counts.launches["scaled_dot_product_attention"] == 0
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gpt_neox", marks=pytest.mark.slow), "mamba2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt_neox", "mamba2"))]
+)
 def test_the_self_check_passes(family: str) -> None:
     with cuda_like():
         model = on_cuda(tiny_model(family))
@@ -142,3 +156,48 @@ def test_stacked_weights_are_the_models(family: str) -> None:
     changed.model.layers[0].self_attn.q_proj.weight.data.zero_()
     expected = run_generate(Engine(make_backbone(changed, max_length=256)), [ExitPolicy(LAYERS)], PROMPTS[:1], 1)
     assert [result.tokens for result in again] == [result.tokens for result in expected]
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_norm"])
+def test_hooks_are_called(part: str) -> None:
+    """Whoever watches a module that is computed with others sees it run; then each is computed by itself."""
+    calls: list[int] = []
+    with cuda_like():
+        ours, theirs = engines("qwen3")
+        attention = theirs.backbone.model.model.layers[1].self_attn
+        attention.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
+        results = [run_generate(engine, [FULL], PROMPTS[:1], 1) for engine in (ours, theirs)]
+    assert results[0] == results[1]
+    assert len(calls) == NEW_TOKENS
+
+
+def test_rows_attend_under_masks_where_there_is_no_kernel(
+    ragged_kernel: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise NotImplementedError("not on this device")
+
+    monkeypatch.setattr(varlen, "_kernel", missing)
+    with caplog.at_level("INFO", logger=varlen.__name__), cuda_like(), counting() as counts:
+        ours, theirs = engines("mistral")
+        results = [run_generate(engine, [FULL] * 3, PROMPTS[:3], 3) for engine in (ours, theirs)]
+    assert results[0] == results[1]
+    assert counts.launches["scaled_dot_product_attention"] > 0
+    assert [record.message for record in caplog.records if "not on this device" in record.message]
+
+
+def test_feed_forward_classifiers_read_their_weights_in_the_dtype_of_the_backbone() -> None:
+    """On a GPU; their confidences change by rounding, those of the others not at all, and on a CPU nothing does."""
+    classifiers = varied_classifiers()
+    classifiers.narrow(torch.bfloat16)
+    assert {parameter.dtype for parameter in classifiers.parameters()} == {torch.float32}
+    hidden = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    with cuda_like(), torch.inference_mode():
+        moved = on_cuda(classifiers)
+        moved.narrow(torch.bfloat16)
+        for kind in ("ffn", "calm"):
+            before = exit_probability(classifiers.at(kind, 3)(hidden)[0])
+            after = exit_probability(moved.at(kind, 3)(hidden.to("cuda:0"))[0]).cpu()
+            assert torch.allclose(after, before, atol=2e-2 if kind == "ffn" else 1e-6)
+        narrowed = {name for name, parameter in moved.named_parameters() if parameter.dtype == torch.bfloat16}
+    assert narrowed == {f"by_kind.ffn.{layer}.in_proj.{part}" for layer in EXITS for part in ("weight", "bias")}

@@ -29,6 +29,9 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.types import StateMode
 
+#: Rotary embeddings that a table has at least, so that rows seldom outgrow it: 3 MiB for heads of 128 channels.
+_POSITIONS = 4096
+
 
 class TransformerBackbone(DecoderBackbone):
     """A causal Transformer decoder of Llama's kind: Llama, Mistral, Qwen2, Qwen3."""
@@ -54,7 +57,7 @@ class TransformerBackbone(DecoderBackbone):
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.fused_blocks = FusedLlamaBlock.of_all(self._layers, self.name)
         self._norms_as_blocks = type(self._final_norm) is type(self._layers[0].input_layernorm)
-        self._rotary_tables: dict[torch.dtype, RotaryTable] = {}
+        self._rotary_tables: dict[tuple[torch.device, torch.dtype], RotaryTable] = {}
         self.cost = BackboneCost(
             tuple(self._cost(module, fused) for module, fused in zip(self._layers, self.fused_blocks, strict=True)),
             lm_head=self.hidden_size * self.vocab_size,
@@ -108,11 +111,11 @@ class TransformerBackbone(DecoderBackbone):
         """Returns the rotary embeddings of ``length`` positions and more; None on a CPU, which makes them as fast."""
         if like.device.type != "cuda" or is_changed(vars(self._rotary)):
             return None
-        table = self._rotary_tables.get(like.dtype)
+        table = self._rotary_tables.get((like.device, like.dtype))
         if table is None or len(table) < length:
-            positions = torch.arange(2 * length, device=like.device)
+            positions = torch.arange(max(_POSITIONS, 2 * length), device=like.device)
             table = RotaryTable(self.position_embeddings(positions.unsqueeze(0), like))
-            self._rotary_tables[like.dtype] = table
+            self._rotary_tables[like.device, like.dtype] = table
         return table
 
     def call_block(
