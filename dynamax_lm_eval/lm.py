@@ -94,6 +94,7 @@ class DynamaxLM(HFLM):
             known = source.fingerprints_of(self.model)  # the weights may not have been on this machine before
             self.exits.check_fingerprint(known.current, self.args.exits_check, known.former)
             classifiers, self.exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
+            classifiers.narrow(self.model.dtype)
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)

@@ -56,11 +56,21 @@ MAMBAS = ("mamba2", "mamba")
 FAMILIES = tuple(_CONFIGS)
 
 
+def tiny_config(family: str, num_layers: int = LAYERS) -> Any:
+    """The configuration of a family's model, of any depth; blocks are of one kind where it is another."""
+    config = _CONFIGS[family]()
+    if num_layers != LAYERS:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:1] * num_layers
+    return config
+
+
 @functools.cache
 def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A random model of a family; the same weights in every test."""
     torch.manual_seed(FAMILIES.index(family))
-    model = hf.AutoModelForCausalLM.from_config(_CONFIGS[family]()).eval()
+    model = hf.AutoModelForCausalLM.from_config(tiny_config(family)).eval()
     if "mamba" in family:
         # Their own initialisation remembers next to nothing and gives all heads the same skip connection.
         for name, parameter in model.named_parameters():

@@ -32,9 +32,18 @@ BoolArray = npt.NDArray[np.bool_]
 LOGITS_AT_ONCE = 2**25
 
 
-def on_device(values: IntArray, device: torch.device) -> Tensor:
-    """Returns indices as a tensor on ``device``."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Returns an array as a tensor on ``device``; nobody waits for the copy."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    # A copy from memory that is not pinned waits for all that the GPU was asked before.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def together_on_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Returns arrays (n,) of one dtype as tensors on ``device``; for a GPU in one copy."""
+    if device.type != "cuda":
+        return [on_device(values, device) for values in arrays]
+    return list(on_device(np.concatenate(arrays), device).split([len(values) for values in arrays]))
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,11 @@ class NoLogits(LogitsCollector):
 
 
 class _Evaluation(NamedTuple):
-    """The verdicts of one confidence at an exit layer."""
+    """One confidence of some tokens at an exit layer."""
 
     name: str  # of the confidence
     indices: IntArray  # (t,) of its tokens among those in flight
-    verdicts: Tensor  # (t,) uint8, still on the device: 1 exits, 0 does not, 2 has no number to compare
+    scores: Tensor  # (t,) float32, still on the device
     adapter: Adapter | None
     reduced: Sequence[Tensor]  # of the tokens that need logits, where the decision read them
 
@@ -96,15 +96,15 @@ class ExitDecisions:
             for i, use in enumerate(self._batch.confidences)
             if len(indices := candidates[in_use == i])
         ]
-        # The only wait for the device.
-        verdicts = _joined([evaluation.verdicts for evaluation in evaluations]).cpu().numpy()
+        # The only wait for the device. The thresholds are on the host, so nothing goes there for a comparison.
+        scores = _joined([evaluation.scores for evaluation in evaluations]).cpu().numpy()
         indices = np.concatenate([evaluation.indices for evaluation in evaluations])
-        if len(broken := np.flatnonzero(verdicts == 2)):
+        if len(broken := np.flatnonzero(~np.isfinite(scores))):
             name = [evaluation.name for evaluation in evaluations for _ in evaluation.indices][broken[0]]
             row = int(self._batch.layout.row_of[tokens[indices[broken[0]]]])
             raise NotFiniteError(row, f"{name} confidences at exit layer {block}")
         leaves = np.zeros(len(tokens), dtype=np.bool_)
-        leaves[indices] = verdicts == 1
+        leaves[indices] = scores >= self._batch.thresholds[block][tokens[indices]]
         for evaluation in evaluations:
             self._keep_logits(evaluation, leaves, tokens, hidden)
         return leaves
@@ -135,7 +135,7 @@ class ExitDecisions:
     def _evaluate(
         self, use: ConfidenceInUse, block: int, tokens: IntArray, indices: IntArray, before: Tensor, hidden: Tensor
     ) -> _Evaluation:
-        """Compares one confidence of the tokens in flight at ``indices`` (t,) with their thresholds."""
+        """Returns one confidence of the tokens in flight at ``indices`` (t,)."""
         own = tokens[indices]
         after = select(hidden, indices)[0]
         before = select(before, indices)[0] if use.confidence.reads_before else after
@@ -146,9 +146,7 @@ class ExitDecisions:
             scores, reduced = self._score_logits(use.confidence, inputs, own, adapter)
         else:
             scores = use.confidence.score(inputs)
-        thresholds = torch.from_numpy(self._batch.thresholds[block][own]).to(scores.device)
-        verdicts = torch.where(scores.isfinite(), (scores >= thresholds).to(torch.uint8), 2)
-        return _Evaluation(use.confidence.name, indices, verdicts, adapter, reduced)
+        return _Evaluation(use.confidence.name, indices, scores, adapter, reduced)
 
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None

@@ -168,7 +168,7 @@ class Engine:
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
-            first, hidden = 0, run.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
+            first, hidden = 0, run.embed(on_device(batch.ids, backbone.device))  # (1, N, D)
             if start is not None:
                 first, hidden = start
             tokens = np.arange(len(batch))

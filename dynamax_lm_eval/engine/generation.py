@@ -7,7 +7,6 @@ flight than a batch has, those that go on after an exit wait there for a full ba
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.base import IntArray, on_device
 from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, SharedPrefix, find_prefixes
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
+from dynamax_lm_eval.engine.sampling import RowToChoose, choose
 from dynamax_lm_eval.engine.waiting import READ_OUT, WaitingRow, WaitingRows
 from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
 
@@ -199,21 +199,13 @@ def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
         NotFiniteError: the logits of a row are not numbers.
         ChoiceError: its sampler cannot choose.
     """
-    best = logits.max(dim=-1)
-    greedy = best.indices.tolist()
-    tokens: list[int] = []
-    for i, (row, value) in enumerate(zip(rows, best.values.tolist(), strict=True)):
-        if not math.isfinite(value):  # the maximum of a row with a NaN is NaN
-            raise NotFiniteError(row.index)
-        sampler = row.request.sampler
-        if sampler.is_plain_greedy:
-            tokens.append(greedy[i])
-        else:
-            try:
-                tokens.append(sampler.next_token([*row.request.prompt, *row.generated], logits[i]))
-            except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise ChoiceError(row.index, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-    return tokens
+    choices = choose([RowToChoose(r.request.sampler, r.request.prompt, r.generated) for r in rows], logits)
+    if choices.errors:
+        i, error = min(choices.errors.items())
+        if isinstance(error, NotFiniteError):
+            raise NotFiniteError(rows[i].index)
+        raise ChoiceError(rows[i].index, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+    return choices.tokens
 
 
 class _LastLogits:
@@ -238,6 +230,6 @@ class _LastLogits:
 
     def logits(self) -> Tensor:
         """Returns the logits (r, V) of these rows in float32."""
-        order = torch.from_numpy(np.argsort(np.concatenate(self._rows)))
-        logits = torch.cat(self._parts).float()
-        return logits[order.to(logits.device)]
+        order = np.argsort(np.concatenate(self._rows))
+        logits = (self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)).float()
+        return logits if (np.diff(order) > 0).all() else logits.index_select(0, on_device(order, logits.device))

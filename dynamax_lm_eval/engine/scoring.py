@@ -119,7 +119,7 @@ class _TargetScores:
         table = np.zeros((len(batch), width), dtype=np.int64)
         for token, token_targets in zip(self._needs_logits, flat, strict=True):
             table[token, : len(token_targets)] = token_targets
-        self._table = torch.from_numpy(table).to(device)
+        self._table = on_device(table, device)
         # One table for log-probabilities and arg-maxes: float32 holds every token id below 2**24.
         self._scores = torch.empty(len(batch), width + 1, device=device)
 

@@ -111,6 +111,7 @@ def search(options: SearchOptions) -> ThresholdPath:
     state_mode = cast(StateMode, options.state_mode)
     backbone.check_state_mode(state_mode, exits.config.exit_layers)
     classifiers = exits.load(backbone.device)
+    classifiers.narrow(backbone.model.dtype)
     frozen = FrozenPass(backbone, exits.config.exit_layers, exits.config.final_block, exits.config.top_k)
     policy = policy_of_exits(exits.config, kind, 0.5, state_mode=state_mode, exit_scope="all")
     recorded = record(frozen, Engine(backbone, classifiers), rows, policy)

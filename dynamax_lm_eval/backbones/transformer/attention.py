@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dynamax_lm_eval.backbones.base import IntArray
-from dynamax_lm_eval.backbones.transformer import masks
+from dynamax_lm_eval.backbones.base import IntArray, on_device, together_on_device
+from dynamax_lm_eval.backbones.transformer import masks, varlen
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
 
 NAME = "dynamax_ragged"
@@ -94,6 +95,24 @@ class AttentionPlan:
         alone &= np.diff(starts, append=-1) != 0
         self._alone = np.flatnonzero(alone)
         self._additive: dict[tuple[Visibility, torch.dtype], Tensor] = {}
+        self._runs: dict[int | None, varlen.QueryRuns] = {}
+
+    def runs(self, window: Visibility) -> varlen.QueryRuns | None:
+        """Returns all tokens for the kernel of ragged rows; None where they see what it cannot express."""
+        if isinstance(window, MaskRule) or len(self._starts) == 0 or self._has_gaps:
+            return None
+        if window not in self._runs:
+            args = self._starts, self._positions, window, self._device, self._row_stride
+            self._runs[window] = varlen.QueryRuns.of(*args)
+        return self._runs[window]
+
+    @cached_property
+    def _has_gaps(self) -> bool:
+        """Whether some query may not attend to a slot before its own."""
+        if self._masked is None:
+            return False
+        ends = self._starts + self._positions + 1
+        return bool((np.searchsorted(self._masked, self._starts) < np.searchsorted(self._masked, ends)).any())
 
     def segments(self, window: Visibility) -> list[AttentionSegment]:
         """Returns the segments for what is visible, without the tokens of :meth:`decoding`."""
@@ -136,13 +155,15 @@ class AttentionPlan:
             row, key = np.divmod(masked - first * row_stride, row_stride)
             within = (key >= low) & (key < end)
             attended[row[within], key[within] - low] = False
+        several = len(tokens) < len(self._starts), not np.array_equal(lines, np.arange(len(attended)))
+        tokens_there, lines_there = together_on_device([tokens, lines], self._device) if any(several) else (None, None)
         return DecodeBatch(
             rows=slice(first * row_stride, (last + 1) * row_stride),
             row_stride=row_stride,
             keys=slice(low, end),
-            tokens=None if len(tokens) == len(self._starts) else torch.from_numpy(tokens).to(self._device),
-            lines=None if np.array_equal(lines, np.arange(len(attended))) else torch.from_numpy(lines).to(self._device),
-            mask=torch.from_numpy(attended)[:, None, None].to(self._device, non_blocking=True),
+            tokens=tokens_there if several[0] else None,
+            lines=lines_there if several[1] else None,
+            mask=on_device(attended, self._device)[:, None, None],
         )
 
     def _cut(self, window: Visibility) -> list[AttentionSegment]:
@@ -179,7 +200,7 @@ class AttentionPlan:
                 elif window is not None:
                     attended &= queries[:, None] - keys < window
                 attended[:, masked] = False
-                mask = torch.from_numpy(attended).to(self._device, non_blocking=True)
+                mask = on_device(attended, self._device)
             kv_slots = slice(start + low, start + end)
             segments.append(AttentionSegment(slice(first + i, first + i + len(queries)), kv_slots, mask, causal=False))
         return segments
@@ -260,6 +281,8 @@ def ragged_attention(
     if key.ndim == 4:
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
     scores = Scores(scaling, softcap, s_aux if s_aux is not None else sinks)
+    if scores.are_plain and varlen.can_run(query, key, value) and (runs := plan.runs(visibility)) is not None:
+        return runs.attend(query[0].transpose(0, 1), key, value, scaling).unsqueeze(0), None
     _, heads, n, head_dim = query.shape
     groups = heads // key.shape[1]
     if (decoding := plan.decoding(visibility)) is not None:

@@ -19,15 +19,18 @@ from torch import Tensor
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import RowLayout, States
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.linear import linear
+from dynamax_lm_eval.backbones.linear import is_changed, linear
 from dynamax_lm_eval.backbones.transformer import attention
-from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
-from dynamax_lm_eval.backbones.transformer.fused_pass import FusedPass, RotaryEmbeddings
+from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock, normed_by
+from dynamax_lm_eval.backbones.transformer.fused_pass import FusedPass, RotaryEmbeddings, RotaryTable
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.types import StateMode
+
+#: Rotary embeddings that a table has at least, so that rows seldom outgrow it: 3 MiB for heads of 128 channels.
+_POSITIONS = 4096
 
 
 class TransformerBackbone(DecoderBackbone):
@@ -54,6 +57,8 @@ class TransformerBackbone(DecoderBackbone):
         parameters = inspect.signature(self._layers[0].forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.fused_blocks = FusedLlamaBlock.of_all(self._layers, self.name)
+        self._norms_as_blocks = type(self._final_norm) is type(self._layers[0].input_layernorm)
+        self._rotary_tables: dict[tuple[torch.device, torch.dtype], RotaryTable] = {}
         self.cost = BackboneCost(
             tuple(self._cost(module, fused) for module, fused in zip(self._layers, self.fused_blocks, strict=True)),
             lm_head=self.hidden_size * self.vocab_size,
@@ -78,7 +83,9 @@ class TransformerBackbone(DecoderBackbone):
         return FusedPass(self, states, layout, materialize_all)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        return linear(self._lm_head, self._final_norm(hidden)).contiguous()
+        norm: Any = self._final_norm
+        fused = hidden.device.type == "cuda" and self._norms_as_blocks and not is_changed(vars(norm))
+        return linear(self._lm_head, normed_by(norm, hidden) if fused else norm(hidden)).contiguous()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         pass  # all blocks are alike, so every mode can be had
@@ -100,6 +107,17 @@ class TransformerBackbone(DecoderBackbone):
     def position_embeddings(self, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
         """Returns the rotary embeddings at positions (1, n), in the dtype of ``like``."""
         return RotaryEmbeddings(*self._rotary(like, positions))
+
+    def rotary_table(self, length: int, like: Tensor) -> RotaryTable | None:
+        """Returns the rotary embeddings of ``length`` positions and more; None on a CPU, which makes them as fast."""
+        if like.device.type != "cuda" or is_changed(vars(self._rotary)):
+            return None
+        table = self._rotary_tables.get((like.device, like.dtype))
+        if table is None or len(table) < length:
+            positions = torch.arange(max(_POSITIONS, 2 * length), device=like.device)
+            table = RotaryTable(self.position_embeddings(positions.unsqueeze(0), like))
+            self._rotary_tables[like.device, like.dtype] = table
+        return table
 
     def call_block(
         self,

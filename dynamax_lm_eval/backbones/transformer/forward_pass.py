@@ -13,10 +13,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, on_device, together_on_device
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 
@@ -30,7 +29,10 @@ class AttentionPass(ForwardPass):
         self._layout = layout
         self._starts = np.asarray(layout.slots, dtype=np.int64)[layout.row_of]  # (N,)
         self._kv_slots = self._starts + layout.positions  # (N,)
-        self._positions = torch.from_numpy(layout.positions).to(backbone.device)
+        # (2, N) positions and cache slots
+        self._places = on_device(np.stack([layout.positions, self._kv_slots]), backbone.device)
+        self._positions = self._places[0]
+        self._indices: tuple[IntArray, Tensor] | None = None
         self._ids: Tensor | None = None
         self._active: ActiveTokens | None = None
         self._materialize_all = materialize_all
@@ -72,7 +74,8 @@ class AttentionPass(ForwardPass):
         return self._materialize_all and len(self._states.deferred) > 0
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        self._materialize(block, tokens)
+        if (pending := self._take_pending(block, tokens)) is not None:
+            self._write_states(block, *pending)
         if len(tokens) == 0:
             return hidden
         return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
@@ -83,10 +86,11 @@ class AttentionPass(ForwardPass):
         deferred = np.flatnonzero((modes == "recompute") & (self._last_given[rows] > layer))
         if len(deferred):
             exit_hidden = hidden[0]
+            chosen, of_batch = together_on_device([deferred, tokens[deferred]], self._backbone.device)
             if len(deferred) < len(tokens):
-                exit_hidden = exit_hidden.index_select(0, on_device(deferred, self._backbone.device))
+                exit_hidden = exit_hidden.index_select(0, chosen)
             assert self._ids is not None, "tokens were embedded"
-            ids = self._ids.index_select(0, on_device(tokens[deferred], self._backbone.device))
+            ids = self._ids.index_select(0, of_batch)
             self._states.deferred.add(
                 self._starts[tokens[deferred]], self._layout.positions[tokens[deferred]], ids, exit_hidden, layer
             )
@@ -101,11 +105,14 @@ class AttentionPass(ForwardPass):
             self._states.layer_of[self._kv_slots[tokens]] = layer
             self._states.runs_last[self._kv_slots[tokens]] = self._layout.final_block[self._layout.row_of[tokens]]
 
-    def _materialize(self, block: int, tokens: IntArray) -> None:
-        """Gives a block the states that were deferred of the rows in flight."""
+    def _take_pending(self, block: int, tokens: IntArray) -> tuple[PendingTokens, Tensor | None] | None:
+        """Returns the deferred tokens of the rows in flight whose states a block is given now, None without any.
+
+        With them come the indices of those that are meant; None for all. From now on their states count as given.
+        """
         deferred = self._states.deferred
         if len(deferred) == 0:
-            return
+            return None
         pending, passed = self._pending, sum(layer < block for layer in self._layout.exit_layers)
         if (
             pending is None
@@ -114,17 +121,17 @@ class AttentionPass(ForwardPass):
         ):
             pending = self._pending = self._find_pending(block, tokens, passed)
         if pending.hidden is None:
-            return
+            return None
         runs = self._layout.is_given_states(block, pending.rows)
         if not runs.any():
-            return
+            return None
         chosen = None if runs.all() else on_device(np.flatnonzero(runs), self._backbone.device)
-        self._write_states(block, pending, chosen)
         is_complete = runs & (self._last_given[pending.rows] == block)
         deferred.done[pending.tokens[runs]] = block
         if is_complete.any():
             deferred.done[pending.tokens[is_complete]] = self._backbone.num_layers
             deferred.drop_complete(self._backbone.num_layers)
+        return pending, chosen
 
     def _find_pending(self, block: int, in_flight: IntArray, passed: int) -> PendingTokens:
         """Returns the deferred tokens that ``block`` has no states of: those of the rows in flight, or of all rows."""
@@ -133,10 +140,11 @@ class AttentionPass(ForwardPass):
         row_at = {int(self._slots[row]): int(row) for row in rows}
         row_of = np.asarray([row_at.get(slot, -1) for slot in deferred.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
-        device = self._backbone.device
+        kv_slots = deferred.slots[tokens] + deferred.positions[tokens]
+        chosen, kv_slots_there = together_on_device([tokens, kv_slots], self._backbone.device)
         hidden, arguments = None, None
         if len(tokens) and deferred.hidden is not None:
-            hidden = deferred.hidden.index_select(0, on_device(tokens, device)).unsqueeze(0)
+            hidden = deferred.hidden.index_select(0, chosen).unsqueeze(0)
             arguments = self._arguments_of_deferred(tokens, hidden)
         return PendingTokens(
             in_flight=in_flight,
@@ -146,7 +154,7 @@ class AttentionPass(ForwardPass):
             rows=row_of[tokens],
             hidden=hidden,
             arguments=arguments,
-            kv_slots=on_device(deferred.slots[tokens] + deferred.positions[tokens], device),
+            kv_slots=kv_slots_there,
         )
 
     def _copy(self, tokens: IntArray, layer: int) -> None:
@@ -160,6 +168,12 @@ class AttentionPass(ForwardPass):
             for block in (np.flatnonzero(runs[layer + 1 : end]) + layer + 1).tolist():
                 self._states.copy(source, block, kv_slots)
 
+    def _indices_of(self, tokens: IntArray) -> Tensor:
+        """Returns the indices of tokens in flight (n,) on the device; several parts of a pass ask for the same."""
+        if self._indices is None or self._indices[0] is not tokens:
+            self._indices = tokens, on_device(tokens, self._backbone.device)
+        return self._indices[1]
+
     def _active_tokens(self, block: int, tokens: IntArray, hidden: Tensor) -> ActiveTokens:
         """Returns what ``block`` needs to know of the tokens in flight, as it was for the block before where it can."""
         last = block == self._backbone.num_layers and bool(self._layout.final_block.any())
@@ -168,10 +182,11 @@ class AttentionPass(ForwardPass):
         if active is not None and active.tokens is tokens and active.epoch == epoch:
             return active
         if active is None or active.tokens is not tokens:
-            indices = on_device(tokens, self._backbone.device)
             arguments = self._arguments(tokens, hidden)
-            positions = self._positions.index_select(0, indices).unsqueeze(0)
-            kv_slots = on_device(self._kv_slots[tokens], self._backbone.device)
+            places = self._places
+            if len(tokens) < len(self._starts):
+                places = places.index_select(1, self._indices_of(tokens))
+            positions, kv_slots = places[:1], places[1]
         else:
             arguments, positions, kv_slots = active.arguments, active.positions, active.kv_slots
         masked_kv_slots = self._states.masked_kv_slots(block) if self._skip_layers else None

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.linear import is_changed, linear
+from dynamax_lm_eval.backbones.linear import StackedLinear, add_product, is_changed, linear
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
 from dynamax_lm_eval.errors import UserError
 
@@ -37,9 +38,12 @@ class FusedLlamaBlock:
         self._scaling = attn.scaling
         self._norms = (module.input_layernorm, module.post_attention_layernorm)
         self._projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        self._stacked_projections = StackedLinear(self._projections)
         self._head_norms = (attn.q_norm, attn.k_norm) if hasattr(attn, "q_norm") else None
         self._output = attn.o_proj
+        self.heads = int(attn.o_proj.in_features) // head_dim  # H
         self._gate, self._up, self._down = module.mlp.gate_proj, module.mlp.up_proj, module.mlp.down_proj
+        self._stacked_gate = StackedLinear((self._gate, self._up))
         self._activation = module.mlp.act_fn
         self._bypassed = [vars(part) for part in (module, attn, module.mlp, *self._norms)]
 
@@ -51,11 +55,6 @@ class FusedLlamaBlock:
         if len(known) < len(fused):
             raise UserError(f"{name}: its blocks are not all of the kind of Llama's")
         return known
-
-    @property
-    def heads(self) -> int:
-        """H."""
-        return int(self._output.in_features) // self.head_dim
 
     @property
     def kv_projections(self) -> tuple[Any, Any]:
@@ -83,29 +82,60 @@ class FusedLlamaBlock:
 
     def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Returns K and V (m, H_kv, P) that the block would write for (1, m, D) at such angles as it is called with."""
-        normed = _normed(self._norms[0], hidden)
-        key, value = (linear(project, normed).unflatten(-1, (-1, self.head_dim)) for project in self._projections[1:])
+        normed = normed_by(self._norms[0], hidden)
+        if self._stacked_projections.is_stacked:
+            both = self._stacked_projections.last(sum(part.out_features for part in self.kv_projections), normed)
+            key, value = self._by_head(both).chunk(2, dim=2)
+        else:
+            key, value = (self._by_head(linear(project, normed)) for project in self.kv_projections)
         if self._head_norms is not None:
-            key = self._head_norms[1](key)
+            key = _head_normed(self._head_norms[1], key)
         return _rotated(key, cos, sin)[0], value[0]
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan) -> Tensor:
-        """Returns the block's output (1, n, D) for its input and angles (1, n, 1, P) as of :func:`signed_rotary`."""
-        normed = _normed(self._norms[0], hidden)
-        query, key, value = (
-            linear(project, normed).unflatten(-1, (-1, self.head_dim)) for project in self._projections
-        )  # (1, n, heads, P)
-        if self._head_norms is not None:
-            query, key = self._head_norms[0](query), self._head_norms[1](key)
-        heads = query.shape[2]
-        rotated = _rotated(torch.cat((query, key), dim=2), cos, sin)
-        keys, values = write(rotated[0, :, heads:], value[0])
-        query = rotated[:, :, :heads].transpose(1, 2)
+    def __call__(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan, left: Tensor | None = None
+    ) -> Tensor:
+        """Returns the block's output (1, n, D) for its input and angles as of :func:`signed_rotary`.
+
+        Args:
+            hidden: (1, n, D).
+            cos, sin: (1, n + m, 1, P).
+            write: stores K and V of all n + m.
+            plan: what the n attend to.
+            left: (1, m, D) hidden states of tokens that left, of which the block makes K and V as well.
+        """
+        normed = normed_by(self._norms[0], hidden if left is None else torch.cat((hidden, left), dim=1))
+        query_key, value = self._projected(normed)
+        rotated = _rotated(query_key, cos, sin)
+        keys, values = write(rotated[0, :, self.heads :], value[0])
+        query = rotated[:, : hidden.shape[1], : self.heads].transpose(1, 2)
         attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self.window, plan)
         hidden = hidden + linear(self._output, attended.flatten(2))
-        normed = _normed(self._norms[1], hidden)
-        gated = self._activation(linear(self._gate, normed)).mul_(linear(self._up, normed))
-        return hidden + linear(self._down, gated)
+        normed = normed_by(self._norms[1], hidden)
+        if self._stacked_gate.is_stacked:
+            gate, up = self._stacked_gate(normed).chunk(2, dim=-1)
+        else:
+            gate, up = linear(self._gate, normed), linear(self._up, normed)
+        return add_product(hidden, self._down, self._activation(gate).mul_(up))
+
+    def _projected(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns Q and K side by side, (1, n, H + H_kv, P), and V (1, n, H_kv, P), before the rotary embedding."""
+        if self._stacked_projections.is_stacked:
+            all_heads = self._by_head(self._stacked_projections(normed))
+            kv_heads = (all_heads.shape[2] - self.heads) // 2
+            query_key, value = all_heads.split([self.heads + kv_heads, kv_heads], dim=2)
+            if self._head_norms is None:
+                return query_key, value
+            query, key = query_key.split([self.heads, kv_heads], dim=2)
+        else:
+            query, key, value = (self._by_head(linear(project, normed)) for project in self._projections)
+        if self._head_norms is not None:
+            query, key = _head_normed(self._head_norms[0], query), _head_normed(self._head_norms[1], key)
+        return torch.cat((query, key), dim=2), value
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads
 
 
 def signed_rotary(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +150,20 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos).add_(torch.roll(x, x.shape[-1] // 2, -1) * sin)
 
 
-def _normed(norm: Any, hidden: Tensor) -> Tensor:
+def _head_normed(norm: Any, x: Tensor) -> Tensor:
+    """Returns Q or K (1, n, heads, P) normalised by a module that somebody may have hooked."""
+    if x.device.type == "cuda" and not is_changed(vars(norm)):
+        return normed_by(norm, x)
+    normed: Tensor = norm(x)
+    return normed
+
+
+def normed_by(norm: Any, hidden: Tensor) -> Tensor:
+    """Returns hidden states (.., D) normalised by a module of such a family, which nobody has hooked."""
     weight = norm.weight
+    if hidden.device.type == "cuda" and hidden.dtype == weight.dtype:
+        # One operation, which rounds once where the family's own code rounds twice.
+        return F.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)
     if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
         # Narrower types are rounded between the family's steps; its own code does that right.
         normed: Tensor = norm(hidden)

@@ -6,8 +6,9 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
     from dynamax_lm_eval.backbones.transformer.backbone import TransformerBackbone
 
 
+#: Tokens of which a GPU makes K and V in one product, those that left with those in flight: reading the weights takes
+#: longer than multiplying so few.
+_FEW = 256
+
+
 class RotaryEmbeddings:
     """The rotary embeddings of some tokens."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        """``cos``, ``sin``: (1, n, P)."""
+    def __init__(self, cos: Tensor, sin: Tensor, signed: tuple[Tensor, Tensor] | None = None) -> None:
+        """``cos``, ``sin``: (1, n, P); ``signed``: what :attr:`signed` is, where that is known."""
         self.angles = (cos, sin)
-        self._signed: tuple[Tensor, Tensor] | None = None
+        self._signed = signed
 
     def select(self, indices: Tensor) -> RotaryEmbeddings:
         """Returns those of some of the tokens."""
@@ -38,6 +44,23 @@ class RotaryEmbeddings:
         if self._signed is None:
             self._signed = signed_rotary(*self.angles)
         return self._signed
+
+
+class RotaryTable:
+    """The rotary embeddings of all positions, from which those of some tokens are taken in one operation."""
+
+    def __init__(self, rotary: RotaryEmbeddings) -> None:
+        """``rotary``: of the positions 0, 1, 2 and so on."""
+        cos, sin = rotary.angles
+        self._rows = torch.stack((cos[0], sin[0], rotary.signed[1][0, :, 0]), dim=1)  # (positions, 3, P)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def at(self, positions: Tensor) -> RotaryEmbeddings:
+        """Returns those at positions (n,)."""
+        cos, sin, signed = self._rows.index_select(0, positions).unsqueeze(0).unbind(2)
+        return RotaryEmbeddings(cos, sin, (cos.unsqueeze(2), signed.unsqueeze(2)))
 
 
 class StatesWritten(Exception):  # noqa: N818 (a signal)
@@ -54,14 +77,47 @@ class FusedPass(AttentionPass):
         self._blocks = backbone
         self._fused = [fused if fused.may_replace else None for fused in backbone.fused_blocks]
         self._rotary: RotaryEmbeddings | None = None
+        self._merged: _MergedTokens | None = None
+
+    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        taken, fused = self._take_pending(block, tokens), self._fused[block - 1]
+        if taken is not None:
+            pending, chosen = taken
+            assert pending.hidden is not None
+            few = 0 < len(tokens) <= _FEW - len(pending.tokens)
+            if few and fused is not None and chosen is None and hidden.device.type == "cuda":
+                active = self._active_tokens(block, tokens, hidden)
+                merged = self._merge(active, pending)
+                scatter = _Scatter(self._states, block, merged.kv_slots)
+                return fused(hidden, *merged.signed, scatter.write, active.plan, pending.hidden)
+            self._write_states(block, *taken)
+        if len(tokens) == 0:
+            return hidden
+        return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
+
+    def _merge(self, active: ActiveTokens, pending: PendingTokens) -> _MergedTokens:
+        """Returns what a block is called with for tokens in flight and those that left, made once for many blocks."""
+        merged = self._merged
+        if merged is None or merged.active is not active or merged.pending is not pending:
+            pairs = zip(active.arguments.signed, pending.arguments.signed, strict=True)
+            cos, sin = (torch.cat(pair, dim=1) for pair in pairs)
+            kv_slots = torch.cat((active.kv_slots, pending.kv_slots))
+            merged = self._merged = _MergedTokens(active, pending, (cos, sin), kv_slots)
+        return merged
 
     def _arguments(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
+        if (table := self._blocks.rotary_table(int(self._layout.positions.max()) + 1, like)) is not None:
+            whole = len(tokens) == len(self._starts)
+            return table.at(self._positions if whole else self._positions.index_select(0, self._indices_of(tokens)))
         if self._rotary is None:
             self._rotary = self._blocks.position_embeddings(self._positions.unsqueeze(0), like)
-        return self._rotary.select(on_device(tokens, self._backbone.device))
+        return self._rotary if len(tokens) == len(self._starts) else self._rotary.select(self._indices_of(tokens))
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
-        positions = on_device(self._states.deferred.positions[tokens], self._backbone.device)
+        positions_here = self._states.deferred.positions[tokens]
+        positions = on_device(positions_here, self._backbone.device)
+        if (table := self._blocks.rotary_table(int(positions_here.max()) + 1, like)) is not None:
+            return table.at(positions)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
@@ -90,6 +146,15 @@ class FusedPass(AttentionPass):
         with suppress(StatesWritten):
             self._blocks.call_block(block, hidden, taken, rotary, None, None)
         return taken.states
+
+
+class _MergedTokens(NamedTuple):
+    """The n tokens in flight and, after them, m that left, as one call of a block makes K and V of both."""
+
+    active: ActiveTokens
+    pending: PendingTokens
+    signed: tuple[Tensor, Tensor]  # (1, n + m, 1, P)
+    kv_slots: Tensor  # (n + m,)
 
 
 class _Scatter:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from dynamax_lm_eval.backbones.base import BoolArray, IntArray
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device
 
 #: Positions at which a mask is compared with a causal one: all of the first, and then ever fewer.
 _DENSE = 64
@@ -40,7 +40,7 @@ class MaskRule:
 
     def tensor(self, queries: IntArray, keys: IntArray, like: Tensor) -> Tensor:
         """Returns the mask as scores to add (1, 1, Q, K), in the dtype and on the device of ``like``."""
-        seen = torch.from_numpy(self.attended(queries, keys)).to(like.device)
+        seen = on_device(self.attended(queries, keys), like.device)
         zeros = torch.zeros(seen.shape, dtype=like.dtype, device=like.device)
         return zeros.masked_fill_(~seen, torch.finfo(like.dtype).min)[None, None]
 

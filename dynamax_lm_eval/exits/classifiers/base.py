@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
@@ -47,12 +48,14 @@ class ClassifierOptions:
 
 
 class RmsNorm(nn.RMSNorm):
-    """Root-mean-square normalisation in plain operations: torch's own takes several times as long on a few tokens."""
+    """Root-mean-square normalisation; on a CPU torch's own takes several times as long as these operations."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cuda":
+            return F.rms_norm(x, self.normalized_shape, self.weight, EPS)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.weight
 
 
@@ -63,6 +66,8 @@ class Classifier(nn.Module, ABC):
     recurrent: ClassVar[bool] = False
     #: The sizes of :class:`ClassifierOptions` that decide how it is made.
     sizes: ClassVar[tuple[str, ...]] = ()
+    #: Linear layers with nearly all of its weights, which on a GPU are read in the backbone's dtype.
+    narrowed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -45,6 +45,20 @@ class ExitClassifiers(nn.Module):
         classifier: Classifier = classifiers[str(layer)]
         return classifier
 
+    def narrow(self, dtype: torch.dtype) -> None:
+        """Makes classifiers on a GPU read no more bits of their weights than a backbone of ``dtype`` reads of its own.
+
+        Their confidences change by no more than rounding to it does. On a CPU all remain in float32.
+        """
+        for kind in self.kinds:
+            for layer in self.exit_layers:
+                classifier = self.at(kind, layer)
+                if next(classifier.parameters()).device.type == "cuda":
+                    for name in classifier.narrowed:
+                        part = classifier.get_submodule(name)
+                        for parameter, value in list(part.named_parameters()):
+                            setattr(part, parameter, nn.Parameter(value.to(dtype), requires_grad=False))
+
     def adapter(self, layer: int) -> Adapter | None:
         """The adapter at an exit layer, if these exits have any."""
         adapters: Any = self.adapters

@@ -14,6 +14,7 @@ class FfnClassifier(Classifier):
     """D -> ffn_expand * D -> 2."""
 
     sizes = ("ffn_expand",)
+    narrowed = ("in_proj",)
 
     def __init__(self, hidden_size: int, inner: int, activation: str) -> None:
         """``inner``: width of the hidden layer."""
@@ -33,4 +34,6 @@ class FfnClassifier(Classifier):
     def forward(
         self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        return self.out_proj(self.activation(self.in_proj(self.norm(hidden)))), None
+        normed = self.norm(hidden).to(self.in_proj.weight.dtype)
+        inner = self.activation(self.in_proj(normed))
+        return self.out_proj(inner.to(self.out_proj.weight.dtype)), None
