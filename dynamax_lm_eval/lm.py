@@ -92,7 +92,7 @@ class DynamaxLM(HFLM):
         if self.exits is not None:
             known = source.fingerprints_of(self.model)  # the weights may not have been on this machine before
             self.exits.check_fingerprint(known.current, self.args.exits_check, known.former)
-            classifiers, self.exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
+            classifiers, self.exits_fingerprint = self.exits.load(), self.exits.fingerprint()
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         if self.exits is not None:

@@ -133,7 +133,7 @@ class ExitDecisions:
         """Compares one confidence of the tokens in flight at ``indices`` (t,) with their thresholds."""
         own = tokens[indices]
         after = select(hidden, indices)[0]
-        before = select(before, indices)[0] if use.confidence.reads_before else after
+        before = select(before, indices)[0].to(after.device) if use.confidence.reads_before else after
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
         reduced: Sequence[Tensor] = ()
@@ -166,8 +166,8 @@ class ExitDecisions:
         if len(exiting) == 0:
             return
         if evaluation.reduced:
-            reduced = _joined(evaluation.reduced)[on_device(exiting, hidden.device)]
-            self._collector.store(tokens[read[exiting]], reduced)
+            reduced = _joined(evaluation.reduced)
+            self._collector.store(tokens[read[exiting]], reduced[on_device(exiting, reduced.device)])
         else:
             corrected = _adapted(select(hidden, read[exiting])[0], evaluation.adapter)
             self._unread.add(tokens[read[exiting]], corrected.unsqueeze(0))
@@ -194,5 +194,5 @@ def _adapted(hidden: Tensor, adapter: Adapter | None) -> Tensor:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Returns the parts as one; no copy of a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """Returns the parts as one, on the device of the first; no copy of a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])

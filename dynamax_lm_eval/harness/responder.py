@@ -245,7 +245,11 @@ class Responder:
             return int(lm.batch_size)
         backbone = lm.engine.backbone
         per_row = backbone.row_bytes(longest) * (1 + ROOM_SHARE if lm.args.prefix_caching else 1)
-        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
+        blocks = Counter(place.device for place in backbone.places)
+        per_device = [
+            _free_memory(device) / (per_row * count / backbone.num_layers) for device, count in blocks.items()
+        ]
+        rows = int(_AUTO_MEMORY_SHARE * min(per_device))
         rows = max(1, min(rows, lm.max_batch_size or rows))
         logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
         lm.batch_sizes[0] = rows

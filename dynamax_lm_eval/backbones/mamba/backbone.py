@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, KeptInRows, RowLayout, States
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import LeftTokens, RecurrentPlan, new_rows
@@ -77,8 +76,7 @@ class MambaBackbone(DecoderBackbone):
 
     def readout(self, hidden: Tensor) -> Tensor:
         normed = self._final_norm(hidden)
-        logits = linear(self._lm_head, normed.to(self._lm_head.weight.dtype)).contiguous()
-        return logits.float()
+        return self.by_head(normed.to(self._lm_head.weight.dtype)).float()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode == "copy" and exit_layers:
@@ -109,7 +107,10 @@ class MambaStates(KeptInRows):
 
     def __init__(self, backbone: MambaBackbone) -> None:
         super().__init__()
-        self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
+        self._tables = [
+            StateTable(block.mixer.new_state, place.device)
+            for block, place in zip(backbone.blocks, backbone.places, strict=True)
+        ]
         self._free: list[int] = []
         self._num_lines = 0
 
@@ -142,6 +143,8 @@ class MambaStates(KeptInRows):
 class MambaPass(ForwardPass):
     """One pass of a flat batch; it defers no states, because a recurrence takes the tokens in order."""
 
+    _backbone: MambaBackbone
+
     def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout) -> None:
         self._backbone = backbone
         self._states = states
@@ -160,12 +163,12 @@ class MambaPass(ForwardPass):
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         self._left = self._left.joined(tokens, hidden, self._layout)
 
-    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        left = self._left.at(block, self._layout)
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        left = self._left.at(block, self._layout).on(hidden.device)
         if len(tokens) + len(left.tokens) == 0:
             return hidden
         plan = self._plan = RecurrentPlan.of(
-            tokens, left.tokens, self._layout, self._layout.slots, self._is_new, self._backbone.device, self._plan
+            tokens, left.tokens, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan
         )
         described = self._backbone.blocks[block - 1]
         mixer, table = described.mixer, self._states.table(block)

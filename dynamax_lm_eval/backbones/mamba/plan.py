@@ -43,7 +43,14 @@ class LeftTokens:
         more = LeftTokens(tokens, hidden).where(modes == "recompute")
         if self.hidden is None or more.hidden is None:
             return more if self.hidden is None else self
-        return LeftTokens(np.concatenate([self.tokens, more.tokens]), torch.cat([self.hidden, more.hidden], dim=1))
+        hidden = torch.cat([self.hidden.to(more.hidden.device), more.hidden], dim=1)
+        return LeftTokens(np.concatenate([self.tokens, more.tokens]), hidden)
+
+    def on(self, device: torch.device) -> LeftTokens:
+        """Returns these with their hidden states on a device."""
+        if self.hidden is None or self.hidden.device == device:
+            return self
+        return LeftTokens(self.tokens, self.hidden.to(device))
 
     def at(self, block: int, layout: RowLayout) -> LeftTokens:
         """Returns those that a block (1-based) is given states of: none where it is pruned or runs as a final block."""
@@ -98,7 +105,8 @@ class RecurrentPlan:
             device: where the states are.
             last: the plan before, which is returned if it is for the same tokens.
         """
-        if last is not None and last.tokens is tokens and np.array_equal(last.left, left):
+        is_same = last is not None and last.tokens is tokens and last.rows.device == device
+        if last is not None and is_same and np.array_equal(last.left, left):
             return last
         updated = np.concatenate([tokens, left]) if len(left) else tokens
         order = np.argsort(updated) if len(left) else np.arange(len(updated))

@@ -19,7 +19,6 @@ from torch import Tensor
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import RowLayout, States
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.backbones.transformer.fused_pass import FusedPass, RotaryEmbeddings
@@ -77,7 +76,7 @@ class TransformerBackbone(DecoderBackbone):
         return FusedPass(self, states, layout, materialize_all)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        return linear(self._lm_head, self._final_norm(hidden)).contiguous()
+        return self.by_head(self._final_norm(hidden))
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         pass  # all blocks are alike, so every mode can be had

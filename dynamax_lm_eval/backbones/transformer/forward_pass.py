@@ -30,7 +30,7 @@ class AttentionPass(ForwardPass):
         self._layout = layout
         self._starts = np.asarray(layout.slots, dtype=np.int64)[layout.row_of]  # (N,)
         self._kv_slots = self._starts + layout.positions  # (N,)
-        self._positions = torch.from_numpy(layout.positions).to(backbone.device)
+        self._positions: dict[torch.device, Tensor] = {}
         self._ids: Tensor | None = None
         self._active: ActiveTokens | None = None
         self._materialize_all = materialize_all
@@ -43,9 +43,15 @@ class AttentionPass(ForwardPass):
         self._ids = ids
         return self._backbone.embed(ids)
 
+    def _positions_on(self, device: torch.device) -> Tensor:
+        """Returns the positions (N,) on a device."""
+        if device not in self._positions:
+            self._positions[device] = on_device(self._layout.positions, device)
+        return self._positions[device]
+
     @abstractmethod
     def _arguments(self, tokens: IntArray, like: Tensor) -> Any:
-        """Returns what blocks are called with for ``tokens`` (n,) of the batch besides their hidden states."""
+        """Returns what blocks are called with for ``tokens`` (n,) of the batch besides hidden states as ``like``."""
 
     @abstractmethod
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> Any:
@@ -71,8 +77,8 @@ class AttentionPass(ForwardPass):
     def has_pending_states(self) -> bool:
         return self._materialize_all and len(self._states.deferred) > 0
 
-    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        self._materialize(block, tokens)
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        self._materialize(block, tokens, hidden.device)
         if len(tokens) == 0:
             return hidden
         return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
@@ -84,9 +90,9 @@ class AttentionPass(ForwardPass):
         if len(deferred):
             exit_hidden = hidden[0]
             if len(deferred) < len(tokens):
-                exit_hidden = exit_hidden.index_select(0, on_device(deferred, self._backbone.device))
+                exit_hidden = exit_hidden.index_select(0, on_device(deferred, hidden.device))
             assert self._ids is not None, "tokens were embedded"
-            ids = self._ids.index_select(0, on_device(tokens[deferred], self._backbone.device))
+            ids = self._ids.index_select(0, on_device(tokens[deferred], self._ids.device))
             self._states.deferred.add(
                 self._starts[tokens[deferred]], self._layout.positions[tokens[deferred]], ids, exit_hidden, layer
             )
@@ -101,8 +107,8 @@ class AttentionPass(ForwardPass):
             self._states.layer_of[self._kv_slots[tokens]] = layer
             self._states.runs_last[self._kv_slots[tokens]] = self._layout.final_block[self._layout.row_of[tokens]]
 
-    def _materialize(self, block: int, tokens: IntArray) -> None:
-        """Gives a block the states that were deferred of the rows in flight."""
+    def _materialize(self, block: int, tokens: IntArray, device: torch.device) -> None:
+        """Gives a block, which is on ``device``, the states that were deferred of the rows in flight."""
         deferred = self._states.deferred
         if len(deferred) == 0:
             return
@@ -111,14 +117,15 @@ class AttentionPass(ForwardPass):
             pending is None
             or pending.in_flight is not tokens
             or (pending.passed, pending.version) != (passed, deferred.version)
+            or pending.kv_slots.device != device
         ):
-            pending = self._pending = self._find_pending(block, tokens, passed)
+            pending = self._pending = self._find_pending(block, tokens, passed, device)
         if pending.hidden is None:
             return
         runs = self._layout.is_given_states(block, pending.rows)
         if not runs.any():
             return
-        chosen = None if runs.all() else on_device(np.flatnonzero(runs), self._backbone.device)
+        chosen = None if runs.all() else on_device(np.flatnonzero(runs), device)
         self._write_states(block, pending, chosen)
         is_complete = runs & (self._last_given[pending.rows] == block)
         deferred.done[pending.tokens[runs]] = block
@@ -126,17 +133,16 @@ class AttentionPass(ForwardPass):
             deferred.done[pending.tokens[is_complete]] = self._backbone.num_layers
             deferred.drop_complete(self._backbone.num_layers)
 
-    def _find_pending(self, block: int, in_flight: IntArray, passed: int) -> PendingTokens:
+    def _find_pending(self, block: int, in_flight: IntArray, passed: int, device: torch.device) -> PendingTokens:
         """Returns the deferred tokens that ``block`` has no states of: those of the rows in flight, or of all rows."""
         deferred = self._states.deferred
         rows = np.arange(len(self._slots)) if self._materialize_all else np.unique(self._layout.row_of[in_flight])
         row_at = {int(self._slots[row]): int(row) for row in rows}
         row_of = np.asarray([row_at.get(slot, -1) for slot in deferred.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
-        device = self._backbone.device
         hidden, arguments = None, None
         if len(tokens) and deferred.hidden is not None:
-            hidden = deferred.hidden.index_select(0, on_device(tokens, device)).unsqueeze(0)
+            hidden = deferred.hidden.index_select(0, on_device(tokens, deferred.hidden.device)).unsqueeze(0).to(device)
             arguments = self._arguments_of_deferred(tokens, hidden)
         return PendingTokens(
             in_flight=in_flight,
@@ -154,24 +160,28 @@ class AttentionPass(ForwardPass):
         rows = self._layout.row_of[tokens]
         for row in np.unique(rows):
             runs = self._layout.runs_block[row]
-            kv_slots = on_device(self._kv_slots[tokens[rows == row]], self._backbone.device)
+            kv_slots: dict[torch.device, Tensor] = {}
             source = int(np.flatnonzero(runs[: layer + 1])[-1])  # the last block that ran
             end = len(runs) - 1 if self._layout.final_block[row] else len(runs)
             for block in (np.flatnonzero(runs[layer + 1 : end]) + layer + 1).tolist():
-                self._states.copy(source, block, kv_slots)
+                device = self._backbone.places[block - 1].device
+                if device not in kv_slots:
+                    kv_slots[device] = on_device(self._kv_slots[tokens[rows == row]], device)
+                self._states.copy(source, block, kv_slots[device])
 
     def _active_tokens(self, block: int, tokens: IntArray, hidden: Tensor) -> ActiveTokens:
         """Returns what ``block`` needs to know of the tokens in flight, as it was for the block before where it can."""
         last = block == self._backbone.num_layers and bool(self._layout.final_block.any())
         epoch = sum(layer < block for layer in self._skip_layers) + last
-        active = self._active
-        if active is not None and active.tokens is tokens and active.epoch == epoch:
+        active, device = self._active, hidden.device
+        if active is not None and (active.tokens is not tokens or active.kv_slots.device != device):
+            active = None
+        if active is not None and active.epoch == epoch:
             return active
-        if active is None or active.tokens is not tokens:
-            indices = on_device(tokens, self._backbone.device)
+        if active is None:
             arguments = self._arguments(tokens, hidden)
-            positions = self._positions.index_select(0, indices).unsqueeze(0)
-            kv_slots = on_device(self._kv_slots[tokens], self._backbone.device)
+            positions = self._positions_on(device).index_select(0, on_device(tokens, device)).unsqueeze(0)
+            kv_slots = on_device(self._kv_slots[tokens], device)
         else:
             arguments, positions, kv_slots = active.arguments, active.positions, active.kv_slots
         masked_kv_slots = self._states.masked_kv_slots(block) if self._skip_layers else None
@@ -179,7 +189,7 @@ class AttentionPass(ForwardPass):
             self._starts[tokens],
             self._layout.positions[tokens],
             masked_kv_slots,
-            self._backbone.device,
+            device,
             self._states.row_stride,
         )
         self._active = ActiveTokens(tokens, epoch, kv_slots, positions, arguments, plan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
@@ -53,15 +54,16 @@ class FusedPass(AttentionPass):
         super().__init__(backbone, states, layout, materialize_all)
         self._blocks = backbone
         self._fused = [fused if fused.may_replace else None for fused in backbone.fused_blocks]
-        self._rotary: RotaryEmbeddings | None = None
+        self._rotary: dict[torch.device, RotaryEmbeddings] = {}
 
     def _arguments(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
-        if self._rotary is None:
-            self._rotary = self._blocks.position_embeddings(self._positions.unsqueeze(0), like)
-        return self._rotary.select(on_device(tokens, self._backbone.device))
+        device = like.device
+        if device not in self._rotary:
+            self._rotary[device] = self._blocks.position_embeddings(self._positions_on(device).unsqueeze(0), like)
+        return self._rotary[device].select(on_device(tokens, device))
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
-        positions = on_device(self._states.deferred.positions[tokens], self._backbone.device)
+        positions = on_device(self._states.deferred.positions[tokens], like.device)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:

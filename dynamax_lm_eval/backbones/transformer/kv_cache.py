@@ -124,10 +124,10 @@ class AttentionStates(States):
         return keys.index_copy_(0, kv_slots, key), values.index_copy_(0, kv_slots, value)
 
     def copy(self, source: int, block: int, kv_slots: Tensor) -> None:
-        """Gives ``block`` the K and V that block ``source`` wrote at ``kv_slots`` (T,)."""
-        self._make_caches(block, like=(self.key_cache(source), self.value_cache(source)))
-        self.key_cache(block)[kv_slots] = self.key_cache(source)[kv_slots]
-        self.value_cache(block)[kv_slots] = self.value_cache(source)[kv_slots]
+        """Gives ``block`` the K and V that block ``source`` wrote at ``kv_slots`` (T,), which are on its device."""
+        keys, values = self.key_cache(source), self.value_cache(source)
+        given = kv_slots.to(keys.device)
+        self.write(block, kv_slots, keys[given].to(kv_slots.device), values[given].to(kv_slots.device))
 
     def _make_caches(self, block: int, like: tuple[Tensor, Tensor]) -> None:
         """Makes the caches of a block where they do not exist yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class ExitClassifiers(nn.Module):
         classifiers: Any = self.by_kind[kind]
         classifier: Classifier = classifiers[str(layer)]
         return classifier
+
+    def place(self, devices: Sequence[torch.device]) -> None:
+        """Puts what belongs to each exit on the device of the block before it; ``devices``: of all blocks, in order."""
+        for layer in self.exit_layers:
+            device = devices[layer - 1]
+            for kind in self.kinds:
+                self.at(kind, layer).to(device)
+            if (adapter := self.adapter(layer)) is not None:
+                adapter.to(device)
 
     def adapter(self, layer: int) -> Adapter | None:
         """The adapter at an exit layer, if these exits have any."""
