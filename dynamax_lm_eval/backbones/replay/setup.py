@@ -172,6 +172,10 @@ class _ModuleCalls:
 
     def _continues(self, mixer: RowMixer, call: Call, axes: CallAxes) -> bool:
         """Returns whether a module gives the same for the tokens of a row in two calls as in one."""
+        with Place(mixer.module).weights():
+            return self._gives_the_same(mixer, call, axes)
+
+    def _gives_the_same(self, mixer: RowMixer, call: Call, axes: CallAxes) -> bool:
         whole = call.hidden.shape[1]
         table = mixer.new_table()
         line = np.zeros(1, dtype=np.int64)

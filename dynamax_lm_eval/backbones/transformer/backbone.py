@@ -96,8 +96,9 @@ class TransformerBackbone(DecoderBackbone):
             config._attn_implementation = before
 
     def position_embeddings(self, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
-        """Returns the rotary embeddings at positions (1, n), in the dtype of ``like``."""
-        return RotaryEmbeddings(*self._rotary(like, positions))
+        """Returns the rotary embeddings at positions (1, n), in the dtype and on the device of ``like``."""
+        cos, sin = self._rotary(like, positions)
+        return RotaryEmbeddings(cos.to(like.device), sin.to(like.device))
 
     def call_block(
         self,
