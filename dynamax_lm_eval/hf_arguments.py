@@ -41,7 +41,6 @@ FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
 REFUSED_ARGUMENTS = {
     "certificate": "write threshold=FILE, or threshold=calibrated",
     "attn_implementation": "dynamax runs its own attention over ragged batches; remove attn_implementation",
-    "tp_plan": "tensor parallelism is not supported by dynamax; remove tp_plan",
     "torch_dtype": "it was renamed in transformers 5; write dtype= instead",
 }
 
@@ -91,10 +90,27 @@ def _check_combinations(args: Mapping[str, Any]) -> None:
     for first, second in (("peft", "delta"), ("autogptq", "gptqmodel")):
         if args.get(first) and args.get(second):
             raise UserError(f"{first} and {second} exclude each other; give one")
+    if args.get("tp_plan") is not None:
+        _check_tensor_parallel(args)
     if args.get("enable_thinking") and args.get("think_end_token") is None:
         raise UserError("enable_thinking=true needs think_end_token=, the token after which the answer begins; add it")
     if not isinstance(device := args.get("device", "cuda"), str):
         raise UserError(f"device must be a name such as cpu or cuda:0, got {device!r}")
+
+
+def _check_tensor_parallel(args: Mapping[str, Any]) -> None:
+    """What would set the processes apart that compute together, or that no plan of transformers covers."""
+    others = [name for name in ("parallelize", "device_map", "peft", "delta", "gguf_file") if args.get(name)]
+    if others:
+        raise UserError(f"tp_plan and {others[0]} exclude each other; remove one of them")
+    if str(args.get("batch_size", 1)).startswith("auto"):
+        raise UserError("tp_plan needs batch_size=N: with auto, its processes might choose different numbers")
+
+
+def _tp_plan(name: str, value: Any) -> str | Mapping[str, Any]:
+    if (isinstance(value, str) and value == "auto") or (isinstance(value, Mapping) and value):
+        return value
+    raise UserError(f"{name} must be auto, or from Python a mapping of modules to styles, got {value!r}")
 
 
 def _spread(args: dict[str, Any]) -> None:
@@ -193,6 +209,7 @@ _PARSERS: dict[str, Any] = {
     "chat_template_args": _mapping,
     **dict.fromkeys(("dtype", "softmax_dtype", "mixed_precision_dtype"), _dtype),
     "device_map": _device_map,
+    "tp_plan": _tp_plan,
     **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _memory),
     **dict.fromkeys(("subfolder", "peft", "delta", "gguf_file", "offload_folder"), _location),
     **dict.fromkeys(

@@ -31,7 +31,7 @@ from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import ResponseLedger
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.harness.responder import Answer, Answers, Responder
-from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models import aliases, devices, loading
 from dynamax_lm_eval.models.fingerprint import weights_fingerprint
 from dynamax_lm_eval.models.identity import tokenizer_fingerprint
 from dynamax_lm_eval.models.source import ModelSource
@@ -63,6 +63,8 @@ class DynamaxLM(HFLM):
         draft = None
         if model is None:
             draft = engine_without_weights(source.structure, source.longest_row, kernels)
+        if source.is_tensor_parallel:
+            devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
         if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
             source.read_fingerprints()
@@ -250,6 +252,10 @@ class DynamaxLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
             self.budget.check_no_cache()
+            if self._source.is_tensor_parallel:
+                raise UserError(
+                    "--use_cache and tp_plan exclude each other: each process would go on from what it has answered"
+                )
             self.response_ledger.use_database(cache_hook.dbdict, self.identity())
         else:
             self.response_ledger.leave_database()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from accelerate.hooks import AlignDevicesHook
 from helpers import LAYERS, save_model
-from helpers_harness import generation_requests
+from helpers_harness import generation_requests, sweep_options
 from lm_eval.api.instance import Instance
 from transformers import PreTrainedModel
 
@@ -120,6 +120,38 @@ def test_a_loaded_model_stays_where_it_is(model_folder: Path) -> None:
     model = DynamaxLM(str(model_folder), threshold=1, device="cpu").model
     with pytest.raises(UserError, match="loaded already, and cannot be spread over devices; remove parallelize"):
         DynamaxLM(model, threshold=1, parallelize=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "tp_plan splits a model between processes, and there is one; start more: torchrun"),
+        ({"parallelize": True}, "tp_plan and parallelize exclude each other"),
+        ({"peft": "x"}, "tp_plan and peft exclude each other"),
+        ({"batch_size": "auto"}, "tp_plan needs batch_size=N"),
+        ({"target_latency_ms": 3}, "tp_plan and target_latency_ms exclude each other"),
+        ({"tp_plan": "some"}, "tp_plan must be auto"),
+    ],
+)
+def test_what_is_not_split_between_processes(model_folder: Path, given: dict[str, Any], message: str) -> None:
+    threshold = {} if "target_latency_ms" in given else {"threshold": 1}
+    with pytest.raises(UserError, match=message):
+        DynamaxLM(str(model_folder), device="cpu", **{"tp_plan": "auto", **threshold, **given})
+
+
+def test_models_and_processes_that_do_not_fit_a_plan(
+    model_folder: Path, mamba_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="tp_plan: 2 K/V heads cannot be split between 4 processes"):
+        DynamaxLM(str(model_folder), threshold=1, tp_plan="auto")
+    with pytest.raises(UserError, match=r"tp_plan is for models whose blocks are of Llama's kind .* 'mamba2' is none"):
+        DynamaxLM(str(mamba_folder), threshold=1, tp_plan="auto")
+
+
+def test_a_sweep_shares_its_points_between_processes(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must not set tp_plan: processes share the points"):
+        sweep_options(model_folder, tmp_path, model_args="tp_plan=auto")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,29 @@ def check_device_map(device_map: str | Mapping[str, Any]) -> None:
         number = f"cuda:{device}" if isinstance(device, int) else str(device)
         if number not in known and not (number == "disk" and isinstance(device_map, Mapping)):
             raise UserError(f"device_map={device_map!r}: {device!r} does not exist here; there are {', '.join(known)}")
+
+
+def check_tensor_parallel(config: Any, rung: str | None) -> None:
+    """Raises UserError where a model cannot be run by several processes together.
+
+    Args:
+        config: of transformers.
+        rung: how its blocks are run, as ``backbones.rungs`` names it; None: that is not known.
+    """
+    if rung != "fused":
+        raise UserError(
+            f"tp_plan is for models whose blocks are of Llama's kind (Llama, Mistral, Qwen2, Qwen3), and "
+            f"{config.model_type!r} is none; spread it with parallelize=True"
+        )
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if processes < 2:
+        raise UserError(
+            "tp_plan splits a model between processes, and there is one; start more: "
+            "torchrun --nproc_per_node N -m dynamax_lm_eval run ..."
+        )
+    heads = int(config.get_text_config().num_key_value_heads)
+    if heads % processes:
+        raise UserError(f"tp_plan: {heads} K/V heads cannot be split between {processes} processes; start a divisor")
 
 
 def _devices() -> list[str]:

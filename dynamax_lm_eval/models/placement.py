@@ -70,7 +70,12 @@ class Place:
 
 
 def in_memory(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Returns a parameter or buffer of a model, loaded where it is offloaded; on ``meta`` where it is nowhere."""
+    """Returns a parameter or buffer of a model, whole and loaded where it is split or offloaded.
+
+    It is on ``meta`` where it is nowhere. What processes share all of them have to ask for, in the same order.
+    """
+    if (gathered := getattr(tensor.detach(), "full_tensor", None)) is not None:  # torch's DTensor
+        return gathered()  # type: ignore[no-any-return]
     if tensor.device.type != "meta":
         return tensor
     path, _, own_name = name.rpartition(".")

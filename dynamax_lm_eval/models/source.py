@@ -52,6 +52,8 @@ class ModelSource:
             devices.check_device_map(options["device_map"])
         if model is not None and options.get("parallelize"):
             raise UserError("the backbone is loaded already, and cannot be spread over devices; remove parallelize")
+        if model is not None and self.is_tensor_parallel:
+            raise UserError("the backbone is loaded already, and cannot be split between processes; remove tp_plan")
         if not options.get("peft"):  # an adapter may bring tokens of its own
             self.check_token_ids(self.config.get_text_config().vocab_size)
         if options.get("peft"):
@@ -76,6 +78,11 @@ class ModelSource:
     def has_recurrence(self) -> bool:
         """Whether some of its blocks keep a recurrent state."""
         return loading.has_recurrence(self.config)
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether several processes compute each block together."""
+        return self.options.get("tp_plan") is not None
 
     @property
     def longest_row(self) -> int:
