@@ -48,12 +48,10 @@ class ExitClassifiers(nn.Module):
 
     def place(self, devices: Sequence[torch.device]) -> None:
         """Puts what belongs to each exit on the device of the block before it; ``devices``: of all blocks, in order."""
-        for layer in self.exit_layers:
-            device = devices[layer - 1]
-            for kind in self.kinds:
-                self.at(kind, layer).to(device)
-            if (adapter := self.adapter(layer)) is not None:
-                adapter.to(device)
+        at_exits: Any
+        for at_exits in (*self.by_kind.values(), self.adapters):
+            for layer, module in at_exits.items():
+                module.to(devices[int(layer) - 1])
 
     def adapter(self, layer: int) -> Adapter | None:
         """The adapter at an exit layer, if these exits have any."""
