@@ -1,4 +1,4 @@
-"""Exits that no training made: they leave at chance or on a schedule, and cost nothing."""
+"""Exits that no training made: they leave at chance or on a schedule, and cost nothing or what a real one costs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones.base import Backbone
+from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits.classifiers import Classifier, ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.types import ClassifierKind
 
 
 class RandomExit(Classifier):
@@ -29,15 +31,46 @@ class RandomExit(Classifier):
         return logits_of(drawn.logit()), None
 
 
+class DrawnExit(Classifier):
+    """The work of another classifier, and a confidence drawn from [0, 1] in place of its own."""
+
+    def __init__(self, worker: Classifier, seed: int) -> None:
+        super().__init__(1)
+        self.worker = worker
+        self.recurrent = worker.recurrent  # type: ignore[misc]
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+
+    @property
+    def macs(self) -> int:
+        return self.worker.macs
+
+    @property
+    def cost(self) -> EvaluationCost:
+        return self.worker.cost
+
+    def new_state(self, num_rows: int, device: torch.device) -> Any:
+        return self.worker.new_state(num_rows, device)
+
+    def forward(self, hidden: Any, rows: Any = None, state: Any = None) -> Any:
+        _, after = self.worker(hidden, rows, state)
+        if self._generator is None:  # on the device, so that nothing is waited for
+            self._generator = torch.Generator(hidden.device).manual_seed(self._seed)
+        drawn = torch.rand(len(hidden), generator=self._generator, device=hidden.device)
+        return logits_of(drawn.clamp(1e-6, 1 - 1e-6).logit()), after
+
+
 def logits_of(log_odds: Tensor) -> Tensor:
     """What a classifier returns, (n, 2), for log-odds (n,) of leaving."""
     return torch.stack([torch.zeros_like(log_odds), log_odds], dim=1)
 
 
-def forced(backbone: Backbone, exits: Mapping[int, Classifier], adapters: Any = None) -> Engine:
-    """An engine with these exits, by layer, in place of its kind ``calm``; ``adapters`` correct its read-outs."""
+def forced(
+    backbone: Backbone, exits: Mapping[int, Classifier], adapters: Any = None, kind: ClassifierKind = "calm"
+) -> Engine:
+    """An engine with these exits, by layer, in place of those of a kind; ``adapters`` correct its read-outs."""
     classifiers = ExitClassifiers((), tuple(exits), 1, "silu", ClassifierOptions())
-    classifiers.by_kind["calm"] = nn.ModuleDict({str(layer): classifier for layer, classifier in exits.items()})
+    classifiers.by_kind[kind] = nn.ModuleDict({str(layer): classifier for layer, classifier in exits.items()})
     if adapters is not None:
         classifiers.adapters = adapters
     return Engine(backbone, classifiers.eval())

@@ -274,6 +274,8 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     if not parsed.get("exits_check", True) and "exits" not in parsed:
         raise UserError("exits_check=false has no effect without exits=: exits are looked up by the weights they fit")
     _check_threshold_source(parsed)
+    if passed_on.get("tp_plan") is not None and "target_latency_ms" in parsed:
+        raise UserError("tp_plan and target_latency_ms exclude each other: processes would measure different times")
     check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
     _check_rows_in_flight(parsed, passed_on.get("batch_size", 1))
     if parsed.get("preset") == "paper":

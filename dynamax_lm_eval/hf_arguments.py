@@ -27,6 +27,7 @@ QUANTIZATION_ARGUMENTS = frozenset(
 FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
     {
         "cache_dir",
+        "device_map",
         "force_download",
         "local_files_only",
         "low_cpu_mem_usage",
@@ -40,14 +41,6 @@ FROM_PRETRAINED_ARGUMENTS = QUANTIZATION_ARGUMENTS | frozenset(
 REFUSED_ARGUMENTS = {
     "certificate": "write threshold=FILE, or threshold=calibrated",
     "attn_implementation": "dynamax runs its own attention over ragged batches; remove attn_implementation",
-    "device_map": "the blocks of a dynamax backbone must be on one device; remove device_map",
-    "max_cpu_memory": "it only acts on blocks spread over devices, and these are on one device; remove max_cpu_memory",
-    "max_memory_per_gpu": (
-        "it only acts on blocks spread over devices, and these are on one device; remove max_memory_per_gpu"
-    ),
-    "offload_folder": "it only acts on blocks spread over devices, and these are on one device; remove offload_folder",
-    "parallelize": "the blocks of a dynamax backbone must be on one device; remove parallelize",
-    "tp_plan": "tensor parallelism is not supported by dynamax; remove tp_plan",
     "torch_dtype": "it was renamed in transformers 5; write dtype= instead",
 }
 
@@ -77,6 +70,7 @@ def check(args: Mapping[str, Any], harness_arguments: Collection[str], own: Coll
         if passed_on.get(name) is not None:
             passed_on[name] = parse(name, passed_on[name])
     _check_combinations(passed_on)
+    _spread(passed_on)
     return passed_on
 
 
@@ -96,10 +90,66 @@ def _check_combinations(args: Mapping[str, Any]) -> None:
     for first, second in (("peft", "delta"), ("autogptq", "gptqmodel")):
         if args.get(first) and args.get(second):
             raise UserError(f"{first} and {second} exclude each other; give one")
+    if args.get("tp_plan") is not None:
+        _check_tensor_parallel(args)
     if args.get("enable_thinking") and args.get("think_end_token") is None:
         raise UserError("enable_thinking=true needs think_end_token=, the token after which the answer begins; add it")
     if not isinstance(device := args.get("device", "cuda"), str):
         raise UserError(f"device must be a name such as cpu or cuda:0, got {device!r}")
+
+
+def _check_tensor_parallel(args: Mapping[str, Any]) -> None:
+    """What would set the processes apart that compute together, or that no plan of transformers covers."""
+    others = [name for name in ("parallelize", "device_map", "peft", "delta", "gguf_file") if args.get(name)]
+    if others:
+        raise UserError(f"tp_plan and {others[0]} exclude each other; remove one of them")
+    if str(args.get("batch_size", 1)).startswith("auto"):
+        raise UserError("tp_plan needs batch_size=N: with auto, its processes might choose different numbers")
+
+
+def _tp_plan(name: str, value: Any) -> str | Mapping[str, Any]:
+    if (isinstance(value, str) and value == "auto") or (isinstance(value, Mapping) and value):
+        return value
+    raise UserError(f"{name} must be auto, or from Python a mapping of modules to styles, got {value!r}")
+
+
+def _spread(args: dict[str, Any]) -> None:
+    """Decides whether the model is spread over devices; ``HFLM`` drops a device_map without parallelize silently.
+
+    Raises:
+        UserError: an argument acts on models only that are spread, and this one is not.
+    """
+    if args.get("device_map") is not None:
+        if args.get("parallelize") is False:
+            raise UserError("device_map spreads the model, and parallelize=false forbids it; remove one of them")
+        args["parallelize"] = True
+    if args.get("parallelize"):
+        return
+    for name in ("max_memory_per_gpu", "max_cpu_memory", "offload_folder"):
+        if args.get(name) is not None:
+            raise UserError(f"{name} only acts on a model that is spread over devices; add parallelize=True")
+
+
+def _memory(name: str, value: Any) -> int | str:
+    """Bytes, or a number with a unit as accelerate knows it."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        if value.isdecimal() and int(value):
+            return int(value)
+        unit = next((unit for unit in _MEMORY_UNITS if value.upper().endswith(unit)), None)
+        if unit is not None and value[: -len(unit)].strip().replace(".", "", 1).isdecimal():
+            return value
+    raise UserError(f"{name} must be a number of bytes or a size such as 10GiB or 500MB, got {value!r}")
+
+
+def _device_map(name: str, value: Any) -> str | Mapping[str, Any]:
+    if isinstance(value, Mapping) or (isinstance(value, str) and value):
+        return value
+    raise UserError(
+        f"{name} must be auto, balanced, balanced_low_0, sequential, a device, or a mapping of modules to devices, "
+        f"got {value!r}"
+    )
 
 
 def _whole(least: int) -> Callable[[str, Any], int]:
@@ -146,6 +196,9 @@ def _location(name: str, value: Any) -> str:
 #: dtypes of weights and of a softmax, by the names that torch has for them.
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
 
+#: Units of memory that accelerate knows.
+_MEMORY_UNITS = ("GIB", "MIB", "KIB", "GB", "MB", "KB")
+
 #: How arguments of ``HFLM`` that it takes as they come are checked; None is left to it.
 _PARSERS: dict[str, Any] = {
     "backend": values.choice(Backend),
@@ -155,9 +208,13 @@ _PARSERS: dict[str, Any] = {
     "think_end_token": _think_end_token,
     "chat_template_args": _mapping,
     **dict.fromkeys(("dtype", "softmax_dtype", "mixed_precision_dtype"), _dtype),
-    **dict.fromkeys(("subfolder", "peft", "delta", "gguf_file"), _location),
+    "device_map": _device_map,
+    "tp_plan": _tp_plan,
+    **dict.fromkeys(("max_memory_per_gpu", "max_cpu_memory"), _memory),
+    **dict.fromkeys(("subfolder", "peft", "delta", "gguf_file", "offload_folder"), _location),
     **dict.fromkeys(
-        ("truncation", "logits_cache", "trust_remote_code", "use_fast_tokenizer", "gptqmodel"), values.flag
+        ("truncation", "logits_cache", "trust_remote_code", "use_fast_tokenizer", "gptqmodel", "parallelize"),
+        values.flag,
     ),
     **dict.fromkeys(("add_bos_token", "enable_thinking"), values.flag),
 }

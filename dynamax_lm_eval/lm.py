@@ -31,7 +31,7 @@ from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import ResponseLedger
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.harness.responder import Answer, Answers, Responder
-from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models import aliases, devices, loading
 from dynamax_lm_eval.models.fingerprint import weights_fingerprint
 from dynamax_lm_eval.models.identity import tokenizer_fingerprint
 from dynamax_lm_eval.models.source import ModelSource
@@ -63,6 +63,8 @@ class DynamaxLM(HFLM):
         draft = None
         if model is None:
             draft = engine_without_weights(source.structure, source.longest_row, kernels)
+        if source.is_tensor_parallel:
+            devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
         if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
             source.read_fingerprints()
@@ -93,12 +95,12 @@ class DynamaxLM(HFLM):
         if self.exits is not None:
             known = source.fingerprints_of(self.model)  # the weights may not have been on this machine before
             self.exits.check_fingerprint(known.current, self.args.exits_check, known.former)
-            classifiers, self.exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
-            classifiers.narrow(self.model.dtype)
+            classifiers, self.exits_fingerprint = self.exits.load(), self.exits.fingerprint()
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
-        if self.exits is not None:
+        if self.exits is not None and classifiers is not None:
+            classifiers.narrow(self.model.dtype)
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
         source.check_token_ids(self.engine.backbone.num_embeddings)
         self.response_ledger = ResponseLedger()
@@ -254,6 +256,10 @@ class DynamaxLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
             self.budget.check_no_cache()
+            if self._source.is_tensor_parallel:
+                raise UserError(
+                    "--use_cache and tp_plan exclude each other: each process would go on from what it has answered"
+                )
             self.response_ledger.use_database(cache_hook.dbdict, self.identity())
         else:
             self.response_ledger.leave_database()

@@ -79,7 +79,7 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
             {"attn_implementation": "flash_attention_2"},
             "attn_implementation='flash_attention_2' cannot be honoured",
         ),
-        ({"parallelize": True}, "parallelize=True cannot be honoured"),
+        ({"parallelize": "perhaps"}, "parallelize must be true or false"),
         ({"torch_dtype": "float16"}, "write dtype= instead"),
         ({"backend": "seq2seq"}, "needs a decoder-only"),
         ({"pretrained": "y"}, "name different models"),
@@ -98,7 +98,7 @@ def test_refused(args: dict[str, Any], message: str) -> None:
 def test_pretrained_is_another_spelling_of_backbone() -> None:
     own, passed_on = parse_model_args({"pretrained": "gpt2", "dtype": "float16", "parallelize": False}, HARNESS)
     assert own.backbone == "gpt2"
-    assert passed_on == {"dtype": "float16"}
+    assert passed_on == {"dtype": "float16", "parallelize": False}
     with pytest.raises(UserError, match="backbone must be"):
         parse_model_args({"threshold": 0.5}, HARNESS)
 

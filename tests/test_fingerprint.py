@@ -217,7 +217,7 @@ def test_buffers_that_are_saved_decide_answers_too() -> None:
 
 
 def test_weights_that_are_not_in_memory_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'lm_head\.weight' are not in memory"):
+    with pytest.raises(UserError, match=r"'lm_head\.weight' are neither in memory nor offloaded"):
         weights_fingerprint(copy.deepcopy(tiny_model("llama")).to("meta"))
 
 

@@ -42,6 +42,7 @@ HONOURED: dict[str, list[tuple[Any, float]]] = {
     "think_end_token": [("e", 1e-4), (40, 1e-4), ("40", 1e-4)],
     "enable_thinking": [(False, 1e-4)],
     "chat_template_args": [({"x": 1}, 1e-4)],
+    "parallelize": [(False, 1e-4), (True, 1e-4), ("true", 1e-4)],
 }
 #: Values that are refused: before weights load, in one line that names the parameter (or the package it needs).
 REFUSED: dict[str, list[Any]] = {
@@ -64,10 +65,10 @@ REFUSED: dict[str, list[Any]] = {
     "think_end_token": [97, "97", -1, 2.5, True],
     "enable_thinking": ["perhaps", True],
     "chat_template_args": ["x", 3],
-    "parallelize": [True, "true", 1],
-    "max_memory_per_gpu": ["10GiB", 0],
+    "parallelize": ["perhaps", 1],
+    "max_memory_per_gpu": ["10GiB", 0],  # they need parallelize, see test_devices
     "max_cpu_memory": ["10GiB", 1],
-    "offload_folder": ["./offload", "x"],
+    "offload_folder": ["./offload", 3],
     "tp_plan": ["auto", {}],
     "peft": [3, "/nowhere"],
     "delta": [3],

@@ -17,9 +17,10 @@ from helpers import TASKS, launcher
 SAMPLES = json.dumps({"tiny_generate": [1, 2, 4, 6, 7], "tiny_choice": [0, 3, 5], "tiny_rolling": [0, 1, 2, 3, 6]})
 
 
-def run(folder: Path, output: Path, processes: int, *extra: str) -> dict[str, Any]:
+def run(folder: Path, output: Path, processes: int, model_args: str = "") -> dict[str, Any]:
     """Runs the command as a user would."""
-    command = ["-m", "dynamax_lm_eval", "run", "--model_args", f"backbone={folder},threshold=0.1,exit_layers=[2,4]"]
+    given = f"backbone={folder},threshold=0.1,exit_layers=[2,4]{model_args}"
+    command = ["-m", "dynamax_lm_eval", "run", "--model_args", given]
     command += [
         "--tasks",
         "tiny_group,tiny_rolling",
@@ -30,7 +31,7 @@ def run(folder: Path, output: Path, processes: int, *extra: str) -> dict[str, An
         "--batch_size",
         "2",
     ]
-    command += ["--output_path", str(output), "--log_samples", "--device", "cpu", *extra]
+    command += ["--output_path", str(output), "--log_samples", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     if processes > 1:
         command = [*launcher(processes), *command]
@@ -65,8 +66,10 @@ def assert_same_metrics(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(model_folder: Path, tmp_path: Path) -> None:
-    one, two = run(model_folder, tmp_path / "one", 1), run(model_folder, tmp_path / "two", 2)
+@pytest.mark.parametrize("model_args", ["", ",tp_plan=auto"], ids=["by documents", "by heads"])
+def test_two_processes_equal_one(model_args: str, model_folder: Path, tmp_path: Path) -> None:
+    """Each has half of the documents, or all of them and half of every block, and one writes."""
+    one, two = run(model_folder, tmp_path / "one", 1), run(model_folder, tmp_path / "two", 2, model_args)
     assert list(two["results"]) == list(one["results"])
     for task, metrics in one["results"].items():
         assert_same_metrics(two["results"][task], metrics)

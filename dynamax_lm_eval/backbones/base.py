@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.placement import Place, moved
 from dynamax_lm_eval.types import StateMode
 
 IntArray = npt.NDArray[np.int64]
@@ -148,22 +149,30 @@ class ForwardPass(ABC):
     defer the states of tokens that left until a later token of their row needs them.
     """
 
+    _backbone: Backbone
+
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """Returns the hidden states (1, N, D) of the batch's token ids (N,); called once, before any block."""
 
-    @abstractmethod
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         """Runs one block on the tokens in flight, after giving it the states of those that have left.
 
         Args:
             block: 1-based.
             tokens: (n,) indices into the flat batch, rising; may be empty.
-            hidden: (1, n, D) their hidden states.
+            hidden: (1, n, D) their hidden states, on any device.
 
         Returns:
-            (1, n, D)
+            (1, n, D) on the block's device.
         """
+        place = self._backbone.places[block - 1]
+        with place.weights():
+            return self._run_block(block, tokens, moved(hidden, place.device))
+
+    @abstractmethod
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        """Runs a block whose weights are on the device of ``hidden``; see :meth:`run_block`."""
 
     @abstractmethod
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
@@ -199,7 +208,12 @@ class Backbone(ABC):
     vocab_size: int
     num_embeddings: int
     cost: BackboneCost
+    #: Where the embeddings are, and where token ids go.
     device: torch.device
+    #: Where each block computes; its states are there too.
+    places: Sequence[Place]
+    #: Where the LM head is, and where logits are.
+    output_device: torch.device
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UserError where there are token ids without an embedding."""

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import Backbone
+from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.models.blocks import find_blocks
+from dynamax_lm_eval.models.placement import Place, execution_device, moved
 
 
 class ModelBackbone(Backbone):
@@ -34,7 +36,15 @@ class ModelBackbone(Backbone):
         self._lm_head: Any = self.model.get_output_embeddings()
         # Not the configuration's: added tokens may have resized the head.
         self.vocab_size = int(getattr(self._lm_head, "out_features", self.config.vocab_size))
-        self.device = next(self._layers[0].parameters()).device
+        self.device = execution_device(self._embeddings)
+        self.places = [Place(layer) for layer in self._layers]
+        self.head_place = Place(self._lm_head if isinstance(self._lm_head, nn.Module) else self._layers[-1])
+        self.output_device = self.head_place.device
+
+    def by_head(self, normed: Tensor) -> Tensor:
+        """Returns the logits (T, V) of normalised hidden states (T, D), by the LM head."""
+        with self.head_place.weights():
+            return linear(self._lm_head, moved(normed, self.output_device)).contiguous()
 
 
 class DecoderBackbone(ModelBackbone):

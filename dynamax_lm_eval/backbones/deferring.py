@@ -5,50 +5,72 @@ N tokens of a flat batch, m of them deferred, R rows, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import BoolArray, ForwardPass, IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, together_on_device
 from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
+from dynamax_lm_eval.models.placement import moved
 
 
 @dataclass(frozen=True)
 class PendingTokens:
     """The deferred tokens whose states the blocks up to the next exit need.
 
-    Valid while the same tokens are in flight, no further exit has been passed, and nothing more is deferred.
+    Valid while the same tokens are in flight, no further exit has been passed, and nothing more is deferred, for blocks
+    on one device.
     """
 
     in_flight: IntArray
     passed: int  # exits
     version: int  # of the deferred tokens
+    device: torch.device
     tokens: IntArray  # (m,) among those deferred
     rows: IntArray  # (m,) their rows in the pass
     positions: IntArray  # (m,)
     hidden: Tensor | None  # (1, m, D) at their exits; None: there are none
+    places: Sequence[Tensor]  # those of ``DeferringPass._places_of``
+    arguments: Any
+
+    @property
+    def kv_slots(self) -> Tensor:
+        """The cache slots (m,) of a backbone that attends."""
+        return self.places[0]
 
 
 class DeferringPass(ForwardPass):
     """One pass of a flat batch, some of whose tokens leave their states for later."""
 
-    def __init__(
-        self, layout: RowLayout, deferred: DeferredKV, num_layers: int, device: torch.device, materialize_all: bool
-    ) -> None:
+    def __init__(self, backbone: Backbone, layout: RowLayout, deferred: DeferredKV, materialize_all: bool) -> None:
+        self._backbone = backbone
         self._layout = layout
         self._deferred = deferred
-        self._num_layers = num_layers
-        self._device = device
         self._materialize_all = materialize_all
         self._slots = np.asarray(layout.slots, dtype=np.int64)
+        self._ids: Tensor | None = None
         self._pending: PendingTokens | None = None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        self._ids = ids
+        return self._backbone.embed(ids)
 
     @property
     def has_pending_states(self) -> bool:
         return self._materialize_all and len(self._deferred) > 0
+
+    def _places_of(self, tokens: IntArray) -> Sequence[IntArray]:
+        """Returns what else has to be on the device of those of the deferred tokens that are numbered (m,)."""
+        return ()
+
+    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> Any:
+        """Returns what blocks are called with for those of the deferred tokens that are numbered ``tokens`` (m,)."""
+        return None
 
     @cached_property
     def _last_given(self) -> IntArray:
@@ -58,61 +80,71 @@ class DeferringPass(ForwardPass):
         last: IntArray = is_given.shape[1] - 1 - is_given[:, ::-1].argmax(axis=1)
         return last
 
-    def _defer(self, tokens: IntArray, ids: Tensor, hidden: Tensor, layer: int) -> None:
-        """Defers the states of those of tokens (t,), ids (N,), hidden (1, t, D), whose rows recompute them."""
+    def _defer(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        """Defers the states of those of tokens (t,), hidden states (1, t, D), whose rows recompute them."""
         rows = self._layout.row_of[tokens]
         modes = np.asarray(self._layout.state_modes)[rows]
-        chosen = np.flatnonzero((modes == "recompute") & (self._last_given[rows] > layer))
-        if len(chosen) == 0:
+        deferred = np.flatnonzero((modes == "recompute") & (self._last_given[rows] > layer))
+        if len(deferred) == 0:
             return
-        exit_hidden = hidden[0]
-        if len(chosen) < len(tokens):
-            exit_hidden = exit_hidden.index_select(0, on_device(chosen, self._device))
-        own = tokens[chosen]
-        self._deferred.add(
-            self._slots[rows[chosen]],
-            self._layout.positions[own],
-            ids.index_select(0, on_device(own, self._device)),
-            exit_hidden,
-            layer,
-        )
+        assert self._ids is not None, "tokens were embedded"
+        own, exit_hidden = tokens[deferred], hidden[0]
+        chosen, of_batch = together_on_device([deferred, own], hidden.device)
+        if len(deferred) < len(tokens):
+            exit_hidden = exit_hidden.index_select(0, chosen)
+        ids = self._ids.index_select(0, moved(of_batch, self._ids.device))
+        self._deferred.add(self._slots[rows[deferred]], self._layout.positions[own], ids, exit_hidden, layer)
 
-    def _pending_at(self, block: int, in_flight: IntArray) -> PendingTokens | None:
-        """Returns the deferred tokens that ``block`` has no states of, of the rows in flight; None: there are none."""
-        if len(self._deferred) == 0:
+    def _take_pending(
+        self, block: int, in_flight: IntArray, device: torch.device
+    ) -> tuple[PendingTokens, IntArray | None] | None:
+        """Returns the deferred tokens of the rows in flight whose states a block is given now, None without any.
+
+        With them come the indices of those that are meant; None for all. From now on their states count as given.
+        """
+        deferred = self._deferred
+        if len(deferred) == 0:
             return None
         pending, passed = self._pending, sum(layer < block for layer in self._layout.exit_layers)
         if (
             pending is None
             or pending.in_flight is not in_flight
-            or (pending.passed, pending.version) != (passed, self._deferred.version)
+            or (pending.passed, pending.version, pending.device) != (passed, deferred.version, device)
         ):
-            pending = self._pending = self._find_pending(block, in_flight, passed)
-        return None if pending.hidden is None else pending
-
-    def _note_given(self, block: int, pending: PendingTokens, given: BoolArray) -> None:
-        """Notes that ``block`` now has the states of those of the pending tokens for which ``given`` (m,) is true."""
+            pending = self._pending = self._find_pending(block, in_flight, passed, device)
+        if pending.hidden is None:
+            return None
+        given = self._layout.is_given_states(block, pending.rows)
+        if not given.any():
+            return None
         is_complete = given & (self._last_given[pending.rows] == block)
-        self._deferred.done[pending.tokens[given]] = block
+        deferred.done[pending.tokens[given]] = block
         if is_complete.any():
-            self._deferred.done[pending.tokens[is_complete]] = self._num_layers
-            self._deferred.drop_complete(self._num_layers)
+            deferred.done[pending.tokens[is_complete]] = self._backbone.num_layers
+            deferred.drop_complete(self._backbone.num_layers)
+        return pending, None if given.all() else np.flatnonzero(given)
 
-    def _find_pending(self, block: int, in_flight: IntArray, passed: int) -> PendingTokens:
+    def _find_pending(self, block: int, in_flight: IntArray, passed: int, device: torch.device) -> PendingTokens:
+        """Returns the deferred tokens that ``block`` has no states of: those of the rows in flight, or of all rows."""
         deferred = self._deferred
         rows = np.arange(len(self._slots)) if self._materialize_all else np.unique(self._layout.row_of[in_flight])
         row_at = {int(self._slots[row]): int(row) for row in rows}
         row_of = np.asarray([row_at.get(slot, -1) for slot in deferred.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
-        hidden = None
+        hidden, arguments, places = None, None, list[Tensor]()
         if len(tokens) and deferred.hidden is not None:
-            hidden = deferred.hidden.index_select(0, on_device(tokens, self._device)).unsqueeze(0)
+            chosen, *places = together_on_device([tokens, *self._places_of(tokens)], device)
+            hidden = moved(deferred.hidden, device).index_select(0, chosen).unsqueeze(0)
+            arguments = self._arguments_of_deferred(tokens, hidden)
         return PendingTokens(
             in_flight=in_flight,
             passed=passed,
             version=deferred.version,
+            device=device,
             tokens=tokens,
             rows=row_of[tokens],
             positions=deferred.positions[tokens],
             hidden=hidden,
+            places=places,
+            arguments=arguments,
         )

@@ -9,13 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamax_lm_eval.models.placement import is_only_placed
+
 #: Numbers of tokens for which W x^T was faster than x W^T on a CPU, in float32 and in bfloat16: up to twice.
 _FEW = range(4, 97)
 
 
 def is_changed(attributes: Mapping[str, Any]) -> bool:
-    """Returns whether somebody has hooked or replaced the forward of a module with these attributes, its ``vars``."""
-    return bool("forward" in attributes or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"])
+    """Returns whether somebody has hooked or replaced the forward of a module with these attributes, its ``vars``.
+
+    What only places modules on devices changes nothing: passes bring tensors and weights there by themselves.
+    """
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+        return True
+    return "forward" in attributes and not is_only_placed(attributes)
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel
 from dynamax_lm_eval.backbones.replay.probing import LENGTHS
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.placement import moved
 from dynamax_lm_eval.types import StateMode
 
 
@@ -71,7 +72,8 @@ class WholeRowBackbone(ModelBackbone):
         return self.hidden_shape.flat(self.replay.capture(ids, None, None)[0].hidden)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        return self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden)).contiguous()
+        logits = self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden))
+        return moved(logits.contiguous(), self.output_device)
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode != "recompute" and exit_layers:
@@ -111,6 +113,8 @@ class WholeRowStates(KeptInRows):
 class WholeRowPass(ForwardPass):
     """One pass of a flat batch, row by row."""
 
+    _backbone: WholeRowBackbone
+
     def __init__(self, backbone: WholeRowBackbone, states: WholeRowStates, layout: RowLayout) -> None:
         self._backbone = backbone
         self._states = states
@@ -138,8 +142,8 @@ class WholeRowPass(ForwardPass):
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         self._left = self._left.joined(tokens, hidden, self._layout)
 
-    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        left, layout = self._left.at(block, self._layout), self._layout
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        left, layout = self._left.at(block, self._layout).on(hidden.device), self._layout
         given = np.concatenate([tokens, left.tokens])
         values = hidden[0] if left.hidden is None else torch.cat([hidden[0], left.hidden[0]])
         outputs = []

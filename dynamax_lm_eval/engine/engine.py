@@ -101,6 +101,8 @@ class Engine:
         """
         self.backbone = backbone
         self.classifiers = classifiers
+        if classifiers is not None:
+            classifiers.place([place.device for place in backbone.places])
         self._autocast_dtype = autocast_dtype
         #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
@@ -112,7 +114,7 @@ class Engine:
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> RowStates:
         """Makes states of the backbone, as :meth:`Backbone.new_states` does, and of the classifiers."""
-        classifiers = ClassifierStates(self.classifiers, self.backbone.device)
+        classifiers = ClassifierStates(self.classifiers)
         return RowStates(self.backbone.new_states(capacity, prefix_capacity, row_stride), classifiers)
 
     def check_policy(self, policy: ExitPolicy) -> None:

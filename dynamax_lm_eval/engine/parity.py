@@ -150,13 +150,13 @@ class Expected:
         """
         name, generator = type(model).__name__, torch.Generator().manual_seed(0)
         known = min(backbone.vocab_size, backbone.num_embeddings)
-        for length in dict.fromkeys((_length(model, max_length), _SHORT)):
+        for length in dict.fromkeys((_length(model, backbone.device, max_length), _SHORT)):
             texts = [torch.randint(0, known, (n,), generator=generator) for n in (length, _LENGTH_OF_SECOND)]
-            whole, second = (_logits_of(model, text) for text in texts)
+            whole, second = (_logits_of(model, text, backbone.device) for text in texts)
             if not (whole.isfinite().all() and second.isfinite().all()):
                 raise UserError(f"{name} computes logits that are not finite; use another dtype, or check the weights")
             cut = length - _LENGTH_OF_SECOND
-            if is_close(_logits_of(model, texts[0][:cut]), whole[:cut]):
+            if is_close(_logits_of(model, texts[0][:cut], backbone.device), whole[:cut]):
                 return cls((texts[0].tolist(), texts[1].tolist()), torch.cat([whole, second]))
             # Ties in what is looked up (sparse attention) may be broken otherwise in a longer text.
             logger.debug("%s: its logits at the first of %d tokens change with the others", name, length)
@@ -166,18 +166,18 @@ class Expected:
         )
 
 
-def _logits_of(model: Any, text: Tensor) -> Tensor:
+def _logits_of(model: Any, text: Tensor, device: torch.device) -> Tensor:
     """Returns the logits (T, V) of a text by the model's own forward."""
-    logits: Tensor = model(text.unsqueeze(0).to(model.device), use_cache=False).logits[0]
+    logits: Tensor = model(text.unsqueeze(0).to(device), use_cache=False).logits[0]
     return logits
 
 
-def _length(model: Any, max_length: int | None) -> int:
+def _length(model: Any, device: torch.device, max_length: int | None) -> int:
     """Returns how long the first text is: longer than whatever limits what a token sees, where that is cheap."""
     config = model.config.get_text_config()
     limits = [value for name in _LIMITS if isinstance(value := getattr(config, name, None), int) and value > 0]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    affordable = _AFFORDABLE[model.device.type == "cpu"] // max(parameters, 1)
+    affordable = _AFFORDABLE[device.type == "cpu"] // max(parameters, 1)
     affordable = min(affordable, _MOST_LOGITS // int(getattr(config, "vocab_size", 1)))
     if max_length:
         affordable = min(affordable, max_length)

@@ -55,7 +55,8 @@ def score(
             for i, slot, shared_prefix in zip(members, slots, shared_prefixes, strict=True)
         ]
         batch = FlatBatch.build(inputs)
-        collector = _TargetScores(batch, [requests[i].targets for i in members], engine.backbone.device, softmax_dtype)
+        targets, device = [requests[i].targets for i in members], engine.backbone.output_device
+        collector = _TargetScores(batch, targets, device, softmax_dtype)
         with naming_request(members):
             layers = engine.forward(batch, states, collector)
         results = zip(members, slots, shared_prefixes, collector.by_row(), batch.by_row(layers), strict=True)

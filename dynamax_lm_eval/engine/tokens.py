@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
+from dynamax_lm_eval.models.placement import moved
 
 
 class WaitingTokens:
@@ -34,7 +35,8 @@ class WaitingTokens:
             return self._tokens[0], self._hidden[0]
         tokens = np.concatenate(self._tokens)
         order = np.argsort(tokens)
-        hidden = torch.cat(self._hidden, dim=1)
+        device = self._hidden[-1].device  # exits may be on several
+        hidden = torch.cat([moved(part, device) for part in self._hidden], dim=1)
         return tokens[order], hidden.index_select(1, on_device(order, hidden.device))
 
 

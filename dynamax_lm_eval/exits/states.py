@@ -20,9 +20,8 @@ from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 class ClassifierStates:
     """A table of states for each classifier that has run, with one line per allocated row."""
 
-    def __init__(self, classifiers: ExitClassifiers | None, device: torch.device) -> None:
+    def __init__(self, classifiers: ExitClassifiers | None) -> None:
         self._classifiers = classifiers
-        self._device = device
         self._line_of: dict[int, int] = {}  # slot -> line
         self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
         self._free: list[int] = []
@@ -87,24 +86,24 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            lines, rows = self._lines_and_rows(slots)
-            table = self._table(kind, layer)
+            lines, rows = self._lines_and_rows(slots, hidden.device)
+            table = self._table(kind, layer, hidden.device)
             logits, after = classifier(hidden, rows, table.read(lines))
             assert after is not None
             table.write(lines, after)
             return logits
 
-    def _lines_and_rows(self, slots: IntArray) -> tuple[slice | Tensor, RaggedRows]:
-        """Returns the lines of the rows whose tokens these are, and where the rows begin and end."""
-        if self._last is None or not np.array_equal(self._last[0], slots):
+    def _lines_and_rows(self, slots: IntArray, device: torch.device) -> tuple[slice | Tensor, RaggedRows]:
+        """Returns the lines of the rows whose tokens these are, and where the rows begin and end, on ``device``."""
+        if self._last is None or self._last[2].device != device or not np.array_equal(self._last[0], slots):
             starts = np.flatnonzero(np.diff(slots, prepend=-1))
             numbers = np.asarray([self._line_of[slot] for slot in slots[starts].tolist()], dtype=np.int64)
             lengths = np.diff(starts, append=len(slots))
-            self._last = slots, lines_of(numbers, self._device), RaggedRows(lengths.tolist(), self._device)
+            self._last = slots, lines_of(numbers, device), RaggedRows(lengths.tolist(), device)
         return self._last[1:]
 
-    def _table(self, kind: str, layer: int) -> StateTable:
-        """Returns the table of a classifier, with a line for every allocated row."""
+    def _table(self, kind: str, layer: int, device: torch.device) -> StateTable:
+        """Returns the table of a classifier, which is on ``device``, with a line for every allocated row."""
         assert self._classifiers is not None
         if (kind, layer) not in self._tables:
             classifier = self._classifiers.at(kind, layer)
@@ -114,7 +113,7 @@ class ClassifierStates:
                 assert state is not None, "only recurrent classifiers have tables"
                 return state
 
-            self._tables[kind, layer] = StateTable(make, self._device)
+            self._tables[kind, layer] = StateTable(make, device)
         table = self._tables[kind, layer]
         table.reserve(self._num_lines)
         return table

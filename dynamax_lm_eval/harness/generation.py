@@ -90,19 +90,21 @@ _OF_GENERATE = frozenset(inspect.signature(GenerationMixin.generate).parameters)
 class GenerationSettings:
     """One set of generation arguments, merged with the model's generation_config as ``generate`` does."""
 
-    def __init__(self, model: Any, kwargs: Mapping[str, Any], pad_token_id: int | None) -> None:
+    def __init__(self, model: Any, kwargs: Mapping[str, Any], pad_token_id: int | None, device: torch.device) -> None:
         """Merges the arguments, and refuses what cannot be honoured.
 
         Args:
             model: the transformers model.
             kwargs: what ``--model hf`` would pass to ``generate`` besides inputs, lengths and stops.
             pad_token_id: the tokenizer's.
+            device: where logits are.
 
         Raises:
             UserError: an argument, or a setting of the model's generation_config, is unknown or cannot be honoured.
         """
         kwargs = _known_arguments(kwargs)
         self._model = model
+        self._device = device
         self._arguments = kwargs
         try:
             config, _ = model._prepare_generation_config(
@@ -113,7 +115,7 @@ class GenerationSettings:
         _check_merged(config, kwargs)
         self.config: GenerationConfig = config
         try:
-            model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device, batch_size=1)
+            model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=device, batch_size=1)
         except (RuntimeError, TypeError, ValueError) as error:
             raise self._not_valid(error) from error
         eos = config._eos_token_tensor
@@ -135,7 +137,7 @@ class GenerationSettings:
         """
         config = copy.copy(self.config)
         config.max_length = max_length
-        ids = torch.tensor([list(prompt)], device=self._model.device)
+        ids = torch.tensor([list(prompt)], device=self._device)
         try:
             config = self._model._prepare_generated_length(
                 generation_config=config,

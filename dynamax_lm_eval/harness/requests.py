@@ -39,7 +39,8 @@ class PreparedArguments:
         """Returns the settings that ``generate`` would follow, and what tells that a generation is over."""
         key = json.dumps([kwargs, stops], sort_keys=True, default=repr)
         if key not in self._prepared:
-            settings = GenerationSettings(self._lm.model, kwargs, self._lm.tokenizer.pad_token_id)
+            device = self._lm.engine.backbone.output_device
+            settings = GenerationSettings(self._lm.model, kwargs, self._lm.tokenizer.pad_token_id, device)
             self._prepared[key] = settings, StopStrings(self._lm.tokenizer, stops, settings.eos_ids)
         return self._prepared[key]
 

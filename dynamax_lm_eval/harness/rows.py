@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,9 +57,12 @@ def rows_in_flight(lm: Any, policies: Iterable[ExitPolicy], batch: int, longest:
 
 
 def _rows_in_memory(lm: Any, longest: int) -> int:
+    """Returns how many rows of ``longest`` tokens the device holds that has the least memory for its blocks' states."""
     backbone = lm.engine.backbone
     per_row = backbone.row_bytes(longest) * (1 + ROOM_SHARE if lm.args.prefix_caching else 1)
-    return int(_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
+    blocks = Counter(place.device for place in backbone.places)
+    per_device = [_free_memory(device) / (per_row * count / backbone.num_layers) for device, count in blocks.items()]
+    return int(_MEMORY_SHARE * min(per_device))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ before weights load and whatever dtype they load in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor, nn
 
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models import placement
 from dynamax_lm_eval.models.fingerprint_cache import FingerprintFile
 from dynamax_lm_eval.models.weight_files import (
     dequantised,
@@ -71,13 +72,21 @@ def weights_fingerprint(model: nn.Module) -> str:
     Raises:
         UserError: some are not in memory.
     """
-    return tensors_fingerprint(item for item in model.state_dict().items() if isinstance(item[1], Tensor))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    return _of_tensors(tensors, lambda name: placement.in_memory(model, name, tensors[name]))
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Returns a hash over names, shapes, types and every bit of named tensors."""
+    named = dict(tensors)
+    return _of_tensors(named, named.__getitem__)
+
+
+def _of_tensors(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """Returns :func:`tensors_fingerprint` of tensors that are read one after the other, since all may not fit."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name in sorted(names):
+        tensor = read(name)
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{_hash(name, tensor)}\n".encode())
     return digest.hexdigest()
 
@@ -100,8 +109,12 @@ def model_fingerprints(model: nn.Module) -> Fingerprints:
         UserError: some weights are not in memory.
     """
     names = _names(model)
-    described = {names[name]: _described(name, parameter) for name, parameter in model.named_parameters()}
-    return Fingerprints(_combined(described), (_sampled(model.named_parameters()),))
+    described, samples = {}, []
+    for name, parameter in model.named_parameters():
+        tensor = placement.in_memory(model, name, parameter)
+        described[names[name]] = _described(name, tensor)
+        samples.append((name, _samples(name, tensor)))
+    return Fingerprints(_combined(described), (_sampled(samples),))
 
 
 def files_fingerprints(source: str, options: Mapping[str, Any]) -> Fingerprints | None:
@@ -170,8 +183,8 @@ def _hash(name: str, tensor: Tensor, rounded: bool = False) -> str:
     """Returns a hash of all values of a tensor; ``rounded``: of floating point numbers, their bfloat16 rounding."""
     if tensor.device.type == "meta":
         raise UserError(
-            f"the weights {name!r} are not in memory (offloaded), so it cannot be told which they are; load the model "
-            "without offloading"
+            f"the weights {name!r} are neither in memory nor offloaded by accelerate, so it cannot be told which they "
+            "are; load the model whole"
         )
     digest = xxhash.xxh3_128()
     flat = tensor.detach().reshape(-1)
@@ -215,11 +228,12 @@ def _of_files(folder: Path, files: Collection[Path], options: Mapping[str, Any])
             if described.setdefault(parameter, text) != text:
                 return None
     if all(file.suffix == ".safetensors" for file in files):
-        former = [_sampled(named_tensors(files))]
+        former = [_sampled((name, _samples(name, tensor)) for name, tensor in named_tensors(files))]
     else:
         named = {names[name]: tensor for name, tensor in named_tensors(files) if name in names}
         others = sorted(file for pattern in _OTHER_FILES for file in folder.glob(pattern))
-        former = [_sampled(named.items()), _sampled_bytes(others)]
+        samples = [(name, _samples(name, tensor)) for name, tensor in named.items()]
+        former = [_sampled(samples), _sampled_bytes(others)]
     return Fingerprints(_combined(described), tuple(former))
 
 
@@ -265,15 +279,17 @@ def _names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Returns format 1 of named tensors: 64 to 127 evenly spaced values of each, rounded to bfloat16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}|{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
-        samples = flat[:: max(1, len(flat) // _SAMPLES)].cpu().to(torch.bfloat16).contiguous()
-        digest.update(samples.view(torch.uint8).numpy().tobytes() if len(flat) else b"")
-    return digest.hexdigest()
+def _sampled(samples: Iterable[tuple[str, bytes]]) -> str:
+    """Returns format 1 of named tensors' samples."""
+    return hashlib.sha256(b"".join(part for _, part in sorted(samples))).hexdigest()
+
+
+def _samples(name: str, tensor: Tensor) -> bytes:
+    """Returns what format 1 sees of a tensor: 64 to 127 evenly spaced values, rounded to bfloat16."""
+    flat = tensor.detach().reshape(-1)
+    samples = flat[:: max(1, len(flat) // _SAMPLES)].cpu().to(torch.bfloat16).contiguous()
+    values = samples.view(torch.uint8).numpy().tobytes() if len(flat) else b""
+    return f"{name}|{tuple(tensor.shape)}".encode() + values
 
 
 def _sampled_bytes(files: Iterable[Path]) -> str:

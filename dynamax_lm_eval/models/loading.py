@@ -286,31 +286,6 @@ def check_weights(what: str, missing: Collection[str], unexpected: Collection[st
         logger.warning("%s: %d weights in its files are not used: %s", what, len(unexpected), _grouped(unexpected))
 
 
-def resolve_device(device: str | None) -> str:
-    """Returns the device of a run: the one that was asked for, or the CPU for the harness's default without a GPU.
-
-    The harness gives ``cuda:0`` where the user says nothing, and its ``hf`` takes the CPU where that does not exist.
-
-    Raises:
-        UserError: another device does not exist on this machine.
-    """
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        devices += ["mps", "mps:0"]
-    for kind in ("npu", "xpu", "hpu"):
-        module = getattr(torch, kind, None)
-        if module is not None and module.is_available():
-            devices += [f"{kind}:{i}" for i in range(module.device_count())]
-    if device in devices:
-        return str(device)
-    if device in (None, "cuda:0"):
-        logger.warning("There is no CUDA device here, so this run uses the CPU; --device cpu says so")
-        return "cpu"
-    raise UserError(f"device={device!r} does not exist here; give one of {', '.join(devices)} (--device, device=)")
-
-
 def check_token_ids(ids: Mapping[str, Any], vocabulary: int) -> None:
     """Raises UserError where an argument names a token by an id that a vocabulary of this size does not have."""
     for name, value in ids.items():

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.models import aliases, loading
+from dynamax_lm_eval.models import aliases, devices, loading
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.fingerprint import (
     Fingerprints,
@@ -47,7 +47,13 @@ class ModelSource:
         self.config: Any = model.config if model is not None else loading.load_config(self.path, backbone, self.options)
         loading.check_architecture(self.config)
         if model is None and not _is_launched():
-            self.options["device"] = loading.resolve_device(options.get("device"))
+            self.options["device"] = devices.resolve_device(options.get("device"))
+        if options.get("device_map") is not None:
+            devices.check_device_map(options["device_map"])
+        if model is not None and options.get("parallelize"):
+            raise UserError("the backbone is loaded already, and cannot be spread over devices; remove parallelize")
+        if model is not None and self.is_tensor_parallel:
+            raise UserError("the backbone is loaded already, and cannot be split between processes; remove tp_plan")
         if not options.get("peft"):  # an adapter may bring tokens of its own
             self.check_token_ids(self.config.get_text_config().vocab_size)
         if options.get("peft"):
@@ -72,6 +78,11 @@ class ModelSource:
     def has_recurrence(self) -> bool:
         """Whether some of its blocks keep a recurrent state."""
         return loading.has_recurrence(self.config)
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether several processes compute each block together."""
+        return self.options.get("tp_plan") is not None
 
     @property
     def longest_row(self) -> int:

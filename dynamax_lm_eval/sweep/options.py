@@ -72,6 +72,8 @@ class SweepOptions:
         given = self.shared_arguments
         if clash := sorted(_DECIDED & set(given)):
             raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep decides them")
+        if "tp_plan" in given:
+            raise UserError("--model_args must not set tp_plan: processes share the points; use parallelize=True")
 
     @property
     def task_names(self) -> list[str]:

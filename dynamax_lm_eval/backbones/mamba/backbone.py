@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +19,6 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import IntArray, KeptInRows, RowLayout, States, on_device
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.deferring import DeferringPass
-from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
@@ -103,8 +101,7 @@ class MambaBackbone(DecoderBackbone):
 
     def readout(self, hidden: Tensor) -> Tensor:
         normed = self._final_norm(hidden)
-        logits = linear(self._lm_head, normed.to(self._lm_head.weight.dtype)).contiguous()
-        return logits.float()
+        return self.by_head(normed.to(self._lm_head.weight.dtype)).float()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode == "copy" and exit_layers:
@@ -136,7 +133,10 @@ class MambaStates(KeptInRows):
     def __init__(self, backbone: MambaBackbone) -> None:
         super().__init__()
         self.deferred = DeferredKV()
-        self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
+        self._tables = [
+            StateTable(block.mixer.new_state, place.device)
+            for block, place in zip(backbone.blocks, backbone.places, strict=True)
+        ]
         self._free: list[int] = []
         self._num_lines = 0
 
@@ -171,41 +171,34 @@ class MambaStates(KeptInRows):
 class MambaPass(DeferringPass):
     """One pass of a flat batch."""
 
+    _backbone: MambaBackbone
+
     def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout, materialize_all: bool) -> None:
-        super().__init__(layout, states.deferred, backbone.num_layers, backbone.device, materialize_all)
-        self._backbone = backbone
+        super().__init__(backbone, layout, states.deferred, materialize_all)
         self._states = states
-        self._ids: Tensor | None = None
         self._plan: RecurrentPlan | None = None
         self._is_new = new_rows(layout)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        self._ids = ids
-        return self._backbone.embed(ids)
-
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        assert self._ids is not None, "tokens were embedded"
-        self._defer(tokens, self._ids, hidden, layer)
+        self._defer(tokens, hidden, layer)
 
-    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        pending, left, left_hidden = self._pending_at(block, tokens), NOTHING_LEFT, None
-        if pending is not None and pending.hidden is not None:
-            given = self._layout.is_given_states(block, pending.rows)
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        left, left_hidden = NOTHING_LEFT, None
+        if (taken := self._take_pending(block, tokens, hidden.device)) is not None:
+            pending, chosen = taken
+            assert pending.hidden is not None
             left, left_hidden = LeftPlaces(pending.rows, pending.positions), pending.hidden[0]
-            if not given.all():
-                chosen = np.flatnonzero(given)
+            if chosen is not None:
                 left = LeftPlaces(left.rows[chosen], left.positions[chosen])
-                left_hidden = left_hidden.index_select(0, on_device(chosen, self._device))
+                left_hidden = left_hidden.index_select(0, on_device(chosen, hidden.device))
         if len(tokens) + len(left.rows) == 0:
             return hidden
         plan = self._plan = RecurrentPlan.of(
-            tokens, left, self._layout, self._layout.slots, self._is_new, self._device, self._plan
+            tokens, left, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan
         )
         described = self._backbone.blocks[block - 1]
         gate, update = described.project(hidden[0], left_hidden)
         read = plan.advance(described.mixer, self._states.table(block), update)
-        if pending is not None:
-            self._note_given(block, pending, given)
         if gate is None:
             return hidden
         return described.residual(hidden) + described.mixer.output(plan.of_tokens_in_flight(read), gate)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.decoder import ModelBackbone
-from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.replay import costs, setup
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.backbones.replay.caches import FlatCache
@@ -30,6 +29,7 @@ from dynamax_lm_eval.backbones.replay.states import ReplayStates
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.placement import moved
 from dynamax_lm_eval.types import MambaKernels, StateMode
 
 
@@ -94,7 +94,8 @@ class ReplayBackbone(ModelBackbone):
         if self._direct_readout is not None:
             direct: Tensor = self._direct_readout(hidden)
             return direct
-        return self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden)).contiguous()
+        logits = self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden))
+        return moved(logits.contiguous(), self.output_device)
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode == "recompute" or not exit_layers:
@@ -189,7 +190,7 @@ def final_readout(norm: Any, head: Any, softcap: float | None) -> Any:
     """Returns a function from hidden states (T, D) to logits (T, V) by a norm, a head and a soft-cap."""
 
     def readout(hidden: Tensor) -> Tensor:
-        logits = linear(head, norm(hidden)).contiguous()
+        logits = head(norm(hidden))
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     return readout

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.deferring import PendingTokens
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, LeftTokens, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
 from dynamax_lm_eval.backbones.replay.states import ReplayStates
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, attending
-from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass, PendingTokens
+from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_pass import StatesWritten
+from dynamax_lm_eval.models.placement import moved
 
 if TYPE_CHECKING:
     from dynamax_lm_eval.backbones.replay.backbone import ReplayBackbone
@@ -54,7 +56,7 @@ class ReplayPass(AttentionPass):
 
     def embed(self, ids: Tensor) -> Tensor:
         self._ids = ids
-        self._calls = self._blocks.replay.capture(ids, self._positions, self._blocks.cache)
+        self._calls = self._blocks.replay.capture(ids, self._positions_on(ids.device), self._blocks.cache)
         return self._blocks.hidden_shape.flat(self._calls[0].hidden)
 
     @property
@@ -71,20 +73,20 @@ class ReplayPass(AttentionPass):
         if len(copied := tokens[modes == "copy"]):
             self._copy(copied, layer)
 
-    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         if not self._blocks.takes_tokens_in_order:
-            return super().run_block(block, tokens, hidden)
-        left = self._left.at(block, self._layout)
+            return super()._run_block(block, tokens, hidden)
+        device = hidden.device
+        left = self._left.at(block, self._layout).on(device)
         if len(tokens) + len(left.tokens) == 0:
             return hidden
         described = self._blocks.blocks[block - 1]
         if described.is_sequential and left.hidden is not None:
             return self._run_in_order(block, tokens, hidden, left)
         if described.mixers:
-            self._plan = self._recurrent_plan(tokens, LeftPlaces.of(left.tokens, self._layout))
+            self._plan = self._recurrent_plan(tokens, LeftPlaces.of(left.tokens, self._layout), device)
         if left.hidden is not None and described.num_writes:
-            device = self._backbone.device
-            call = self._select(block, _Chosen(on_device(left.tokens, device)))
+            call = self._select(block, _Chosen(left.tokens, device))
             self._give(block, left.hidden, call, on_device(self._kv_slots[left.tokens], device), None)
         if len(tokens):
             hidden = self._call(block, hidden, self._active_tokens(block, tokens, hidden))
@@ -97,9 +99,14 @@ class ReplayPass(AttentionPass):
 
     def write_only(self, block: int, hidden: Tensor) -> WrittenStates:
         """Gives a block the states of all tokens of the batch, as if they had left with ``hidden`` (1, N, D)."""
+        place = self._backbone.places[block - 1]
+        with place.weights():
+            return self._write_only(block, hidden.to(place.device))
+
+    def _write_only(self, block: int, hidden: Tensor) -> WrittenStates:
         tokens = np.arange(hidden.shape[1])
         active = self._active_tokens(block, tokens, hidden)
-        attended = self._give(block, hidden, self._select(block, None), active.kv_slots, active.plan)
+        attended = self._give(block, hidden, self._select(block, active.arguments), active.kv_slots, active.plan)
         caches = [cache for cache in (*self._states.keys, *self._states.values) if cache is not None]
         collected = [c.hidden if isinstance(c, Call) else c for c in self._collected.values()]
         return WrittenStates(attended, [*caches, *(value for value in collected if value is not None)])
@@ -135,19 +142,22 @@ class ReplayPass(AttentionPass):
         return call if chosen is None else self._blocks.blocks[block - 1].axes.map(call, chosen.of)
 
     def _arguments(self, tokens: IntArray, like: Tensor) -> _Chosen | None:
-        return None if len(tokens) == len(self._starts) else _Chosen(on_device(tokens, self._backbone.device))
+        are_all = len(tokens) == len(self._starts)
+        if are_all and like.device == self._backbone.device:
+            return None
+        return _Chosen(None if are_all else tokens, like.device)
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> list[Call]:
         deferred = self._states.deferred
         assert deferred.ids is not None
-        positions = on_device(deferred.positions[tokens], self._backbone.device)
-        ids = deferred.ids.index_select(0, on_device(tokens, self._backbone.device))
+        positions = on_device(deferred.positions[tokens], deferred.ids.device)
+        ids = deferred.ids.index_select(0, on_device(tokens, deferred.ids.device))
         return self._blocks.replay.capture(ids, positions, self._blocks.cache)
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
         if self._blocks.blocks[block - 1].mixers:
             left = self._plan.left if self._plan is not None and self._collected else NOTHING_LEFT
-            self._plan = self._recurrent_plan(active.tokens, left)
+            self._plan = self._recurrent_plan(active.tokens, left, hidden.device)
         call = self._select(block, active.arguments).replaced(self._blocks.hidden_shape.of_model(hidden))
         self._written_to = active.kv_slots
         with self._blocks.passing(self), attending(active.plan, self._blocks.visibility(block, call)):
@@ -159,6 +169,8 @@ class ReplayPass(AttentionPass):
             return
         call, hidden, kv_slots = pending.arguments[block - 1], pending.hidden, pending.kv_slots
         assert hidden is not None
+        if hidden.device != self._backbone.device:
+            call = described.axes.map(call, lambda tensor, _: tensor.to(kv_slots.device))
         if chosen is not None:
             call, hidden = described.axes.select(call, chosen), hidden.index_select(1, chosen)
             kv_slots = kv_slots[chosen]
@@ -190,7 +202,7 @@ class ReplayPass(AttentionPass):
         call = call.replaced(self._blocks.hidden_shape.of_model(hidden))
         self._written_to, self._writes_left, self._is_collecting = kv_slots, described.num_writes, collect
         empty = np.empty(0, dtype=np.int64)
-        plan = plan or AttentionPlan(empty, empty, None, self._backbone.device)
+        plan = plan or AttentionPlan(empty, empty, None, hidden.device)
         try:
             with (
                 self._blocks.passing(self),
@@ -215,14 +227,12 @@ class ReplayPass(AttentionPass):
             output = self._call(block, merged, active)
             return output.index_select(1, on_device(np.argsort(order)[: len(tokens)], hidden.device))
         if self._blocks.blocks[block - 1].mixers:
-            self._plan = self._recurrent_plan(active.tokens, NOTHING_LEFT)
+            self._plan = self._recurrent_plan(active.tokens, NOTHING_LEFT, hidden.device)
         self._give(block, merged, self._select(block, active.arguments), active.kv_slots, active.plan, collect=False)
         return hidden
 
-    def _recurrent_plan(self, tokens: IntArray, left: LeftPlaces) -> RecurrentPlan:
-        return RecurrentPlan.of(
-            tokens, left, self._layout, self._lines, self._is_new, self._backbone.device, self._plan
-        )
+    def _recurrent_plan(self, tokens: IntArray, left: LeftPlaces, device: torch.device) -> RecurrentPlan:
+        return RecurrentPlan.of(tokens, left, self._layout, self._lines, self._is_new, device, self._plan)
 
 
 @dataclass(frozen=True)
@@ -238,15 +248,26 @@ class WrittenStates:
 
 
 class _Chosen:
-    """Some tokens of a batch, and their parts of arguments, which many blocks share."""
+    """Some tokens of a batch, and their parts of arguments, which many blocks share, on a device."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: IntArray | None, device: torch.device) -> None:
+        """``tokens``: (n,); None: all."""
         self._tokens = tokens
+        self._device = device
+        self._indices: dict[torch.device, Tensor] = {}
         self._parts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def of(self, tensor: Tensor, axis: int) -> Tensor:
         """Returns the part of an argument."""
         key = (id(tensor), axis)
         if key not in self._parts:
-            self._parts[key] = (tensor.index_select(axis, self._tokens), tensor)  # kept, so that its id stays its own
+            part = tensor if self._tokens is None else tensor.index_select(axis, self._on(tensor.device))
+            self._parts[key] = (moved(part, self._device), tensor)  # kept, so that its id stays its own
         return self._parts[key][0]
+
+    def _on(self, device: torch.device) -> Tensor:
+        """Returns the tokens on the device of an argument."""
+        assert self._tokens is not None
+        if device not in self._indices:
+            self._indices[device] = on_device(self._tokens, device)
+        return self._indices[device]

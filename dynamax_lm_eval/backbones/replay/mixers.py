@@ -142,7 +142,7 @@ class RowMixer(FlatMixer):
     def _step(self, call: Call, tokens: Any, plan: RecurrentPlan, numbers: Any, table: StackedTable) -> Tensor:
         """Returns the outputs (1, r, D) of one token in each of r rows, which run as a batch."""
         if len(tokens) < len(plan.positions):
-            call = self._axes.select(call, on_device(tokens, self._model.device))
+            call = self._axes.select(call, on_device(tokens, call.hidden.device))
         with table.opened(numbers, past=1) as cache:
             output = self.called(self._axes.by_row(call), cache)
         return output.transpose(0, 1)

@@ -21,6 +21,7 @@ from transformers import Cache
 
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.placement import execution_device
 
 #: Names that models, blocks and modules give the argument for their cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "layer_past", "past_key_value")
@@ -36,7 +37,7 @@ class ReplayModel:
     def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
         self.model = model
         self.blocks = list(blocks)
-        self.device = next(p.device for p in self.blocks[0].parameters())
+        self.device = execution_device(model.get_input_embeddings())
         #: For each block the length of the tuple that it returns; None: it returns hidden states alone.
         self.arities: list[int | None] = [None] * len(self.blocks)
         #: For each block the places in its arguments where parts of what the block before returned are handed on.

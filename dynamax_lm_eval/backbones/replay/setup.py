@@ -27,6 +27,7 @@ from dynamax_lm_eval.backbones.replay.probing import LENGTHS, BlockTrace, ModelT
 from dynamax_lm_eval.backbones.replay.row_states import StackedTable
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, classified
+from dynamax_lm_eval.models.placement import Place
 from dynamax_lm_eval.types import MambaKernels
 
 if TYPE_CHECKING:
@@ -158,17 +159,23 @@ class _ModuleCalls:
     def _ragged(self, module: nn.Module, call: Call, scans: Any) -> MambaMixer | None:
         """Returns the module as a Mamba mixer of ours, where that computes the same."""
         try:
-            ours = make_mixer(module, "", scans)
+            ours, place = make_mixer(module, "", scans), Place(module)
             theirs = parts_of(module(*call.args, **_without_cache(self._replay, call)))[0]
-            gate, update = ours.project(call.hidden[0])
-            read, _ = ours.advance(update, RaggedRows([call.hidden.shape[1]], call.hidden.device), None)
-            output = ours.output(read, gate)
+            hidden = call.hidden[0].to(place.device)
+            with place.weights():
+                gate, update = ours.project(hidden)
+                read, _ = ours.advance(update, RaggedRows([len(hidden)], place.device), None)
+                output = ours.output(read, gate)
         except Exception:
             return None
-        return MambaMixer(ours, call.hidden.device) if is_close(output.unsqueeze(0), theirs) else None
+        return MambaMixer(ours, place.device) if is_close(output.unsqueeze(0), theirs) else None
 
     def _continues(self, mixer: RowMixer, call: Call, axes: CallAxes) -> bool:
         """Returns whether a module gives the same for the tokens of a row in two calls as in one."""
+        with Place(mixer.module).weights():
+            return self._gives_the_same(mixer, call, axes)
+
+    def _gives_the_same(self, mixer: RowMixer, call: Call, axes: CallAxes) -> bool:
         whole = call.hidden.shape[1]
         table = mixer.new_table()
         line = np.zeros(1, dtype=np.int64)
@@ -226,7 +233,6 @@ def direct_readout(backbone: ReplayBackbone) -> Any:
 
     if backbone.device.type == "meta" or not backbone.hidden_shape.is_plain:
         return None
-    head = backbone.model.get_output_embeddings()
     softcap = getattr(backbone.config, "final_logit_softcapping", None)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(LENGTHS) + 1, backbone.hidden_size, generator=generator)
@@ -235,8 +241,8 @@ def direct_readout(backbone: ReplayBackbone) -> Any:
     for name, module in backbone.model.named_modules():
         if name.rpartition(".")[2] in _FINAL_NORMS and not any(block in name for block in ("layers.", "h.")):
             try:
-                readout = final_readout(module, head, softcap)
-                ours = readout(hidden)
+                readout = final_readout(module, backbone.by_head, softcap)
+                ours = readout(hidden).to(theirs.device)
             except Exception:
                 continue
             # Bit for bit: in half precision a scale or a soft-cap could pass for rounding.

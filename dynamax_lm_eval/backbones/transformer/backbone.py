@@ -19,7 +19,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import RowLayout, States
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.linear import is_changed, linear
+from dynamax_lm_eval.backbones.linear import is_changed
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock, normed_by
 from dynamax_lm_eval.backbones.transformer.fused_pass import FusedPass, RotaryEmbeddings, RotaryTable
@@ -27,6 +27,7 @@ from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.blocks import find_blocks
+from dynamax_lm_eval.models.placement import moved
 from dynamax_lm_eval.types import StateMode
 
 #: Rotary embeddings that a table has at least, so that rows seldom outgrow it: 3 MiB for heads of 128 channels.
@@ -85,7 +86,7 @@ class TransformerBackbone(DecoderBackbone):
     def readout(self, hidden: Tensor) -> Tensor:
         norm: Any = self._final_norm
         fused = hidden.device.type == "cuda" and self._norms_as_blocks and not is_changed(vars(norm))
-        return linear(self._lm_head, normed_by(norm, hidden) if fused else norm(hidden)).contiguous()
+        return self.by_head(normed_by(norm, hidden) if fused else norm(hidden))
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         pass  # all blocks are alike, so every mode can be had
@@ -105,8 +106,9 @@ class TransformerBackbone(DecoderBackbone):
             config._attn_implementation = before
 
     def position_embeddings(self, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
-        """Returns the rotary embeddings at positions (1, n), in the dtype of ``like``."""
-        return RotaryEmbeddings(*self._rotary(like, positions))
+        """Returns the rotary embeddings at positions (1, n), in the dtype and on the device of ``like``."""
+        cos, sin = self._rotary(like, positions)
+        return RotaryEmbeddings(moved(cos, like.device), moved(sin, like.device))
 
     def rotary_table(self, length: int, like: Tensor) -> RotaryTable | None:
         """Returns the rotary embeddings of ``length`` positions and more; None on a CPU, which makes them as fast."""

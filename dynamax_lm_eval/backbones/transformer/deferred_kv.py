@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device
+from dynamax_lm_eval.models.placement import moved
 
 
 class DeferredKV:
@@ -41,7 +42,8 @@ class DeferredKV:
         self.positions = np.concatenate([self.positions, positions])
         self.done = np.concatenate([self.done, np.full(len(slots), layer, dtype=np.int64)])
         self.ids = ids if self.ids is None else torch.cat([self.ids, ids])
-        self.hidden = hidden if self.hidden is None else torch.cat([self.hidden, hidden])
+        # Blocks on several devices: those of the last exit are the nearest to the blocks that will want them.
+        self.hidden = hidden if self.hidden is None else torch.cat([moved(self.hidden, hidden.device), hidden])
         self.version += 1
 
     def free_row(self, slot: int) -> None:
@@ -63,6 +65,6 @@ class DeferredKV:
         self.slots, self.positions, self.done = self.slots[indices], self.positions[indices], self.done[indices]
         # Rows may be freed outside the mode of torch in which tokens ran.
         with torch.inference_mode(self.hidden.is_inference()):
-            chosen = on_device(indices, self.hidden.device)
-            self.ids, self.hidden = self.ids.index_select(0, chosen), self.hidden.index_select(0, chosen)
+            self.ids = self.ids.index_select(0, on_device(indices, self.ids.device))
+            self.hidden = self.hidden.index_select(0, on_device(indices, self.hidden.device))
         self.version += 1

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
-from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass, PendingTokens
+from dynamax_lm_eval.backbones.deferring import PendingTokens
+from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 
@@ -76,11 +77,11 @@ class FusedPass(AttentionPass):
         super().__init__(backbone, states, layout, materialize_all)
         self._blocks = backbone
         self._fused = [fused if fused.may_replace else None for fused in backbone.fused_blocks]
-        self._rotary: RotaryEmbeddings | None = None
+        self._rotary: dict[torch.device, RotaryEmbeddings] = {}
         self._merged: _MergedTokens | None = None
 
-    def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        taken, fused = self._take_pending(block, tokens), self._fused[block - 1]
+    def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        taken, fused = self._take_pending(block, tokens, hidden.device), self._fused[block - 1]
         if taken is not None:
             pending, chosen = taken
             assert pending.hidden is not None
@@ -90,7 +91,7 @@ class FusedPass(AttentionPass):
                 merged = self._merge(active, pending)
                 scatter = _Scatter(self._states, block, merged.kv_slots)
                 return fused(hidden, *merged.signed, scatter.write, active.plan, pending.hidden)
-            self._write_states(block, *taken)
+            self._write_taken(block, *taken)
         if len(tokens) == 0:
             return hidden
         return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
@@ -106,16 +107,18 @@ class FusedPass(AttentionPass):
         return merged
 
     def _arguments(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
+        device, whole = like.device, len(tokens) == len(self._starts)
+        positions = self._positions_on(device)
         if (table := self._blocks.rotary_table(int(self._layout.positions.max()) + 1, like)) is not None:
-            whole = len(tokens) == len(self._starts)
-            return table.at(self._positions if whole else self._positions.index_select(0, self._indices_of(tokens)))
-        if self._rotary is None:
-            self._rotary = self._blocks.position_embeddings(self._positions.unsqueeze(0), like)
-        return self._rotary if len(tokens) == len(self._starts) else self._rotary.select(self._indices_of(tokens))
+            return table.at(positions if whole else positions.index_select(0, self._indices_of(tokens, device)))
+        if device not in self._rotary:
+            self._rotary[device] = self._blocks.position_embeddings(positions.unsqueeze(0), like)
+        rotary = self._rotary[device]
+        return rotary if whole else rotary.select(self._indices_of(tokens, device))
 
     def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
         positions_here = self._states.deferred.positions[tokens]
-        positions = on_device(positions_here, self._backbone.device)
+        positions = on_device(positions_here, like.device)
         if (table := self._blocks.rotary_table(int(positions_here.max()) + 1, like)) is not None:
             return table.at(positions)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ class ExitClassifiers(nn.Module):
                         part = classifier.get_submodule(name)
                         for parameter, value in list(part.named_parameters()):
                             setattr(part, parameter, nn.Parameter(value.to(dtype), requires_grad=False))
+
+    def place(self, devices: Sequence[torch.device]) -> None:
+        """Puts what belongs to each exit on the device of the block before it; ``devices``: of all blocks, in order."""
+        at_exits: Any
+        for at_exits in (*self.by_kind.values(), self.adapters):
+            for layer, module in at_exits.items():
+                module.to(devices[int(layer) - 1])
 
     def adapter(self, layer: int) -> Adapter | None:
         """The adapter at an exit layer, if these exits have any."""
