@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 from accelerate.hooks import AlignDevicesHook
-from helpers import LAYERS, save_model
+from helpers import LAYERS, save_model, tiny_model
 from helpers_harness import generation_requests, sweep_options
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch.utils import backend_registration
 from transformers import PreTrainedModel
 
 from dynamax_lm_eval.errors import UserError
@@ -73,6 +76,27 @@ def test_as_much_on_disk_as_memory_asks_for(family: str, tmp_path: Path) -> None
     spread = DynamaxLM(str(folder), **given, **EXITS)
     assert "disk" in spread.model.hf_device_map.values()
     assert answers(spread) == answers(DynamaxLM(str(folder), **EXITS))
+    ours = DynamaxLM(str(folder), threshold=1, device="cpu", batch_size=1, **given)
+    theirs = HFLM(str(folder), device="cpu", batch_size=1, **given)
+    assert ours.model.hf_device_map == theirs.model.hf_device_map
+    expected = theirs.generate_until(REQUESTS, disable_tqdm=True)
+    assert ours.generate_until(REQUESTS, disable_tqdm=True) == expected
+
+
+def test_in_half_precision(model_folder: Path, tmp_path: Path) -> None:
+    """Norms are called there as modules, whose weights are loaded by then."""
+    given = {**EXITS, "dtype": "bfloat16"}
+    places = {"device_map": half_on_disk("llama"), "offload_folder": str(tmp_path / "offloaded")}
+    assert answers(DynamaxLM(str(model_folder), **places, **given)) == answers(DynamaxLM(str(model_folder), **given))
+
+
+def test_an_adapter_needs_the_weights_in_memory(model_folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    adapted = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    places = {"device_map": half_on_disk("llama"), "offload_folder": str(tmp_path / "offloaded")}
+    with pytest.raises(UserError, match="cannot be put on a model that is offloaded in part; give it more memory"):
+        DynamaxLM(str(model_folder), peft=str(tmp_path / "adapter"), **places, **EXITS)
 
 
 def test_weights_are_loaded_once_for_a_block(
@@ -155,6 +179,10 @@ def test_a_sweep_shares_its_points_between_processes(model_folder: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="needs a release of torch in which Python can add a kind of device",
+)
 def test_two_devices() -> None:
     """In a process of its own, because it adds a kind of device to torch."""
     program = Path(__file__).with_name("two_devices.py")

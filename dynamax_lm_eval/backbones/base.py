@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.models.placement import Place
+from dynamax_lm_eval.models.placement import Place, moved
 from dynamax_lm_eval.types import StateMode
 
 IntArray = npt.NDArray[np.int64]
@@ -159,7 +159,7 @@ class ForwardPass(ABC):
         """
         place = self._backbone.places[block - 1]
         with place.weights():
-            return self._run_block(block, tokens, hidden.to(place.device))
+            return self._run_block(block, tokens, moved(hidden, place.device))
 
     @abstractmethod
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:

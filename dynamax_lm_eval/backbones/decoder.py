@@ -11,7 +11,7 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import Backbone
 from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.models.blocks import find_blocks
-from dynamax_lm_eval.models.placement import Place, execution_device
+from dynamax_lm_eval.models.placement import Place, execution_device, moved
 
 
 class ModelBackbone(Backbone):
@@ -44,7 +44,7 @@ class ModelBackbone(Backbone):
     def by_head(self, normed: Tensor) -> Tensor:
         """Returns the logits (T, V) of normalised hidden states (T, D), by the LM head."""
         with self.head_place.weights():
-            return linear(self._lm_head, normed.to(self.output_device)).contiguous()
+            return linear(self._lm_head, moved(normed, self.output_device)).contiguous()
 
 
 class DecoderBackbone(ModelBackbone):

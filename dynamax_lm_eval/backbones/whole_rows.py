@@ -26,6 +26,7 @@ from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel
 from dynamax_lm_eval.backbones.replay.probing import LENGTHS
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.placement import moved
 from dynamax_lm_eval.types import StateMode
 
 
@@ -72,7 +73,7 @@ class WholeRowBackbone(ModelBackbone):
 
     def readout(self, hidden: Tensor) -> Tensor:
         logits = self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden))
-        return logits.contiguous().to(self.output_device)
+        return moved(logits.contiguous(), self.output_device)
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode != "recompute" and exit_layers:

@@ -21,6 +21,7 @@ from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.confidences import Confidence, ExitInputs
 from dynamax_lm_eval.exits.policy import NEVER
 from dynamax_lm_eval.exits.states import ClassifierStates
+from dynamax_lm_eval.models.placement import moved
 
 
 class LogitsCollector(Protocol):
@@ -133,7 +134,7 @@ class ExitDecisions:
         """Compares one confidence of the tokens in flight at ``indices`` (t,) with their thresholds."""
         own = tokens[indices]
         after = select(hidden, indices)[0]
-        before = select(before, indices)[0].to(after.device) if use.confidence.reads_before else after
+        before = moved(select(before, indices)[0], after.device) if use.confidence.reads_before else after
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
         reduced: Sequence[Tensor] = ()
@@ -195,4 +196,4 @@ def _adapted(hidden: Tensor, adapter: Adapter | None) -> Tensor:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Returns the parts as one, on the device of the first; no copy of a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+    return parts[0] if len(parts) == 1 else torch.cat([moved(part, parts[0].device) for part in parts])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
+from dynamax_lm_eval.models.placement import moved
 
 
 class WaitingTokens:
@@ -35,7 +36,7 @@ class WaitingTokens:
         tokens = np.concatenate(self._tokens)
         order = np.argsort(tokens)
         device = self._hidden[-1].device  # exits may be on several
-        hidden = torch.cat([part.to(device) for part in self._hidden], dim=1)
+        hidden = torch.cat([moved(part, device) for part in self._hidden], dim=1)
         return tokens[order], hidden.index_select(1, on_device(order, hidden.device))
 
 

@@ -57,7 +57,15 @@ def loading_whole_models(lm: Any, options: Mapping[str, Any]) -> Iterator[None]:
     lm.AUTO_MODEL_CLASS = loading.CompleteModels(auto_class, name_of)
     try:
         with loading.naming(", ".join(f"{name}={options[name]!r}" for name in others) or backbone):
-            yield
+            try:
+                yield
+            except NotImplementedError as error:
+                if not (options.get("peft") and options.get("parallelize")):
+                    raise
+                raise UserError(
+                    f"peft={options['peft']!r} cannot be put on a model that is offloaded in part; give it more memory "
+                    "(max_memory_per_gpu, max_cpu_memory), or merge the adapter into the backbone's weights"
+                ) from error
             if options.get("peft"):
                 loading.check_adapter_weights(lm._model, options["peft"], options["revision"])
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def execution_device(module: nn.Module) -> torch.device:
             device = torch.device(hook.execution_device)
             # Tensors always name the number of their device.
             return torch.empty(0, device=device).device if device.index is None else device
-    return next(module.parameters()).device
+    # Quantised layers may have nothing but buffers.
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 def is_only_placed(attributes: Mapping[str, Any]) -> bool:
@@ -39,6 +41,11 @@ def is_only_placed(attributes: Mapping[str, Any]) -> bool:
     own = attributes.get("_old_forward")
     its_class: Any = type(getattr(own, "__self__", None))
     return own is not None and getattr(own, "__func__", None) is getattr(its_class, "forward", None)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; without asking torch where it is there already, which is nearly always."""
+    return tensor if tensor.device == device else tensor.to(device)
 
 
 class Place:

@@ -17,6 +17,7 @@ from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout, on_de
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
+from dynamax_lm_eval.models.placement import moved
 
 
 def new_rows(layout: RowLayout) -> BoolArray:
@@ -43,14 +44,14 @@ class LeftTokens:
         more = LeftTokens(tokens, hidden).where(modes == "recompute")
         if self.hidden is None or more.hidden is None:
             return more if self.hidden is None else self
-        hidden = torch.cat([self.hidden.to(more.hidden.device), more.hidden], dim=1)
+        hidden = torch.cat([moved(self.hidden, more.hidden.device), more.hidden], dim=1)
         return LeftTokens(np.concatenate([self.tokens, more.tokens]), hidden)
 
     def on(self, device: torch.device) -> LeftTokens:
         """Returns these with their hidden states on a device."""
         if self.hidden is None or self.hidden.device == device:
             return self
-        return LeftTokens(self.tokens, self.hidden.to(device))
+        return LeftTokens(self.tokens, moved(self.hidden, device))
 
     def at(self, block: int, layout: RowLayout) -> LeftTokens:
         """Returns those that a block (1-based) is given states of: none where it is pruned or runs as a final block."""

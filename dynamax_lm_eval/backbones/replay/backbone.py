@@ -29,6 +29,7 @@ from dynamax_lm_eval.backbones.replay.states import ReplayStates
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.models.placement import moved
 from dynamax_lm_eval.types import MambaKernels, StateMode
 
 
@@ -94,7 +95,7 @@ class ReplayBackbone(ModelBackbone):
             direct: Tensor = self._direct_readout(hidden)
             return direct
         logits = self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden))
-        return logits.contiguous().to(self.output_device)
+        return moved(logits.contiguous(), self.output_device)
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode == "recompute" or not exit_layers:

@@ -23,6 +23,7 @@ from dynamax_lm_eval.backbones.replay.states import ReplayStates
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, attending
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass, PendingTokens
 from dynamax_lm_eval.backbones.transformer.fused_pass import StatesWritten
+from dynamax_lm_eval.models.placement import moved
 
 if TYPE_CHECKING:
     from dynamax_lm_eval.backbones.replay.backbone import ReplayBackbone
@@ -260,7 +261,7 @@ class _Chosen:
         key = (id(tensor), axis)
         if key not in self._parts:
             part = tensor if self._tokens is None else tensor.index_select(axis, self._on(tensor.device))
-            self._parts[key] = (part.to(self._device), tensor)  # kept, so that its id stays its own
+            self._parts[key] = (moved(part, self._device), tensor)  # kept, so that its id stays its own
         return self._parts[key][0]
 
     def _on(self, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.blocks import find_blocks
+from dynamax_lm_eval.models.placement import moved
 from dynamax_lm_eval.types import StateMode
 
 
@@ -98,7 +99,7 @@ class TransformerBackbone(DecoderBackbone):
     def position_embeddings(self, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
         """Returns the rotary embeddings at positions (1, n), in the dtype and on the device of ``like``."""
         cos, sin = self._rotary(like, positions)
-        return RotaryEmbeddings(cos.to(like.device), sin.to(like.device))
+        return RotaryEmbeddings(moved(cos, like.device), moved(sin, like.device))
 
     def call_block(
         self,

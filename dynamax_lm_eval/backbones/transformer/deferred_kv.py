@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device
+from dynamax_lm_eval.models.placement import moved
 
 
 class DeferredKV:
@@ -42,7 +43,7 @@ class DeferredKV:
         self.done = np.concatenate([self.done, np.full(len(slots), layer, dtype=np.int64)])
         self.ids = ids if self.ids is None else torch.cat([self.ids, ids])
         # Blocks on several devices: those of the last exit are the nearest to the blocks that will want them.
-        self.hidden = hidden if self.hidden is None else torch.cat([self.hidden.to(hidden.device), hidden])
+        self.hidden = hidden if self.hidden is None else torch.cat([moved(self.hidden, hidden.device), hidden])
         self.version += 1
 
     def free_row(self, slot: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
+from dynamax_lm_eval.models.placement import moved
 
 
 class AttentionPass(ForwardPass):
@@ -142,7 +143,8 @@ class AttentionPass(ForwardPass):
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
         hidden, arguments = None, None
         if len(tokens) and deferred.hidden is not None:
-            hidden = deferred.hidden.index_select(0, on_device(tokens, deferred.hidden.device)).unsqueeze(0).to(device)
+            chosen = deferred.hidden.index_select(0, on_device(tokens, deferred.hidden.device))
+            hidden = moved(chosen, device).unsqueeze(0)
             arguments = self._arguments_of_deferred(tokens, hidden)
         return PendingTokens(
             in_flight=in_flight,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, States
 from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
+from dynamax_lm_eval.models.placement import moved
 
 
 class FreeList:
@@ -126,8 +127,8 @@ class AttentionStates(States):
     def copy(self, source: int, block: int, kv_slots: Tensor) -> None:
         """Gives ``block`` the K and V that block ``source`` wrote at ``kv_slots`` (T,), which are on its device."""
         keys, values = self.key_cache(source), self.value_cache(source)
-        given = kv_slots.to(keys.device)
-        self.write(block, kv_slots, keys[given].to(kv_slots.device), values[given].to(kv_slots.device))
+        given, device = moved(kv_slots, keys.device), kv_slots.device
+        self.write(block, kv_slots, moved(keys[given], device), moved(values[given], device))
 
     def _make_caches(self, block: int, like: tuple[Tensor, Tensor]) -> None:
         """Makes the caches of a block where they do not exist yet."""
