@@ -25,7 +25,7 @@ from dynamax_lm_eval.exits import checkpoint, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
-from dynamax_lm_eval.harness import describe, evaluate, hflm
+from dynamax_lm_eval.harness import describe, evaluate, hflm, rows
 from dynamax_lm_eval.harness.documents import Document, documents_of
 from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import ResponseLedger
@@ -63,7 +63,9 @@ class DynamaxLM(HFLM):
         draft = None
         if model is None:
             draft = engine_without_weights(source.structure, source.longest_row, kernels)
-        if source.is_tensor_parallel:
+        #: Whether several processes compute each block together.
+        self.is_tensor_parallel = source.is_tensor_parallel
+        if self.is_tensor_parallel:
             devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
         if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
@@ -77,6 +79,7 @@ class DynamaxLM(HFLM):
         self.policy = self._policy_for(self.args)
         if draft is not None:
             draft.check_policy(self.policy)
+            rows.check(self.args, draft.backbone)
         pruning.check_profile(self.args.prune_profile, known)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
@@ -97,6 +100,7 @@ class DynamaxLM(HFLM):
             classifiers, self.exits_fingerprint = self.exits.load(), self.exits.fingerprint()
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
+        rows.check(self.args, self.engine.backbone)
         if self.exits is not None:
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
         source.check_token_ids(self.engine.backbone.num_embeddings)
@@ -137,6 +141,7 @@ class DynamaxLM(HFLM):
                 continue  # it uses none
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
+        rows.check(args, self.engine.backbone)
         policy = self._policy_for(args)
         check_policy(self.engine, policy)
         if args.prune_profile is not None:
@@ -252,7 +257,7 @@ class DynamaxLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
             self.budget.check_no_cache()
-            if self._source.is_tensor_parallel:
+            if self.is_tensor_parallel:
                 raise UserError(
                     "--use_cache and tp_plan exclude each other: each process would go on from what it has answered"
                 )
