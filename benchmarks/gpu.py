@@ -1,7 +1,7 @@
 """What a GPU does with this package: its tests there, kernels against torch, and decoding at the size of 7B models.
 
     python benchmarks/gpu.py                                    # a GPU of 24 GB or more
-    python benchmarks/gpu.py --shape mistral --blocks 8         # a smaller one
+    python benchmarks/gpu.py --shape mistral-7b --blocks 8       # a smaller one
     python benchmarks/gpu.py --device cpu --shape tiny --output OUT    # whether it works at all
 
 Nothing is downloaded: models have the published sizes and random weights. In order: the tests that need a GPU; logits
@@ -32,8 +32,8 @@ import torch
 from environment import environment
 from forced_exits import DrawnExit, forced, threshold_for
 from gpu_page import page
-from random_models import SHAPES, random_model
 from realized import Case, compare
+from shapes import SHAPES, random_model
 from torch import Tensor
 
 from dynamax_lm_eval.backbones import make_backbone
@@ -49,7 +49,7 @@ from dynamax_lm_eval.exits.classifiers.kinds import make_classifier
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 ROOT = Path(__file__).parents[1]
-GROUPS = {"7b": ("mistral", "codestral"), "tiny": ("tiny-mistral", "tiny-codestral")}
+GROUPS = {"7b": ("mistral-7b", "codestral-mamba-7b"), "tiny": ("mistral-tiny", "codestral-mamba-tiny")}
 KINDS = ("calm", "ffn", "mamba")
 #: Bytes of the tensor that is copied to measure bandwidth.
 _COPIED = {"cuda": 2**31, "cpu": 2**26}
@@ -117,7 +117,7 @@ def compare_kernels(shape: str, device: str, tokens: int) -> dict[str, Any]:
         return {"why_not": f"mamba-ssm is not used on {device}", "rows": []}
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
-        model = random_model(shape, device, dtype, num_hidden_layers=2, vocab_size=1024)
+        model = random_model(shape, 2, dtype, device)
         engines = [Engine(MambaBackbone(model, choice)) for choice in ("auto", "torch")]  # type: ignore[arg-type]
         for (name, ours), (_, theirs) in zip(*(logits_of_passes(engine, tokens) for engine in engines), strict=True):
             largest, mean = differences(ours, theirs)
@@ -149,7 +149,7 @@ class MeasuredCase(Case):
 
     peak: int | None = None
 
-    def decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int) -> float:
+    def decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int, in_flight: int = 0) -> float:
         device = self.engine.backbone.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -159,7 +159,7 @@ class MeasuredCase(Case):
         return seconds
 
     def _decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int) -> float:
-        return super().decode(prompts, new_tokens, batch_size)
+        return super().decode(prompts, new_tokens, batch_size, batch_size)
 
     def mean_exit_layer(self) -> float:
         layers = [layer for trace in self.traces for layer in trace.exit_layers]
@@ -213,8 +213,8 @@ def cases_of(engine: Engine, rates: Sequence[float]) -> list[MeasuredCase]:
 
 def measure(shape: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Returns what decoding takes at a shape."""
-    changes = {"num_hidden_layers": args.blocks} if args.blocks else {}
-    model = random_model(shape, args.device, getattr(torch, args.dtype), **changes)
+    model = random_model(shape, args.blocks, getattr(torch, args.dtype), args.device)
+    model.generation_config.eos_token_id = None  # texts are as long as they are asked to be
     longest = args.prompt_tokens + args.new_tokens
     engine = Engine(make_backbone(model, longest))
     try:
@@ -294,14 +294,14 @@ def main() -> None:
 
     shapes = GROUPS.get(args.shape, (args.shape,))
     tests = run_tests()
-    compared = "tiny-codestral" if args.shape.startswith("tiny") else "codestral"
+    is_tiny = args.shape.endswith("tiny")
     result: dict[str, Any] = {
         "benchmark": "gpu",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]),
         "environment": versions(args.device),
         "tests": tests,
-        "kernels": compare_kernels(compared, args.device, 64 if args.shape.startswith("tiny") else 600),
+        "kernels": compare_kernels(GROUPS["tiny" if is_tiny else "7b"][1], args.device, 64 if is_tiny else 600),
         "bandwidth": (bandwidth := copy_bandwidth(args.device, args.repeats)),
         **{name: getattr(args, name) for name in ("dtype", "prompt_tokens", "new_tokens", "repeats")},
         "shapes": [measure(shape, args, bandwidth) for shape in shapes],

@@ -37,6 +37,29 @@ SHAPES: dict[str, Callable[[int | None], Any]] = {
         conv_kernel=4,
         tie_word_embeddings=False,
     ),
+    # The same in kind, for trying benchmarks out.
+    "mistral-tiny": lambda blocks: MistralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=224,
+        num_hidden_layers=blocks or 8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        sliding_window=None,
+    ),
+    "codestral-mamba-tiny": lambda blocks: Mamba2Config(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=blocks or 8,
+        num_heads=16,
+        head_dim=8,
+        state_size=16,
+        expand=2,
+        n_groups=8,
+        conv_kernel=4,
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -54,6 +77,10 @@ def random_model(shape: str, blocks: int | None, dtype: torch.dtype, device: str
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             weight.data.normal_(0, weight.shape[-1] ** -0.5)
+        elif name.endswith("A_log"):  # heads that forget at different rates, as transformers begins with
+            weight.data.copy_(torch.arange(1, len(weight) + 1).log())
+        elif name.endswith("dt_bias"):  # steps of 0.001 to 0.1
+            weight.data.uniform_(-6.9, -2.3)
         else:  # norms, biases and the constants of a recurrence
             weight.data.fill_(0.0 if "bias" in name else 1.0)
     # Rotary frequencies are no parameters, and are made with the model.

@@ -63,7 +63,9 @@ class DynamaxLM(HFLM):
         draft = None
         if model is None:
             draft = engine_without_weights(source.structure, source.longest_row, kernels)
-        if source.is_tensor_parallel:
+        #: Whether several processes compute each block together.
+        self.is_tensor_parallel = source.is_tensor_parallel
+        if self.is_tensor_parallel:
             devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
         if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
@@ -256,7 +258,7 @@ class DynamaxLM(HFLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         if cache_hook.dbdict is not None:
             self.budget.check_no_cache()
-            if self._source.is_tensor_parallel:
+            if self.is_tensor_parallel:
                 raise UserError(
                     "--use_cache and tp_plan exclude each other: each process would go on from what it has answered"
                 )

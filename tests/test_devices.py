@@ -90,8 +90,11 @@ def test_in_half_precision(model_folder: Path, tmp_path: Path) -> None:
     assert answers(DynamaxLM(str(model_folder), **places, **given)) == answers(DynamaxLM(str(model_folder), **given))
 
 
-def test_an_adapter_needs_the_weights_in_memory(model_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_needs_the_weights_in_memory(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft", reason="needs peft")
+    monkeypatch.chdir(tmp_path)  # PEFT leaves files there
     adapted = peft.get_peft_model(copy.deepcopy(tiny_model("llama")), peft.LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
     places = {"device_map": half_on_disk("llama"), "offload_folder": str(tmp_path / "offloaded")}

@@ -256,6 +256,8 @@ def check(family: str) -> str:
     expected = run_generate(one, tried, prompts, 4)
     with Devices():
         assert run_generate(two, tried, prompts, 4) == expected
+        # Rows wait at exits, which are on both devices, and to be read out.
+        assert run_generate(two, tried, prompts, 2, rows_in_flight=len(tried)) == expected
     return two.backbone.rung
 
 

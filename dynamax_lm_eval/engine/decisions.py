@@ -122,7 +122,11 @@ class ExitDecisions:
         """Returns what :meth:`read_out` would read: tokens (u,) in order and hidden states (1, u, D); None: nothing."""
         needs_logits = np.flatnonzero(self._batch.needs_logits[tokens])
         self._unread.add(tokens[needs_logits], select(hidden, needs_logits))
-        return self._unread.in_order() if self._unread else None
+        if not self._unread:
+            return None
+        tokens, hidden = self._unread.in_order()
+        # Exits may be on several devices, and those that wait to be read are read together.
+        return tokens, moved(hidden, self._backbone.places[-1].device)
 
     def _candidates(self, block: int, tokens: IntArray) -> IntArray:
         """Returns indices of the tokens in flight that may exit after ``block``, or that warm up a classifier."""
