@@ -137,12 +137,10 @@ class ReplayPass(AttentionPass):
     def _arguments(self, tokens: IntArray, like: Tensor) -> _Chosen | None:
         return None if len(tokens) == len(self._starts) else _Chosen(on_device(tokens, self._backbone.device))
 
-    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> list[Call]:
-        deferred = self._states.deferred
-        assert deferred.ids is not None
-        positions = on_device(deferred.positions[tokens], self._backbone.device)
-        ids = deferred.ids.index_select(0, on_device(tokens, self._backbone.device))
-        return self._blocks.replay.capture(ids, positions, self._blocks.cache)
+    def _arguments_of_deferred(self, tokens: Tensor, positions: Tensor, like: Tensor) -> list[Call]:
+        ids = self._states.deferred.ids
+        assert ids is not None
+        return self._blocks.replay.capture(ids.index_select(0, tokens), positions, self._blocks.cache)
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
         if self._blocks.blocks[block - 1].mixers:

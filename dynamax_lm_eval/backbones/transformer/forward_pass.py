@@ -50,8 +50,8 @@ class AttentionPass(ForwardPass):
         """Returns what blocks are called with for ``tokens`` (n,) of the batch besides their hidden states."""
 
     @abstractmethod
-    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> Any:
-        """Returns the same for those of the deferred tokens that are numbered ``tokens`` (m,)."""
+    def _arguments_of_deferred(self, tokens: Tensor, positions: Tensor, like: Tensor) -> Any:
+        """Returns the same for those of the deferred tokens that are numbered ``tokens`` (m,), at these positions."""
 
     @abstractmethod
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
@@ -140,12 +140,12 @@ class AttentionPass(ForwardPass):
         row_at = {int(self._slots[row]): int(row) for row in rows}
         row_of = np.asarray([row_at.get(slot, -1) for slot in deferred.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
-        kv_slots = deferred.slots[tokens] + deferred.positions[tokens]
-        chosen, kv_slots_there = together_on_device([tokens, kv_slots], self._backbone.device)
+        slots, positions = deferred.slots[tokens], deferred.positions[tokens]
+        chosen, places, kv_slots = together_on_device([tokens, positions, slots + positions], self._backbone.device)
         hidden, arguments = None, None
         if len(tokens) and deferred.hidden is not None:
             hidden = deferred.hidden.index_select(0, chosen).unsqueeze(0)
-            arguments = self._arguments_of_deferred(tokens, hidden)
+            arguments = self._arguments_of_deferred(chosen, places, hidden)
         return PendingTokens(
             in_flight=in_flight,
             passed=passed,
@@ -154,7 +154,7 @@ class AttentionPass(ForwardPass):
             rows=row_of[tokens],
             hidden=hidden,
             arguments=arguments,
-            kv_slots=kv_slots_there,
+            kv_slots=kv_slots,
         )
 
     def _copy(self, tokens: IntArray, layer: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.base import IntArray, RowLayout
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass, PendingTokens
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
@@ -113,10 +113,9 @@ class FusedPass(AttentionPass):
             self._rotary = self._blocks.position_embeddings(self._positions.unsqueeze(0), like)
         return self._rotary if len(tokens) == len(self._starts) else self._rotary.select(self._indices_of(tokens))
 
-    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
-        positions_here = self._states.deferred.positions[tokens]
-        positions = on_device(positions_here, self._backbone.device)
-        if (table := self._blocks.rotary_table(int(positions_here.max()) + 1, like)) is not None:
+    def _arguments_of_deferred(self, tokens: Tensor, positions: Tensor, like: Tensor) -> RotaryEmbeddings:
+        longest = int(self._states.deferred.positions.max()) + 1
+        if (table := self._blocks.rotary_table(longest, like)) is not None:
             return table.at(positions)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)
 
