@@ -123,13 +123,13 @@ CASES = [
 ]
 #: Most operations of a step besides those of its blocks, and most copies to the device, of which none blocks.
 BESIDES = {
-    ("none", 1, False): (15, 3),
-    ("none", 16, False): (15, 3),
-    ("state", 16, False): (15, 3),
-    ("calm", 16, False): (25, 3),
-    ("ffn", 16, False): (33, 3),
-    ("state", 1, True): (20.5, 5.5),
-    ("state", 16, True): (38, 15),
+    ("none", 1, False): (8, 3),
+    ("none", 16, False): (8, 3),
+    ("state", 16, False): (8, 3),
+    ("calm", 16, False): (18, 3),
+    ("ffn", 16, False): (26, 3),
+    ("state", 1, True): (13.5, 4.5),
+    ("state", 16, True): (31, 13),
 }
 
 

@@ -22,6 +22,7 @@ from helpers_engine import (
     separated_policy,
     varied_classifiers,
 )
+from transformers import AutoModelForCausalLM
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.transformer import varlen
@@ -29,6 +30,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model, checked_engine
 from dynamax_lm_eval.exits.classifiers import exit_probability
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.models.aliases import shipped_backbones
 
 PAIRS = [(random_ids(9, 1), random_ids(6, 2)), (random_ids(3, 3), random_ids(8, 4)), (random_ids(12, 5), [5, 9])]
 #: Confidences, and kinds of trained ones.
@@ -201,3 +203,15 @@ def test_feed_forward_classifiers_read_their_weights_in_the_dtype_of_the_backbon
             assert torch.allclose(after, before, atol=2e-2 if kind == "ffn" else 1e-6)
         narrowed = {name for name, parameter in moved.named_parameters() if parameter.dtype == torch.bfloat16}
     assert narrowed == {f"by_kind.ffn.{layer}.in_proj.{part}" for layer in EXITS for part in ("weight", "bias")}
+
+
+def test_the_self_check_explains_the_rounding_of_half_precision() -> None:
+    """On trained weights; norms, sums and attention round in other places than those of the model's own forward."""
+    model = AutoModelForCausalLM.from_pretrained(shipped_backbones()["tiny-llama"], dtype=torch.bfloat16).eval()
+    depth = model.config.num_hidden_layers
+    with cuda_like():
+        varlen.is_available.cache_clear()
+        engine = checked_engine(on_cuda(model), ExitPolicy(depth, (2, depth - 1), (0.5, 0.5)), 256)
+    varlen.is_available.cache_clear()
+    assert engine.backbone.rung == "fused"
+    assert engine.recomputes_states

@@ -41,7 +41,7 @@ class PendingTokens:
     @property
     def kv_slots(self) -> Tensor:
         """The cache slots (m,) of a backbone that attends."""
-        return self.places[0]
+        return self.places[1]
 
 
 class DeferringPass(ForwardPass):
@@ -68,8 +68,11 @@ class DeferringPass(ForwardPass):
         """Returns what else has to be on the device of those of the deferred tokens that are numbered (m,)."""
         return ()
 
-    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> Any:
-        """Returns what blocks are called with for those of the deferred tokens that are numbered ``tokens`` (m,)."""
+    def _arguments_of_deferred(self, tokens: Tensor, places: Sequence[Tensor], like: Tensor) -> Any:
+        """Returns what blocks are called with for those of the deferred tokens that are numbered ``tokens`` (m,).
+
+        ``places``: those of :meth:`_places_of`.
+        """
         return None
 
     @cached_property
@@ -135,7 +138,7 @@ class DeferringPass(ForwardPass):
         if len(tokens) and deferred.hidden is not None:
             chosen, *places = together_on_device([tokens, *self._places_of(tokens)], device)
             hidden = moved(deferred.hidden, device).index_select(0, chosen).unsqueeze(0)
-            arguments = self._arguments_of_deferred(tokens, hidden)
+            arguments = self._arguments_of_deferred(chosen, places, hidden)
         return PendingTokens(
             in_flight=in_flight,
             passed=passed,

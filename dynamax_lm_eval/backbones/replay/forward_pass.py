@@ -8,6 +8,7 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -147,12 +148,11 @@ class ReplayPass(AttentionPass):
             return None
         return _Chosen(None if are_all else tokens, like.device)
 
-    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> list[Call]:
-        deferred = self._states.deferred
-        assert deferred.ids is not None
-        positions = on_device(deferred.positions[tokens], deferred.ids.device)
-        ids = deferred.ids.index_select(0, on_device(tokens, deferred.ids.device))
-        return self._blocks.replay.capture(ids, positions, self._blocks.cache)
+    def _arguments_of_deferred(self, tokens: Tensor, places: Sequence[Tensor], like: Tensor) -> list[Call]:
+        ids = self._states.deferred.ids
+        assert ids is not None
+        chosen = ids.index_select(0, moved(tokens, ids.device))
+        return self._blocks.replay.capture(chosen, moved(places[0], ids.device), self._blocks.cache)
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
         if self._blocks.blocks[block - 1].mixers:

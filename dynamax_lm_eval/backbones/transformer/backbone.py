@@ -58,6 +58,9 @@ class TransformerBackbone(DecoderBackbone):
         parameters = inspect.signature(self._layers[0].forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.fused_blocks = FusedLlamaBlock.of_all(self._layers, self.name)
+        if self.device.type == "cuda":
+            # Weights that were stacked have left memory behind, in pieces too small for others of their kind.
+            torch.cuda.empty_cache()
         self._norms_as_blocks = type(self._final_norm) is type(self._layers[0].input_layernorm)
         self._rotary_tables: dict[tuple[torch.device, torch.dtype], RotaryTable] = {}
         self.cost = BackboneCost(

@@ -60,8 +60,9 @@ class AttentionPass(DeferringPass):
         """Gives a block the states of pending tokens; ``chosen``: indices of some of them, None for all."""
 
     def _places_of(self, tokens: IntArray) -> Sequence[IntArray]:
-        """Returns the cache slots of deferred tokens."""
-        return [self._deferred.slots[tokens] + self._deferred.positions[tokens]]
+        """Returns the positions and the cache slots of deferred tokens."""
+        positions = self._deferred.positions[tokens]
+        return positions, self._deferred.slots[tokens] + positions
 
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         if (taken := self._take_pending(block, tokens, hidden.device)) is not None:

@@ -5,13 +5,14 @@ N tokens of a flat batch, n in flight, m that left, D hidden, H_kv K/V heads, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.base import IntArray, RowLayout
 from dynamax_lm_eval.backbones.deferring import PendingTokens
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
@@ -116,10 +117,9 @@ class FusedPass(AttentionPass):
         rotary = self._rotary[device]
         return rotary if whole else rotary.select(self._indices_of(tokens, device))
 
-    def _arguments_of_deferred(self, tokens: IntArray, like: Tensor) -> RotaryEmbeddings:
-        positions_here = self._states.deferred.positions[tokens]
-        positions = on_device(positions_here, like.device)
-        if (table := self._blocks.rotary_table(int(positions_here.max()) + 1, like)) is not None:
+    def _arguments_of_deferred(self, tokens: Tensor, places: Sequence[Tensor], like: Tensor) -> RotaryEmbeddings:
+        positions, longest = places[0], int(self._deferred.positions.max()) + 1
+        if (table := self._blocks.rotary_table(longest, like)) is not None:
             return table.at(positions)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)
 
