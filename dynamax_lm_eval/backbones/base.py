@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.types import StateMode
+from dynamax_lm_eval.types import MambaKernels, StateMode
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -189,6 +189,8 @@ class Backbone(ABC):
     num_embeddings: int
     cost: BackboneCost
     device: torch.device
+    #: What runs the scans of Mamba mixers, those of exit classifiers too.
+    mamba_kernels: MambaKernels = "auto"
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UserError where there are token ids without an embedding."""

@@ -6,30 +6,58 @@ them; knows no policies.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray
+from dynamax_lm_eval.backbones.mamba import kernels
+from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
-from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
+from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.classifiers.mamba import MixerClassifier
+from dynamax_lm_eval.types import MambaKernels
+
+
+@dataclass
+class _Rows:
+    """The rows that reach a classifier in a pass."""
+
+    slots: IntArray  # (T,)
+    rows: RaggedRows
+    numbers: IntArray  # (R,) their lines
+    lines: slice | Tensor  # the same
+    for_kernels: tuple[BoolArray, KernelRows] | None = None
+
+    def in_place(self, is_new: BoolArray) -> KernelRows:
+        """Returns them as kernels take them; ``is_new`` (R,): which have seen nothing."""
+        if self.for_kernels is None or not np.array_equal(self.for_kernels[0], is_new):
+            self.for_kernels = is_new, KernelRows(self.rows, self.numbers, self.lines, is_new)
+        return self.for_kernels[1]
 
 
 class ClassifierStates:
     """A table of states for each classifier that has run, with one line per allocated row."""
 
-    def __init__(self, classifiers: ExitClassifiers | None, device: torch.device) -> None:
+    def __init__(
+        self, classifiers: ExitClassifiers | None, device: torch.device, mamba_kernels: MambaKernels = "auto"
+    ) -> None:
+        """``mamba_kernels``: ``auto`` runs recurrent classifiers by mamba-ssm on a GPU where it is installed."""
         self._classifiers = classifiers
         self._device = device
+        has_mixers = classifiers is not None and any(isinstance(m, MixerClassifier) for m in classifiers.modules())
+        self._kernels = kernels.find(mamba_kernels, device, torch.float32) if has_mixers else None
         self._line_of: dict[int, int] = {}  # slot -> line
         self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
         self._free: list[int] = []
         self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
         # The exits of a pass mostly see the same rows.
-        self._last: tuple[IntArray, slice | Tensor, RaggedRows] | None = None
+        self._last: _Rows | None = None
 
     def allocate_row(self, slot: int) -> None:
         """Allocates a line for a new row, whose states are those of a row that has seen nothing."""
@@ -39,8 +67,7 @@ class ClassifierStates:
     def _allocate_line(self) -> int:
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
-        for table in self._tables.values():
-            table.clear(line)
+        clear_line(self._tables.values(), line)
         return line
 
     def copy_row(self, source: int, slot: int) -> None:
@@ -48,8 +75,7 @@ class ClassifierStates:
         self._copy_line(self._line_of[source], self._line_of[slot])
 
     def _copy_line(self, source: int, line: int) -> None:
-        for table in self._tables.values():
-            table.copy(source, line)
+        copy_line(self._tables.values(), source, line)
 
     def free_row(self, slot: int) -> None:
         """Frees the line of a row that has ended."""
@@ -87,21 +113,25 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            lines, rows = self._lines_and_rows(slots)
+            rows = self._rows(slots)
             table = self._table(kind, layer)
-            logits, after = classifier(hidden, rows, table.read(lines))
+            if self._kernels is not None and isinstance(classifier, MixerClassifier) and self._kernels.can_run(hidden):
+                in_place = rows.in_place(table.begin(rows.numbers))
+                return classifier.forward_in_place(hidden, in_place, table.all, self._kernels)
+            logits, after = classifier(hidden, rows.rows, table.read(rows.lines))
             assert after is not None
-            table.write(lines, after)
+            table.write(rows.lines, after)
             return logits
 
-    def _lines_and_rows(self, slots: IntArray) -> tuple[slice | Tensor, RaggedRows]:
-        """Returns the lines of the rows whose tokens these are, and where the rows begin and end."""
-        if self._last is None or not np.array_equal(self._last[0], slots):
+    def _rows(self, slots: IntArray) -> _Rows:
+        """Returns the rows whose tokens these are."""
+        if self._last is None or not np.array_equal(self._last.slots, slots):
             starts = np.flatnonzero(np.diff(slots, prepend=-1))
             numbers = np.asarray([self._line_of[slot] for slot in slots[starts].tolist()], dtype=np.int64)
             lengths = np.diff(starts, append=len(slots))
-            self._last = slots, lines_of(numbers, self._device), RaggedRows(lengths.tolist(), self._device)
-        return self._last[1:]
+            rows = RaggedRows(lengths.tolist(), self._device)
+            self._last = _Rows(slots, rows, numbers, lines_of(numbers, self._device))
+        return self._last
 
     def _table(self, kind: str, layer: int) -> StateTable:
         """Returns the table of a classifier, with a line for every allocated row."""

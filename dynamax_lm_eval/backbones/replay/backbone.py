@@ -55,6 +55,7 @@ class ReplayBackbone(ModelBackbone):
             Exception: whatever goes wrong where a family does otherwise than is assumed here.
         """
         super().__init__(model)
+        self.mamba_kernels = mamba_kernels
         self.replay = ReplayModel(self.model, self._layers)
         self.cache = FlatCache(self.model.config)
         self.mixers: list[FlatMixer] = []
