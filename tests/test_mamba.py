@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +15,6 @@ from helpers_engine import (
     FULL,
     NEW_TOKENS,
     PROMPTS,
-    KernelsOnCpu,
     classifier_policy,
     exits_config,
     is_separated,
@@ -26,12 +24,10 @@ from helpers_engine import (
     separated_policy,
     varied_classifiers,
 )
-from kernel_stand_ins import STAND_INS
 from reference import reference_generate, reference_score
 from torch import nn
 
 from dynamax_lm_eval.backbones import MambaBackbone
-from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import channel_scan
 from dynamax_lm_eval.config import DynamaxArgs
@@ -209,50 +205,6 @@ def test_step_sizes_are_clamped_in_every_form() -> None:
     with torch.no_grad():
         greedy = model(torch.tensor([text])).logits[0].argmax(-1).tolist()
     assert generated.tokens == greedy[len(PROMPTS[0]) - 1 : -1]
-
-
-@pytest.mark.parametrize("mode", ["recompute", "skip"])
-@pytest.mark.parametrize("family", MAMBAS)
-def test_states_move_on_in_place_by_kernels(family: str, mode: Any) -> None:
-    """Prompts that join, steps of rows in any order, and rows that go on with several tokens."""
-    calls: Counter[str] = Counter()
-
-    def counted(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return getattr(STAND_INS, name)(*args, **kwargs)
-
-        return call
-
-    model = tiny_model(family)
-    backbone = MambaBackbone(model)
-    names = ("chunk_scan", "state_update", "gated_norm")
-    for block in backbone.blocks:
-        block.mixer.kernels = KernelsOnCpu(*map(counted, names), STAND_INS.conv)
-    policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, state_mode=mode), PROMPTS[0])
-    expected = run_generate(engine_for(family), [policy] * 5, PROMPTS, 3)
-    assert run_generate(Engine(backbone), [policy] * 5, PROMPTS, 3) == expected
-    assert set(calls) == ({"state_update"} if family == "mamba" else set(names))
-    check_against_model(Engine(backbone), model)
-
-
-def test_without_a_gpu_there_are_no_kernels() -> None:
-    assert kernels.find("auto", torch.device("cpu"), torch.float32) is None
-    assert kernels.find("torch", torch.device("cuda"), torch.float32) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", MAMBAS)
-def test_kernels_give_what_the_reference_gives(family: str) -> None:
-    pytest.importorskip("mamba_ssm")
-    model = copy.deepcopy(tiny_model(family)).cuda()
-    policy = separated_policy(tiny_model(family), ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3), PROMPTS[0])
-    results = [
-        run_generate(Engine(MambaBackbone(model, choice)), [policy] * 3, PROMPTS[:3], 2)  # type: ignore[arg-type]
-        for choice in ("auto", "torch")
-    ]
-    assert results[0] == results[1]
 
 
 def test_copy_is_refused() -> None:
