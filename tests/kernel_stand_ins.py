@@ -79,8 +79,8 @@ def _gated_norm(
     x: Tensor, weight: Tensor, bias: None, z: Tensor, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
     assert not norm_before_gate
-    groups = (x * F.silu(z)).unflatten(-1, (-1, group_size))
-    return F.rms_norm(groups, (group_size,), eps=eps).flatten(-2) * weight
+    groups = (x.float() * F.silu(z.float())).unflatten(-1, (-1, group_size))
+    return (F.rms_norm(groups, (group_size,), eps=eps).flatten(-2) * weight).to(x.dtype)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor, activation: str) -> Tensor:
@@ -88,8 +88,8 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor, activation: 
     output = torch.empty_like(x)
     for row in seq_idx.unique():
         own = seq_idx[0] == row
-        padded = F.pad(x[:, :, own], (weight.shape[1] - 1, 0))
-        output[:, :, own] = F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight)))
+        padded = F.pad(x[:, :, own].to(weight.dtype), (weight.shape[1] - 1, 0))
+        output[:, :, own] = F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight))).to(x.dtype)
     return output
 
 
@@ -100,7 +100,7 @@ def _conv_update(
     lines = torch.arange(len(state)) if conv_state_indices is None else conv_state_indices.long()
     seen = torch.cat([state[lines], x.unsqueeze(-1)], dim=-1)
     state[lines] = seen[:, :, 1:]
-    return F.silu((seen * weight).sum(-1) + bias)
+    return F.silu((seen * weight).sum(-1) + bias).to(x.dtype)
 
 
 STAND_INS = KernelsOnCpu(_chunk_scan, _state_update, _gated_norm, ConvKernels(_conv, _conv_update))

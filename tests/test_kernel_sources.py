@@ -157,7 +157,7 @@ def test_rows_that_have_a_past(kernels: KernelsOnCpu, limits: Any, dtype: torch.
     read, after = expected_scan(mixed, dt, shape, constants, limits, RaggedRows(lengths), states.clone())
     padded = torch.tensor([[*range(a, b), *[14] * (7 + a - b)] for a, b in ((0, 5), (5, 7), (7, 14))])
     x, b, c = shape.split(mixed[padded.clamp(max=13)])
-    steps = StepSizes.of(dt, constants.dt_bias, limits).at(padded.flatten())
+    steps = StepSizes.of(dt, constants.dt_bias, limits).with_none().at(padded.flatten())
     steps = steps._replace(dt=steps.dt.unflatten(0, (3, 7)))
     output, moved = kernels.go_on(x, steps, constants, b, c, states)
     assert moved.dtype == torch.float32

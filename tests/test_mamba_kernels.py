@@ -123,7 +123,7 @@ def test_groups_hold_every_token_once_and_in_order(most_steps: int, padded: bool
         is_new = generator.random(len(lengths)) < generator.choice([0.0, 0.5, 1.0])
         numbers = generator.permutation(12)[: len(lengths)]
         rows = KernelRows(RaggedRows(lengths.tolist()), numbers, lines_of(numbers, torch.device("cpu")), is_new)
-        groups = rows.groups(most_steps, padded)
+        groups = rows.groups(3, most_steps, padded)
         places = np.arange(lengths.sum())
         if groups.order is not None:
             places = groups.order.place.numpy()

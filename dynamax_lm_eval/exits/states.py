@@ -46,7 +46,7 @@ class ClassifierStates:
     def __init__(
         self, classifiers: ExitClassifiers | None, device: torch.device, mamba_kernels: MambaKernels = "auto"
     ) -> None:
-        """``mamba_kernels``: ``auto`` runs recurrent classifiers by mamba-ssm on a GPU where it is installed."""
+        """``mamba_kernels``: ``auto`` runs Mamba mixers by mamba-ssm and causal-conv1d on a GPU where installed."""
         self._classifiers = classifiers
         self._device = device
         has_mixers = classifiers is not None and any(isinstance(m, MixerClassifier) for m in classifiers.modules())

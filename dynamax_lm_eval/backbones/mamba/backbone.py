@@ -65,7 +65,7 @@ class MambaBackbone(DecoderBackbone):
         """
         Args:
             model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
-            mamba_kernels: ``auto`` runs the scans by mamba-ssm on a GPU where it is installed.
+            mamba_kernels: ``auto`` runs mamba-ssm and causal-conv1d on a GPU where they are installed.
 
         Raises:
             UserError: the architecture is not one that can be run block by block.

@@ -10,7 +10,7 @@ width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,35 +39,41 @@ class KernelScan:
     rows: KernelRows
     table: MixerState  # all lines
 
-    def heads(
-        self, mixed: Tensor, dt: Tensor, shape: MixerShape, limits: tuple[float, float] = (0.0, math.inf)
-    ) -> Tensor:
+    def heads(self, update: Tensor, shape: MixerShape, limits: tuple[float, float] = (0.0, math.inf)) -> Tensor:
         """Moves the rows' states on as Mamba-2 does and returns the read-outs with their skip term, (T, I).
 
         Args:
-            mixed: (T, C): x, B and C side by side, before the convolution.
-            dt: (T, H) step sizes before bias, softplus and limits.
+            update: (T, C + H): x, B and C before the convolution, then step sizes before bias, softplus and limits.
             shape: the sizes.
             limits: of the step sizes.
         """
-        steps = StepSizes.of(dt, self.constants.dt_bias, limits)
+        sizes, bias, ssm = [shape.channels, shape.heads], self.constants.dt_bias, self.table.ssm
         if self.rows.rows.single_tokens:
-            return self._step_heads(self._convolve_singles(mixed), steps, shape, *self.rows.in_place(self.table.ssm))
-        groups = self.rows.groups(_MOST_STEPS, padded=True)
-        mixed = self._convolve(mixed, groups)
+            mixed, dt = update.split(sizes, dim=-1)
+            mixed = self._convolve_singles(mixed)
+            return self._step_heads(mixed, StepSizes.of(dt, bias, limits), shape, *self.rows.in_place(ssm))
+        groups = self.rows.groups(self._width, _MOST_STEPS, padded=True)
+        if groups.is_steps and self.conv is not None:
+            read, update = [], _selected(update, groups)
+            for own, indices in _steps(groups):
+                mixed, dt = update[own].split(sizes, dim=-1)
+                mixed = self.conv.step(mixed.to(self.table.conv.dtype), self.table.conv, indices, self.constants)
+                read.append(self._step_heads(mixed, StepSizes.of(dt, bias, limits), shape, ssm, indices))
+            return _joined(read, groups)
+        mixed, dt = update.split(sizes, dim=-1)
+        mixed, steps = self._convolve(mixed, groups), StepSizes.of(dt, bias, limits)
         if groups.order is not None:
-            steps = steps.at(groups.order.tokens)
-        ssm, start, read = self.table.ssm, 0, []
-        for count in groups.steps:
-            own = slice(start, start + count)
-            indices = groups.step_lines[:count]
-            read.append(self._step_heads(mixed[own], steps._replace(dt=steps.dt[own]), shape, ssm, indices))
-            start += count
+            steps = steps.at(groups.order.tokens) if groups.aside is None else steps.with_none().at(groups.order.tokens)
+        read = [
+            self._step_heads(mixed[own], steps._replace(dt=steps.dt[own]), shape, ssm, indices)
+            for own, indices in _steps(groups)
+        ]
+        start = sum(groups.steps)
         if groups.beside is not None:
-            bounds, own = groups.beside.bounds, slice(start, start + groups.beside.num_tokens)
+            own = slice(start, start + groups.beside.num_tokens)
             x, b, c = shape.split(mixed[own])
             given = steps._replace(dt=steps.dt[own])
-            output, after = self.kernels.new_rows(x, given, self.constants, b, c, *bounds)
+            output, after = self.kernels.new_rows(x, given, self.constants, b, c, *groups.beside.bounds)
             ssm.index_copy_(0, groups.beside_lines, after)
             read.append(output.flatten(1))
             start += groups.beside.num_tokens
@@ -99,22 +105,26 @@ class KernelScan:
             dt, b, c = project(x)
             steps = StepSizes.of(dt, constants.dt_bias)
             return self.kernels.step(*self.rows.in_place(ssm), x, steps, constants, b, c)
-        groups = self.rows.groups(_MOST_STEPS_OF_CHANNELS, padded=False)
+        groups = self.rows.groups(self._width, _MOST_STEPS_OF_CHANNELS, padded=False)
         x = self._convolve(mixed, groups)
         dt, b, c = project(x)
-        start, read = 0, []
-        for count in groups.steps:
-            own = slice(start, start + count)
-            steps = StepSizes.of(dt[own], constants.dt_bias)
-            read.append(self.kernels.step(ssm, groups.step_lines[:count], x[own], steps, constants, b[own], c[own]))
-            start += count
+        steps = StepSizes.of(dt, constants.dt_bias)
+        read = [
+            self.kernels.step(ssm, indices, x[own], steps._replace(dt=dt[own]), constants, b[own], c[own])
+            for own, indices in _steps(groups)
+        ]
         if groups.beside is not None:
+            x, dt, b, c = (values[sum(groups.steps) :] for values in (x, dt, b, c))
             before = ssm.index_select(0, groups.beside_lines)
-            sizes = F.softplus(dt[start:].float() + constants.dt_bias)
-            output, after = channel_scan(x[start:], sizes, constants.decay, b[start:], c[start:], groups.beside, before)
+            sizes = F.softplus(dt.float() + constants.dt_bias)
+            output, after = channel_scan(x, sizes, constants.decay, b, c, groups.beside, before)
             ssm.index_copy_(0, groups.beside_lines, after)
-            read.append(torch.addcmul(output, x[start:].float(), constants.skip).to(x.dtype))
+            read.append(torch.addcmul(output, x.float(), constants.skip).to(x.dtype))
         return _joined(read, groups)
+
+    @property
+    def _width(self) -> int:
+        return self.constants.conv_weight.shape[1] - 1
 
     def _convolve_singles(self, mixed: Tensor) -> Tensor:
         """Returns the convolution with its activation of one token per row, (R, C), and moves the windows on."""
@@ -125,29 +135,20 @@ class KernelScan:
 
     def _convolve(self, mixed: Tensor, groups: Groups) -> Tensor:
         """Returns the convolution with its activation in the order of groups, (T', C), and moves the windows on."""
-        present = None if groups.order is None else groups.order.present
-        if self.conv is not None and not self.rows.all_new:
-            return self._convolve_behind_windows(mixed, self.conv, present)
-        output = self._convolve_by_torch(mixed) if self.conv is None else self._convolve_new(mixed, self.conv)
-        return output if present is None else output.index_select(0, present)
-
-    def _convolve_new(self, mixed: Tensor, conv: ConvKernels) -> Tensor:
-        table = self.table.conv
-        mixed, windows = mixed.to(table.dtype), self.rows.windows(table.shape[1])
-        last = mixed.index_select(0, windows.last)
-        if windows.absent is not None:
-            last = last.masked_fill(windows.absent, 0)
-        table.index_copy_(0, windows.lines, last.unflatten(0, (-1, table.shape[1])))
-        return conv.rows(mixed, self.rows.rows.bounds.row_of, self.constants)
-
-    def _convolve_behind_windows(self, mixed: Tensor, conv: ConvKernels, present: Tensor | None) -> Tensor:
-        table = self.table.conv
-        windows = self.rows.windows(table.shape[1])
+        if self.conv is None:
+            return _selected(self._convolve_by_torch(mixed), groups)
+        table, windows = self.table.conv, groups.windows
+        mixed = mixed.to(table.dtype)
+        if self.rows.all_new:  # nothing was before them
+            last = mixed.index_select(0, windows.last)
+            if windows.absent is not None:
+                last = last.masked_fill(windows.absent, 0)
+            table.index_copy_(0, windows.lines, last.unflatten(0, (-1, table.shape[1])))
+            return _selected(self.conv.rows(mixed, self.rows.rows.bounds.row_of, self.constants), groups)
         before = table.index_select(0, windows.lines)
-        rows = torch.cat([before.flatten(0, 1), mixed.to(table.dtype)]).index_select(0, windows.source)
+        rows = torch.cat([before.flatten(0, 1), mixed]).index_select(0, windows.source)
         table.index_copy_(0, windows.lines, rows.index_select(0, windows.after).view_as(before))
-        tokens = windows.tokens if present is None else windows.tokens.index_select(0, present)
-        return conv.rows(rows, windows.row_of, self.constants).index_select(0, tokens)
+        return self.conv.rows(rows, windows.row_of, self.constants).index_select(0, windows.tokens)
 
     def _convolve_by_torch(self, mixed: Tensor) -> Tensor:
         table, lines = self.table.conv, self.rows.lines
@@ -156,6 +157,19 @@ class KernelScan:
         output, after = causal_conv(mixed.float(), weight, bias, self.rows.rows, window)
         table[lines] = after.to(table.dtype)
         return self.activation(output.to(mixed.dtype))
+
+
+def _steps(groups: Groups) -> Iterator[tuple[slice, Tensor]]:
+    """Yields which tokens in the order of groups move on together, and on which lines of a table, int32."""
+    start = 0
+    for count in groups.steps:
+        yield slice(start, start + count), groups.step_lines[:count]
+        start += count
+
+
+def _selected(values: Tensor, groups: Groups) -> Tensor:
+    """Returns values (T, ...) in the order of groups, (T', ...)."""
+    return values if groups.order is None else values.index_select(0, groups.order.present)
 
 
 def _joined(parts: list[Tensor], groups: Groups) -> Tensor:

@@ -35,8 +35,7 @@ class KernelRows:
         self.all_new = bool(is_new.all())
         self._numbers = numbers
         self._is_new = is_new
-        self._groups: dict[tuple[int, bool], Groups] = {}
-        self._windows: dict[int, Windows] = {}
+        self._groups: dict[tuple[int, int, bool], Groups] = {}
 
     @cached_property
     def indices(self) -> Tensor:
@@ -47,20 +46,21 @@ class KernelRows:
         """Returns a table, and the rows' lines of it in int32; None where these are what is returned, in order."""
         return (table[self.lines], None) if isinstance(self.lines, slice) else (table, self.indices)
 
-    def groups(self, most_steps: int, padded: bool) -> Groups:
+    def groups(self, width: int, most_steps: int, padded: bool) -> Groups:
         """Returns the groups.
 
         Args:
+            width: earlier tokens that the convolution sees, K - 1.
             most_steps: rows of at most so many tokens move on step by step.
             padded: longer rows that have a past are padded, and where all rows are new none steps; otherwise all longer
                 rows stand side by side.
         """
-        key = most_steps, padded
+        key = width, most_steps, padded
         if key not in self._groups:
             self._groups[key] = self._find_groups(*key)
         return self._groups[key]
 
-    def _find_groups(self, most_steps: int, padded: bool) -> Groups:
+    def _find_groups(self, width: int, most_steps: int, padded: bool) -> Groups:
         lengths, num_tokens = self.rows.lengths, self.rows.num_tokens
         starts = np.cumsum(lengths) - lengths
         steps = (lengths <= most_steps) & (not (padded and self.all_new))
@@ -80,7 +80,8 @@ class KernelRows:
         place = np.empty(num_tokens, dtype=np.int64)
         place[tokens[present]] = present
         lines = [self._numbers[group] for group in (stepping, beside, aside)]
-        put = self._put(tokens, np.minimum(tokens, num_tokens - 1), place, *lines)
+        any_token = np.minimum(tokens, num_tokens - 1)
+        put = self._put(tokens, any_token, place, *lines)
         is_same = np.array_equal(tokens, np.arange(num_tokens))
         return Groups(
             order=None if is_same else GroupOrder(*put[:3]),
@@ -90,6 +91,7 @@ class KernelRows:
             beside_lines=put[4],
             aside=(len(aside), len(rank)) if len(aside) else None,
             aside_lines=put[5],
+            windows=self._find_windows(width, any_token),
         )
 
     def _side_by_side(self, rows: IntArray) -> RaggedRows | None:
@@ -97,13 +99,7 @@ class KernelRows:
             return self.rows
         return RaggedRows(self.rows.lengths[rows].tolist(), self.rows.device) if len(rows) else None
 
-    def windows(self, width: int) -> Windows:
-        """Returns the rows behind their windows of ``width`` tokens."""
-        if width not in self._windows:
-            self._windows[width] = self._find_windows(width)
-        return self._windows[width]
-
-    def _find_windows(self, width: int) -> Windows:
+    def _find_windows(self, width: int, in_groups: IntArray) -> Windows:
         lengths, num_rows = self.rows.lengths, self.rows.num_rows
         numbers, tokens = np.arange(num_rows), np.arange(self.rows.num_tokens)
         starts = np.cumsum(lengths) - lengths
@@ -118,7 +114,7 @@ class KernelRows:
             self._numbers,
             source,
             np.repeat(numbers, lengths + width),
-            places,
+            places[in_groups],
             earlier + lengths[:, None],
             starts[:, None] + np.maximum(rank, 0),
         )
@@ -150,6 +146,12 @@ class Groups:
     beside_lines: Tensor
     aside: tuple[int, int] | None  # how many rows are padded, to how many tokens; None: there are none
     aside_lines: Tensor
+    windows: Windows
+
+    @property
+    def is_steps(self) -> bool:
+        """Whether all rows move on step by step."""
+        return self.beside is None and self.aside is None
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Windows:
     lines: Tensor  # (R,) of the rows in a table
     source: Tensor  # indices of these tokens into (windows of all rows, then all tokens)
     row_of: Tensor  # int32
-    tokens: Tensor  # (T,) where the rows' tokens are in these
+    tokens: Tensor  # (T',) where the rows' tokens are in these, in the order of groups
     after: Tensor  # (R * (K - 1),) where those are that the next tokens will see
     last: Tensor  # (R * (K - 1),) the same among the rows' tokens alone; any where a row is too short
     absent: Tensor | None  # (R * (K - 1), 1) where it is; None: nowhere

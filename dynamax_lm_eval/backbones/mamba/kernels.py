@@ -196,10 +196,14 @@ class StepSizes(NamedTuple):
         # The kernel of single tokens knows no limits.
         return cls(F.softplus(dt.float() + bias).clamp(*limits), torch.zeros_like(bias), raw=False)
 
-    def at(self, tokens: Tensor) -> StepSizes:
-        """Returns those of tokens (t,); those of index T are without effect."""
+    def with_none(self) -> StepSizes:
+        """Returns them with one more token behind them, (T + 1, H), which is without effect."""
         none = self.dt.new_full((1, self.dt.shape[1]), _NO_STEP if self.raw else 0.0)
-        return self._replace(dt=torch.cat([self.dt, none]).index_select(0, tokens))
+        return self._replace(dt=torch.cat([self.dt, none]))
+
+    def at(self, tokens: Tensor) -> StepSizes:
+        """Returns those of tokens (t,)."""
+        return self._replace(dt=self.dt.index_select(0, tokens))
 
 
 def find(choice: MambaKernels, device: torch.device, dtype: torch.dtype) -> ScanKernels | None:
@@ -233,7 +237,7 @@ def _installed() -> ScanKernels | None:
         return None
     conv = _installed_conv()
     used = "mamba-ssm" if conv is None else "mamba-ssm and causal-conv1d"
-    logger.info("Mamba runs on the kernels of %s; mamba_kernels=torch does without them", used)
+    logger.info("Mamba runs on the kernels of %s", used)
     return ScanKernels(combined.mamba_chunk_scan_combined, update.selective_state_update, norm.rmsnorm_fn, conv)
 
 

@@ -170,9 +170,7 @@ class Mamba2Mixer(Mixer):
         return read, None if ssm is None else MixerState(conv, ssm)
 
     def advance_in_place(self, update: Tensor, rows: KernelRows, table: MixerState) -> Tensor:
-        mixed, dt = update.split([self.shape.channels, self.shape.heads], dim=-1)
-        scan = self._scan(self._constants(self.module.dt_bias), rows, table)
-        return scan.heads(mixed, dt, self.shape, self._limits)
+        return self._scan(self._constants(self.module.dt_bias), rows, table).heads(update, self.shape, self._limits)
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         norm = self._norm if self.kernels is not None and self.kernels.can_run(scanned) else None

@@ -47,7 +47,7 @@ class ReplayBackbone(ModelBackbone):
         Args:
             model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
             max_length: longest row that will be run.
-            mamba_kernels: ``auto`` runs the scans of Mamba mixers by mamba-ssm on a GPU where it is installed.
+            mamba_kernels: ``auto`` runs Mamba mixers by mamba-ssm and causal-conv1d on a GPU where they are installed.
             attention_by_row: run attention row by row, by the family's own code, too.
 
         Raises:

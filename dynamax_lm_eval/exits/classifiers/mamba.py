@@ -60,8 +60,9 @@ class MixerClassifier(Classifier):
     ) -> tuple[Tensor, MixerState | None]:
         assert rows is not None
         normalised = self.norm(hidden)
-        gate, mixed, dt = self._projected(normalised)
         shape, constants = self.shape, self._constants()
+        gate, update = self._projected(normalised)
+        mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
         conv, ssm = (None, None) if state is None else state
         mixed, conv = causal_conv(mixed.float(), constants.conv_weight, constants.conv_bias, rows, conv)
         steps = F.softplus(dt.float() + constants.dt_bias)
@@ -75,20 +76,19 @@ class MixerClassifier(Classifier):
     def forward_in_place(self, hidden: Tensor, rows: KernelRows, table: MixerState, kernels: ScanKernels) -> Tensor:
         """Returns the logits (T, 2) by kernels; the lines of the table in which the rows' states are are moved on."""
         normalised = F.rms_norm(hidden, hidden.shape[-1:], self.norm.weight, EPS)
-        gate, mixed, dt = self._projected(normalised)
+        gate, update = self._projected(normalised)
         conv = kernels.conv_for(self.shape.channels, self.shape.kernel, "silu")
-        scanned = KernelScan(kernels, conv, F.silu, self._constants(), rows, table).heads(mixed, dt, self.shape)
+        scanned = KernelScan(kernels, conv, F.silu, self._constants(), rows, table).heads(update, self.shape)
         return self.decide(kernels.norm(scanned, gate, self.gate_norm.weight, EPS, self.shape.inner), normalised)
 
     @abstractmethod
     def decide(self, output: Tensor, normalised: Tensor) -> Tensor:
         """Returns logits (T, 2) of the mixer's output, gated and normalised, (T, H * P), and its inputs (T, D)."""
 
-    def _projected(self, normalised: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gate (T, H * P), x, B and C (T, C), and raw step sizes (T, H)."""
-        sizes = [self.shape.inner, self.shape.channels, self.shape.heads]
-        parts: tuple[Tensor, ...] = self.in_proj(normalised).split(sizes, dim=-1)
-        return parts
+    def _projected(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gate (T, H * P), and x, B and C with raw step sizes behind them, (T, C + H)."""
+        projected = self.in_proj(normalised)
+        return projected[:, : self.shape.inner], projected[:, self.shape.inner :]
 
     def _constants(self) -> ScanConstants:
         return self._parameters_of_scan.constants(self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D)
