@@ -6,6 +6,7 @@ Only where their sources and Triton's interpreter are at hand: ``make kernels``.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from dataclasses import replace
 from typing import Any
@@ -90,7 +91,7 @@ def expected_scan(
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
     """Within what rounding to ``dtype`` explains."""
     bound = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype] * float(theirs.detach().abs().max())
-    assert float((ours.float() - theirs).abs().max()) <= bound
+    assert float((ours.float() - theirs).detach().abs().max()) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,6 +195,33 @@ def test_gated_norm(kernels: KernelsOnCpu, dtype: torch.dtype) -> None:
     ours = kernels.norm(x, gate, module.weight, *norm)
     assert ours.dtype == dtype
     assert_near(ours, module(x.float(), gate.float()), dtype)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "IEEE"), (torch.bfloat16, "TF32")])
+def test_precision_of_products(
+    kernels: KernelsOnCpu, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the released kernels ask of float32 products; those of narrower types have no such choice."""
+    builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
+    knobs = importlib.import_module("triton.knobs").language
+    asked, dot = set(), builder.create_dot
+
+    def recorded(self: Any, a: Any, b: Any, c: Any, input_precision: Any, *rest: Any) -> Any:
+        if str(a.dtype.scalar) == "fp32":
+            asked.add(input_precision.name)
+        return dot(self, a, b, c, input_precision, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", recorded)
+    shape = MixerShape(heads=2, head_dim=8, groups=1, state=16, kernel=4)
+    constants, rows = constants_of(shape), RaggedRows([5])
+    x, b, c = shape.split(torch.randn(5, shape.channels).to(dtype))
+    steps = StepSizes.of(torch.randn(5, 2).to(dtype), constants.dt_bias)
+    kernels.new_rows(x, steps, constants, b, c, *rows.bounds)
+    assert asked == {precision}
+    assert knobs.fp32_default is None
+    with knobs.scope():
+        assert found._keep_float32()
+        assert os.environ["TRITON_F32_DEFAULT"] == knobs.fp32_default == "ieee"
 
 
 @pytest.fixture
