@@ -16,7 +16,7 @@ help:
 	@echo "make test       install into $(VENV), then run the tests but the slow ones (minutes)"
 	@echo "make test-slow  the slow ones: several processes, the harness's command, further families"
 	@echo "make test-all   all tests"
-	@echo "make kernels    the released sources of mamba-ssm under Triton's interpreter, without a GPU (minutes)"
+	@echo "make kernels    the released kernels of mamba-ssm and causal-conv1d without a GPU (minutes)"
 	@echo "make check      lint, format and types"
 	@echo "make format     apply the formatter"
 	@echo "make wheel      build the wheel into dist/"
@@ -49,10 +49,11 @@ test-all: $(BIN)/.installed
 	$(BIN)/python -m pytest
 
 # Their packages are never built: what a GPU would compile is read and interpreted.
-KERNELS := mamba-ssm==2.3.2.post1
+KERNELS := mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
 $(BIN)/.kernels: $(BIN)/.installed
 	$(PIP) install --quiet setuptools wheel packaging einops triton
-	MAMBA_SKIP_CUDA_BUILD=TRUE $(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: \
+	MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+		$(PIP) download --quiet --no-deps --no-build-isolation --no-binary :all: \
 		--dest $(VENV)/kernels $(KERNELS)
 	for file in $(VENV)/kernels/*.tar.gz; do tar -xzf $$file -C $(VENV)/kernels; done
 	touch $@

@@ -183,7 +183,7 @@ class DynamaxArgs:
     mamba_kernels: MambaKernels | None = values.argument(
         None,
         values.choice(MambaKernels),
-        "on a Mamba backbone: `auto` runs the scans by mamba-ssm on a GPU where it is installed, `torch` does without",
+        "on a Mamba backbone: `auto` runs mamba-ssm and causal-conv1d on a GPU where installed, `torch` does without",
         shown="`auto`",
     )
     prefix_caching: bool = values.argument(

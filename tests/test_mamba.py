@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import LAYERS, MAMBAS, random_ids, tiny_model
@@ -16,7 +15,6 @@ from helpers_engine import (
     FULL,
     NEW_TOKENS,
     PROMPTS,
-    KernelsOnCpu,
     classifier_policy,
     exits_config,
     is_separated,
@@ -30,7 +28,6 @@ from reference import reference_generate, reference_score
 from torch import nn
 
 from dynamax_lm_eval.backbones import MambaBackbone
-from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import channel_scan
 from dynamax_lm_eval.config import DynamaxArgs
@@ -223,102 +220,6 @@ def test_step_sizes_are_clamped_in_every_form() -> None:
     with torch.no_grad():
         greedy = model(torch.tensor([text])).logits[0].argmax(-1).tolist()
     assert generated.tokens == greedy[len(PROMPTS[0]) - 1 : -1]
-
-
-def _chunk_scan(x: Any, dt: Any, A: Any, B: Any, C: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: N803
-    """What mamba-ssm documents of mamba_chunk_scan_combined, token by token.
-
-    Sequences in one line by cu_seqlens, or one in each line of a batch with initial states.
-    """
-    assert not options["dt_softplus"]
-    zeros = torch.zeros(x.shape[2:])
-    if "initial_states" in options:
-        assert options["return_final_states"]
-        lines, states = x.shape[0], options["initial_states"].clone()
-        read = [
-            _state_update(states, x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t], zeros, dt_bias=zeros)
-            for t in range(x.shape[1])
-        ]
-        assert states.shape[0] == lines
-        return torch.stack(read, dim=1), states
-    assert options["return_varlen_states"]
-    ends = options["cu_seqlens"].tolist()
-    rows = [number for number, size in enumerate(np.diff(ends).tolist()) for _ in range(size)]
-    assert options["seq_idx"].tolist() == [rows]
-    assert options["seq_idx"].dtype == options["cu_seqlens"].dtype == torch.int32
-    states = torch.zeros(len(ends) - 1, x.shape[2], x.shape[3], B.shape[3])
-    outputs = []
-    for t, row in enumerate(rows):
-        given = (x[:, t], dt[:, t, :, None], A[:, None, None], B[:, t], C[:, t])
-        outputs.append(_state_update(states[row : row + 1], *given, zeros, dt_bias=zeros))
-    return torch.stack(outputs, dim=1), states
-
-
-def _state_update(
-    state: Any,
-    x: Any,
-    dt: Any,
-    A: Any,  # noqa: N803
-    B: Any,  # noqa: N803
-    C: Any,  # noqa: N803
-    D: Any,  # noqa: N803
-    dt_bias: Any,
-    dt_softplus: bool = False,
-) -> torch.Tensor:
-    """What mamba-ssm documents of selective_state_update, and what its releases demand: a skip term and a bias."""
-    assert not dt_softplus
-    assert D.shape == dt_bias.shape == x.shape[1:]
-    assert not D.any() and not dt_bias.any()
-    if state.ndim == 4:
-        B, C = (values.repeat_interleave(state.shape[1] // values.shape[1], 1)[:, :, None] for values in (B, C))  # noqa: N806
-    else:
-        B, C = B[:, None], C[:, None]  # noqa: N806
-    state.copy_((dt[..., None] * A).exp() * state + (dt * x)[..., None] * B)
-    return (state * C).sum(-1)
-
-
-@pytest.mark.parametrize("family", MAMBAS)
-def test_the_kernels_functions_are_called_as_documented(family: str) -> None:
-    """Prefill, steps of rows in any order, and rows that go on with several tokens."""
-    calls = {"chunk_scan": 0, "state_update": 0}
-
-    def counted(name: str, function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    model = tiny_model(family)
-    with_kernels = MambaBackbone(model)
-    fakes = KernelsOnCpu(counted("chunk_scan", _chunk_scan), counted("state_update", _state_update))
-    for block in with_kernels.blocks:
-        block.mixer.kernels = fakes
-    policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3), PROMPTS[0])
-    expected = run_generate(engine_for(family), [policy] * 5, PROMPTS, 3)
-    assert run_generate(Engine(with_kernels), [policy] * 5, PROMPTS, 3) == expected
-    assert calls["state_update"] > 0
-    assert (calls["chunk_scan"] > 0) == (family == "mamba2")
-    check_against_model(Engine(with_kernels), model)
-
-
-def test_without_a_gpu_there_are_no_kernels() -> None:
-    assert kernels.find("auto", torch.device("cpu")) is None
-    assert kernels.find("torch", torch.device("cuda")) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", MAMBAS)
-def test_kernels_give_what_the_reference_gives(family: str) -> None:
-    pytest.importorskip("mamba_ssm")
-    model = copy.deepcopy(tiny_model(family)).cuda()
-    policy = separated_policy(tiny_model(family), ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3), PROMPTS[0])
-    results = [
-        run_generate(Engine(MambaBackbone(model, choice)), [policy] * 3, PROMPTS[:3], 2)  # type: ignore[arg-type]
-        for choice in ("auto", "torch")
-    ]
-    assert results[0] == results[1]
 
 
 def test_copy_is_refused() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.placement import Place, moved
-from dynamax_lm_eval.types import StateMode
+from dynamax_lm_eval.types import MambaKernels, StateMode
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -214,6 +214,8 @@ class Backbone(ABC):
     places: Sequence[Place]
     #: Where the LM head is, and where logits are.
     output_device: torch.device
+    #: What runs the scans of Mamba mixers, those of exit classifiers too.
+    mamba_kernels: MambaKernels = "auto"
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UserError where there are token ids without an embedding."""

@@ -114,7 +114,7 @@ class Engine:
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> RowStates:
         """Makes states of the backbone, as :meth:`Backbone.new_states` does, and of the classifiers."""
-        classifiers = ClassifierStates(self.classifiers)
+        classifiers = ClassifierStates(self.classifiers, self.backbone.mamba_kernels)
         return RowStates(self.backbone.new_states(capacity, prefix_capacity, row_stride), classifiers)
 
     def check_policy(self, policy: ExitPolicy) -> None:

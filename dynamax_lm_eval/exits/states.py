@@ -6,29 +6,55 @@ them; knows no policies.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray
+from dynamax_lm_eval.backbones.mamba import kernels
+from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
-from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
+from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.classifiers.mamba import MixerClassifier
+from dynamax_lm_eval.types import MambaKernels
+
+
+@dataclass
+class _Rows:
+    """The rows that reach a classifier in a pass."""
+
+    slots: IntArray  # (T,)
+    rows: RaggedRows
+    numbers: IntArray  # (R,) their lines
+    lines: slice | Tensor  # the same
+    for_kernels: tuple[BoolArray, KernelRows] | None = None
+
+    def in_place(self, is_new: BoolArray) -> KernelRows:
+        """Returns them as kernels take them; ``is_new`` (R,): which have seen nothing."""
+        if self.for_kernels is None or not np.array_equal(self.for_kernels[0], is_new):
+            self.for_kernels = is_new, KernelRows(self.rows, self.numbers, self.lines, is_new)
+        return self.for_kernels[1]
 
 
 class ClassifierStates:
     """A table of states for each classifier that has run, with one line per allocated row."""
 
-    def __init__(self, classifiers: ExitClassifiers | None) -> None:
+    def __init__(self, classifiers: ExitClassifiers | None, mamba_kernels: MambaKernels = "auto") -> None:
+        """``mamba_kernels``: ``auto`` runs Mamba mixers by mamba-ssm and causal-conv1d on a GPU where installed."""
         self._classifiers = classifiers
+        self._choice: MambaKernels = mamba_kernels
+        self._kernels: dict[torch.device, kernels.ScanKernels | None] = {}
         self._line_of: dict[int, int] = {}  # slot -> line
         self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
         self._free: list[int] = []
         self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
         # The exits of a pass mostly see the same rows.
-        self._last: tuple[IntArray, slice | Tensor, RaggedRows] | None = None
+        self._last: _Rows | None = None
 
     def allocate_row(self, slot: int) -> None:
         """Allocates a line for a new row, whose states are those of a row that has seen nothing."""
@@ -38,8 +64,7 @@ class ClassifierStates:
     def _allocate_line(self) -> int:
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
-        for table in self._tables.values():
-            table.clear(line)
+        clear_line(self._tables.values(), line)
         return line
 
     def copy_row(self, source: int, slot: int) -> None:
@@ -47,8 +72,7 @@ class ClassifierStates:
         self._copy_line(self._line_of[source], self._line_of[slot])
 
     def _copy_line(self, source: int, line: int) -> None:
-        for table in self._tables.values():
-            table.copy(source, line)
+        copy_line(self._tables.values(), source, line)
 
     def free_row(self, slot: int) -> None:
         """Frees the line of a row that has ended."""
@@ -86,21 +110,33 @@ class ClassifierStates:
             if not classifier.recurrent:
                 logits, _ = classifier(hidden)
                 return logits
-            lines, rows = self._lines_and_rows(slots, hidden.device)
+            rows = self._rows(slots, hidden.device)
             table = self._table(kind, layer, hidden.device)
-            logits, after = classifier(hidden, rows, table.read(lines))
+            if isinstance(classifier, MixerClassifier) and (scan := self._kernels_for(hidden)) is not None:
+                in_place = rows.in_place(table.begin(rows.numbers))
+                return classifier.forward_in_place(hidden, in_place, table.all, scan)
+            logits, after = classifier(hidden, rows.rows, table.read(rows.lines))
             assert after is not None
-            table.write(lines, after)
+            table.write(rows.lines, after)
             return logits
 
-    def _lines_and_rows(self, slots: IntArray, device: torch.device) -> tuple[slice | Tensor, RaggedRows]:
-        """Returns the lines of the rows whose tokens these are, and where the rows begin and end, on ``device``."""
-        if self._last is None or self._last[2].device != device or not np.array_equal(self._last[0], slots):
+    def _kernels_for(self, hidden: Tensor) -> kernels.ScanKernels | None:
+        """Returns the kernels that run on these hidden states, if there are any."""
+        device = hidden.device
+        if device not in self._kernels:
+            self._kernels[device] = kernels.find(self._choice, device, torch.float32)
+        found = self._kernels[device]
+        return found if found is not None and found.can_run(hidden) else None
+
+    def _rows(self, slots: IntArray, device: torch.device) -> _Rows:
+        """Returns the rows whose tokens these are, for a classifier on ``device``."""
+        if self._last is None or self._last.rows.device != device or not np.array_equal(self._last.slots, slots):
             starts = np.flatnonzero(np.diff(slots, prepend=-1))
             numbers = np.asarray([self._line_of[slot] for slot in slots[starts].tolist()], dtype=np.int64)
             lengths = np.diff(starts, append=len(slots))
-            self._last = slots, lines_of(numbers, device), RaggedRows(lengths.tolist(), device)
-        return self._last[1:]
+            rows = RaggedRows(lengths.tolist(), device)
+            self._last = _Rows(slots, rows, numbers, lines_of(numbers, device))
+        return self._last
 
     def _table(self, kind: str, layer: int, device: torch.device) -> StateTable:
         """Returns the table of a classifier, which is on ``device``, with a line for every allocated row."""

@@ -10,6 +10,7 @@ N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import IntArray, KeptInRows, RowLayout, States, on_device
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.deferring import DeferringPass
-from dynamax_lm_eval.backbones.mamba import kernels
+from dynamax_lm_eval.backbones.mamba import kernels, norms
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
-from dynamax_lm_eval.backbones.mamba.state_cache import StateTable
+from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line
 from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
@@ -44,8 +45,16 @@ class _Block:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Returns the normalised hidden states (T, D), in the dtype that the mixer takes."""
-        normed: Tensor = self.norm(hidden.to(self.norm.weight.dtype))
+        hidden = hidden.to(self.norm.weight.dtype)
+        if hidden.is_cuda and self._rms_norm is not None:
+            return self._rms_norm(hidden, self.norm.weight)
+        normed: Tensor = self.norm(hidden)
         return normed
+
+    @cached_property
+    def _rms_norm(self) -> norms.RmsNorm | None:
+        """The norm in one operation on a GPU, where it is one of root mean squares."""
+        return norms.recognised(self.norm)
 
     def project(self, hidden: Tensor, left: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """Returns what the mixer projects of tokens in flight (n, D) and of those that left (m, D).
@@ -80,13 +89,14 @@ class MambaBackbone(DecoderBackbone):
         """
         Args:
             model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
-            mamba_kernels: ``auto`` runs the scans by mamba-ssm on a GPU where it is installed.
+            mamba_kernels: ``auto`` runs mamba-ssm and causal-conv1d on a GPU where they are installed.
 
         Raises:
             UserError: the architecture is not one that can be run block by block.
         """
         super().__init__(model, ("norm_f",))
-        self._kernels = kernels.find(mamba_kernels, self.device)
+        self.mamba_kernels = mamba_kernels
+        self._kernels = kernels.find(mamba_kernels, self.device, self.model.dtype)
         self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers, start=1)]
         self.cost = BackboneCost(
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size
@@ -144,8 +154,7 @@ class MambaStates(KeptInRows):
         """Returns a line, which is the same in every table; states do not grow with the row, so there always is one."""
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
-        for table in self._tables:
-            table.clear(line)
+        clear_line(self._tables, line)
         return line
 
     def free_row(self, slot: int) -> None:
@@ -154,8 +163,7 @@ class MambaStates(KeptInRows):
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         assert source not in self.deferred.slots, "what is copied ran in a pass that defers nothing"
-        for table in self._tables:
-            table.copy(source, slot)
+        copy_line(self._tables, source, slot)
 
     def table(self, block: int) -> StateTable:
         """Returns the table of a block (1-based), with a line for every allocated row."""

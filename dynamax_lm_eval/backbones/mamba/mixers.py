@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.linear import is_plain, linear
-from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
+from dynamax_lm_eval.backbones.mamba import norms
+from dynamax_lm_eval.backbones.mamba.by_kernels import KernelScan
+from dynamax_lm_eval.backbones.mamba.constants import ScanConstants, ScanParameters
+from dynamax_lm_eval.backbones.mamba.groups import KernelRows
+from dynamax_lm_eval.backbones.mamba.kernels import ConvKernels, ScanKernels
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, causal_conv, channel_scan, selective_scan
 from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE, BlockCost
@@ -32,13 +37,14 @@ class Mixer(ABC):
     """The mixer of one block."""
 
     def __init__(self, module: Any, inner: int, channels: int, kernels: ScanKernels | None) -> None:
-        """``inner``: I; ``channels``: C; ``kernels``: of the scan, where there are any."""
+        """``inner``: I; ``channels``: C; ``kernels``: where there are any."""
         self.module = module
         self.kernels = kernels
         self.inner = inner
         self.channels = channels
         self.kernel = int(module.conv_kernel_size)
         self._activation = ACT2FN[module.activation]
+        self._parameters = ScanParameters()
 
     @property
     @abstractmethod
@@ -61,13 +67,23 @@ class Mixer(ABC):
         """
 
     @abstractmethod
+    def advance_in_place(self, update: Tensor, rows: KernelRows, table: MixerState) -> Tensor:
+        """Returns the same read-out (T, I), by kernels, in the dtype of ``update``; the table's lines are moved on."""
+
+    def runs_on_kernels(self, update: Tensor) -> bool:
+        """Returns whether kernels can update states from this."""
+        return self.kernels is not None and self.kernels.can_run(update)
+
+    @abstractmethod
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         """Returns what the block adds to the residual stream, (T, D), of the read-out (T, I) and the gate (T, I)."""
 
     def new_state(self, num_rows: int, device: torch.device) -> MixerState:
         """Returns the states of rows that have seen nothing."""
+        # The kernel of the convolution wants windows in the dtype of its inputs.
+        dtype = torch.float32 if self._conv_kernels is None else self.module.conv1d.weight.dtype
         return MixerState(
-            torch.zeros(num_rows, self.kernel - 1, self.channels, device=device),
+            torch.zeros(num_rows, self.kernel - 1, self.channels, dtype=dtype, device=device),
             torch.zeros(num_rows, *self.ssm_shape, device=device),
         )
 
@@ -93,11 +109,25 @@ class Mixer(ABC):
         gate = self.inner * int(in_proj.in_features) if is_plain(in_proj) else 0
         return gate + families.linear_macs(self.module.out_proj, name)
 
-    def _convolve(self, mixed: Tensor, rows: RaggedRows, window: Tensor | None) -> tuple[Tensor, Tensor]:
+    @property
+    def _conv_kernels(self) -> ConvKernels | None:
+        if self.kernels is None:
+            return None
+        return self.kernels.conv_for(self.channels, self.kernel, self.module.activation)
+
+    def _constants(self, dt_bias: Tensor) -> ScanConstants:
+        module = self.module
+        return self._parameters.constants(module.conv1d.weight, module.conv1d.bias, dt_bias, module.A_log, module.D)
+
+    def _scan(self, constants: ScanConstants, rows: KernelRows, table: MixerState) -> KernelScan:
+        assert self.kernels is not None, "kernels can run"
+        return KernelScan(self.kernels, self._conv_kernels, self._activation, constants, rows, table)
+
+    def _convolve(
+        self, mixed: Tensor, constants: ScanConstants, rows: RaggedRows, window: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Returns convolution and activation of (T, C), rounded to its dtype as the model does, and the new window."""
-        conv = self.module.conv1d
-        bias = None if conv.bias is None else conv.bias.float()
-        output, window = causal_conv(mixed.float(), conv.weight.squeeze(1).float(), bias, rows, window)
+        output, window = causal_conv(mixed.float(), constants.conv_weight, constants.conv_bias, rows, window)
         return self._activation(output.to(mixed.dtype)), window
 
 
@@ -113,7 +143,7 @@ class Mamba2Mixer(Mixer):
             kernel=int(module.conv_kernel_size),
         )
         super().__init__(module, self.shape.inner, self.shape.channels, kernels)
-        self._limits = tuple(float(limit) for limit in module.time_step_limit)
+        self._limits = float(module.time_step_limit[0]), float(module.time_step_limit[1])
 
     @property
     def ssm_shape(self) -> tuple[int, ...]:
@@ -127,22 +157,33 @@ class Mamba2Mixer(Mixer):
         return _rows_of(self.module.in_proj, normed, slice(self.inner, None))
 
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
-        module, shape = self.module, self.shape
+        shape, constants = self.shape, self._constants(self.module.dt_bias)
         mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
-        mixed, conv = self._convolve(mixed, rows, None if state is None else state.conv)
-        steps = F.softplus(dt.float() + module.dt_bias.float())
+        mixed, conv = self._convolve(mixed, constants, rows, None if state is None else state.conv)
+        steps = F.softplus(dt.float() + constants.dt_bias)
         if self._limits != (0.0, math.inf):
             steps = steps.clamp(*self._limits)
         before = None if state is None else state.ssm
-        decay = -module.A_log.float().exp()
-        read, ssm = selective_scan(mixed, steps, decay, shape, rows, before, self.kernels)  # (T, H, P)
+        read, ssm = selective_scan(mixed, steps, constants.decay, shape, rows, before)  # (T, H, P)
         x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-        read = torch.addcmul(read, x.float(), module.D.float().unsqueeze(-1)).flatten(1)
+        read = torch.addcmul(read, x.float(), constants.skip.unsqueeze(-1)).flatten(1)
         return read, None if ssm is None else MixerState(conv, ssm)
 
+    def advance_in_place(self, update: Tensor, rows: KernelRows, table: MixerState) -> Tensor:
+        return self._scan(self._constants(self.module.dt_bias), rows, table).heads(update, self.shape, self._limits)
+
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
-        normed = self.module.norm(scanned, gate)
+        norm = self._norm if self.kernels is not None and self.kernels.can_run(scanned) else None
+        if norm is None:
+            normed = self.module.norm(scanned, gate)
+        else:
+            assert self.kernels is not None
+            normed = self.kernels.norm(scanned, gate, self.module.norm.weight, *norm)
         return linear(self.module.out_proj, normed.to(gate.dtype))
+
+    @cached_property
+    def _norm(self) -> norms.RmsNorm | None:
+        return norms.recognised(self.module.norm, gated=True)
 
 
 class Mamba1Mixer(Mixer):
@@ -166,18 +207,26 @@ class Mamba1Mixer(Mixer):
         return _rows_of(self.module.in_proj, normed, slice(None, self.inner))
 
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
-        module = self.module
-        x, conv = self._convolve(update, rows, None if state is None else state.conv)
-        parts = linear(module.x_proj, x).split(self._sizes, dim=-1)
-        dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
-        steps = F.softplus((dt @ module.dt_proj.weight.T.to(dt.dtype)).float() + module.dt_proj.bias.float())
+        constants = self._constants(self.module.dt_proj.bias)
+        x, conv = self._convolve(update, constants, rows, None if state is None else state.conv)
+        dt, b, c = self._project_convolved(x)
+        steps = F.softplus(dt.float() + constants.dt_bias)
         before = None if state is None else state.ssm
-        decay = -module.A_log.float().exp()
-        read, ssm = channel_scan(x, steps, decay, b, c, rows, before, self.kernels)  # (T, I)
-        return torch.addcmul(read, x.float(), module.D.float()), MixerState(conv, ssm)
+        read, ssm = channel_scan(x, steps, constants.decay, b, c, rows, before)  # (T, I)
+        return torch.addcmul(read, x.float(), constants.skip), MixerState(conv, ssm)
+
+    def advance_in_place(self, update: Tensor, rows: KernelRows, table: MixerState) -> Tensor:
+        scan = self._scan(self._constants(self.module.dt_proj.bias), rows, table)
+        return scan.channels(update, self._project_convolved)
+
+    def _project_convolved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns raw step sizes (T, I) without their bias, and B and C (T, N)."""
+        parts = linear(self.module.x_proj, x).split(self._sizes, dim=-1)
+        dt, b, c = (norm(part) for norm, part in zip(self._norms, parts, strict=True))
+        return dt @ self.module.dt_proj.weight.T.to(dt.dtype), b, c
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
-        return linear(self.module.out_proj, (scanned * self._activation(gate.float())).to(gate.dtype))
+        return linear(self.module.out_proj, (scanned * self._activation(gate.to(scanned.dtype))).to(gate.dtype))
 
 
 def make_mixer(module: Any, where: str, kernels: ScanKernels | None = None) -> Mixer:

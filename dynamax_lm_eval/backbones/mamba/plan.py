@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout, on_device
+from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
@@ -156,6 +158,11 @@ class RecurrentPlan:
         """Whether none of the rows has a state yet."""
         return bool(self.is_new.all())
 
+    @cached_property
+    def kernel_rows(self) -> KernelRows:
+        """The rows as kernels take them."""
+        return KernelRows(self.rows, self.numbers, self.lines, self.is_new)
+
     def advance(self, mixer: Mixer, table: StateTable, update: Tensor) -> Tensor:
         """Moves the rows' states on and returns the read-outs (n + m, I) in the order of the rows.
 
@@ -163,6 +170,8 @@ class RecurrentPlan:
         """
         if self.order is not None:
             update = update.index_select(0, self.order)
+        if mixer.runs_on_kernels(update):
+            return mixer.advance_in_place(update, self.kernel_rows, table.all)
         read, after = mixer.advance(update, self.rows, None if self.all_new else table.read(self.lines))
         assert after is not None
         table.write(self.lines, after)

@@ -76,28 +76,6 @@ class RaggedRows:
         return Bounds(*(torch.from_numpy(values).to(self.device) for values in (row_of, ends)))
 
     @cached_property
-    def split_by_length(self) -> SplitRows:
-        """The rows of one token apart from the others."""
-        starts = np.cumsum(self.lengths) - self.lengths
-        single, long = np.flatnonzero(self.lengths == 1), np.flatnonzero(self.lengths > 1)
-        rank = np.arange(int(self.lengths.max()))
-        inside = rank < self.lengths[long, None]  # (r, L)
-        tokens = np.where(inside, starts[long, None] + rank, self.num_tokens)
-        present = np.flatnonzero(inside.reshape(-1))
-
-        def index(values: np.ndarray) -> Tensor:
-            return on_device(values, self.device)
-
-        return SplitRows(
-            single_rows=index(single) if len(single) else None,
-            single_tokens=index(starts[single]),
-            long_rows=index(long) if len(long) else None,
-            long_tokens=index(tokens),
-            long_present=index(present),
-            long_order=index(tokens.reshape(-1)[present]),
-        )
-
-    @cached_property
     def chunks(self) -> Chunks:
         counts = -(-self.lengths // self.chunk)
         row_of = np.repeat(np.arange(self.num_rows), counts)
@@ -127,17 +105,6 @@ class Bounds(NamedTuple):
 
     row_of: Tensor  # (T,)
     ends: Tensor  # (R + 1,), from 0
-
-
-class SplitRows(NamedTuple):
-    """Rows of one token, and longer ones padded to the longest."""
-
-    single_rows: Tensor | None  # (s,); None: there are none
-    single_tokens: Tensor  # (s,)
-    long_rows: Tensor | None  # (r,); None: there are none
-    long_tokens: Tensor  # (r, L), T where there is no token
-    long_present: Tensor  # (t,) places of tokens in (r * L,)
-    long_order: Tensor  # (t,) these tokens
 
 
 class Edges(NamedTuple):

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.rows import Chunks, RaggedRows
 
 _Arguments = ParamSpec("_Arguments")
@@ -112,7 +111,6 @@ def selective_scan(
     shape: MixerShape,
     rows: RaggedRows,
     state: Tensor | None,
-    kernels: ScanKernels | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t and y_t = C_t h_t, for each head of each row, in float32.
 
@@ -123,21 +121,12 @@ def selective_scan(
         shape: the sizes.
         rows: the T tokens' rows.
         state: (R, H, P, N) the rows' states; None: zeros. Overwritten where every row has one token.
-        kernels: used where they can be.
 
     Returns:
         (T, H, P) without the skip term D x, and the new states (R, H, P, N); None in training on new rows,
         where nobody asks for them.
     """
     inputs, dt, decay = inputs.float(), dt.float(), decay.float()
-    if kernels is not None and kernels.can_run(inputs):
-        x, b, c = shape.split(inputs)
-        if rows.single_tokens and state is not None:
-            state = state.float()
-            return kernels.step(x, dt, decay, b, c, state), state
-        if state is None:
-            return kernels.chunks(x, dt, decay, b, c, rows)
-        return kernels.go_on(x, dt, decay, b, c, rows, state.float())
     if rows.single_tokens:
         return _step(inputs, dt, decay, shape, state)
     heads, groups, q, layout = shape.heads, shape.groups, rows.chunk, rows.chunks
@@ -229,7 +218,6 @@ def channel_scan(
     c: Tensor,
     rows: RaggedRows,
     state: Tensor | None,
-    kernels: ScanKernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the recurrence of Mamba-1, where each channel and state has a decay of its own, in float32.
 
@@ -244,7 +232,6 @@ def channel_scan(
         c: (T, N)
         rows: the T tokens' rows.
         state: (R, I, N) the rows' states; None: zeros. May be overwritten.
-        kernels: used for steps where they can be.
 
     Returns:
         (T, I) without the skip term D x, and the new states (R, I, N).
@@ -252,8 +239,6 @@ def channel_scan(
     x, dt, decay, b, c = (values.float() for values in (x, dt, decay, b, c))
     current = x.new_zeros(rows.num_rows, *decay.shape) if state is None else state.float()
     if rows.single_tokens:
-        if kernels is not None and kernels.can_run(x):
-            return kernels.step_channels(x, dt, decay, b, c, current), current
         current = _advance(current, x, dt, decay, b)
         return (current @ c.unsqueeze(-1)).squeeze(-1), current
     layout, q = rows.chunks, rows.chunk

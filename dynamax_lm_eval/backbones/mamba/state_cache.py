@@ -5,13 +5,13 @@ R lines of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray, on_device
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 
 
@@ -23,24 +23,19 @@ class StateTable:
         self._make = make
         self._device = device
         self._state: MixerState | None = None
+        self.has_begun = np.zeros(0, dtype=np.bool_)
 
     def clear(self, line: int) -> None:
         """Sets a line to the states of a row that has seen nothing."""
-        if self._state is not None and line < len(self._state.conv):
-            # Lines may be made in one mode of torch and cleared in another.
-            with torch.inference_mode(self._state.conv.is_inference()):
-                for part in self._state:
-                    part[line] = 0
+        clear_line([self], line)
 
     def copy(self, source: int, line: int) -> None:
         """Gives a line what another holds, which is nothing where none has run."""
-        if self._state is None or source >= len(self._state.conv):
-            self.clear(line)
-            return
-        self.reserve(line + 1)
-        with torch.inference_mode(self._state.conv.is_inference()):
-            for part in self._state:
-                part[line] = part[source]
+        copy_line([self], source, line)
+
+    def has(self, line: int) -> bool:
+        """Returns whether the table has a line."""
+        return self._state is not None and line < len(self._state.conv)
 
     def reserve(self, num_lines: int) -> None:
         """Grows the table to at least ``num_lines`` lines."""
@@ -51,6 +46,13 @@ class StateTable:
         if self._state is not None:
             more = MixerState(*(torch.cat(pair) for pair in zip(self._state, more, strict=True)))
         self._state = more
+        self.has_begun = np.append(self.has_begun, np.zeros(len(more.conv) - current, dtype=np.bool_))
+
+    def begin(self, numbers: IntArray) -> BoolArray:
+        """Returns which of these lines (R,) are of rows that have seen nothing so far, and will have now."""
+        is_new: BoolArray = ~self.has_begun[numbers]
+        self.has_begun[numbers] = True
+        return is_new
 
     @property
     def all(self) -> MixerState:
@@ -70,6 +72,32 @@ class StateTable:
                 table.index_copy_(0, lines, new.to(table.dtype))
             elif new.data_ptr() != table[lines].data_ptr():  # else it was updated in place
                 table[lines] = new
+
+
+def clear_line(tables: Iterable[StateTable], line: int) -> None:
+    """Sets a line of all tables to the states of a row that has seen nothing."""
+    tables = [table for table in tables if table.has(line)]
+    # Lines may be made in one mode of torch and cleared in another.
+    with torch.inference_mode():
+        for parts in zip(*(table.all for table in tables), strict=True):
+            torch._foreach_zero_([part[line] for part in parts])
+    for table in tables:
+        table.has_begun[line] = False
+
+
+def copy_line(tables: Iterable[StateTable], source: int, line: int) -> None:
+    """Gives a line of all tables what another holds, which is nothing where none has run."""
+    known: list[StateTable] = []
+    unknown: list[StateTable] = []
+    for table in tables:
+        (known if table.has(source) else unknown).append(table)
+    clear_line(unknown, line)
+    for table in known:
+        table.reserve(line + 1)
+        table.has_begun[line] = table.has_begun[source]
+    with torch.inference_mode():
+        for parts in zip(*(table.all for table in known), strict=True):
+            torch._foreach_copy_([part[line] for part in parts], [part[source] for part in parts])
 
 
 def lines_of(numbers: IntArray, device: torch.device) -> slice | Tensor:

@@ -47,7 +47,7 @@ class ReplayBackbone(ModelBackbone):
         Args:
             model: a causal LM of transformers, in eval mode; may be wrapped by PEFT.
             max_length: longest row that will be run.
-            mamba_kernels: ``auto`` runs the scans of Mamba mixers by mamba-ssm on a GPU where it is installed.
+            mamba_kernels: ``auto`` runs Mamba mixers by mamba-ssm and causal-conv1d on a GPU where they are installed.
             attention_by_row: run attention row by row, by the family's own code, too.
 
         Raises:
@@ -55,6 +55,7 @@ class ReplayBackbone(ModelBackbone):
             Exception: whatever goes wrong where a family does otherwise than is assumed here.
         """
         super().__init__(model)
+        self.mamba_kernels = mamba_kernels
         self.replay = ReplayModel(self.model, self._layers)
         self.cache = FlatCache(self.model.config)
         self.mixers: list[FlatMixer] = []

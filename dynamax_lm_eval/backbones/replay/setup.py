@@ -65,6 +65,7 @@ def describe(
     """
     replay = backbone.replay
     families.check_rope(backbone.config, max_length)
+    scans = kernels.find(mamba_kernels, replay.device, backbone.model.dtype)
     trace = watch(replay)
     calls = _ModuleCalls(replay, trace, attention_by_row)
     with replay.attention(attention.NAME):
@@ -81,7 +82,7 @@ def describe(
     rules: dict[int, Any] = {}
     blocks = []
     for number, seen in enumerate(trace.blocks):
-        mixers = calls.mixers(seen, kernels.find(mamba_kernels, replay.device))
+        mixers = calls.mixers(seen, scans)
         rule = _mask_rule(captured[0][number])
         if rule is not None and id(rule) not in rules:
             rules[id(rule)] = classified(rule, int(horizon))
@@ -137,7 +138,7 @@ class _ModuleCalls:
                 found[outer[0]] = tuple(sorted({*found[outer[0]], *found.pop(module)}))
         return found
 
-    def mixers(self, block: BlockTrace, scans: Any) -> tuple[FlatMixer, ...]:
+    def mixers(self, block: BlockTrace, scans: kernels.ScanKernels | None) -> tuple[FlatMixer, ...]:
         """Returns what runs in place of the modules of a block that keep states."""
         mixers: list[FlatMixer] = []
         for module, layers in self._layers_of(block).items():
@@ -156,7 +157,7 @@ class _ModuleCalls:
             mixers.append(mixer)
         return tuple(mixers)
 
-    def _ragged(self, module: nn.Module, call: Call, scans: Any) -> MambaMixer | None:
+    def _ragged(self, module: nn.Module, call: Call, scans: kernels.ScanKernels | None) -> MambaMixer | None:
         """Returns the module as a Mamba mixer of ours, where that computes the same."""
         try:
             ours, place = make_mixer(module, "", scans), Place(module)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
-from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState
+from dynamax_lm_eval.backbones.mamba.ssm import MixerShape
 from dynamax_lm_eval.exits.classifiers.base import ClassifierOptions, width
 from dynamax_lm_eval.exits.classifiers.mamba import MixerClassifier, mixer_shape
 
@@ -39,10 +38,7 @@ class HybridClassifier(MixerClassifier):
     def macs(self) -> int:
         return self.mixer_macs + self.hidden_proj.weight.numel() + self.out_proj.weight.numel()
 
-    def forward(
-        self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
-    ) -> tuple[Tensor, MixerState | None]:
-        normalised = self.norm(hidden)
-        output, after = self.mix(normalised, rows, state)
+    def decide(self, output: Tensor, normalised: Tensor) -> Tensor:
         both = torch.cat([output, normalised], dim=-1)
-        return self.out_proj(self.activation(self.hidden_proj(both))), after
+        logits: Tensor = self.out_proj(self.activation(self.hidden_proj(both)))
+        return logits

@@ -6,15 +6,20 @@ T tokens, R rows, D hidden size; H heads, P head dim, N SSM state, K kernel, C c
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamax_lm_eval.backbones.mamba.by_kernels import KernelScan
+from dynamax_lm_eval.backbones.mamba.constants import ScanConstants, ScanParameters
+from dynamax_lm_eval.backbones.mamba.groups import KernelRows
+from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, causal_conv, selective_scan
-from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions, RmsNorm, width
+from dynamax_lm_eval.exits.classifiers.base import EPS, Classifier, ClassifierOptions, RmsNorm, width
 
 #: Time steps that a fresh mixer starts with, log-uniform (Mamba's own initialisation).
 _FIRST_STEPS = (1e-3, 1e-1)
@@ -42,6 +47,7 @@ class MixerClassifier(Classifier):
         self.A_log = nn.Parameter(torch.empty(shape.heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(shape.heads))
         self.gate_norm = RmsNorm(shape.inner)
+        self._parameters_of_scan = ScanParameters()
 
     @property
     def mixer_macs(self) -> int:
@@ -49,21 +55,43 @@ class MixerClassifier(Classifier):
         recurrence = 3 * self.shape.inner * self.shape.state
         return self.in_proj.weight.numel() + self.conv_weight.numel() + recurrence
 
-    def mix(
-        self, normalised: Tensor, rows: RaggedRows | None, state: MixerState | None
+    def forward(
+        self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
     ) -> tuple[Tensor, MixerState | None]:
-        """Returns the mixer's output, gated and normalised, (T, H * P) for inputs (T, D), and the rows' new state."""
         assert rows is not None
-        shape = self.shape
-        gate, mixed, dt = self.in_proj(normalised).split([shape.inner, shape.channels, shape.heads], dim=-1)
+        normalised = self.norm(hidden)
+        shape, constants = self.shape, self._constants()
+        gate, update = self._projected(normalised)
+        mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
         conv, ssm = (None, None) if state is None else state
-        mixed, conv = causal_conv(mixed.float(), self.conv_weight, self.conv_bias, rows, conv)
-        steps = F.softplus(dt.float() + self.dt_bias)
+        mixed, conv = causal_conv(mixed.float(), constants.conv_weight, constants.conv_bias, rows, conv)
+        steps = F.softplus(dt.float() + constants.dt_bias)
         mixed = F.silu(mixed)
-        output, ssm = selective_scan(mixed, steps, -self.A_log.exp(), shape, rows, ssm)  # (T, H, P)
+        output, ssm = selective_scan(mixed, steps, constants.decay, shape, rows, ssm)  # (T, H, P)
         x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-        output = (output + x * self.D.unsqueeze(-1)).flatten(1)
-        return self.gate_norm(output * F.silu(gate)), None if ssm is None else MixerState(conv, ssm)
+        output = (output + x * constants.skip.unsqueeze(-1)).flatten(1)
+        after = None if ssm is None else MixerState(conv, ssm)
+        return self.decide(self.gate_norm(output * F.silu(gate)), normalised), after
+
+    def forward_in_place(self, hidden: Tensor, rows: KernelRows, table: MixerState, kernels: ScanKernels) -> Tensor:
+        """Returns the logits (T, 2) by kernels; the lines of the table in which the rows' states are are moved on."""
+        normalised = F.rms_norm(hidden, hidden.shape[-1:], self.norm.weight, EPS)
+        gate, update = self._projected(normalised)
+        conv = kernels.conv_for(self.shape.channels, self.shape.kernel, "silu")
+        scanned = KernelScan(kernels, conv, F.silu, self._constants(), rows, table).heads(update, self.shape)
+        return self.decide(kernels.norm(scanned, gate, self.gate_norm.weight, EPS, self.shape.inner), normalised)
+
+    @abstractmethod
+    def decide(self, output: Tensor, normalised: Tensor) -> Tensor:
+        """Returns logits (T, 2) of the mixer's output, gated and normalised, (T, H * P), and its inputs (T, D)."""
+
+    def _projected(self, normalised: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gate (T, H * P), and x, B and C with raw step sizes behind them, (T, C + H)."""
+        projected = self.in_proj(normalised)
+        return projected[:, : self.shape.inner], projected[:, self.shape.inner :]
+
+    def _constants(self) -> ScanConstants:
+        return self._parameters_of_scan.constants(self.conv_weight, self.conv_bias, self.dt_bias, self.A_log, self.D)
 
     def new_state(self, num_rows: int, device: torch.device) -> MixerState:
         shape = self.shape
@@ -88,11 +116,9 @@ class MambaClassifier(MixerClassifier):
     def macs(self) -> int:
         return self.mixer_macs + self.out_proj.weight.numel()
 
-    def forward(
-        self, hidden: Tensor, rows: RaggedRows | None = None, state: MixerState | None = None
-    ) -> tuple[Tensor, MixerState | None]:
-        output, after = self.mix(self.norm(hidden), rows, state)
-        return self.out_proj(output), after
+    def decide(self, output: Tensor, normalised: Tensor) -> Tensor:
+        logits: Tensor = self.out_proj(output)
+        return logits
 
 
 def mixer_shape(hidden_size: int, options: ClassifierOptions) -> MixerShape:
