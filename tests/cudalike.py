@@ -165,8 +165,10 @@ class _Device(TorchFunctionMode):
 
     def _move(self, func: Any, args: Any, kwargs: Any, target: torch.device) -> Any:
         tensor = args[0]
-        is_own, is_asynchronous = isinstance(tensor, CudaTensor), kwargs.pop("non_blocking", False)
-        others = [a for a in args[1:] if not isinstance(a, str | torch.device)] if func.__name__ == "to" else []
+        is_own, rest = isinstance(tensor, CudaTensor), args[1:] if func.__name__ == "to" else ()
+        # Modules are moved by (device, dtype or None, non_blocking).
+        is_asynchronous = kwargs.pop("non_blocking", False) or any(value is True for value in rest)
+        others = [value for value in rest if isinstance(value, torch.dtype | Tensor)]
         kwargs.pop("device", None)
         if is_own and target.type == "cuda":
             return self._run(Tensor.to, (tensor, *others), kwargs, [tensor]) if others or kwargs else tensor

@@ -9,7 +9,7 @@ T tokens of R rows, n tokens of one row, H heads, P head dim, G groups, N SSM st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def pays(shape: MixerShape, rows: RaggedRows, inputs: Tensor) -> bool:
 
 
 def scan_in_place(
-    inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, rows: RaggedRows, table: Tensor, lines: Sequence[int]
+    inputs: Tensor, dt: Tensor, decay: Tensor, shape: MixerShape, rows: RaggedRows, table: Tensor, lines: Iterable[int]
 ) -> Tensor:
     """Computes what ``ssm.selective_scan`` does, and moves the rows' states on where they are, in float32.
 

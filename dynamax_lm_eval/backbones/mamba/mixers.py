@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.linear import is_plain, linear
-from dynamax_lm_eval.backbones.mamba import norms
+from dynamax_lm_eval.backbones.mamba import in_place, norms
 from dynamax_lm_eval.backbones.mamba.by_kernels import KernelScan
 from dynamax_lm_eval.backbones.mamba.constants import ScanConstants, ScanParameters
 from dynamax_lm_eval.backbones.mamba.groups import KernelRows
@@ -65,6 +66,27 @@ class Mixer(ABC):
 
         ``state``: None for rows that have seen nothing; where they are also trained, no states come back.
         """
+
+    def moves_lines_on(self, update: Tensor, rows: RaggedRows) -> bool:
+        """Returns whether :meth:`advance_lines` is the fastest way to move states on."""
+        return False
+
+    def advance_lines(
+        self, update: Tensor, rows: RaggedRows, windows: Tensor, table: Tensor, lines: Iterable[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Does what :meth:`advance` does, with SSM states that are moved on where they lie.
+
+        Args:
+            update: as for :meth:`advance`.
+            rows: the rows.
+            windows: (R, K - 1, C) conv windows of the rows.
+            table: (S, H, P, N) SSM states.
+            lines: R lines of the table, those of the rows.
+
+        Returns:
+            the read-out (T, I), and the rows' new windows.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def advance_in_place(self, update: Tensor, rows: KernelRows, table: MixerState) -> Tensor:
@@ -157,17 +179,37 @@ class Mamba2Mixer(Mixer):
         return _rows_of(self.module.in_proj, normed, slice(self.inner, None))
 
     def advance(self, update: Tensor, rows: RaggedRows, state: MixerState | None) -> tuple[Tensor, MixerState | None]:
-        shape, constants = self.shape, self._constants(self.module.dt_bias)
-        mixed, dt = update.split([shape.channels, shape.heads], dim=-1)
-        mixed, conv = self._convolve(mixed, constants, rows, None if state is None else state.conv)
+        constants = self._constants(self.module.dt_bias)
+        mixed, steps, conv = self._inputs(update, constants, rows, None if state is None else state.conv)
+        before = None if state is None else state.ssm
+        read, ssm = selective_scan(mixed, steps, constants.decay, self.shape, rows, before)  # (T, H, P)
+        return self._with_skip(read, mixed, constants), None if ssm is None else MixerState(conv, ssm)
+
+    def moves_lines_on(self, update: Tensor, rows: RaggedRows) -> bool:
+        return in_place.pays(self.shape, rows, update)
+
+    def advance_lines(
+        self, update: Tensor, rows: RaggedRows, windows: Tensor, table: Tensor, lines: Iterable[int]
+    ) -> tuple[Tensor, Tensor]:
+        constants = self._constants(self.module.dt_bias)
+        mixed, steps, windows = self._inputs(update, constants, rows, windows)
+        read = in_place.scan_in_place(mixed, steps, constants.decay, self.shape, rows, table, lines)
+        return self._with_skip(read, mixed, constants), windows
+
+    def _inputs(
+        self, update: Tensor, constants: ScanConstants, rows: RaggedRows, windows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns x, B and C side by side (T, C), step sizes (T, H), and the new windows (R, K - 1, C)."""
+        mixed, dt = update.split([self.shape.channels, self.shape.heads], dim=-1)
+        mixed, windows = self._convolve(mixed, constants, rows, windows)
         steps = F.softplus(dt.float() + constants.dt_bias)
         if self._limits != (0.0, math.inf):
             steps = steps.clamp(*self._limits)
-        before = None if state is None else state.ssm
-        read, ssm = selective_scan(mixed, steps, constants.decay, shape, rows, before)  # (T, H, P)
-        x = mixed[:, : shape.inner].unflatten(-1, (shape.heads, shape.head_dim))
-        read = torch.addcmul(read, x.float(), constants.skip.unsqueeze(-1)).flatten(1)
-        return read, None if ssm is None else MixerState(conv, ssm)
+        return mixed, steps, windows
+
+    def _with_skip(self, read: Tensor, mixed: Tensor, constants: ScanConstants) -> Tensor:
+        x = mixed[:, : self.shape.inner].unflatten(-1, (self.shape.heads, self.shape.head_dim))
+        return torch.addcmul(read, x.float(), constants.skip.unsqueeze(-1)).flatten(1)
 
     def advance_in_place(self, update: Tensor, rows: KernelRows, table: MixerState) -> Tensor:
         return self._scan(self._constants(self.module.dt_bias), rows, table).heads(update, self.shape, self._limits)

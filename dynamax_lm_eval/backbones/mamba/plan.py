@@ -172,6 +172,12 @@ class RecurrentPlan:
             update = update.index_select(0, self.order)
         if mixer.runs_on_kernels(update):
             return mixer.advance_in_place(update, self.kernel_rows, table.all)
+        if mixer.moves_lines_on(update, self.rows):
+            read, windows = mixer.advance_lines(
+                update, self.rows, table.windows(self.lines), table.all.ssm, self.numbers
+            )
+            table.write_windows(self.lines, windows)
+            return read
         read, after = mixer.advance(update, self.rows, None if self.all_new else table.read(self.lines))
         assert after is not None
         table.write(self.lines, after)

@@ -68,10 +68,22 @@ class StateTable:
     def write(self, lines: slice | Tensor, state: MixerState) -> None:
         """Replaces the states of some lines."""
         for table, new in zip(self.all, state, strict=True):
-            if isinstance(lines, Tensor):
-                table.index_copy_(0, lines, new.to(table.dtype))
-            elif new.data_ptr() != table[lines].data_ptr():  # else it was updated in place
-                table[lines] = new
+            _write(table, lines, new)
+
+    def windows(self, lines: slice | Tensor) -> Tensor:
+        """Returns the conv windows of some lines, as :meth:`read` does."""
+        return self.all.conv[lines]
+
+    def write_windows(self, lines: slice | Tensor, windows: Tensor) -> None:
+        """Replaces the conv windows of some lines."""
+        _write(self.all.conv, lines, windows)
+
+
+def _write(table: Tensor, lines: slice | Tensor, new: Tensor) -> None:
+    if isinstance(lines, Tensor):
+        table.index_copy_(0, lines, new.to(table.dtype))
+    elif new.data_ptr() != table[lines].data_ptr():  # else it was updated in place
+        table[lines] = new
 
 
 def clear_line(tables: Iterable[StateTable], line: int) -> None:
