@@ -46,6 +46,9 @@ generated tokens with the LM head, `realised` the ratio of times, both against e
 tensors of a case, with the model and the classifiers of all cases.
 """
     for shape in result["shapes"]:
+        if shape["why_not"]:
+            text += f"\n### {shape['shape']}\n\nNot measured: {shape['why_not']}.\n"
+            continue
         text += f"""
 ### {shape["shape"]}, {shape["blocks"]} blocks
 
@@ -56,11 +59,15 @@ The limit: {shape["weight_bytes"] / 1e9:.3f} GB of weights per token, {shape["li
 {"| --- " * _HEADER.count(" | ")}| --- |
 """
         for row in shape["rows"]:
+            ratio = row["times_as_fast_as_transformers"]
+            against = "-" if ratio is None else f"{ratio:.2f}"
             peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
             text += (
                 f"| {row['batch_size']} | {row['case']} | {row['ms_per_step']:.3f} ({row['ms_least']:.3f} to "
                 f"{row['ms_most']:.3f}) | {row['tokens_per_second']:.1f} | {row['times_limit']:.2f} | "
-                f"{row['times_as_fast_as_transformers']:.2f} | {row['mean_exit_layer']:.1f} | {row['counted']:.3f} | "
+                f"{against} | {row['mean_exit_layer']:.1f} | {row['counted']:.3f} | "
                 f"{row['realised']:.3f} | {peak} |\n"
             )
+        if shape["transformers_left_out"]:
+            text += f"\ntransformers' own `generate` fails here: {shape['transformers_left_out']}.\n"
     return text

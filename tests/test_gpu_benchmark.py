@@ -32,6 +32,7 @@ def test_the_whole_benchmark(result: dict[str, Any]) -> None:
     assert [shape["runs_as"] for shape in result["shapes"]] == ["fused", "mamba"]
     for shape in result["shapes"]:
         assert shape["self_check"] == "passed"
+        assert shape["transformers_left_out"] is None
         rows = {(row["batch_size"], row["case"]): row for row in shape["rows"]}
         assert len(rows) == 2 * (2 + 3 * 2)
         for (batch, name), row in rows.items():

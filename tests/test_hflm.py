@@ -89,7 +89,10 @@ class TestParametersOfHFLM:
         assert set(HONOURED) | set(REFUSED) == parameters
 
     @pytest.mark.parametrize(("name", "value", "near"), [(n, *v) for n, values in HONOURED.items() for v in values])
-    def test_honoured(self, model_folder: Path, name: str, value: Any, near: float) -> None:
+    def test_honoured(
+        self, model_folder: Path, name: str, value: Any, near: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)  # parallelize makes a folder there
         given = {"device": "cpu", "batch_size": 1, name: value}
         theirs, ours = HFLM(str(model_folder), **given), DynamaxLM(str(model_folder), threshold=1, **given)
         expected = theirs.loglikelihood(PAIRS, disable_tqdm=True)
