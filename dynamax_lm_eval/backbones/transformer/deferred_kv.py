@@ -65,6 +65,7 @@ class DeferredKV:
         self.slots, self.positions, self.done = self.slots[indices], self.positions[indices], self.done[indices]
         # Rows may be freed outside the mode of torch in which tokens ran.
         with torch.inference_mode(self.hidden.is_inference()):
-            self.ids = self.ids.index_select(0, on_device(indices, self.ids.device))
-            self.hidden = self.hidden.index_select(0, on_device(indices, self.hidden.device))
+            chosen = on_device(indices, self.hidden.device)
+            self.ids = self.ids.index_select(0, moved(chosen, self.ids.device))
+            self.hidden = self.hidden.index_select(0, chosen)
         self.version += 1

@@ -106,9 +106,10 @@ class FusedLlamaBlock:
         """
         normed = normed_by(self._norms[0], hidden if left is None else torch.cat((hidden, left), dim=1))
         query_key, value = self._projected(normed)
+        heads = query_key.shape[2] - value.shape[2]  # those of this process, where several share a block
         rotated = _rotated(query_key, cos, sin)
-        keys, values = write(rotated[0, :, self.heads :], value[0])
-        query = rotated[:, : hidden.shape[1], : self.heads].transpose(1, 2)
+        keys, values = write(rotated[0, :, heads:], value[0])
+        query = rotated[:, : hidden.shape[1], :heads].transpose(1, 2)
         attended, _ = ragged_attention(self._attention, query, keys, values, None, self._scaling, self.window, plan)
         hidden = hidden + linear(self._output, attended.flatten(2))
         normed = normed_by(self._norms[1], hidden)
