@@ -129,6 +129,9 @@ def test_exits_are_those_of_the_reference(group: str, mode: Any) -> None:
             first = policy.first_eligible_position(result.trace.prompt_tokens)
             assert list(result.trace.exit_layers) == row.layers[first:]
             exited += sum(layer < DEPTH for layer in row.layers)
+        # Rows that wait at exits, where blocks can go on by themselves.
+        waited, _ = drained(generate(engine, requests, 2, rows_in_flight=4), len(PROMPTS))
+        assert [(r.tokens, r.trace) for r in waited] == [(r.tokens, r.trace) for r in results]
         for (scores, row), scoring in zip(scored, run_score(engine, policy, pairs, 3), strict=True):
             first = policy.first_eligible_position(scoring.trace.prompt_tokens)
             assert list(scoring.trace.exit_layers) == row.layers[first:]
@@ -160,6 +163,13 @@ def test_pruned_and_final_blocks(group: str, changes: dict[str, Any]) -> None:
 def test_modes_that_mean_nothing_are_refused(group: str, mode: Any) -> None:
     with pytest.raises(UserError, match=f"^state_mode={mode} is not possible on "):
         engine_of(group, mode)
+
+
+@every_group
+def test_blocks_go_on_by_themselves_where_they_only_attend(group: str) -> None:
+    # Blocks that take tokens in order, or K and V of other blocks.
+    depend = ("two attentions in a block", "inputs per block and shared K and V")
+    assert engine_of(group).backbone.resumes == (ARCHITECTURES[group][0] == "flat" and group not in depend)
 
 
 @every_group

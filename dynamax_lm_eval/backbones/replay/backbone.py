@@ -76,6 +76,7 @@ class ReplayBackbone(ModelBackbone):
             return  # policies are checked, nothing is run
         setup.find_stops(self)
         self.takes_tokens_in_order |= any(block.is_sequential for block in self.blocks)
+        self.resumes = not self.takes_tokens_in_order and setup.takes_nothing_from_other_blocks(self)
         self.cost = costs.measure(self, self.hidden_size * self.vocab_size)
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> ReplayStates:

@@ -252,6 +252,23 @@ def direct_readout(backbone: ReplayBackbone) -> Any:
     return None
 
 
+def takes_nothing_from_other_blocks(backbone: ReplayBackbone) -> bool:
+    """Returns whether blocks need nothing that other blocks make in the same pass, but hidden states.
+
+    Each writes K and V of its own, and is called with nothing that another one could have written into.
+    """
+    ids = torch.zeros(2, dtype=torch.int64, device=backbone.device)
+    with backbone.running():
+        calls = backbone.replay.capture(ids, torch.arange(2, device=backbone.device), backbone.cache)
+    given = [value for call in calls for value in (*call.args, *call.kwargs.values())]
+    written = [layer for block in backbone.blocks for layer in block.kv_layers]
+    return (
+        all(block.kv_layers for block in backbone.blocks)
+        and len(set(written)) == len(written)
+        and not any(isinstance(value, dict | list | set) for value in given)
+    )
+
+
 def why_blocks_differ(backbone: ReplayBackbone, first: int) -> str | None:
     """Returns in what the K and V of blocks ``first``.. differ; None: they mean the same in all of them."""
     numbers = range(first, backbone.num_layers + 1)
