@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import LAYERS, tiny_model, train_tokenizer
+from helpers import LAYERS, save_model, tiny_model, train_tokenizer
 from helpers_harness import EXIT_ARGS, dynamax, evaluate, generation_requests, responses
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -258,6 +258,11 @@ class TestArguments:
         assert rows.rows_in_flight(lm, [many], 4, 100) == 50
         lm.use_policy(replace(lm.args, rebatch=False, rows_in_flight=None))
         assert rows.rows_in_flight(lm, [many], 4, 100) == 4
+
+    def test_rows_wait_on_blocks_that_are_replayed(self, tmp_path: Path) -> None:
+        lm = dynamax(save_model("gpt_neox", tmp_path), batch_size=2, rows_in_flight=6, **EXIT_ARGS)
+        assert lm.engine.backbone.rung == "flat"
+        assert rows.rows_in_flight(lm, [lm.policy], 2, 100) == 6
 
     def test_answers_do_not_depend_on_rows_that_wait(self, model_folder: Path) -> None:
         requests = generation_requests(["The quick", "A lazy", "The", "brown fox jumps"])

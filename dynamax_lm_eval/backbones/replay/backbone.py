@@ -72,11 +72,12 @@ class ReplayBackbone(ModelBackbone):
         self.rung = "row modules" if attention_by_row else "mixed" if self.mixers else "flat"
         self._mixer_arities: dict[FlatMixer, int | None] = found.mixer_arities
         self._direct_readout = setup.direct_readout(self)
+        self.resumes = not self.takes_tokens_in_order and setup.takes_nothing_from_other_blocks(self)
         if self.device.type == "meta":
             return  # policies are checked, nothing is run
         setup.find_stops(self)
         self.takes_tokens_in_order |= any(block.is_sequential for block in self.blocks)
-        self.resumes = not self.takes_tokens_in_order and setup.takes_nothing_from_other_blocks(self)
+        self.resumes &= not self.takes_tokens_in_order
         self.cost = costs.measure(self, self.hidden_size * self.vocab_size)
 
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> ReplayStates:
