@@ -1,11 +1,14 @@
 """Savings on the clock against counted savings: decoding at fixed exit rates and at real thresholds, and scoring.
 
     python benchmarks/realized.py --backbone smollm2-gguf --exits FOLDER --batch-sizes 1 16
+    python benchmarks/realized.py --shape mistral-7b --blocks 8 --dtype bfloat16 --layers 4 --work decoding
 
 Decoding: rows of equal prompts' length generate a fixed number of tokens; the time of the prompts alone is taken off.
 Counted is the decode reduction with the LM head: MACs of the full model's generated tokens over those of the
 policy's, one LM-head read per token on both sides. Realised is the ratio of the times for the same number of tokens.
 Random exits leave after one layer at a fixed rate and cost nothing; trained ones run at thresholds.
+With ``--rows`` there are so many requests, of which ``--rows-in-flight`` times the batch size are in flight at once
+where tokens exit; the full model has a batch in flight.
 Scoring: rows of random tokens, all of which may exit. Alternating order, medians; the last line is JSON.
 """
 
@@ -23,7 +26,9 @@ from typing import Any
 import torch
 from environment import environment
 from forced_exits import RandomExit, forced, threshold_for
+from shapes import SHAPES, random_model
 
+from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
@@ -47,13 +52,15 @@ class Case:
         self.traces: list[Trace] = []
         self.seconds: list[float] = []
 
-    def decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int) -> float:
+    def decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int, in_flight: int) -> float:
         """Seconds for the tokens after the first."""
         spent = []
         for length in (1, new_tokens):
             requests = [GenerationRequest(p, length, self.policy, Sampler(), lambda _: False) for p in prompts]
             start = time.perf_counter()
-            generations = generate_all(self.engine, requests, batch_size)
+            generations = generate_all(
+                self.engine, requests, batch_size, in_flight if self.policy.active_exits else None
+            )
             spent.append(time.perf_counter() - start)
         self.traces = [generation.trace for generation in generations]
         return spent[1] - spent[0]
@@ -108,12 +115,17 @@ def compare(cases: list[Case], run: Callable[[Case], float], repeats: int) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="smollm2-gguf")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape in place of a backbone")
+    parser.add_argument("--blocks", type=int, help="of the shape; unset: all")
+    parser.add_argument("--work", nargs="+", choices=("decoding", "scoring"), default=["decoding", "scoring"])
     parser.add_argument("--exits", type=Path, help="folder of trained exits")
     parser.add_argument("--classifiers", nargs="*", default=["mamba", "calm"])
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.6, 0.8])
     parser.add_argument("--layers", type=int, nargs="*", default=[15, 22], help="of random exits")
     parser.add_argument("--rates", type=float, nargs="*", default=[0.5, 0.9], help="of random exits")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rows", type=int, default=0, help="requests; at least the batch size, and two")
+    parser.add_argument("--rows-in-flight", type=int, default=1, help="batches of rows in flight where tokens exit")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--score-tokens", type=int, default=256)
@@ -122,14 +134,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    device = "cpu" if args.device == "cpu" else "auto"
-    loaded = load_backbone(FrozenOptions(backbone=args.backbone, dtype=args.dtype, seq_len=512, device=device))
-    engine = loaded.engine
+    if args.shape:
+        model = random_model(args.shape, args.blocks, getattr(torch, args.dtype), args.device)
+        engine = Engine(make_backbone(model, max_length=512))
+    else:
+        device = "cpu" if args.device == "cpu" else "auto"
+        options = FrozenOptions(backbone=args.backbone, dtype=args.dtype, seq_len=512, device=device)
+        loaded = load_backbone(options)
+        engine = loaded.engine
     depth = engine.backbone.num_layers
     cases = [Case("full model", engine, ExitPolicy(depth))]
     for layer in args.layers:
         cases += [Case(f"random {layer}, {rate:g}", *random_exits(engine, layer, rate)) for rate in args.rates]
-    if args.exits is not None:
+    if args.exits is not None and not args.shape:
         trained = ExitCheckpoint.open(args.exits)
         trained.check_fingerprint(loaded.identity.fingerprint)
         classifying = Engine(engine.backbone, trained.load(engine.backbone.device))
@@ -141,14 +158,17 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     table = []
     for batch_size in args.batch_sizes:
-        shape = (max(2, batch_size), max(args.prompt_tokens, args.score_tokens))
+        shape = (max(2, batch_size, args.rows), max(args.prompt_tokens, args.score_tokens))
         ids = torch.randint(3, engine.backbone.vocab_size, shape, generator=generator).tolist()
         prompts = [row[: args.prompt_tokens] for row in ids]
         texts = [row[: args.score_tokens] for row in ids]
-        for name, run in (
-            ("decoding", lambda case, p=prompts, b=batch_size: case.decode(p, args.new_tokens, b)),
-            ("scoring", lambda case, t=texts, b=batch_size: case.score(t, b)),
-        ):
+        in_flight = batch_size * args.rows_in_flight
+        works: dict[str, Callable[[Case], float]] = {
+            "decoding": lambda case, p=prompts, b=batch_size, f=in_flight: case.decode(p, args.new_tokens, b, f),
+            "scoring": lambda case, t=texts, b=batch_size: case.score(t, b),
+        }
+        for name in args.work:
+            run = works[name]
             for row in compare(cases, run, args.repeats):
                 table.append({"work": name, "batch_size": batch_size, **row})
                 print(
@@ -156,7 +176,8 @@ def main() -> None:
                     f"{row['share']:.3f} |",
                     flush=True,
                 )
-    about = {"benchmark": "realized", "backbone": args.backbone, "dtype": args.dtype}
+    about = {"benchmark": "realized", "backbone": args.shape or args.backbone, "blocks": depth, "dtype": args.dtype}
+    about |= {"rows": args.rows, "rows_in_flight": args.rows_in_flight}
     print(json.dumps(about | environment(args.device) | {"rows": table}))
 
 

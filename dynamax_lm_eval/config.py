@@ -193,6 +193,19 @@ class DynamaxArgs:
         "into each; counts stay those of the whole requests",
         shown="true",
     )
+    rebatch: bool = values.argument(
+        True,
+        values.flag,
+        "generated tokens that go on at an exit wait there for a full batch, because a block takes as long for a few "
+        "tokens as for many; answers do not depend on it. Takes effect with `batch_size` above 1",
+        shown="true",
+    )
+    rows_in_flight: int | None = values.argument(
+        None,
+        values.count,
+        "how many requests may have begun, so that enough can wait: at least `batch_size`",
+        shown="a batch, and one more for every exit layer, up to 4 batches and to half of the free memory",
+    )
     degenerate_ngram: int = values.argument(
         8,
         values.count,
@@ -262,6 +275,7 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
         raise UserError("exits_check=false has no effect without exits=: exits are looked up by the weights they fit")
     _check_threshold_source(parsed)
     check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
+    _check_rows_in_flight(parsed, passed_on.get("batch_size", 1))
     if parsed.get("preset") == "paper":
         parsed = {**PAPER_PRESET, **parsed}
     return DynamaxArgs(**parsed), passed_on
@@ -287,6 +301,17 @@ def check_pruning(strategy: str | None, profile: str | None, layers: int | tuple
 
 def _names_certificate(threshold: Any) -> bool:
     return isinstance(threshold, str) and (threshold == CALIBRATED or threshold.endswith(".json"))
+
+
+def _check_rows_in_flight(parsed: Mapping[str, Any], batch_size: Any) -> None:
+    """Rows wait at exits for batches of a known size, and with rebatching only."""
+    rows = parsed.get("rows_in_flight")
+    if rows is None:
+        return
+    if not parsed.get("rebatch", True):
+        raise UserError("rows_in_flight has no effect with rebatch=false; remove one of them")
+    if not str(batch_size).isdecimal() or rows < int(batch_size):
+        raise UserError(f"rows_in_flight={rows} needs a batch_size of at most that many rows, got {batch_size}")
 
 
 def _check_threshold_source(parsed: Mapping[str, Any]) -> None:

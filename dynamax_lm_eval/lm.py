@@ -25,7 +25,7 @@ from dynamax_lm_eval.exits import checkpoint, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
-from dynamax_lm_eval.harness import describe, evaluate, hflm
+from dynamax_lm_eval.harness import describe, evaluate, hflm, rows
 from dynamax_lm_eval.harness.documents import Document, documents_of
 from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import ResponseLedger
@@ -75,6 +75,7 @@ class DynamaxLM(HFLM):
         self.policy = self._policy_for(self.args)
         if draft is not None:
             draft.check_policy(self.policy)
+            rows.check(self.args, draft.backbone)
         pruning.check_profile(self.args.prune_profile, known)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
@@ -95,6 +96,7 @@ class DynamaxLM(HFLM):
             classifiers, self.exits_fingerprint = self.exits.load(self.model.device), self.exits.fingerprint()
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
+        rows.check(self.args, self.engine.backbone)
         if self.exits is not None:
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
         source.check_token_ids(self.engine.backbone.num_embeddings)
@@ -135,6 +137,7 @@ class DynamaxLM(HFLM):
                 continue  # it uses none
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
+        rows.check(args, self.engine.backbone)
         policy = self._policy_for(args)
         check_policy(self.engine, policy)
         if args.prune_profile is not None:

@@ -58,13 +58,17 @@ def engine_for(family: str, *dtype: torch.dtype) -> Engine:
 
 
 def run_generate(
-    engine: Engine, policies: list[ExitPolicy], prompts: list[list[int]], max_rows: int
+    engine: Engine,
+    policies: list[ExitPolicy],
+    prompts: list[list[int]],
+    max_rows: int,
+    rows_in_flight: int | None = None,
 ) -> list[Generation]:
     requests = [
         GenerationRequest(prompt, NEW_TOKENS, policy, Sampler(), lambda _: False)
         for prompt, policy in zip(prompts, policies, strict=True)
     ]
-    return generate_all(engine, requests, max_rows)
+    return generate_all(engine, requests, max_rows, rows_in_flight)
 
 
 def run_score(

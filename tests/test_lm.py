@@ -18,7 +18,8 @@ from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.engine import prefixes
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.harness import responder
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.harness import rows
 from dynamax_lm_eval.lm import DynamaxLM
 
 
@@ -180,13 +181,13 @@ class TestArguments:
             lengths.append(len(args[0]))
             if len(lengths) > 2:
                 raise KeyboardInterrupt
-            return forward(*args, **kwargs)
+            return advance(*args, **kwargs)
 
-        forward, lm.engine.forward = lm.engine.forward, fail  # type: ignore[method-assign]
+        advance, lm.engine.advance = lm.engine.advance, fail  # type: ignore[method-assign]
         for call in (lambda: lm.generate_until(generations), lambda: lm.loglikelihood(pairs)):
             with pytest.raises(KeyboardInterrupt):
                 call()
-        lm.engine.forward = forward  # type: ignore[method-assign]
+        lm.engine.advance = advance  # type: ignore[method-assign]
         with pytest.raises(UserError, match="empty continuation"):
             lm.loglikelihood([*pairs, SimpleNamespace(args=("a", ""))])
         assert lm._loglikelihood_tokens([(("a", " is"), [5], [6])], disable_tqdm=True)
@@ -236,12 +237,35 @@ class TestArguments:
     def test_automatic_batch_size_follows_memory(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lm = dynamax(model_folder, batch_size="auto", max_batch_size=32)
         per_token = LAYERS * 2 * 2 * 8 * 4
-        monkeypatch.setattr(responder, "_free_memory", lambda _: 3 * per_token * 100 * 7)
-        assert lm.responder._rows_in_flight(100) == 7
-        assert lm.responder._rows_in_flight(1) == 32
-        assert lm.responder._rows_in_flight(10**6) == 1
+        monkeypatch.setattr(rows, "_free_memory", lambda _: 3 * per_token * 100 * 7)
+        assert rows.batch_rows(lm, 100) == 7
+        assert rows.batch_rows(lm, 1) == 32
+        assert rows.batch_rows(lm, 10**6) == 1
         lm.use_policy(replace(lm.args, prefix_caching=False))
-        assert lm.responder._rows_in_flight(100) == 10
+        assert rows.batch_rows(lm, 100) == 10
+
+    def test_rows_in_flight_follow_exits_and_memory(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm = dynamax(model_folder, batch_size=4, **EXIT_ARGS)
+        assert rows.rows_in_flight(lm, [lm.policy], 4, 100) == 4 * (1 + len(lm.policy.active_exits))
+        many = replace(lm.policy, exit_layers=(1, 2, 3, 4, 5), thresholds=(0.5,) * 5)
+        assert rows.rows_in_flight(lm, [lm.policy, many], 4, 100) == 16
+        assert rows.rows_in_flight(lm, [ExitPolicy(LAYERS)], 4, 100) == 4
+        assert rows.rows_in_flight(lm, [lm.policy], 1, 100) == 1
+        monkeypatch.setattr(rows, "_free_memory", lambda _: 3 * LAYERS * 2 * 2 * 8 * 4 * 100 * 6)
+        assert rows.rows_in_flight(lm, [many], 4, 100) == 6
+        assert rows.rows_in_flight(lm, [many], 4, 10**6) == 4
+        lm.use_policy(replace(lm.args, rows_in_flight=50))
+        assert rows.rows_in_flight(lm, [many], 4, 100) == 50
+        lm.use_policy(replace(lm.args, rebatch=False, rows_in_flight=None))
+        assert rows.rows_in_flight(lm, [many], 4, 100) == 4
+
+    def test_answers_do_not_depend_on_rows_that_wait(self, model_folder: Path) -> None:
+        requests = generation_requests(["The quick", "A lazy", "The", "brown fox jumps"])
+        found = [
+            dynamax(model_folder, **EXIT_ARGS, **changes).generate_until(requests, disable_tqdm=True)
+            for changes in ({"batch_size": 1}, {"batch_size": 2}, {"batch_size": 2, "rebatch": False})
+        ]
+        assert found[0] == found[1] == found[2]
 
     def test_repetition_penalty_argument(self, model_folder: Path) -> None:
         by_argument = dynamax(model_folder, repetition_penalty=1.7)

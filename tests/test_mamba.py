@@ -61,6 +61,21 @@ def test_scan_of_single_channels_equals_the_recurrence(lengths: Sequence[int], w
         start += length
 
 
+@pytest.mark.parametrize("family", MAMBAS)
+def test_tokens_in_flight_and_those_that_left_are_projected_alike(family: str) -> None:
+    """In one product or in two, and with none in flight."""
+    block = MambaBackbone(tiny_model(family)).blocks[1]
+    hidden = torch.randn(100, block.mixer.module.hidden_size, generator=torch.Generator().manual_seed(0))
+    gates, updates = block.mixer.project(block.normed(hidden))
+    for end in (5, 100):
+        for split in (0, 2):
+            gate, update = block.project(hidden[:split], hidden[split:end])
+            torch.testing.assert_close(update, updates[:end])
+            assert (gate is None) == (split == 0)
+            if gate is not None:
+                torch.testing.assert_close(gate, gates[:split])
+
+
 @pytest.mark.parametrize("final_block", [False, True])
 @pytest.mark.parametrize("mode", ["recompute", "skip"])
 @pytest.mark.parametrize("kind", ["mamba", "hybrid", "ffn", "calm"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -101,9 +102,16 @@ class TestSelfCheck:
         engine = engine_for(family)
         check_state_recompute(engine)
         if family == "mamba2":
-            mixer = engine.backbone.blocks[2].mixer  # type: ignore[attr-defined]
-            right = mixer.project_update
-            monkeypatch.setattr(mixer, "project_update", lambda normed: 1.1 * right(normed))
+            block = engine.backbone.blocks[2]  # type: ignore[attr-defined]
+            right = type(block).project
+
+            def wrong(self: Any, hidden: torch.Tensor, left: torch.Tensor | None) -> Any:
+                gate, update = right(self, hidden, left)
+                factor = torch.ones(len(update), 1)
+                factor[len(hidden) :] = 1.1 if self is block else 1.0
+                return gate, update * factor
+
+            monkeypatch.setattr(type(block), "project", wrong)
         else:
             block = engine.backbone.blocks[1]  # type: ignore[attr-defined]
             block.unneeded.append((block.module.self_attn.o_proj, 32))  # has no part in it

@@ -181,6 +181,8 @@ class Backbone(ABC):
     name: str
     #: How the blocks are run: a key of ``backbones.rungs``, or ``mixed`` for what is ``flat`` with recurrent modules.
     rung: str
+    #: Whether a pass may begin at any block with the hidden states of tokens that have run through those before it.
+    resumes = False
     #: The model of transformers, without adapters around it.
     model: Any
     num_layers: int

@@ -111,12 +111,17 @@ class ExitDecisions:
 
     def read_out(self, tokens: IntArray, hidden: Tensor) -> None:
         """Reads out what the decisions did not: tokens (n,) at the end of the pass, and those that left unread."""
-        needs_logits = np.flatnonzero(self._batch.needs_logits[tokens])
-        self._unread.add(tokens[needs_logits], select(hidden, needs_logits))
-        if self._unread:
-            tokens, hidden = self._unread.in_order()
+        unread = self.unread(tokens, hidden)
+        if unread is not None:
+            tokens, hidden = unread
             for part, logits in self._logits(hidden[0]):
                 self._collector.store(tokens[part], self._collector.reduce(tokens[part], logits))
+
+    def unread(self, tokens: IntArray, hidden: Tensor) -> tuple[IntArray, Tensor] | None:
+        """Returns what :meth:`read_out` would read: tokens (u,) in order and hidden states (1, u, D); None: nothing."""
+        needs_logits = np.flatnonzero(self._batch.needs_logits[tokens])
+        self._unread.add(tokens[needs_logits], select(hidden, needs_logits))
+        return self._unread.in_order() if self._unread else None
 
     def _candidates(self, block: int, tokens: IntArray) -> IntArray:
         """Returns indices of the tokens in flight that may exit after ``block``, or that warm up a classifier."""

@@ -8,6 +8,9 @@ N tokens of the batch, n in flight, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -64,6 +67,23 @@ class RowStates:
         self.classifiers.free_row(slot)
 
 
+class HeldTokens(NamedTuple):
+    """Tokens of a batch that have run through ``layer`` blocks and are to go on later."""
+
+    layer: int
+    tokens: IntArray  # (w,) indices into the batch
+    hidden: Tensor  # (1, w, D)
+
+
+class PassResult(NamedTuple):
+    """What became of the tokens of a pass."""
+
+    layers: IntArray  # (N,) the number of blocks that each ran through, so far
+    held: HeldTokens | None
+    #: Tokens (u,) that are yet to be read out, with the hidden states (1, u, D) to read.
+    unread: tuple[IntArray, Tensor] | None
+
+
 class Engine:
     """The engine, which runs flat batches through a backbone under exit policies."""
 
@@ -106,7 +126,6 @@ class Engine:
         adapters = exits.adapter_macs() if exits is not None else {}
         return account(trace, policy.cost_terms(trace.prompt_tokens, costs, adapters), self.backbone.cost)
 
-    @torch.inference_mode()
     def forward(
         self, batch: FlatBatch, states: RowStates, collector: LogitsCollector, materialize_all: bool = False
     ) -> IntArray:
@@ -120,15 +139,42 @@ class Engine:
         Raises:
             NotFiniteError: a confidence is no number; its ``index`` is that of the row.
         """
+        return self.advance(batch, states, collector, materialize_all=materialize_all).layers
+
+    @torch.inference_mode()
+    def advance(
+        self,
+        batch: FlatBatch,
+        states: RowStates,
+        collector: LogitsCollector,
+        start: tuple[int, Tensor] | None = None,
+        holds: Callable[[int, int], bool] | None = None,
+        materialize_all: bool = False,
+    ) -> PassResult:
+        """Does what :meth:`forward` does, from any block on and up to an exit at which the tokens are to wait.
+
+        Args:
+            batch: the tokens.
+            states: of the rows.
+            collector: gets the logits of the tokens that are done.
+            start: the number of blocks that the tokens have run through, and their hidden states (1, N, D); None: they
+                are new. Only where ``backbone.resumes``.
+            holds: asked with an exit layer and the number of tokens that go on; True holds them there. Only where
+                every row has one token. Tokens whose logits no decision needed are then left unread.
+            materialize_all: as for :meth:`forward`.
+        """
         backbone = self.backbone
+        held: HeldTokens | None = None
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
-            hidden = run.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
+            first, hidden = 0, run.embed(torch.from_numpy(batch.ids).to(backbone.device))  # (1, N, D)
+            if start is not None:
+                first, hidden = start
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
             returning = WaitingTokens()
-            for block in range(1, backbone.num_layers + 1):
+            for block in range(first + 1, backbone.num_layers + 1):
                 if len(tokens) == 0 and not run.has_pending_states and not returning:
                     break
                 if block == backbone.num_layers and returning:
@@ -144,8 +190,20 @@ class Engine:
                     for_last = exiting[batch.has_final_block(tokens[exiting])]
                     returning.add(tokens[for_last], select(hidden, for_last))
                     tokens, hidden = tokens[staying], select(hidden, staying)
+                if leaves is not None and holds is not None and len(tokens) and holds(block, len(tokens)):
+                    held = HeldTokens(block, tokens, hidden)
+                    layer_of[tokens] = block
+                    tokens, hidden = tokens[:0], hidden[:, :0]
+            if holds is not None:
+                return PassResult(layer_of, held, decisions.unread(tokens, hidden))
             decisions.read_out(tokens, hidden)
-        return layer_of
+        return PassResult(layer_of, held, None)
+
+    @torch.inference_mode()
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """Returns the logits (u, V) of hidden states (1, u, D) that a pass left unread."""
+        with self.autocast(), self.backbone.running():
+            return self.backbone.readout(hidden[0])
 
 
 def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Drives the engine for generation, by continuous batching.
 
 A row that finishes makes way for the next request at once, whose prompt is fed in the same pass in which the other rows
-decode. Rows in flight never depend on one another. A prefix that several requests share is run once.
+decode. Rows in flight never depend on one another. A prefix that several requests share is run once. With more rows in
+flight than a batch has, those that go on after an exit wait there for a full batch (:mod:`engine.waiting`).
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,7 @@ from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, SharedPrefix, find_prefixes
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
+from dynamax_lm_eval.engine.waiting import READ_OUT, WaitingRow, WaitingRows
 from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
 
 #: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
@@ -68,8 +70,17 @@ def generate(
     requests: Sequence[GenerationRequest],
     max_rows: int,
     share_prefixes: bool = True,
+    rows_in_flight: int | None = None,
 ) -> Generator[tuple[int, Generation], None, list[PrefixRun]]:
-    """Generates for all requests with up to ``max_rows`` of them in flight.
+    """Generates for all requests with up to ``max_rows`` of them in a batch.
+
+    Args:
+        engine: runs them.
+        requests: what to generate.
+        max_rows: most rows that decode in one batch.
+        share_prefixes: run what several requests begin with once.
+        rows_in_flight: most rows that have begun and not ended, at least ``max_rows``; None: ``max_rows``. Above, rows
+            wait at exits for full batches, on backbones that can go on at any block. Results do not depend on it.
 
     Yields:
         a request's index and its generation as soon as it is done, so that nothing is lost when a run is interrupted.
@@ -77,41 +88,37 @@ def generate(
     Returns:
         the runs of prefixes that requests share, which come on top of the requests' own traces.
     """
+    in_flight = rows_in_flight if rows_in_flight is not None and engine.backbone.resumes else max_rows
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
     plan = find_prefixes([(r.prompt, len(r.prompt), r.policy) for r in requests], needs, share_prefixes)
     pending = deque(plan.order)
     longest = max(needs, default=1)
-    capacity = longest * min(max_rows, len(requests))
-    states = engine.new_states(capacity, plan.room, row_stride=longest)
+    states = engine.new_states(longest * min(in_flight, len(requests)), plan.room, row_stride=longest)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
-    rows: list[_Row] = []
-    while pending or rows:
-        rows += _admit(requests, needs, pending, states, prefixes, len(rows), max_rows)
-        rows.sort(key=lambda row: row.slot)  # neighbours in the states are neighbours in the batch
-        inputs = [row.next_input() for row in rows]
-        batch = FlatBatch.build(inputs)
-        collector = _LastLogits(len(rows), batch.layout.row_of)
-        with naming_request([row.index for row in rows]):
-            layers = engine.forward(batch, states, collector)
-        for row, row_layers in zip(rows, batch.by_row(layers), strict=True):
-            row.layers += row_layers
-        for row, token in zip(rows, _choose(rows, collector.logits()), strict=True):
+    waiting: WaitingRows[_Row] = WaitingRows(max_rows)
+    while pending or len(waiting):
+        room = min(in_flight - len(waiting), len(pending))
+        place, taken = waiting.take(room)
+        if place == 0:
+            admitted = _admit(requests, needs, pending, states, prefixes, len(taken), room)
+            taken += [WaitingRow(row) for row in admitted]
+        taken.sort(key=lambda waited: waited.row.slot)  # neighbours in the states are neighbours in the batch
+        for row, token in _run(engine, states, waiting, place, taken, in_flight > max_rows):
             row.generated.append(token)
-        running = []
-        for row in rows:
             request = row.request
             if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
                 states.free_row(row.slot)
                 yield row.index, row.result()
             else:
-                running.append(row)
-        rows = running
+                waiting.add(0, [WaitingRow(row)])
     return prefixes.runs
 
 
-def generate_all(engine: Engine, requests: Sequence[GenerationRequest], max_rows: int) -> list[Generation]:
+def generate_all(
+    engine: Engine, requests: Sequence[GenerationRequest], max_rows: int, rows_in_flight: int | None = None
+) -> list[Generation]:
     """Returns all results of :func:`generate`, in order of the requests."""
-    results = dict(generate(engine, requests, max_rows))
+    results = dict(generate(engine, requests, max_rows, rows_in_flight=rows_in_flight))
     return [results[i] for i in range(len(requests))]
 
 
@@ -121,16 +128,19 @@ def _admit(
     pending: deque[int],
     states: RowStates,
     prefixes: PrefixStore,
-    in_flight: int,
-    max_rows: int,
+    decoding: int,
+    room: int,
 ) -> list[_Row]:
-    """Starts pending requests while there are rows, memory and tokens in the pass for them."""
+    """Starts pending requests while there are rows, memory and tokens in the pass for them.
+
+    ``decoding``: tokens of the pass that other rows feed; ``room``: most rows to start.
+    """
     admitted: list[tuple[int, int]] = []  # (request, slot)
-    budget = MAX_TOKENS_PER_PASS - in_flight
-    while pending and in_flight + len(admitted) < max_rows:
+    budget = MAX_TOKENS_PER_PASS - decoding
+    while len(admitted) < room:
         index = pending[0]
         length = len(requests[index].prompt) - prefixes.plan.shared_tokens(index)
-        if length > budget and (in_flight or admitted):
+        if length > budget and (decoding or admitted):
             break
         slot = states.allocate_row(needs[index])
         if slot is None:
@@ -143,6 +153,43 @@ def _admit(
         _Row(index, requests[index], slot, shared_prefix)
         for (index, slot), shared_prefix in zip(admitted, shared_prefixes, strict=True)
     ]
+
+
+def _run(
+    engine: Engine,
+    states: RowStates,
+    waiting: WaitingRows[_Row],
+    place: int,
+    taken: Sequence[WaitingRow[_Row]],
+    may_wait: bool,
+) -> Iterator[tuple[_Row, int]]:
+    """Takes rows on from where they waited, and yields those that have a next token, with it."""
+    rows = [waited.row for waited in taken]
+    hidden = [waited.hidden for waited in taken if waited.hidden is not None]
+    if place == READ_OUT:
+        yield from zip(rows, _choose(rows, engine.read_out(torch.cat(hidden, dim=1)).float()), strict=True)
+        return
+    batch = FlatBatch.build([row.next_input() for row in rows])
+    collector = _LastLogits(batch.layout.row_of)
+    start = (place, torch.cat(hidden, dim=1)) if place else None
+    # With one token in each row, tokens are rows.
+    holds = waiting.holds if may_wait and len(batch) == len(rows) else None
+    with naming_request([row.index for row in rows]):
+        result = engine.advance(batch, states, collector, start, holds)
+
+    def wait(place: int, tokens: IntArray, hidden: Tensor) -> None:
+        waiting.add(place, map(WaitingRow, [rows[i] for i in tokens.tolist()], hidden.split(1, dim=1)))
+
+    for i, layers in enumerate(batch.by_row(result.layers)):
+        if result.held is None or i not in result.held.tokens:
+            rows[i].layers += layers
+    if result.held is not None:
+        wait(*result.held)
+    if result.unread is not None:
+        wait(READ_OUT, *result.unread)
+    if len(collector.rows):
+        done = [rows[i] for i in collector.rows.tolist()]
+        yield from zip(done, _choose(done, collector.logits()), strict=True)
 
 
 def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
@@ -170,13 +217,12 @@ def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
 
 
 class _LastLogits:
-    """A collector of the logits of the one token of each row that needs them."""
+    """A collector of the logits of the one token of each row that is read out."""
 
-    def __init__(self, num_rows: int, row_of: IntArray) -> None:
+    def __init__(self, row_of: IntArray) -> None:
         self._row_of = row_of
         self._parts: list[Tensor] = []
         self._rows: list[IntArray] = []
-        self._num_rows = num_rows
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         return logits
@@ -185,10 +231,13 @@ class _LastLogits:
         self._rows.append(self._row_of[tokens])
         self._parts.append(reduced)
 
+    @property
+    def rows(self) -> IntArray:
+        """The rows (r,) that were read out, rising."""
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *self._rows]))
+
     def logits(self) -> Tensor:
-        """Returns the logits (R, V) in float32, in order of the rows."""
-        rows = np.concatenate(self._rows)
-        assert sorted(rows.tolist()) == list(range(self._num_rows)), "every row is read out once"
-        order = torch.from_numpy(np.argsort(rows))
+        """Returns the logits (r, V) of these rows in float32."""
+        order = torch.from_numpy(np.argsort(np.concatenate(self._rows)))
         logits = torch.cat(self._parts).float()
         return logits[order.to(logits.device)]

@@ -1,6 +1,6 @@
 """From the harness's requests to the engine and back: texts in, answers with their compute out.
 
-Tokenises, shares rows, seeds samplers, decides how many rows are in flight, and shows progress. Every answer is yielded
+Tokenises, shares rows, seeds samplers and shows progress. Every answer is yielded
 as soon as it is known; what becomes of it (the harness's cache, a sweep's files) is the caller's business.
 """
 
@@ -21,22 +21,19 @@ from tqdm import tqdm
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
 from dynamax_lm_eval.compute.repetition import ends_in_repetition
 from dynamax_lm_eval.engine.generation import generate
-from dynamax_lm_eval.engine.prefixes import ROOM_SHARE, PrefixRun
+from dynamax_lm_eval.engine.prefixes import PrefixRun
 from dynamax_lm_eval.engine.requests import Generation, Scoring, ScoringRequest
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.harness import describe, evaluate
+from dynamax_lm_eval.harness import describe, evaluate, rows
 from dynamax_lm_eval.harness.documents import Document, document_of, documents_of, naming_document, of_document
 from dynamax_lm_eval.harness.encoding import TokenPair, encode_pair, fit, needed_prefix
 from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 
 logger = logging.getLogger(__name__)
-
-#: Share of free memory that ``batch_size=auto`` gives to K and V; the rest is for activations and logits.
-_AUTO_MEMORY_SHARE = 0.5
 
 Result = TypeVar("Result")
 
@@ -92,7 +89,9 @@ class Responder:
         _seed_samplers([settings for settings, _ in requests], prepared)
         longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in prepared)
         jobs = [job.request for job in prepared]
-        running = generate(lm.engine, jobs, self._rows_in_flight(longest), lm.args.prefix_caching)
+        batch = rows.batch_rows(lm, longest)
+        in_flight = rows.rows_in_flight(lm, [job.policy for job in jobs], batch, longest)
+        running = generate(lm.engine, jobs, batch, lm.args.prefix_caching, in_flight)
 
         def answer(index: int, generation: Generation) -> Answer:
             job, tokens = prepared[index], generation.tokens
@@ -195,14 +194,14 @@ class Responder:
         """
         lm = self._lm
         groups: dict[Any, list[int]] = {}
-        rows: list[tuple[list[int], int, ExitPolicy]] = []
+        texts: list[tuple[list[int], int, ExitPolicy]] = []
         for index, (policy, (context, continuation)) in enumerate(zip(policies, pairs, strict=True)):
             with of_document(documents[index]):
                 ids, context_length = fit(lm, context, continuation)
             key = (tuple(ids), context_length, policy) if lm.logits_cache else index
             if key not in groups:
                 groups[key] = []
-                rows.append((ids, context_length, policy))
+                texts.append((ids, context_length, policy))
             groups[key].append(index)
         members = list(groups.values())
         requests = [
@@ -215,11 +214,11 @@ class Responder:
                 ],
                 policy=policy,
             )
-            for (ids, context_length, policy), group in zip(rows, members, strict=True)
+            for (ids, context_length, policy), group in zip(texts, members, strict=True)
         ]
         longest = max((len(request.ids) for request in requests), default=1)
-        in_flight = self._rows_in_flight(longest)
-        running = score(lm.engine, requests, in_flight, lm.softmax_dtype, lm.args.prefix_caching)
+        batch = rows.batch_rows(lm, longest)
+        running = score(lm.engine, requests, batch, lm.softmax_dtype, lm.args.prefix_caching)
         with naming_document(documents, [group[0] for group in members]):
             for row, scoring in self._driven(running):
                 record = self._account(scoring.trace, requests[row].policy)
@@ -237,19 +236,6 @@ class Responder:
         record: ComputeRecord = self._lm.engine.account(trace, policy)
         self._ledger.executed.add_row(record)
         return record
-
-    def _rows_in_flight(self, longest: int) -> int:
-        """Returns ``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""
-        lm = self._lm
-        if lm.batch_size != "auto":
-            return int(lm.batch_size)
-        backbone = lm.engine.backbone
-        per_row = backbone.row_bytes(longest) * (1 + ROOM_SHARE if lm.args.prefix_caching else 1)
-        rows = int(_AUTO_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
-        rows = max(1, min(rows, lm.max_batch_size or rows))
-        logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
-        lm.batch_sizes[0] = rows
-        return rows
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
@@ -299,12 +285,3 @@ def _seed_samplers(settings: Sequence[RequestSettings], prepared: Sequence[Prepa
     for job, occurrence in zip(prepared, occurrences(keys), strict=True):
         if job.request.sampler.do_sample:
             job.request.sampler.seed = request_seed(torch.initial_seed(), job.key, occurrence)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Returns the bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -1,8 +1,8 @@
 """Mamba models of transformers, run block by block over flat ragged batches.
 
 A block keeps a conv window and an SSM state of constant size of each row and updates them token by token. Tokens that
-left early update them from their exit hidden state (``recompute``), merged by position with the tokens in flight, or
-not at all (``skip``).
+left early update them from their exit hidden state (``recompute``) when a later token of their row gets to the block,
+merged by position with the tokens in flight, or not at all (``skip``).
 
 N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
 """
@@ -13,23 +13,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
-from dynamax_lm_eval.backbones.base import ForwardPass, IntArray, KeptInRows, RowLayout, States
+from dynamax_lm_eval.backbones.base import IntArray, KeptInRows, RowLayout, States, on_device
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
+from dynamax_lm_eval.backbones.deferring import DeferringPass
 from dynamax_lm_eval.backbones.linear import linear
 from dynamax_lm_eval.backbones.mamba import kernels, norms
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
-from dynamax_lm_eval.backbones.mamba.plan import LeftTokens, RecurrentPlan, new_rows
+from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line
+from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.loading import copy_is_impossible
 from dynamax_lm_eval.types import MambaKernels, StateMode
+
+#: Tokens up to which a product takes as long as its weights take to be read: the gate of those that left, which nobody
+#: needs, then costs less than reading the other weights a second time.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,24 @@ class _Block:
         """The norm in one operation on a GPU, where it is one of root mean squares."""
         return norms.recognised(self.norm)
 
+    def project(self, hidden: Tensor, left: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Returns what the mixer projects of tokens in flight (n, D) and of those that left (m, D).
+
+        Returns:
+            the gate (n, I) of the tokens in flight, None where there are none; and what states are updated from, of
+            the tokens in flight and then those that left (n + m, U).
+        """
+        mixer, num_tokens = self.mixer, len(hidden)
+        if left is None or len(left) == 0:
+            return mixer.project(self.normed(hidden))
+        if num_tokens == 0:
+            return None, mixer.project_update(self.normed(left))
+        if num_tokens + len(left) <= _FEW:
+            gate, update = mixer.project(self.normed(torch.cat([hidden, left.to(hidden.dtype)])))
+            return gate[:num_tokens], update
+        gate, update = mixer.project(self.normed(hidden))
+        return gate, torch.cat([update, mixer.project_update(self.normed(left))])
+
     def residual(self, hidden: Tensor) -> Tensor:
         """Returns what the mixer's output is added to."""
         return hidden.float() if self.residual_in_fp32 else hidden
@@ -60,6 +85,7 @@ class MambaBackbone(DecoderBackbone):
     """A Mamba-2, Mamba or Falcon-Mamba model."""
 
     rung = "mamba"
+    resumes = True
 
     def __init__(self, model: Any, mamba_kernels: MambaKernels = "auto") -> None:
         """
@@ -83,7 +109,7 @@ class MambaBackbone(DecoderBackbone):
 
     def start_pass(self, states: States, layout: RowLayout, materialize_all: bool = False) -> MambaPass:
         assert isinstance(states, MambaStates)
-        return MambaPass(self, states, layout)
+        return MambaPass(self, states, layout, materialize_all)
 
     def readout(self, hidden: Tensor) -> Tensor:
         normed = self._final_norm(hidden)
@@ -119,6 +145,7 @@ class MambaStates(KeptInRows):
 
     def __init__(self, backbone: MambaBackbone) -> None:
         super().__init__()
+        self.deferred = DeferredKV()
         self._tables = [StateTable(block.mixer.new_state, backbone.device) for block in backbone.blocks]
         self._free: list[int] = []
         self._num_lines = 0
@@ -131,9 +158,11 @@ class MambaStates(KeptInRows):
         return line
 
     def free_row(self, slot: int) -> None:
+        self.deferred.free_row(slot)
         self._free.append(slot)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
+        assert source not in self.deferred.slots, "what is copied ran in a pass that defers nothing"
         copy_line(self._tables, source, slot)
 
     def table(self, block: int) -> StateTable:
@@ -147,45 +176,44 @@ class MambaStates(KeptInRows):
         return self.table(block).all
 
 
-class MambaPass(ForwardPass):
-    """One pass of a flat batch; it defers no states, because a recurrence takes the tokens in order."""
+class MambaPass(DeferringPass):
+    """One pass of a flat batch."""
 
-    def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout) -> None:
+    def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout, materialize_all: bool) -> None:
+        super().__init__(layout, states.deferred, backbone.num_layers, backbone.device, materialize_all)
         self._backbone = backbone
         self._states = states
-        self._layout = layout
-        self._left = LeftTokens.none()
+        self._ids: Tensor | None = None
         self._plan: RecurrentPlan | None = None
         self._is_new = new_rows(layout)
 
     def embed(self, ids: Tensor) -> Tensor:
+        self._ids = ids
         return self._backbone.embed(ids)
 
-    @property
-    def has_pending_states(self) -> bool:
-        return self._left.hidden is not None
-
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        self._left = self._left.joined(tokens, hidden, self._layout)
+        assert self._ids is not None, "tokens were embedded"
+        self._defer(tokens, self._ids, hidden, layer)
 
     def run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        left = self._left.at(block, self._layout)
-        if len(tokens) + len(left.tokens) == 0:
+        pending, left, left_hidden = self._pending_at(block, tokens), NOTHING_LEFT, None
+        if pending is not None and pending.hidden is not None:
+            given = self._layout.is_given_states(block, pending.rows)
+            left, left_hidden = LeftPlaces(pending.rows, pending.positions), pending.hidden[0]
+            if not given.all():
+                chosen = np.flatnonzero(given)
+                left = LeftPlaces(left.rows[chosen], left.positions[chosen])
+                left_hidden = left_hidden.index_select(0, on_device(chosen, self._device))
+        if len(tokens) + len(left.rows) == 0:
             return hidden
         plan = self._plan = RecurrentPlan.of(
-            tokens, left.tokens, self._layout, self._layout.slots, self._is_new, self._backbone.device, self._plan
+            tokens, left, self._layout, self._layout.slots, self._is_new, self._device, self._plan
         )
         described = self._backbone.blocks[block - 1]
-        mixer, table = described.mixer, self._states.table(block)
-        gate, update = None, None
-        if len(tokens):
-            gate, update = mixer.project(described.normed(hidden[0]))
-        if left.hidden is not None:
-            left_update = mixer.project_update(described.normed(left.hidden[0]))
-            update = left_update if update is None else torch.cat([update, left_update])
-        assert update is not None
-        read = plan.advance(mixer, table, update)
+        gate, update = described.project(hidden[0], left_hidden)
+        read = plan.advance(described.mixer, self._states.table(block), update)
+        if pending is not None:
+            self._note_given(block, pending, given)
         if gate is None:
             return hidden
-        read = plan.of_tokens_in_flight(read)
-        return described.residual(hidden) + mixer.output(read, gate)
+        return described.residual(hidden) + described.mixer.output(plan.of_tokens_in_flight(read), gate)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -64,12 +64,30 @@ class LeftTokens:
         return LeftTokens(self.tokens[indices], hidden)
 
 
+class LeftPlaces(NamedTuple):
+    """Where tokens stand that left, in this pass or in an earlier one."""
+
+    rows: IntArray  # (m,) in the pass
+    positions: IntArray  # (m,)
+
+    @classmethod
+    def of(cls, tokens: IntArray, layout: RowLayout) -> LeftPlaces:
+        """Returns those of tokens (m,) of the batch."""
+        return cls(layout.row_of[tokens], layout.positions[tokens])
+
+    def equals(self, other: LeftPlaces) -> bool:
+        return all(np.array_equal(a, b) for a, b in zip(self, other, strict=True))
+
+
+NOTHING_LEFT = LeftPlaces(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
 @dataclass(frozen=True)
 class RecurrentPlan:
     """The rows of the tokens that a block updates its states from; valid while these are the same tokens."""
 
     tokens: IntArray
-    left: IntArray
+    left: LeftPlaces
     rows: RaggedRows
     numbers: IntArray  # (R,) lines of the rows in the tables
     lines: slice | Tensor  # the same
@@ -82,32 +100,33 @@ class RecurrentPlan:
     def of(
         cls,
         tokens: IntArray,
-        left: IntArray,
+        left: LeftPlaces,
         layout: RowLayout,
         lines: Sequence[int],
         is_new: BoolArray,
         device: torch.device,
         last: RecurrentPlan | None,
     ) -> RecurrentPlan:
-        """Returns the plan for tokens in flight (n,) and tokens that left (m,).
+        """Returns the plan for tokens in flight (n,) and m tokens that left.
 
         Args:
             tokens: in flight.
-            left: that left.
+            left: where those stand that left.
             layout: of the batch.
             lines: (R,) of its rows in the tables.
             is_new: as of :func:`new_rows`.
             device: where the states are.
             last: the plan before, which is returned if it is for the same tokens.
         """
-        if last is not None and last.tokens is tokens and np.array_equal(last.left, left):
+        if last is not None and last.tokens is tokens and last.left.equals(left):
             return last
-        updated = np.concatenate([tokens, left]) if len(left) else tokens
-        order = np.argsort(updated) if len(left) else np.arange(len(updated))
-        rows, lengths = np.unique(layout.row_of[updated[order]], return_counts=True)
+        row_of = np.concatenate([layout.row_of[tokens], left.rows])
+        positions = np.concatenate([layout.positions[tokens], left.positions])
+        order = np.lexsort((positions, row_of)) if len(left.rows) else np.arange(len(row_of))
+        rows, lengths = np.unique(row_of, return_counts=True)
         # One token per row: rows may stand in any order, and in the order of their lines the table is one view.
         numbers = np.asarray(lines, dtype=np.int64)[rows]
-        if len(updated) == len(rows):
+        if len(row_of) == len(rows):
             by_line = np.argsort(numbers)
             order, numbers, rows = order[by_line], numbers[by_line], rows[by_line]
         is_reordered = not np.array_equal(order, np.arange(len(order)))
@@ -120,9 +139,9 @@ class RecurrentPlan:
             numbers=numbers,
             lines=lines_of(numbers, device),
             is_new=is_new[rows],
-            positions=layout.positions[updated[order]],
+            positions=positions[order],
             order=on_device(order, device) if is_reordered else None,
-            in_flight=on_device(rank[: len(tokens)], device) if is_reordered or len(left) else None,
+            in_flight=on_device(rank[: len(tokens)], device) if is_reordered or len(left.rows) else None,
         )
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
-from dynamax_lm_eval.backbones.mamba.plan import LeftTokens, RecurrentPlan, new_rows
+from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, LeftTokens, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
 from dynamax_lm_eval.backbones.replay.states import ReplayStates
@@ -81,7 +81,7 @@ class ReplayPass(AttentionPass):
         if described.is_sequential and left.hidden is not None:
             return self._run_in_order(block, tokens, hidden, left)
         if described.mixers:
-            self._plan = self._recurrent_plan(tokens, left.tokens)
+            self._plan = self._recurrent_plan(tokens, LeftPlaces.of(left.tokens, self._layout))
         if left.hidden is not None and described.num_writes:
             device = self._backbone.device
             call = self._select(block, _Chosen(on_device(left.tokens, device)))
@@ -146,7 +146,7 @@ class ReplayPass(AttentionPass):
 
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
         if self._blocks.blocks[block - 1].mixers:
-            left = self._plan.left if self._plan is not None and self._collected else active.tokens[:0]
+            left = self._plan.left if self._plan is not None and self._collected else NOTHING_LEFT
             self._plan = self._recurrent_plan(active.tokens, left)
         call = self._select(block, active.arguments).replaced(self._blocks.hidden_shape.of_model(hidden))
         self._written_to = active.kv_slots
@@ -215,11 +215,11 @@ class ReplayPass(AttentionPass):
             output = self._call(block, merged, active)
             return output.index_select(1, on_device(np.argsort(order)[: len(tokens)], hidden.device))
         if self._blocks.blocks[block - 1].mixers:
-            self._plan = self._recurrent_plan(active.tokens, tokens)
+            self._plan = self._recurrent_plan(active.tokens, NOTHING_LEFT)
         self._give(block, merged, self._select(block, active.arguments), active.kv_slots, active.plan, collect=False)
         return hidden
 
-    def _recurrent_plan(self, tokens: IntArray, left: IntArray) -> RecurrentPlan:
+    def _recurrent_plan(self, tokens: IntArray, left: LeftPlaces) -> RecurrentPlan:
         return RecurrentPlan.of(
             tokens, left, self._layout, self._lines, self._is_new, self._backbone.device, self._plan
         )

@@ -34,6 +34,7 @@ class TransformerBackbone(DecoderBackbone):
     """A causal Transformer decoder of Llama's kind: Llama, Mistral, Qwen2, Qwen3."""
 
     rung = "fused"
+    resumes = True
 
     def __init__(self, model: Any, max_length: int | None = None) -> None:
         """

@@ -1,0 +1,70 @@
+"""How many rows run at once: as the user says, as memory allows, and more of them where rows wait at exits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dynamax_lm_eval.backbones import Backbone
+from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.engine.prefixes import ROOM_SHARE
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.policy import ExitPolicy
+
+logger = logging.getLogger(__name__)
+
+#: Share of free memory that is given to K and V; the rest is for activations and logits.
+_MEMORY_SHARE = 0.5
+#: Most batches of rows in flight where nobody says how many: rows then wait at few exits for long.
+_MOST_BATCHES = 4
+
+
+def check(args: DynamaxArgs, backbone: Backbone) -> None:
+    """Raises UserError where rows are to wait at exits and the backbone cannot go on from there."""
+    if args.rows_in_flight is not None and not backbone.resumes:
+        raise UserError(
+            f"rows_in_flight has no effect on {backbone.name}, whose blocks run as one ({backbone.rung}); remove it"
+        )
+
+
+def batch_rows(lm: Any, longest: int) -> int:
+    """Returns ``batch_size``; for ``auto``, as many rows of ``longest`` tokens as memory holds states for."""
+    if lm.batch_size != "auto":
+        return int(lm.batch_size)
+    rows = _rows_in_memory(lm, longest)
+    rows = max(1, min(rows, lm.max_batch_size or rows))
+    logger.info("batch_size=auto: %d rows of up to %d tokens in flight", rows, longest)
+    lm.batch_sizes[0] = rows
+    return rows
+
+
+def rows_in_flight(lm: Any, policies: Iterable[ExitPolicy], batch: int, longest: int) -> int:
+    """Returns how many rows of ``longest`` tokens have begun and not ended, for batches of so many.
+
+    More than one batch, where tokens may exit: as many as the user says, else one for every exit layer at which rows
+    may wait, up to ``_MOST_BATCHES`` and to what memory holds.
+    """
+    exits = {layer for policy in policies for layer in policy.active_exits}
+    if not lm.args.rebatch or not exits or batch == 1 or not lm.engine.backbone.resumes or lm.batch_size == "auto":
+        return batch
+    if lm.args.rows_in_flight is not None:
+        return int(lm.args.rows_in_flight)
+    return max(batch, min(batch * min(1 + len(exits), _MOST_BATCHES), _rows_in_memory(lm, longest)))
+
+
+def _rows_in_memory(lm: Any, longest: int) -> int:
+    backbone = lm.engine.backbone
+    per_row = backbone.row_bytes(longest) * (1 + ROOM_SHARE if lm.args.prefix_caching else 1)
+    return int(_MEMORY_SHARE * _free_memory(backbone.device) / per_row)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Returns the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
