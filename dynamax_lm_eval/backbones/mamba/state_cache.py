@@ -6,6 +6,7 @@ R lines of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,7 @@ def clear_line(tables: Iterable[StateTable], line: int) -> None:
     tables = [table for table in tables if table.has(line)]
     # Lines may be made in one mode of torch and cleared in another.
     with torch.inference_mode():
-        for parts in zip(*(table.all for table in tables), strict=True):
+        for parts in _parts_by_device(tables):
             torch._foreach_zero_([part[line] for part in parts])
     for table in tables:
         table.has_begun[line] = False
@@ -108,8 +109,17 @@ def copy_line(tables: Iterable[StateTable], source: int, line: int) -> None:
         table.reserve(line + 1)
         table.has_begun[line] = table.has_begun[source]
     with torch.inference_mode():
-        for parts in zip(*(table.all for table in known), strict=True):
+        for parts in _parts_by_device(known):
             torch._foreach_copy_([part[line] for part in parts], [part[source] for part in parts])
+
+
+def _parts_by_device(tables: Iterable[StateTable]) -> Iterable[list[Tensor]]:
+    """Returns the conv windows and SSM states of tables, those together that one operation can go through."""
+    parts: dict[Any, list[Tensor]] = {}
+    for table in tables:
+        for part in table.all:
+            parts.setdefault((part.device, part.dtype), []).append(part)
+    return parts.values()
 
 
 def lines_of(numbers: IntArray, device: torch.device) -> slice | Tensor:
