@@ -133,6 +133,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if name == "histc" and devices:  # of whole numbers on GPUs only
         plain_args = (plain_args[0].float(), *plain_args[1:])
     result = func(*plain_args, **plain_kwargs)
+    if not func._schema.returns:
+        return None
     if func._schema.is_mutable:
         written = [i for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
         return args[written[0]] if written[0] < len(args) else kwargs[func._schema.arguments[written[0]].name]
