@@ -42,6 +42,7 @@ def test_plan_masks_by_position_window_and_gap() -> None:
     assert (alone.places, alone.mask) == (slice(13, 16), None)
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("hidden", [None, [1, 4, 21, 23]])
 @pytest.mark.parametrize(
@@ -51,12 +52,15 @@ def test_rows_that_decode_together_attend_as_each_alone(
     window: int | None,
     hidden: list[int] | None,
     rows: list[tuple[int, list[int]]],
+    copied: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """(row, positions fed); four rows of ten places, with gaps between those in flight and prompts among them."""
+    """(row, positions fed); rows of ten places, with gaps between those in flight and prompts among them."""
     monkeypatch.setattr(attention, "_MOST_PADDING", 9)
+    if copied:  # the last one lies far away, so that a view of all would be mostly of others
+        rows = [(40 if row == max(r for r, _ in rows) else row, fed) for row, fed in rows]
     torch.manual_seed(0)
-    key, value = torch.randn(2, 45, 2, 8)
+    key, value = torch.randn(2, 415, 2, 8)
     starts = np.asarray([10 * row for row, positions in rows for _ in positions])
     positions = np.asarray([position for _, fed in rows for position in fed])
     query = torch.randn(1, 6, len(starts), 8)
@@ -65,11 +69,16 @@ def test_rows_that_decode_together_attend_as_each_alone(
     together, apart = (
         ragged_attention(nn.Module(), query, key, value, None, sliding_window=window, plan=plan)[0] for plan in plans
     )
-    assert plans[0].decoding(window) is not None
+    decoding = plans[0].decoding(window)
+    assert decoding is not None
+    assert (decoding.copied is not None) == copied
     assert plans[1].decoding(window) is None
     assert torch.allclose(together, apart, atol=1e-6)
 
 
-def test_rows_of_very_different_lengths_are_not_padded() -> None:
+def test_rows_of_very_different_lengths_are_not_padded_and_long_ones_not_copied() -> None:
+    far, long = np.asarray([0, 40_000]), np.asarray([3000, 3000])
+    assert AttentionPlan(far, long, None, torch.device("cpu"), 4000).decoding(None) is None
+    assert AttentionPlan(far, long // 2, None, torch.device("cpu"), 4000).decoding(None) is not None
     starts, positions = np.asarray([0, 100, 200]), np.asarray([90, 1, 1])
     assert AttentionPlan(starts, positions, None, torch.device("cpu"), 100).decoding(None) is None

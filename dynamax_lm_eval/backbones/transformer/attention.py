@@ -37,6 +37,8 @@ _QUERY_CHUNK = 512
 
 #: Rows that decode together are one batch while that attends to no more than so many times their keys.
 _MOST_PADDING = 2
+#: Positions up to which K and V of rows that lie apart are copied side by side, rather than read row by row.
+_MOST_COPIED = 4096
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class AttentionSegment:
 class DecodeBatch:
     """The m tokens that are alone in their rows, as one batch; their rows lie at equal distances in the cache.
 
-    The batch has S rows, those between the first and the last; of lines without a token the output is not read. All
-    attend to the same K positions; the mask leaves out what is not theirs.
+    The batch has S rows: those between the first and the last, of which lines without a token are not read, or copies
+    of the m rows. All attend to the same K positions; the mask leaves out what is not theirs.
     """
 
-    rows: slice  # of the cache: all slots of the S rows
+    rows: slice  # of the cache: all slots between the first row and the last
     row_stride: int
+    copied: Tensor | None  # (m,) which of these rows are copied; None: the batch is a view of all of them
     keys: slice  # of a row: the K positions
     tokens: Tensor | None  # (m,) the tokens; None: all in flight
     lines: Tensor | None  # (m,) their lines in the batch; None: they are all lines, in order
@@ -142,24 +145,31 @@ class AttentionPlan:
         first, last = int(numbers.min()), int(numbers.max())
         lows = np.maximum(0, positions - window + 1) if isinstance(window, int) else np.zeros_like(positions)
         low, end = int(lows.min()), int(positions.max()) + 1
-        if (last - first + 1) * (end - low) > _MOST_PADDING * int((positions + 1 - lows).sum()):
-            return None
+        lines, num_lines = numbers - first, last - first + 1
+        most = _MOST_PADDING * int((positions + 1 - lows).sum())
+        lie_apart = num_lines * (end - low) > most
+        if lie_apart:
+            lines, num_lines = np.arange(len(tokens)), len(tokens)
+            if num_lines * (end - low) > min(most, _MOST_COPIED):
+                return None
         keys = np.arange(low, end)
-        attended = np.ones((last - first + 1, end - low), dtype=np.bool_)
-        lines = numbers - first
+        attended = np.ones((num_lines, end - low), dtype=np.bool_)
         attended[lines] = (keys <= positions[:, None]) & (keys >= lows[:, None])
         if isinstance(window, MaskRule):
             attended[lines] &= window.attended(positions, keys)
         if self._masked is not None:
             masked = self._masked_between(first * row_stride, (last + 1) * row_stride)
             row, key = np.divmod(masked - first * row_stride, row_stride)
-            within = (key >= low) & (key < end)
-            attended[row[within], key[within] - low] = False
+            line_of = np.full(last - first + 1, -1, dtype=np.int64)
+            line_of[numbers - first] = lines
+            within = (key >= low) & (key < end) & (line_of[row] >= 0)
+            attended[line_of[row[within]], key[within] - low] = False
         several = len(tokens) < len(self._starts), not np.array_equal(lines, np.arange(len(attended)))
         tokens_there, lines_there = together_on_device([tokens, lines], self._device) if any(several) else (None, None)
         return DecodeBatch(
             rows=slice(first * row_stride, (last + 1) * row_stride),
             row_stride=row_stride,
+            copied=on_device(numbers - first, self._device) if lie_apart else None,
             keys=slice(low, end),
             tokens=tokens_there if several[0] else None,
             lines=lines_there if several[1] else None,
@@ -353,17 +363,14 @@ class Scores:
 
 
 def _decode(decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-    """Returns (1, m, H, P) for the tokens of a batch of rows, without copies of K and V."""
+    """Returns (1, m, H, P) for the tokens of a batch of rows."""
     heads, head_dim, kv_heads = query.shape[1], query.shape[3], key.shape[1]
     q = query[0].transpose(0, 1)  # (n, H, P)
     if decoding.tokens is not None:
         q = q.index_select(0, decoding.tokens)
     if decoding.lines is not None:
         q = q.new_zeros(len(mask), heads, head_dim).index_copy_(0, decoding.lines, q)
-    k, v = (
-        cache[decoding.rows].unflatten(0, (-1, decoding.row_stride))[:, decoding.keys].transpose(1, 2)
-        for cache in (key, value)
-    )  # (S, H_kv, K, P)
+    k, v = (_of_rows(cache, decoding) for cache in (key, value))
     out: Tensor
     if scores.are_plain:
         # The heads that share K and V become the queries of one head.
@@ -375,6 +382,14 @@ def _decode(decoding: DecodeBatch, mask: Tensor, query: Tensor, key: Tensor, val
     if decoding.lines is not None:
         out = out.index_select(0, decoding.lines)
     return out.unsqueeze(0)
+
+
+def _of_rows(cache: Tensor, decoding: DecodeBatch) -> Tensor:
+    """Returns what a cache (C, H_kv, P) holds of the rows of a batch, (S, H_kv, K, P)."""
+    rows: Tensor = cache[decoding.rows].unflatten(0, (-1, decoding.row_stride))[:, decoding.keys]
+    if decoding.copied is not None:
+        rows = rows.index_select(0, decoding.copied)
+    return rows.transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, ragged_attention)
