@@ -7,6 +7,7 @@ flight than a batch has, those that go on after an exit wait there for a full ba
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
 
 #: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
 MAX_TOKENS_PER_PASS = 4096
+#: Tokens of prompts for which a pass through all blocks is not much slower than for their weights alone. Where rows
+#: wait at exits, fewer wait for others, because all that is in a pass with prompts goes to the end.
+_ENOUGH_PROMPT_TOKENS = 256
 
 
 @dataclass
@@ -98,6 +102,9 @@ def generate(
     waiting: WaitingRows[_Row] = WaitingRows(max_rows)
     while pending or len(waiting):
         room = min(in_flight - len(waiting), len(pending))
+        if in_flight > max_rows and waiting.has_batch and room < min(max_rows, len(pending)):
+            fed = sum(len(requests[i].prompt) - plan.shared_tokens(i) for i in itertools.islice(pending, room))
+            room = room if fed >= _ENOUGH_PROMPT_TOKENS else 0
         place, taken = waiting.take(room)
         if place == 0:
             admitted = _admit(requests, needs, pending, states, prefixes, len(taken), room)

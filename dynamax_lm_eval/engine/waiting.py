@@ -46,6 +46,11 @@ class WaitingRows(Generic[Row]):
     def __len__(self) -> int:
         return sum(map(len, self._at.values()))
 
+    @property
+    def has_batch(self) -> bool:
+        """Whether enough rows wait somewhere to run without those that could be started."""
+        return max(map(len, self._at.values())) >= _FULL_ENOUGH * self._batch_size
+
     def add(self, place: int, rows: Iterable[WaitingRow[Row]]) -> None:
         """Lets rows wait after so many blocks, or at ``READ_OUT``."""
         self._at.setdefault(place, []).extend(rows)
