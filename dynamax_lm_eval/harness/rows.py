@@ -53,6 +53,8 @@ def rows_in_flight(lm: Any, policies: Iterable[ExitPolicy], batch: int, longest:
         return batch
     if lm.args.rows_in_flight is not None:
         return int(lm.args.rows_in_flight)
+    if lm.is_tensor_parallel:
+        return batch  # processes that compute together may find different amounts of memory
     return max(batch, min(batch * min(1 + len(exits), _MOST_BATCHES), _rows_in_memory(lm, longest)))
 
 
