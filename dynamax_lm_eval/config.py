@@ -204,7 +204,7 @@ class DynamaxArgs:
         None,
         values.count,
         "how many requests may have begun, so that enough can wait: at least `batch_size`",
-        shown="a batch, and one more for every exit layer, up to 4 batches and to half of the free memory",
+        shown="4 batches, or what half of the free memory holds",
     )
     degenerate_ngram: int = values.argument(
         8,

@@ -246,18 +246,17 @@ class TestArguments:
 
     def test_rows_in_flight_follow_exits_and_memory(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lm = dynamax(model_folder, batch_size=4, **EXIT_ARGS)
-        assert rows.rows_in_flight(lm, [lm.policy], 4, 100) == 4 * (1 + len(lm.policy.active_exits))
-        many = replace(lm.policy, exit_layers=(1, 2, 3, 4, 5), thresholds=(0.5,) * 5)
-        assert rows.rows_in_flight(lm, [lm.policy, many], 4, 100) == 16
-        assert rows.rows_in_flight(lm, [ExitPolicy(LAYERS)], 4, 100) == 4
-        assert rows.rows_in_flight(lm, [lm.policy], 1, 100) == 1
+        exiting, full = lm.policy, ExitPolicy(LAYERS)
+        assert rows.rows_in_flight(lm, [full, exiting], 4, 100) == 16
+        assert rows.rows_in_flight(lm, [full], 4, 100) == 4
+        assert rows.rows_in_flight(lm, [exiting], 1, 100) == 1
         monkeypatch.setattr(rows, "_free_memory", lambda _: 3 * LAYERS * 2 * 2 * 8 * 4 * 100 * 6)
-        assert rows.rows_in_flight(lm, [many], 4, 100) == 6
-        assert rows.rows_in_flight(lm, [many], 4, 10**6) == 4
+        assert rows.rows_in_flight(lm, [exiting], 4, 100) == 6
+        assert rows.rows_in_flight(lm, [exiting], 4, 10**6) == 4
         lm.use_policy(replace(lm.args, rows_in_flight=50))
-        assert rows.rows_in_flight(lm, [many], 4, 100) == 50
+        assert rows.rows_in_flight(lm, [exiting], 4, 100) == 50
         lm.use_policy(replace(lm.args, rebatch=False, rows_in_flight=None))
-        assert rows.rows_in_flight(lm, [many], 4, 100) == 4
+        assert rows.rows_in_flight(lm, [exiting], 4, 100) == 4
 
     def test_rows_wait_on_blocks_that_are_replayed(self, tmp_path: Path) -> None:
         lm = dynamax(save_model("gpt_neox", tmp_path), batch_size=2, rows_in_flight=6, **EXIT_ARGS)

@@ -21,7 +21,7 @@ Row = TypeVar("Row")
 READ_OUT = 1 << 30
 
 #: The part of the fullest batch that could run instead from which on rows go on without waiting for more.
-_FULL_ENOUGH = 0.75
+_FULL_ENOUGH = 0.85
 
 
 @dataclass(frozen=True)

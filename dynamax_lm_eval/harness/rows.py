@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: Share of free memory that is given to K and V; the rest is for activations and logits.
 _MEMORY_SHARE = 0.5
-#: Most batches of rows in flight where nobody says how many: rows then wait at few exits for long.
-_MOST_BATCHES = 4
+#: Batches of rows in flight where nobody says how many: rows then seldom wait for long, even at several exits.
+_BATCHES = 4
 
 
 def check(args: DynamaxArgs, backbone: Backbone) -> None:
@@ -45,17 +45,16 @@ def batch_rows(lm: Any, longest: int) -> int:
 def rows_in_flight(lm: Any, policies: Iterable[ExitPolicy], batch: int, longest: int) -> int:
     """Returns how many rows of ``longest`` tokens have begun and not ended, for batches of so many.
 
-    More than one batch, where tokens may exit: as many as the user says, else one for every exit layer at which rows
-    may wait, up to ``_MOST_BATCHES`` and to what memory holds.
+    More than one batch, where tokens may exit: as many as the user says, else ``_BATCHES``, or what memory holds.
     """
-    exits = {layer for policy in policies for layer in policy.active_exits}
-    if not lm.args.rebatch or not exits or batch == 1 or not lm.engine.backbone.resumes or lm.batch_size == "auto":
+    may_exit = any(policy.active_exits for policy in policies)
+    if not lm.args.rebatch or not may_exit or batch == 1 or not lm.engine.backbone.resumes or lm.batch_size == "auto":
         return batch
     if lm.args.rows_in_flight is not None:
         return int(lm.args.rows_in_flight)
     if lm.is_tensor_parallel:
         return batch  # processes that compute together may find different amounts of memory
-    return max(batch, min(batch * min(1 + len(exits), _MOST_BATCHES), _rows_in_memory(lm, longest)))
+    return max(batch, min(batch * _BATCHES, _rows_in_memory(lm, longest)))
 
 
 def _rows_in_memory(lm: Any, longest: int) -> int:
