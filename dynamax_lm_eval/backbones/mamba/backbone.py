@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import IntArray, KeptInRows, RowLayout, States, on_device
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
-from dynamax_lm_eval.backbones.deferring import DeferringPass
+from dynamax_lm_eval.backbones.deferring import DeferredTokens, DeferringPass
 from dynamax_lm_eval.backbones.mamba import kernels, norms
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line
-from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.loading import copy_is_impossible
@@ -142,7 +141,7 @@ class MambaStates(KeptInRows):
 
     def __init__(self, backbone: MambaBackbone) -> None:
         super().__init__()
-        self.deferred = DeferredKV()
+        self.deferred = DeferredTokens()
         self._tables = [
             StateTable(block.mixer.new_state, place.device)
             for block, place in zip(backbone.blocks, backbone.places, strict=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, States
-from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
+from dynamax_lm_eval.backbones.deferring import DeferredTokens
 from dynamax_lm_eval.models.placement import moved
 
 
@@ -70,7 +70,7 @@ class AttentionStates(States):
         self.layer_of: IntArray = np.full(self.capacity, num_layers, dtype=np.int64)
         #: Slots of such tokens that block L ran on all the same.
         self.runs_last: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
-        self.deferred = DeferredKV()
+        self.deferred = DeferredTokens()
         self._free_list = FreeList(capacity)
         self._lengths: dict[int, int] = {}  # slot of a row -> its cache slots
 

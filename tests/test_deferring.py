@@ -10,7 +10,7 @@ import torch
 from helpers import LAYERS, tiny_model
 from helpers_engine import NEW_TOKENS, PROMPTS, engine_for, run_generate, separated_policy
 
-from dynamax_lm_eval.backbones.transformer.deferred_kv import DeferredKV
+from dynamax_lm_eval.backbones.deferring import DeferredTokens
 from dynamax_lm_eval.backbones.transformer.fused_pass import FusedPass
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
@@ -49,13 +49,13 @@ def test_nothing_stays_owed_to_blocks_that_are_given_nothing(
     """Tokens that left are forgotten once the last block that gets their states has them, while their row goes on."""
     policy = ExitPolicy(LAYERS, (2,), (0.0,), confidence="state", exit_scope="all", **changes)
     owing: list[int] = []
-    add = DeferredKV.add
+    add = DeferredTokens.add
 
-    def count(owed: DeferredKV, *given: Any) -> None:
+    def count(owed: DeferredTokens, *given: Any) -> None:
         add(owed, *given)
         owing.append(len(owed))
 
-    monkeypatch.setattr(DeferredKV, "add", count)
+    monkeypatch.setattr(DeferredTokens, "add", count)
     # Position 0 goes on, so the prompt's states are needed at once; those of generated tokens, which all leave, never.
     run_generate(engine_for("llama"), [policy], PROMPTS[:1], 1)
     assert owing == [len(PROMPTS[0]) - 1, *range(1, NEW_TOKENS)]
