@@ -80,6 +80,8 @@ def assert_same(family: str, policy: ExitPolicy) -> None:
         ours, theirs = engines(family)
         expected = run_generate(ours, [policy] * len(PROMPTS), PROMPTS, 3)
         assert run_generate(theirs, [policy] * len(PROMPTS), PROMPTS, 3) == expected
+        # Rows that wait at exits, where blocks can go on by themselves.
+        assert run_generate(theirs, [policy] * len(PROMPTS), PROMPTS, 2, len(PROMPTS)) == expected
         everywhere = replace(policy, exit_scope="all")
         for scored, wanted in zip(*(run_score(e, everywhere, PAIRS, 3) for e in (theirs, ours)), strict=True):
             assert scored.trace == wanted.trace
