@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
+    if args.shape and args.exits is not None:
+        parser.error("--exits were trained for a backbone, and --shape has random weights; give one of them")
     if args.shape:
         model = random_model(args.shape, args.blocks, getattr(torch, args.dtype), args.device)
         engine = Engine(make_backbone(model, max_length=512))
@@ -146,7 +148,7 @@ def main() -> None:
     cases = [Case("full model", engine, ExitPolicy(depth))]
     for layer in args.layers:
         cases += [Case(f"random {layer}, {rate:g}", *random_exits(engine, layer, rate)) for rate in args.rates]
-    if args.exits is not None and not args.shape:
+    if args.exits is not None:
         trained = ExitCheckpoint.open(args.exits)
         trained.check_fingerprint(loaded.identity.fingerprint)
         classifying = Engine(engine.backbone, trained.load(engine.backbone.device))

@@ -2,74 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from transformers import Mamba2Config, MistralConfig
 
-#: Shapes by name: what makes the configuration of so many blocks.
-SHAPES: dict[str, Callable[[int | None], Any]] = {
+#: What all models of a family have in common here.
+_COMMON: dict[Any, dict[str, Any]] = {
+    MistralConfig: {"sliding_window": None},
+    Mamba2Config: {"expand": 2, "n_groups": 8, "conv_kernel": 4, "tie_word_embeddings": False},
+}
+
+#: Shapes by name: the family, the number of blocks, and the other sizes. The tiny ones are for trying benchmarks out.
+SHAPES: dict[str, tuple[Any, int, dict[str, Any]]] = {
     # Mistral-7B-v0.3
-    "mistral-7b": lambda blocks: MistralConfig(
-        vocab_size=32768,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=blocks or 32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
-        sliding_window=None,
+    "mistral-7b": (
+        MistralConfig,
+        32,
+        {
+            **{"vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768},
+            "rope_theta": 1e6,
+        },
     ),
     # Mamba-Codestral-7B-v0.1
-    "codestral-mamba-7b": lambda blocks: Mamba2Config(
-        vocab_size=32768,
-        hidden_size=4096,
-        num_hidden_layers=blocks or 64,
-        num_heads=128,
-        head_dim=64,
-        state_size=128,
-        expand=2,
-        n_groups=8,
-        conv_kernel=4,
-        tie_word_embeddings=False,
+    "codestral-mamba-7b": (
+        Mamba2Config,
+        64,
+        {"vocab_size": 32768, "hidden_size": 4096, "num_heads": 128, "head_dim": 64, "state_size": 128},
     ),
-    # The same in kind, for trying benchmarks out.
-    "mistral-tiny": lambda blocks: MistralConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=224,
-        num_hidden_layers=blocks or 8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        sliding_window=None,
+    "mistral-tiny": (
+        MistralConfig,
+        8,
+        {
+            **{"vocab_size": 128, "hidden_size": 64, "intermediate_size": 224},
+            **{"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512},
+        },
     ),
-    "codestral-mamba-tiny": lambda blocks: Mamba2Config(
-        vocab_size=128,
-        hidden_size=64,
-        num_hidden_layers=blocks or 8,
-        num_heads=16,
-        head_dim=8,
-        state_size=16,
-        expand=2,
-        n_groups=8,
-        conv_kernel=4,
-        tie_word_embeddings=False,
+    "codestral-mamba-tiny": (
+        Mamba2Config,
+        8,
+        {"vocab_size": 128, "hidden_size": 64, "num_heads": 16, "head_dim": 8, "state_size": 16},
     ),
 }
 
 
 def random_model(shape: str, blocks: int | None, dtype: torch.dtype, device: str = "cpu") -> Any:
     """Returns a model in eval mode; ``blocks``: of a shallower one, None for all."""
+    family, depth, sizes = SHAPES[shape]
+    config = family(num_hidden_layers=blocks or depth, **_COMMON[family], **sizes)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(SHAPES[shape](blocks))
+            model = transformers.AutoModelForCausalLM.from_config(config)
     finally:
         torch.set_default_dtype(before)
     model.to_empty(device=device)

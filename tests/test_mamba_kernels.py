@@ -37,12 +37,12 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_against_model
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
+#: The functions of mamba-ssm.
+SCANS = ("chunk_scan", "state_update", "gated_norm")
 
-@pytest.mark.parametrize("mode", ["recompute", "skip"])
-@pytest.mark.parametrize("family", MAMBAS)
-def test_states_move_on_in_place_by_kernels(family: str, mode: Any) -> None:
-    """Prompts that join, steps of rows in any order, and rows that go on with several tokens."""
-    calls: Counter[str] = Counter()
+
+def counted_kernels(calls: Counter[str]) -> KernelsOnCpu:
+    """The stand-ins, whose calls are counted by name."""
 
     def counted(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -51,15 +51,22 @@ def test_states_move_on_in_place_by_kernels(family: str, mode: Any) -> None:
 
         return call
 
+    return KernelsOnCpu(*map(counted, SCANS), STAND_INS.conv)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "skip"])
+@pytest.mark.parametrize("family", MAMBAS)
+def test_states_move_on_in_place_by_kernels(family: str, mode: Any) -> None:
+    """Prompts that join, steps of rows in any order, and rows that go on with several tokens."""
+    calls: Counter[str] = Counter()
     model = tiny_model(family)
     backbone = MambaBackbone(model)
-    names = ("chunk_scan", "state_update", "gated_norm")
     for block in backbone.blocks:
-        block.mixer.kernels = KernelsOnCpu(*map(counted, names), STAND_INS.conv)
+        block.mixer.kernels = counted_kernels(calls)
     policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, state_mode=mode), PROMPTS[0])
     expected = run_generate(engine_for(family), [policy] * 5, PROMPTS, 3)
     assert run_generate(Engine(backbone), [policy] * 5, PROMPTS, 3) == expected
-    assert set(calls) == ({"state_update"} if family == "mamba" else set(names))
+    assert set(calls) == ({"state_update"} if family == "mamba" else set(SCANS))
     check_against_model(Engine(backbone), model)
 
 
@@ -86,25 +93,16 @@ def test_kernels_give_what_the_reference_gives(family: str) -> None:
 def test_classifiers_move_on_in_place_by_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their states too, of prompts that join and of rows that decode; and a Transformer has none of its own."""
     calls: Counter[str] = Counter()
-
-    def counted(name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return getattr(STAND_INS, name)(*args, **kwargs)
-
-        return call
-
     options = replace(exits_config().options, mamba_state=4)  # channels that the kernel of the convolution takes
     classifiers = varied_classifiers(exits_config(options=options))
     model = tiny_model("llama")
     policy = separated_policy(model, classifier_policy(kind), PROMPTS[0], classifiers=classifiers)
     expected = [reference_generate(model, policy, prompt, 8, classifiers) for prompt in PROMPTS]
-    names = ("chunk_scan", "state_update", "gated_norm")
-    used = KernelsOnCpu(*map(counted, names), STAND_INS.conv)
+    used = counted_kernels(calls)
     monkeypatch.setattr(kernels, "find", lambda choice, *_: used if choice == "auto" else None)
     engine = Engine(engine_for("llama").backbone, classifiers)
     results = run_generate(engine, [policy] * 5, PROMPTS, 3)
-    assert set(calls) == set(names)
+    assert set(calls) == set(SCANS)
     for (tokens, row), result in zip(expected, results, strict=True):
         assert result.tokens == tokens
         assert list(result.trace.exit_layers) == row.layers[result.trace.prompt_tokens :]

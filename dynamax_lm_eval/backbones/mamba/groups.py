@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray, on_device, together_on_device
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 
 
@@ -125,14 +124,12 @@ class KernelRows:
             tokens=put[3],
             after=put[4],
             last=put[5],
-            absent=torch.from_numpy(absent).to(self.rows.device) if absent.any() else None,
+            absent=on_device(absent, self.rows.device) if absent.any() else None,
         )
 
     def _put(self, *parts: IntArray) -> tuple[Tensor, ...]:
         """Puts indices on the device, flat."""
-        flat = [part.reshape(-1) for part in parts]
-        put: tuple[Tensor, ...] = on_device(np.concatenate(flat), self.rows.device).split([len(part) for part in flat])
-        return put
+        return tuple(together_on_device([part.reshape(-1) for part in parts], self.rows.device))
 
 
 @dataclass(frozen=True)

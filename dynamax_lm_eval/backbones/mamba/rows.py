@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import on_device
+from dynamax_lm_eval.backbones.base import on_device, together_on_device
 
 #: Tokens of a chunk. Scores within it cost Q * H values per token, so longer chunks need more memory.
 CHUNK = 64
@@ -73,7 +73,7 @@ class RaggedRows:
         """The rows as kernels of ragged batches want them."""
         row_of = np.repeat(np.arange(self.num_rows, dtype=np.int32), self.lengths)
         ends = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
-        return Bounds(*(torch.from_numpy(values).to(self.device) for values in (row_of, ends)))
+        return Bounds(*together_on_device([row_of, ends], self.device))
 
     @cached_property
     def chunks(self) -> Chunks:

@@ -65,14 +65,18 @@ class AttentionPass(DeferringPass):
         return positions, self._deferred.slots[tokens] + positions
 
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        if (taken := self._take_pending(block, tokens, hidden.device)) is not None:
-            self._write_taken(block, *taken)
+        return self._run_taken(block, tokens, hidden, self._take_pending(block, tokens, hidden.device))
+
+    def _run_taken(
+        self, block: int, tokens: IntArray, hidden: Tensor, taken: tuple[PendingTokens, IntArray | None] | None
+    ) -> Tensor:
+        """Gives a block the states of what :meth:`_take_pending` returned, and runs it on the tokens in flight."""
+        if taken is not None:
+            pending, chosen = taken
+            self._write_states(block, pending, None if chosen is None else on_device(chosen, pending.device))
         if len(tokens) == 0:
             return hidden
         return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
-
-    def _write_taken(self, block: int, pending: PendingTokens, chosen: IntArray | None) -> None:
-        self._write_states(block, pending, None if chosen is None else on_device(chosen, pending.device))
 
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         self._defer(tokens, hidden, layer)

@@ -92,10 +92,7 @@ class FusedPass(AttentionPass):
                 merged = self._merge(active, pending)
                 scatter = _Scatter(self._states, block, merged.kv_slots)
                 return fused(hidden, *merged.signed, scatter.write, active.plan, pending.hidden)
-            self._write_taken(block, *taken)
-        if len(tokens) == 0:
-            return hidden
-        return self._call(block, hidden, self._active_tokens(block, tokens, hidden))
+        return self._run_taken(block, tokens, hidden, taken)
 
     def _merge(self, active: ActiveTokens, pending: PendingTokens) -> _MergedTokens:
         """Returns what a block is called with for tokens in flight and those that left, made once for many blocks."""
