@@ -203,7 +203,7 @@ class DynamaxArgs:
     rows_in_flight: int | None = values.argument(
         None,
         values.count,
-        "how many requests may have begun, so that enough can wait: at least `batch_size`",
+        "how many requests may have begun, so that enough can wait: at least `batch_size`, which is above 1",
         shown="4 batches, or what half of the free memory holds",
     )
     degenerate_ngram: int = values.argument(
@@ -312,8 +312,8 @@ def _check_rows_in_flight(parsed: Mapping[str, Any], batch_size: Any) -> None:
         return
     if not parsed.get("rebatch", True):
         raise UserError("rows_in_flight has no effect with rebatch=false; remove one of them")
-    if not str(batch_size).isdecimal() or rows < int(batch_size):
-        raise UserError(f"rows_in_flight={rows} needs a batch_size of at most that many rows, got {batch_size}")
+    if not str(batch_size).isdecimal() or not 1 < int(batch_size) <= rows:
+        raise UserError(f"rows_in_flight={rows} needs a batch_size from 2 to that many rows, got {batch_size}")
 
 
 def _check_threshold_source(parsed: Mapping[str, Any]) -> None:

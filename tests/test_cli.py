@@ -108,7 +108,8 @@ def test_bad_backbones(
     for name, config in configs.items():
         config.save_pretrained(tmp_path / name)
     name = backbone.format(**{name: tmp_path / name for name in (*configs, "empty")})
-    assert main(["run", "--model_args", f"backbone={name}", "--tasks", "trivia_demo", "--device", "cpu"]) == 2
+    command = ["run", "--model_args", f"backbone={name}", "--tasks", "trivia_demo", "--device", "cpu"]
+    assert main([*command, "--batch_size", "4"]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
