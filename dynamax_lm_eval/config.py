@@ -91,10 +91,11 @@ class DynamaxArgs:
     state_mode: StateMode | None = values.argument(
         None,
         values.choice(StateMode),
-        "what a token that left gives the blocks it skipped: `recompute` projects K and V from its last hidden state, "
-        "`copy` copies the K and V of the last block it ran, `skip` masks it out. Mamba blocks: `recompute` moves conv "
-        "and SSM state on from its last hidden state, `skip` leaves them, `copy` is refused",
-        shown="`recompute`",
+        "what a token that left gives the blocks it skipped: `learned` predicts K and V from its last hidden state by "
+        "maps of the trained exits, `recompute` projects them from it, `copy` copies the K and V of the last block it "
+        "ran, `skip` masks it out. Mamba blocks: `learned` and `recompute` move conv and SSM state on from its last "
+        "hidden state, `skip` leaves them, `copy` is refused",
+        shown="`learned` where the exits have maps, else `recompute`",
         vary=True,
     )
     exit_scope: ExitScope = values.argument(

@@ -10,7 +10,7 @@ ConfidenceName = Literal["classifier", "softmax", "entropy", "state"]
 ClassifierKind = Literal["calm", "ffn", "mamba", "hybrid"]
 
 
-StateMode = Literal["recompute", "copy", "skip"]
+StateMode = Literal["recompute", "learned", "copy", "skip"]
 
 
 ExitScope = Literal["generated", "all"]

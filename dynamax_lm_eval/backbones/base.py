@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.learned import StateMaps, StateProjection
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.placement import Place, moved
@@ -174,6 +176,13 @@ class ForwardPass(ABC):
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         """Runs a block whose weights are on the device of ``hidden``; see :meth:`run_block`."""
 
+    def state_projection(self, block: int, hidden: Tensor) -> StateProjection:
+        """Returns how a block makes the states of all tokens of the batch, had they left with ``hidden`` (1, N, D).
+
+        Only where ``state_mode=learned`` can be had.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         """Lets tokens exit after ``layer`` blocks; their rows' state modes say what the later blocks get.
@@ -214,6 +223,8 @@ class Backbone(ABC):
     places: Sequence[Place]
     #: Where the LM head is, and where logits are.
     output_device: torch.device
+    #: What predicts the states of tokens that left, for rows whose state mode is ``learned``; set by the engine.
+    state_maps: StateMaps = MappingProxyType({})
     #: What runs the scans of Mamba mixers, those of exit classifiers too.
     mamba_kernels: MambaKernels = "auto"
 

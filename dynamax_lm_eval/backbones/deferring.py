@@ -26,6 +26,7 @@ from dynamax_lm_eval.backbones.base import (
     on_device,
     together_on_device,
 )
+from dynamax_lm_eval.backbones.learned import MappedProject, Project, StateMaps
 from dynamax_lm_eval.models.placement import moved
 
 
@@ -41,6 +42,8 @@ class DeferredTokens:
         self.positions: IntArray = np.empty(0, dtype=np.int64)  # (m,)
         #: (m,) the last block that has a state of theirs.
         self.done: IntArray = np.empty(0, dtype=np.int64)
+        #: (m,) the exit at which they left, where their states are learned; 0: recomputed.
+        self.learned_from: IntArray = np.empty(0, dtype=np.int64)
         self.ids: Tensor | None = None  # (m,) of their tokens; None: there are none
         self.hidden: Tensor | None = None  # (m, D) at their exits; None: there are none
         self.version += 1
@@ -48,11 +51,17 @@ class DeferredTokens:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def add(self, slots: IntArray, positions: IntArray, ids: Tensor, hidden: Tensor, layer: int) -> None:
-        """Defers the states of tokens (t,) of rows (t,), hidden states (t, D), that left after ``layer`` blocks."""
+    def add(
+        self, slots: IntArray, positions: IntArray, ids: Tensor, hidden: Tensor, layer: int, is_learned: BoolArray
+    ) -> None:
+        """Defers the states of tokens (t,) of rows (t,), hidden states (t, D), that left after ``layer`` blocks.
+
+        ``is_learned``: (t,) whether they are learned; else they are recomputed.
+        """
         self.slots = np.concatenate([self.slots, slots])
         self.positions = np.concatenate([self.positions, positions])
         self.done = np.concatenate([self.done, np.full(len(slots), layer, dtype=np.int64)])
+        self.learned_from = np.concatenate([self.learned_from, np.where(is_learned, layer, 0)])
         self.ids = ids if self.ids is None else torch.cat([self.ids, ids])
         # Blocks on several devices: those of the last exit are the nearest to the blocks that will want them.
         self.hidden = hidden if self.hidden is None else torch.cat([moved(self.hidden, hidden.device), hidden])
@@ -75,12 +84,58 @@ class DeferredTokens:
         assert self.hidden is not None and self.ids is not None
         indices = np.flatnonzero(kept)
         self.slots, self.positions, self.done = self.slots[indices], self.positions[indices], self.done[indices]
+        self.learned_from = self.learned_from[indices]
         # Rows may be freed outside the mode of torch in which tokens ran.
         with torch.inference_mode(self.hidden.is_inference()):
             chosen = on_device(indices, self.hidden.device)
             self.ids = self.ids.index_select(0, moved(chosen, self.ids.device))
             self.hidden = self.hidden.index_select(0, chosen)
         self.version += 1
+
+
+@dataclass(frozen=True)
+class Origins:
+    """The exits at which some tokens left whose states are learned."""
+
+    #: (m,) exit layers; 0 where states are recomputed.
+    layers: IntArray
+    #: Each of them, with the indices of its tokens; None: all.
+    groups: tuple[tuple[int, Tensor | None], ...]
+
+    @classmethod
+    def of(cls, layers: IntArray, device: torch.device) -> Origins:
+        """Returns the origins of tokens that left after ``layers`` (m,), with indices on a device."""
+        found = np.unique(layers).tolist()
+        if len(found) <= 1:
+            return cls(layers, tuple((layer, None) for layer in found))
+        return cls(layers, tuple((layer, on_device(np.flatnonzero(layers == layer), device)) for layer in found))
+
+    def select(self, indices: IntArray, device: torch.device) -> Origins:
+        """Returns those of some of the tokens."""
+        return Origins.of(self.layers[indices], device)
+
+    def mapped(self, maps: StateMaps, block: int) -> MappedProject | None:
+        """Returns how ``block`` projects these tokens; None where it does as ever."""
+        if not any((layer, block) in maps for layer, _ in self.groups):
+            return None
+
+        def mapped(inputs: Tensor, project: Project) -> Tensor:
+            flat = inputs.flatten(0, -2)
+            output: Tensor | None = None
+            for layer, indices in self.groups:
+                part = flat if indices is None else flat.index_select(0, indices)
+                state_map = maps.get((layer, block))
+                made = project(part) if state_map is None else state_map(part, project)
+                if indices is None:
+                    output = made
+                else:
+                    output = made.new_empty(len(flat), made.shape[-1]) if output is None else output
+                    output.index_copy_(0, indices, made)
+            assert output is not None, "there are tokens"
+            shaped: Tensor = output.unflatten(0, inputs.shape[:-1])
+            return shaped
+
+        return mapped
 
 
 @dataclass(frozen=True)
@@ -98,6 +153,7 @@ class PendingTokens:
     tokens: IntArray  # (m,) among those deferred
     rows: IntArray  # (m,) their rows in the pass
     positions: IntArray  # (m,)
+    origins: Origins
     hidden: Tensor | None  # (1, m, D) at their exits; None: there are none
     places: Sequence[Tensor]  # those of ``DeferringPass._places_of``
     arguments: Any
@@ -148,10 +204,11 @@ class DeferringPass(ForwardPass):
         return last
 
     def _defer(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
-        """Defers the states of those of tokens (t,), hidden states (1, t, D), whose rows recompute them."""
+        """Defers the states of those of tokens (t,), hidden states (1, t, D), whose rows recompute or learn them."""
         rows = self._layout.row_of[tokens]
         modes = np.asarray(self._layout.state_modes)[rows]
-        deferred = np.flatnonzero((modes == "recompute") & (self._last_given[rows] > layer))
+        is_learned = modes == "learned"
+        deferred = np.flatnonzero(((modes == "recompute") | is_learned) & (self._last_given[rows] > layer))
         if len(deferred) == 0:
             return
         assert self._ids is not None, "tokens were embedded"
@@ -160,7 +217,9 @@ class DeferringPass(ForwardPass):
         if len(deferred) < len(tokens):
             exit_hidden = exit_hidden.index_select(0, chosen)
         ids = self._ids.index_select(0, moved(of_batch, self._ids.device))
-        self._deferred.add(self._slots[rows[deferred]], self._layout.positions[own], ids, exit_hidden, layer)
+        self._deferred.add(
+            self._slots[rows[deferred]], self._layout.positions[own], ids, exit_hidden, layer, is_learned[deferred]
+        )
 
     def _take_pending(
         self, block: int, in_flight: IntArray, device: torch.device
@@ -211,6 +270,7 @@ class DeferringPass(ForwardPass):
             tokens=tokens,
             rows=row_of[tokens],
             positions=deferred.positions[tokens],
+            origins=Origins.of(deferred.learned_from[tokens], device),
             hidden=hidden,
             places=places,
             arguments=arguments,

@@ -154,7 +154,7 @@ def _calibrate(
     with naming(folder):
         write_text(folder / TEST_SAMPLES_NAME, json.dumps({options.tasks: split.test}) + "\n")
         write_text(folder / TABLE_NAME, table(candidates, losses, selection, reductions))
-    path = beside_exits / file_name(certificate, points[0].series.partition(",")[0], options.state_mode)
+    path = beside_exits / file_name(certificate, *points[0].series.split(", ")[:2])
     certificate.save(path)
     return certificate, path
 
@@ -278,7 +278,8 @@ def _answered(
     """Runs a sweep; returns its results, and the points of the candidates in their order."""
     (task,) = read([sweep(options, lm)], max_degenerate=1.0)
     by_name = {point.name: point for point in task.points}
-    series = f"{options.confidences}-{options.state_modes}"
+    mode = next(point.policy["state_mode"] for point in task.points if point.kind == "exits")
+    series = f"{options.confidences}-{mode}"
     return task, [by_name[f"{series}-{name_of(thresholds)}"] for thresholds in candidates]
 
 

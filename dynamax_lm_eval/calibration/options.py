@@ -8,6 +8,7 @@ from typing import Any
 
 from dynamax_lm_eval.calibration.testing import BOUNDS, Bound
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.resolve import AUTO
 from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
 
 METHODS = ("ltt", "crc")
@@ -50,7 +51,9 @@ class CalibrateOptions:
         None, "file of dynamax-lm-eval exit-thresholds: its thresholds per exit are the candidates instead"
     )
     confidence: str | None = _option(None, f"one of {', '.join(CONFIDENCES)}; default: the exits' first")
-    state_mode: str = _option("recompute", "recompute, copy or skip")
+    state_mode: str = _option(
+        AUTO, "learned, recompute, copy or skip; auto: learned where the exits have maps of states"
+    )
     share: float = _option(0.5, "of the documents that calibrate; the others test")
     test: bool = _option(True, "run the certified thresholds on the other documents as well")
     seed: int = _option(0, "of the draw of documents and of the order of bets; choose it before you see a result")

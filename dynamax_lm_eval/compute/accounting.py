@@ -167,7 +167,9 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     if exit_cost.recomputes_state:
         # Block L writes its own state where it runs after the exit.
         without = pruned | {depth} if exit_cost.final_block else pruned
-        recompute = int(cost.skipped_sum([b.state_recompute for b in cost.blocks], layers, without).sum())
+        added = exit_cost.state_map_macs or (0,) * depth
+        per_block = [block.state_recompute + more for block, more in zip(cost.blocks, added, strict=True)]
+        recompute = int(cost.skipped_sum(per_block, layers, without).sum())
         recompute_units = float(cost.skipped_sum([b.paper_recompute for b in cost.blocks], layers, without).sum())
     block_macs = int(cost.block_macs(positions, layers, pruned).sum())
     if runs_last:

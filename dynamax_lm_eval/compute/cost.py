@@ -120,7 +120,7 @@ class ExitCost:
         evaluated_layers: exit layers at which something is evaluated, in rising order.
         classifier_macs: MACs of one evaluation, for each of these layers.
         reads_lm_head: an evaluation reads the LM head.
-        recomputes_state: skipped blocks get their state from the exit hidden state.
+        recomputes_state: skipped blocks get their state from the exit hidden state, recomputed or learned.
         pruned_blocks: blocks (1-based) that run for no token.
         first_eligible: position of the first token of the row that may exit.
     """
@@ -133,6 +133,8 @@ class ExitCost:
     first_eligible: int
     #: What the paper's cost table counts for one evaluation, in weights.
     classifier_paper_weights: tuple[int, ...] = ()
+    #: MACs that states of tokens that left cost beyond recomputing them, by block; empty: nothing.
+    state_map_macs: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.
     adapter_macs: tuple[int, ...] = ()
     #: Warm-up tokens: tokens that may not exit and that a recurrent classifier sees at every one of these layers.

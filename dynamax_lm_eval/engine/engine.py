@@ -20,6 +20,7 @@ from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.engine.decisions import ExitDecisions, LogitsCollector
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.states import ClassifierStates
@@ -103,6 +104,7 @@ class Engine:
         self.classifiers = classifiers
         if classifiers is not None:
             classifiers.place([place.device for place in backbone.places])
+            backbone.state_maps = classifiers.maps_by_exit_and_block()
         self._autocast_dtype = autocast_dtype
         #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
@@ -120,13 +122,23 @@ class Engine:
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
         self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
+        if policy.state_mode == "learned" and (missing := sorted({*policy.active_exits} - self._mapped_exits)):
+            raise UserError(
+                f"state_mode=learned needs exits with state maps at exit_layers {missing}, and these have none; train "
+                "them: dynamax-lm-eval train --states linear, or use state_mode=recompute"
+            )
+
+    @property
+    def _mapped_exits(self) -> set[int]:
+        return {layer for layer, _ in self.backbone.state_maps}
 
     def account(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
         """Returns what a row cost under a policy, as if it were alone."""
         exits, confidence = self.classifiers, policy.resolved_confidence
         costs = {} if confidence is None else {layer: confidence.cost(layer, exits) for layer in policy.active_exits}
         adapters = exits.adapter_macs() if exits is not None else {}
-        return account(trace, policy.cost_terms(trace.prompt_tokens, costs, adapters), self.backbone.cost)
+        state_maps = exits.state_map_macs() if exits is not None else ()
+        return account(trace, policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps), self.backbone.cost)
 
     def forward(
         self, batch: FlatBatch, states: RowStates, collector: LogitsCollector, materialize_all: bool = False

@@ -21,6 +21,7 @@ from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.exits.state_maps import StateMapOptions, check_state_maps
 from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, write_tensors, write_text
 from dynamax_lm_eval.models.aliases import HUB_ALIASES, cache_dir, shipped_dir
 from dynamax_lm_eval.models.fingerprint import Fingerprints, tensors_fingerprint
@@ -68,10 +69,17 @@ class ExitConfig:
     final_block: bool = False
     #: Correction of the read-outs at exits: ``none``, ``affine`` or ``lowrank:R``.
     adapter: str = "none"
+    #: Maps that predict the states of tokens that left; None: there are none.
+    states: StateMapOptions | None = None
     #: Label 1: the exit's arg-max is among the k most probable tokens of the full model.
     top_k: int = 1
     #: How it was trained; not needed to use it.
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def serves_every_confidence(self) -> bool:
+        """Whether these exits have something that training-free confidences use as well, where exits are named."""
+        return self.adapter != "none" or self.states is not None
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT.name, "format_version": FORMAT.version, **asdict(self)}
@@ -92,6 +100,8 @@ class ExitConfig:
             fields["options"] = ClassifierOptions(**fields["options"])
             for name in ("exit_layers", "classifiers"):
                 fields[name] = tuple(fields[name])
+            if (states := fields.get("states")) is not None:
+                fields["states"] = StateMapOptions(states["kind"], tuple((int(i), int(o)) for i, o in states["sizes"]))
             config = cls(**fields)
             config.check()
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -113,6 +123,10 @@ class ExitConfig:
         if self.activation not in ACT2FN:
             raise UserError(f"its activation {self.activation!r} is unknown to transformers")
         check_adapter(self.adapter)
+        if self.states is not None:
+            check_state_maps(self.states.kind)
+            if len(self.states.sizes) != depth or not any(min(size) > 0 for size in self.states.sizes):
+                raise UserError(f"its states have no sizes for each of {depth} blocks")
 
     def build(self, seed: int = 0) -> ExitClassifiers:
         """Makes the modules, freshly initialised."""
@@ -124,6 +138,7 @@ class ExitConfig:
             self.options,
             seed,
             self.adapter,
+            self.states,
         )
 
 

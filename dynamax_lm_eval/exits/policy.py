@@ -125,11 +125,13 @@ class ExitPolicy:
         prompt_length: int,
         evaluation_costs: Mapping[int, EvaluationCost] | None = None,
         adapter_macs: Mapping[int, int] | None = None,
+        state_map_macs: tuple[int, ...] = (),
     ) -> ExitCost:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
 
         ``evaluation_costs``: of one evaluation of the confidence at each exit layer, where it costs anything;
-        ``adapter_macs``: MACs of the adapter there, where read-outs have one.
+        ``adapter_macs``: MACs of the adapter there, where read-outs have one; ``state_map_macs``: of a learned state
+        beyond a recomputed one, by block.
         """
         first = self.first_eligible_position(prompt_length)
         costs = [(evaluation_costs or {}).get(layer, EvaluationCost()) for layer in self.active_exits]
@@ -142,7 +144,8 @@ class ExitPolicy:
             warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
             final_block=self.final_block,
             reads_lm_head=confidence is not None and confidence.reads_lm_head,
-            recomputes_state=self.state_mode == "recompute",
+            recomputes_state=self.state_mode in ("recompute", "learned"),
+            state_map_macs=state_map_macs if self.state_mode == "learned" else (),
             pruned_blocks=self.pruned_blocks,
             first_eligible=first,
         )

@@ -20,6 +20,9 @@ from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
 logger = logging.getLogger(__name__)
 
+#: The state mode of commands that leave it to the exits: see :func:`default_state_mode`.
+AUTO = "auto"
+
 
 def resolve_policy(
     args: DynamaxArgs, num_layers: int, exits: ExitConfig | None = None, recurrent_backbone: bool = False
@@ -56,7 +59,7 @@ def resolve_policy(
         exit_layers=exit_layers,
         thresholds=resolve_thresholds(args.threshold, exit_layers),
         confidence=confidence,
-        state_mode=_state_mode(args, recurrent_backbone),
+        state_mode=_state_mode(args, recurrent_backbone, exits),
         pruned_blocks=pruned,
         exit_scope=args.exit_scope,
         threshold_decay=args.threshold_decay,
@@ -186,24 +189,34 @@ def _resolve_exits(
         name = "classifier" if args.classifier is not None else "classifier_warmup"
         raise UserError(f"{name} needs confidence=classifier and trained exits; this run uses {confidence}")
     if args.exits is not None and confidence != "classifier":
-        if exits is None or exits.adapter == "none":
+        if exits is None or not exits.serves_every_confidence:
             raise UserError(
-                f"exits={args.exits!r} has no effect with confidence={confidence}: these exits have no adapters; "
-                "remove one of them"
+                f"exits={args.exits!r} has no effect with confidence={confidence}: these exits have no adapters and no "
+                "state maps; remove one of them"
             )
-        # Their adapters correct the read-outs of training-free confidences as well.
+        # Their adapters correct the read-outs of training-free confidences as well, and their maps give states.
         _check_trained_layers(args, exits)
-        if final_block:
+        if final_block and exits.adapter != "none":
             raise UserError("final_block and exit adapters exclude each other; remove final_block or exits")
     return None, final_block
 
 
-def _state_mode(args: DynamaxArgs, recurrent_backbone: bool) -> StateMode:
+def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig | None) -> StateMode:
+    if args.state_mode == "learned" and (exits is None or exits.states is None):
+        raise UserError(
+            "state_mode=learned needs exits with state maps, and these have none; train them: dynamax-lm-eval train "
+            "--states linear, or use state_mode=recompute"
+        )
     if args.state_mode is not None:
         return args.state_mode
     if args.preset == "paper":
         return "skip" if recurrent_backbone else "copy"
-    return "recompute"
+    return default_state_mode(exits)
+
+
+def default_state_mode(exits: ExitConfig | None) -> StateMode:
+    """Returns what a run leaves behind that asks for nothing: what the exits have learned, else what is recomputed."""
+    return "recompute" if exits is None or exits.states is None else "learned"
 
 
 def _choose_classifier(args: DynamaxArgs, exits: ExitConfig) -> ClassifierKind:

@@ -16,7 +16,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.exits.resolve import policy_of_exits
+from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, policy_of_exits
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import FrozenOptions, check_at_least, frozen_option, option
@@ -53,7 +53,10 @@ class SearchOptions:
     output: str = option("exit-thresholds.json", "file of the result")
     exits: str | None = option(None, "folder or Hub id of exits; default: the backbone's")
     classifier: str | None = option(None, f"one of {', '.join(get_args(ClassifierKind))}; default: the exits' first")
-    state_mode: str = option("recompute", "recompute, copy or skip; decides what exits cost")
+    state_mode: str = option(
+        AUTO,
+        "learned, recompute, copy or skip; decides what exits cost; auto: learned where the exits have maps of states",
+    )
     dataset: str = frozen_option(
         "dataset",
         "a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such files; "
@@ -72,7 +75,7 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, {"tokens": 100})
-        for name, choices in (("state_mode", get_args(StateMode)), ("classifier", get_args(ClassifierKind))):
+        for name, choices in (("state_mode", (AUTO, *get_args(StateMode))), ("classifier", get_args(ClassifierKind))):
             given = getattr(self, name)
             if given is not None and given not in choices:
                 raise UserError(f"--{name} must be one of {', '.join(choices)}, got {given!r}")
@@ -108,7 +111,7 @@ def search(options: SearchOptions) -> ThresholdPath:
     documents = text_documents(reading.source, loaded.tokenizer)
     rows, _ = held_out(documents, options.tokens, options.seq_len, "--tokens")
     backbone = loaded.engine.backbone
-    state_mode = cast(StateMode, options.state_mode)
+    state_mode = default_state_mode(exits.config) if options.state_mode == AUTO else cast(StateMode, options.state_mode)
     backbone.check_state_mode(state_mode, exits.config.exit_layers)
     classifiers = exits.load(backbone.device)
     classifiers.narrow(backbone.model.dtype)

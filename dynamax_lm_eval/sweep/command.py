@@ -94,11 +94,9 @@ def command(options: SweepOptions) -> str:
 def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskManager) -> None:
     _check_folder(folder, options)
     lm = load(options) if lm is None else lm
-    kinds: tuple[str, ...] = ()
-    adapters = False
-    if lm.exits is not None:
-        kinds, adapters = lm.exits.config.classifiers, lm.exits.config.adapter != "none"
-    all_points = grid(options, replace(lm.loaded, threshold=(1.0,)), kinds, adapters)
+    exits = None if lm.exits is None else lm.exits.config
+    kinds = () if exits is None else exits.classifiers
+    all_points = grid(options, replace(lm.loaded, threshold=(1.0,)), exits)
     rank, world_size = process()
     own_points = _resolve(lm, all_points, options)[rank::world_size]
     if rank == 0:

@@ -17,6 +17,8 @@ from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
 from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
+from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
@@ -44,7 +46,9 @@ class SweepOptions:
     confidences: str | None = _option(
         None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
     )
-    state_modes: str = _option("recompute", "separated by commas: recompute, copy, skip")
+    state_modes: str = _option(
+        AUTO, "separated by commas: learned, recompute, copy, skip; auto: learned where the exits have maps of states"
+    )
     prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
     model_args: str = _option("", "further model arguments for all points: exit_scope=all,repetition_penalty=1.1,...")
@@ -170,25 +174,24 @@ def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(_items(options.confidences)))
 
 
-def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapters: bool = False) -> list[Point]:
+def grid(options: SweepOptions, full: DynamaxArgs, exits: ExitConfig | None) -> list[Point]:
     """Returns all points, the full model first.
 
     Args:
         options: of the sweep.
         full: the arguments of the full model, with everything that all points share.
-        kinds: of the trained exits at hand.
-        adapters: whether these exits have adapters, which training-free confidences use where exits are named.
+        exits: the trained exits at hand, if any.
 
     Raises:
         UserError: an option names something that does not exist.
     """
     points = [Point("full", "full", "full model", 1.0, full)]
-    confidences = confidences_of(options, kinds)
+    confidences = confidences_of(options, () if exits is None else exits.classifiers)
     modes = _items(options.state_modes)
     thresholds = parse_thresholds(options.thresholds)
     for what, names, choices in (
         ("confidences", confidences, CONFIDENCES),
-        ("state_modes", modes, get_args(StateMode)),
+        ("state_modes", modes, (*get_args(StateMode), AUTO)),
     ):
         wrong = [name for name in names if name not in choices]
         if wrong or not names:
@@ -198,8 +201,11 @@ def grid(options: SweepOptions, full: DynamaxArgs, kinds: tuple[str, ...], adapt
         arguments: dict[str, Any] = {"confidence": "classifier" if is_kind else confidence}
         if is_kind:
             arguments["classifier"] = confidence
-        elif not adapters:
+        elif exits is None or full.exits is None or not exits.serves_every_confidence:
             arguments["exits"] = None
+        uses_exits = is_kind or arguments.get("exits", full.exits) is not None
+        if mode == AUTO:
+            mode = default_state_mode(exits if uses_exits else None)
         series = f"{confidence}, {mode}"
         for threshold in thresholds:
             changed: dict[str, Any] = {**arguments, "state_mode": mode, "threshold": threshold}

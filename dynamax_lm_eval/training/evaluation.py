@@ -110,7 +110,9 @@ def predicted_point(
     records, start = [], 0
     for length in seen.lengths:
         trace = Trace(1, length, length, tuple(layers[start + 1 : start + length].tolist()), generated=False)
-        records.append(account(trace, policy.cost_terms(1, costs, classifiers.adapter_macs()), cost))
+        records.append(
+            account(trace, policy.cost_terms(1, costs, classifiers.adapter_macs(), classifiers.state_map_macs()), cost)
+        )
         start += length
     tokens = seen.may_exit
     return {

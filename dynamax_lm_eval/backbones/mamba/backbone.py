@@ -20,6 +20,7 @@ from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import IntArray, KeptInRows, RowLayout, States, on_device
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.deferring import DeferredTokens, DeferringPass
+from dynamax_lm_eval.backbones.learned import MappedProject, StateProjection
 from dynamax_lm_eval.backbones.mamba import kernels, norms
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
@@ -55,8 +56,12 @@ class _Block:
         """The norm in one operation on a GPU, where it is one of root mean squares."""
         return norms.recognised(self.norm)
 
-    def project(self, hidden: Tensor, left: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    def project(
+        self, hidden: Tensor, left: Tensor | None, mapped: MappedProject | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         """Returns what the mixer projects of tokens in flight (n, D) and of those that left (m, D).
+
+        ``mapped``: what stands in place of the projection of those that left.
 
         Returns:
             the gate (n, I) of the tokens in flight, None where there are none; and what states are updated from, of
@@ -65,6 +70,12 @@ class _Block:
         mixer, num_tokens = self.mixer, len(hidden)
         if left is None or len(left) == 0:
             return mixer.project(self.normed(hidden))
+        if mapped is not None:
+            update = mapped(self.normed(left), mixer.project_update)
+            if num_tokens == 0:
+                return None, update
+            gate, own = mixer.project(self.normed(hidden))
+            return gate, torch.cat([own, update.to(own.dtype)])
         if num_tokens == 0:
             return None, mixer.project_update(self.normed(left))
         if num_tokens + len(left) <= _FEW:
@@ -189,22 +200,29 @@ class MambaPass(DeferringPass):
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
         self._defer(tokens, hidden, layer)
 
+    def state_projection(self, block: int, hidden: Tensor) -> StateProjection:
+        described = self._backbone.blocks[block - 1]
+        return StateProjection(described.normed(hidden[0]), described.mixer.project_update)
+
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-        left, left_hidden = NOTHING_LEFT, None
+        left, left_hidden, mapped = NOTHING_LEFT, None, None
         if (taken := self._take_pending(block, tokens, hidden.device)) is not None:
             pending, chosen = taken
             assert pending.hidden is not None
             left, left_hidden = LeftPlaces(pending.rows, pending.positions), pending.hidden[0]
+            origins = pending.origins
             if chosen is not None:
+                origins = origins.select(chosen, hidden.device)
                 left = LeftPlaces(left.rows[chosen], left.positions[chosen])
                 left_hidden = left_hidden.index_select(0, on_device(chosen, hidden.device))
+            mapped = origins.mapped(self._backbone.state_maps, block)
         if len(tokens) + len(left.rows) == 0:
             return hidden
         plan = self._plan = RecurrentPlan.of(
             tokens, left, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan
         )
         described = self._backbone.blocks[block - 1]
-        gate, update = described.project(hidden[0], left_hidden)
+        gate, update = described.project(hidden[0], left_hidden, mapped)
         read = plan.advance(described.mixer, self._states.table(block), update)
         if gate is None:
             return hidden

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.decoder import ModelBackbone
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.replay import costs, setup
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.backbones.replay.caches import FlatCache
 from dynamax_lm_eval.backbones.replay.forward_pass import ReplayPass, WrittenStates
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
-from dynamax_lm_eval.backbones.replay.model import ReplayModel, in_form, replaced_forwards
+from dynamax_lm_eval.backbones.replay.model import ReplayModel, in_form
 from dynamax_lm_eval.backbones.replay.states import ReplayStates
 from dynamax_lm_eval.backbones.transformer import attention
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule, Visibility
@@ -108,6 +109,13 @@ class ReplayBackbone(ModelBackbone):
                 raise UserError(
                     f"state_mode=skip is not possible on {self.name}: its attention finds places in its cache by "
                     "counting tokens, so none can be left out; use recompute"
+                )
+            return
+        if mode == "learned":
+            if self.takes_tokens_in_order or not any(block.projections for block in self.blocks):
+                raise UserError(
+                    f"state_mode=learned is not possible on {self.name}: its blocks keep states that do not follow "
+                    "from projections of their input alone; use recompute or skip"
                 )
             return
         if self.mixers:

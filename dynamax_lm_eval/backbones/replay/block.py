@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.replay.arguments import CallAxes
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
-from dynamax_lm_eval.backbones.replay.model import replaced_forwards
 from dynamax_lm_eval.backbones.transformer.masks import Visibility
 
 
@@ -26,6 +26,8 @@ class ReplayBlock:
         axes: where tokens stand in its arguments.
         visibility: what its attention sees.
         is_sequential: a state of it depends on attention or on another state, so its tokens have to come in order.
+        projections: linear layers of the same input from which, and nothing else, the states follow; empty: there are
+            none, so no states can be learned.
         unneeded: its modules that run before the last write and have no part in it, and the widths of what they return.
     """
 
@@ -36,6 +38,7 @@ class ReplayBlock:
     visibility: Visibility = None
     is_sequential: bool = False
     unneeded: list[tuple[nn.Module, int]] = field(default_factory=list)
+    projections: tuple[nn.Module, ...] = ()
 
     @property
     def num_writes(self) -> int:
@@ -45,11 +48,13 @@ class ReplayBlock:
     @contextmanager
     def without_unneeded(self) -> Iterator[None]:
         """Runs the block with zeros in place of what its states do not depend on."""
-        with replaced_forwards([(module, _zeros(width)) for module, width in self.unneeded]):
+        with replaced_forwards([(module, zeros(width)) for module, width in self.unneeded]):
             yield
 
 
-def _zeros(width: int) -> Any:
+def zeros(width: int) -> Any:
+    """Returns the forward of a linear layer that has nothing to say."""
+
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], width)
 

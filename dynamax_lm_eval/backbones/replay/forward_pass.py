@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.deferring import PendingTokens
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
+from dynamax_lm_eval.backbones.learned import JoinedModules, StateProjection, mapped_forwards
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, LeftTokens, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
@@ -163,7 +165,20 @@ class ReplayPass(AttentionPass):
         with self._blocks.passing(self), attending(active.plan, self._blocks.visibility(block, call)):
             return self._blocks.hidden_shape.flat(self._blocks.replay.call(block, call))
 
-    def _write_states(self, block: int, pending: PendingTokens, chosen: Tensor | None) -> None:
+    def state_projection(self, block: int, hidden: Tensor) -> StateProjection:
+        projections = self._blocks.blocks[block - 1].projections
+        seen: list[Tensor] = []
+
+        def stop(inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append(inputs)
+            raise StatesWritten
+
+        joined = JoinedModules(projections)
+        with replaced_forwards([(module, stop) for module in projections]):
+            self.write_only(block, hidden)
+        return StateProjection(seen[0].reshape(hidden.shape[1], -1), joined.project)
+
+    def _write_states(self, block: int, pending: PendingTokens, chosen: IntArray | None) -> None:
         described = self._blocks.blocks[block - 1]
         if not described.num_writes:
             return
@@ -171,10 +186,14 @@ class ReplayPass(AttentionPass):
         assert hidden is not None
         if hidden.device != self._backbone.device:
             call = described.axes.map(call, lambda tensor, _: tensor.to(kv_slots.device))
+        origins = pending.origins
         if chosen is not None:
-            call, hidden = described.axes.select(call, chosen), hidden.index_select(1, chosen)
-            kv_slots = kv_slots[chosen]
-        self._give(block, hidden, call, kv_slots, None)
+            origins, indices = origins.select(chosen, pending.device), on_device(chosen, pending.device)
+            call, hidden = described.axes.select(call, indices), hidden.index_select(1, indices)
+            kv_slots = kv_slots[indices]
+        mapped = origins.mapped(self._blocks.state_maps, block)
+        with replaced_forwards(mapped_forwards(described.projections, mapped) if mapped else []):
+            self._give(block, hidden, call, kv_slots, None)
 
     def _give(
         self,

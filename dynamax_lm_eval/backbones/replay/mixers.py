@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones.base import on_device
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.plan import RecurrentPlan
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable
 from dynamax_lm_eval.backbones.replay.arguments import Call, CallAxes
-from dynamax_lm_eval.backbones.replay.model import ReplayModel, parts_of, replaced_forwards
+from dynamax_lm_eval.backbones.replay.model import ReplayModel, parts_of
 from dynamax_lm_eval.backbones.replay.row_states import RowTable, StackedTable
 from dynamax_lm_eval.backbones.transformer.masks import MaskRule
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.replay.arguments import Call
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.placement import execution_device
@@ -198,26 +199,6 @@ def arity_of(output: Any) -> int | None:
 def in_form(hidden: Tensor, arity: int | None) -> Any:
     """Returns hidden states in the form of a block or module that returns ``arity`` (:func:`arity_of`)."""
     return hidden if arity is None else (hidden, *[None] * (arity - 1))
-
-
-@contextmanager
-def replaced_forwards(pairs: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Runs modules with other functions in place of their own; None: that of their class."""
-    before = [vars(module).get("forward") for module, _ in pairs]
-    for module, forward in pairs:
-        _set_forward(module, forward)
-    try:
-        yield
-    finally:
-        for (module, _), own in zip(pairs, before, strict=True):
-            _set_forward(module, own)
-
-
-def _set_forward(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        vars(module).pop("forward", None)
-    else:
-        vars(module)["forward"] = forward
 
 
 class HiddenShape:

@@ -5,21 +5,22 @@ Everything is found by running a few tokens: see ``probing``. Knows modules and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.compare import is_close
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.mixers import make_mixer
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.replay.arguments import Call, CallAxes
-from dynamax_lm_eval.backbones.replay.block import ReplayBlock
+from dynamax_lm_eval.backbones.replay.block import ReplayBlock, zeros
 from dynamax_lm_eval.backbones.replay.caches import RowCache
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer, MambaMixer, RowMixer
 from dynamax_lm_eval.backbones.replay.model import HiddenShape, ReplayModel, arity_of, parts_of
@@ -296,7 +297,7 @@ def why_blocks_differ(backbone: ReplayBackbone, first: int) -> str | None:
 @torch.no_grad()
 def find_stops(backbone: ReplayBackbone) -> None:
     """Finds what of each block has to run before its states are written: whether attention, and which modules not."""
-    known: dict[Any, tuple[bool, list[str]]] = {}
+    known: dict[Any, _Stop] = {}
     for number, block in enumerate(backbone.blocks, start=1):
         if not block.num_writes:
             continue
@@ -304,18 +305,27 @@ def find_stops(backbone: ReplayBackbone) -> None:
         key = (type(block.module), block.kv_layers and True, len(block.mixers), tuple(names.values()))
         if key not in known:
             known[key] = _find_stop(backbone, number, names)
-        block.is_sequential, unneeded = known[key]
-        block.unneeded = [
-            (block.module.get_submodule(name), _width(block.module.get_submodule(name))) for name in unneeded
-        ]
+        found = known[key]
+        block.is_sequential = found.is_sequential
+        unneeded = [block.module.get_submodule(name) for name in found.unneeded]
+        block.unneeded = [(module, _width(module)) for module in unneeded]
+        block.projections = tuple(block.module.get_submodule(name) for name in found.projections)
 
 
-def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, str]) -> tuple[bool, list[str]]:
-    """Returns whether a block's states depend on one another, and the linear layers that none depends on."""
+class _Stop(NamedTuple):
+    """What runs of a block until its states are written."""
+
+    is_sequential: bool  # states depend on one another
+    unneeded: Sequence[str] = ()  # linear layers on which none depends
+    projections: Sequence[str] = ()  # linear layers of one and the same input, on which all depend
+
+
+def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, str]) -> _Stop:
+    """Returns what runs of a block until its states are written."""
     block = backbone.blocks[number - 1]
-    called: list[nn.Module] = []
+    called: dict[nn.Module, Tensor] = {}
     layers = [module for module in names if _width(module)]
-    hooks = [module.register_forward_pre_hook(lambda m, _: called.append(m)) for module in layers]
+    hooks = [module.register_forward_pre_hook(lambda m, args: called.setdefault(m, args[0])) for module in layers]
     try:
         written = backbone.write_only(number, _TOKENS)
     finally:
@@ -323,20 +333,43 @@ def _find_stop(backbone: ReplayBackbone, number: int, names: Mapping[nn.Module, 
             hook.remove()
     grows = not all(mixer.is_recurrent for mixer in block.mixers)
     if written.attended or (block.num_writes > 1 and grows):
-        return True, []
+        return _Stop(is_sequential=True)
     if (
         block.mixers
         and block.num_writes > 1
         and not written.equals(backbone.write_only(number, _TOKENS, placeholder=1.0))
     ):
-        return True, []
+        return _Stop(is_sequential=True)
     unneeded = []
-    for module in dict.fromkeys(called):
+    for module in called:
         block.unneeded = [(module, _width(module))]
         if written.equals(backbone.write_only(number, _TOKENS)):
             unneeded.append(names[module])
     block.unneeded = []
-    return False, unneeded
+    return _Stop(False, unneeded, _projections(backbone, number, called, names, unneeded))
+
+
+def _projections(
+    backbone: ReplayBackbone,
+    number: int,
+    called: Mapping[nn.Module, Tensor],
+    names: Mapping[nn.Module, str],
+    unneeded: Sequence[str],
+) -> Sequence[str]:
+    """Returns the linear layers that all states of a block follow from, if they have the same input; else none.
+
+    ``called``: the layers that run before the last write, with their inputs, in order.
+    """
+    block = backbone.blocks[number - 1]
+    needed = [module for module in called if names[module] not in unneeded]
+    if not needed or block.mixers:
+        return ()
+    first = called[needed[0]]
+    same = [module for module in needed if called[module] is first]
+    # With nothing but their outputs the states must not depend on what the block is given.
+    with replaced_forwards([(module, zeros(_width(module))) for module in same]):
+        states = [backbone.write_only(number, tokens) for tokens in (_TOKENS, tuple(reversed(_TOKENS)))]
+    return [names[module] for module in same] if states[0].equals(states[1]) else ()
 
 
 def _width(module: nn.Module) -> int:

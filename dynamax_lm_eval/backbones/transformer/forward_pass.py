@@ -56,7 +56,7 @@ class AttentionPass(DeferringPass):
         """Returns what a block makes of the tokens in flight, (1, n, D)."""
 
     @abstractmethod
-    def _write_states(self, block: int, pending: PendingTokens, chosen: Tensor | None) -> None:
+    def _write_states(self, block: int, pending: PendingTokens, chosen: IntArray | None) -> None:
         """Gives a block the states of pending tokens; ``chosen``: indices of some of them, None for all."""
 
     def _places_of(self, tokens: IntArray) -> Sequence[IntArray]:
@@ -72,8 +72,7 @@ class AttentionPass(DeferringPass):
     ) -> Tensor:
         """Gives a block the states of what :meth:`_take_pending` returned, and runs it on the tokens in flight."""
         if taken is not None:
-            pending, chosen = taken
-            self._write_states(block, pending, None if chosen is None else on_device(chosen, pending.device))
+            self._write_states(block, *taken)
         if len(tokens) == 0:
             return hidden
         return self._call(block, hidden, self._active_tokens(block, tokens, hidden))

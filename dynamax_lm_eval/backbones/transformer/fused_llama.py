@@ -9,13 +9,14 @@ n tokens in flight, D hidden, H heads, H_kv K/V heads, P head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.learned import MappedProject
 from dynamax_lm_eval.backbones.linear import StackedLinear, add_product, is_changed, linear
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
 from dynamax_lm_eval.errors import UserError
@@ -80,17 +81,35 @@ class FusedLlamaBlock:
         """Whether nobody has hooked or replaced the modules that this block does not call."""
         return not any(is_changed(part) for part in self._bypassed)
 
-    def states(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns K and V (m, H_kv, P) that the block would write for (1, m, D) at such angles as it is called with."""
-        normed = normed_by(self._norms[0], hidden)
-        if self._stacked_projections.is_stacked:
-            both = self._stacked_projections.last(sum(part.out_features for part in self.kv_projections), normed)
-            key, value = self._by_head(both).chunk(2, dim=2)
+    def states(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mapped: MappedProject | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns K and V (m, H_kv, P) that the block would write for (1, m, D) at such angles as it is called with.
+
+        ``mapped``: what stands in place of the projections to them.
+        """
+        normed = self.state_inputs(hidden)
+        if mapped is None:
+            key, value = (self._by_head(part) for part in self._keys_and_values(normed))
         else:
-            key, value = (self._by_head(linear(project, normed)) for project in self.kv_projections)
+            key, value = self._by_head(mapped(normed, self.project_states)).chunk(2, dim=2)
         if self._head_norms is not None:
             key = _head_normed(self._head_norms[1], key)
         return _rotated(key, cos, sin)[0], value[0]
+
+    def state_inputs(self, hidden: Tensor) -> Tensor:
+        """Returns what the projections to K and V are given, (1, m, D), for hidden states (1, m, D)."""
+        return normed_by(self._norms[0], hidden)
+
+    def project_states(self, inputs: Tensor) -> Tensor:
+        """Returns what they make of inputs (.., D): all heads of K and after them of V, before norms and rotation."""
+        return torch.cat(list(self._keys_and_values(inputs)), dim=-1)
+
+    def _keys_and_values(self, normed: Tensor) -> Sequence[Tensor]:
+        if self._stacked_projections.is_stacked:
+            both = self._stacked_projections.last(sum(part.out_features for part in self.kv_projections), normed)
+            return both.chunk(2, dim=-1)
+        return [linear(project, normed) for project in self.kv_projections]
 
     def __call__(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan, left: Tensor | None = None

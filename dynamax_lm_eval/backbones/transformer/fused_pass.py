@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import IntArray, RowLayout
+from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.deferring import PendingTokens
+from dynamax_lm_eval.backbones.forwards import replaced_forwards
+from dynamax_lm_eval.backbones.learned import MappedProject, StateProjection, mapped_forwards
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
@@ -87,6 +89,7 @@ class FusedPass(AttentionPass):
             pending, chosen = taken
             assert pending.hidden is not None
             few = 0 < len(tokens) <= _FEW - len(pending.tokens)
+            few &= pending.origins.mapped(self._blocks.state_maps, block) is None
             if few and fused is not None and chosen is None and hidden.device.type == "cuda":
                 active = self._active_tokens(block, tokens, hidden)
                 merged = self._merge(active, pending)
@@ -129,23 +132,35 @@ class FusedPass(AttentionPass):
         cos, sin = rotary.signed
         return fused(hidden, cos, sin, scatter.write, active.plan)
 
-    def _write_states(self, block: int, pending: PendingTokens, chosen: Tensor | None) -> None:
+    def _write_states(self, block: int, pending: PendingTokens, chosen: IntArray | None) -> None:
         assert pending.hidden is not None
-        key, value = self.project(block, pending.hidden, pending.arguments)
+        mapped = pending.origins.mapped(self._blocks.state_maps, block)
+        key, value = self.project(block, pending.hidden, pending.arguments, mapped)
         kv_slots = pending.kv_slots
         if chosen is not None:
-            key, value, kv_slots = key.index_select(0, chosen), value.index_select(0, chosen), kv_slots[chosen]
+            indices = on_device(chosen, pending.device)
+            key, value, kv_slots = key.index_select(0, indices), value.index_select(0, indices), kv_slots[indices]
         self._states.write(block, kv_slots, key, value)
 
-    def project(self, block: int, hidden: Tensor, rotary: RotaryEmbeddings) -> tuple[Tensor, Tensor]:
-        """Returns K and V (m, H_kv, P) that ``block`` would write for hidden states (1, m, D) at these angles."""
+    def project(
+        self, block: int, hidden: Tensor, rotary: RotaryEmbeddings, mapped: MappedProject | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns K and V (m, H_kv, P) that ``block`` would write for hidden states (1, m, D) at these angles.
+
+        ``mapped``: what stands in place of its projections to them.
+        """
         fused = self._fused[block - 1]
         if fused is not None:
-            return fused.states(hidden, *rotary.signed)
+            return fused.states(hidden, *rotary.signed, mapped)
         taken = _Taken()
-        with suppress(StatesWritten):
+        modules = self._blocks.fused_blocks[block - 1].kv_projections
+        with suppress(StatesWritten), replaced_forwards(mapped_forwards(modules, mapped) if mapped else []):
             self._blocks.call_block(block, hidden, taken, rotary, None, None)
         return taken.states
+
+    def state_projection(self, block: int, hidden: Tensor) -> StateProjection:
+        fused = self._blocks.fused_blocks[block - 1]
+        return StateProjection(fused.state_inputs(hidden)[0], fused.project_states)
 
 
 class _MergedTokens(NamedTuple):

@@ -1,4 +1,4 @@
-"""The classifiers of one backbone: one or more kinds at its exit layers, and the adapters of its read-outs."""
+"""All that is trained for one backbone: classifiers of one or more kinds at its exit layers, adapters, state maps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
 from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
 from dynamax_lm_eval.exits.classifiers.kinds import make_classifier
+from dynamax_lm_eval.exits.state_maps import StateMap, StateMapOptions, by_exit_and_block, make_state_maps
 
 
 class ExitClassifiers(nn.Module):
@@ -26,12 +27,15 @@ class ExitClassifiers(nn.Module):
         options: ClassifierOptions,
         seed: int = 0,
         adapter: str = "none",
+        states: StateMapOptions | None = None,
     ) -> None:
         """The ``seed`` decides the initial weights of each kind, whichever others there are."""
         super().__init__()
         self.exit_layers = exit_layers
         self.kinds = kinds
         self.adapters = make_adapters(adapter, exit_layers, hidden_size)
+        self.states = states
+        self.state_maps = make_state_maps(states, exit_layers)
         self.by_kind = nn.ModuleDict()
         for kind in kinds:
             with torch.random.fork_rng(devices=[]):
@@ -49,8 +53,10 @@ class ExitClassifiers(nn.Module):
     def narrow(self, dtype: torch.dtype) -> None:
         """Makes classifiers on a GPU read no more bits of their weights than a backbone of ``dtype`` reads of its own.
 
-        Their confidences change by no more than rounding to it does. On a CPU all remain in float32.
+        Their confidences change by no more than rounding to it does. On a CPU all remain in float32. State maps compute
+        in that dtype everywhere, as the projections do in whose place they stand.
         """
+        self.state_maps.to(dtype)
         for kind in self.kinds:
             for layer in self.exit_layers:
                 classifier = self.at(kind, layer)
@@ -66,6 +72,12 @@ class ExitClassifiers(nn.Module):
         for at_exits in (*self.by_kind.values(), self.adapters):
             for layer, module in at_exits.items():
                 module.to(devices[int(layer) - 1])
+        for (_, block), state_map in self.maps_by_exit_and_block().items():
+            state_map.to(devices[block - 1])
+
+    def maps_by_exit_and_block(self) -> dict[tuple[int, int], StateMap]:
+        """The maps that predict states of tokens that left; none where these exits have none."""
+        return by_exit_and_block(self.state_maps)
 
     def adapter(self, layer: int) -> Adapter | None:
         """The adapter at an exit layer, if these exits have any."""
@@ -76,6 +88,10 @@ class ExitClassifiers(nn.Module):
         """MACs of one read-out's correction at each exit layer; empty without adapters."""
         adapters = {layer: self.adapter(layer) for layer in self.exit_layers}
         return {layer: adapter.macs for layer, adapter in adapters.items() if adapter is not None}
+
+    def state_map_macs(self) -> tuple[int, ...]:
+        """MACs that a learned state costs beyond a recomputed one, by block; empty without maps."""
+        return () if self.states is None else self.states.macs()
 
     def costs(self, kind: str) -> dict[int, EvaluationCost]:
         """Cost of one evaluation at each exit layer."""
