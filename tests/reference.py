@@ -7,6 +7,8 @@ cache of lists, so that agreement with the engine means something.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: Kinds of classifiers that see one token after the other.
 RECURRENT = ("mamba", "hybrid")
+#: What the states of the families' blocks are made of, in the order in which maps give them.
+STATE_PROJECTIONS = ("self_attn.k_proj", "self_attn.v_proj", "attention.query_key_value", "mixer.in_proj")
 
 
 @dataclass
@@ -112,6 +116,44 @@ class Decisions:
             self.seen.setdefault(block, []).append(hidden.flatten())
 
 
+@contextmanager
+def learned_projections(layer: Any, exits: Any, exit_layer: int | None, block: int) -> Iterator[None]:
+    """Lets the projections that a block's states are made of return what a map makes of their input; None: nothing."""
+    if exit_layer is None:
+        yield
+        return
+    parts = dict(exits.state_maps[str(exit_layer)][str(block)].named_parameters())
+    own = {name: module for name, module in layer.named_modules() if name in STATE_PROJECTIONS}
+    names = [name for name in STATE_PROJECTIONS if name in own]
+    widths = [own[name].out_features for name in names]
+
+    def hook(name: str) -> Any:
+        def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+            (x,) = args
+            width, first = output.shape[-1], sum(widths[: names.index(name)])
+            rows = slice(0, width)
+            if name == "mixer.in_proj":  # the map gives nothing for the gate
+                inner = layer.mixer.intermediate_size
+                rows = slice(inner, width) if hasattr(layer.mixer, "n_groups") else slice(0, inner)
+            chosen = slice(first, first + width) if name != "mixer.in_proj" else slice(None)
+            if "down" in parts:
+                made = output[..., rows] + ((x @ parts["down"].T) @ parts["weight"].T + parts["bias"])[..., chosen]
+            else:
+                made = (x @ parts["weight"].T + parts["bias"])[..., chosen]
+            output = output.clone()
+            output[..., rows] = made
+            return output
+
+        return replace
+
+    hooks = [own[name].register_forward_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 class Reference(Decisions):
     """Feeds one row token by token under a policy."""
 
@@ -151,8 +193,10 @@ class Reference(Decisions):
         return logits
 
     def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:
-        if self.policy.state_mode == "recompute":
-            self._block(block, hidden, position)  # writes K and V; the output is thrown away
+        if self.policy.state_mode in ("recompute", "learned"):
+            exit_layer = last_run if self.policy.state_mode == "learned" else None
+            with learned_projections(self.inner.layers[block - 1], self.classifiers, exit_layer, block):
+                self._block(block, hidden, position)  # writes K and V; the output is thrown away
             self.row.block_calls -= 1
         elif self.policy.state_mode == "copy":
             source, target = self.caches[last_run - 1], self.caches[block - 1]

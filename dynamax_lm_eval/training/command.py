@@ -21,12 +21,13 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.resolve import default_state_mode
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone, read_config
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents, without_first
-from dynamax_lm_eval.training import evaluation, hub, state
+from dynamax_lm_eval.training import evaluation, hub, state, state_maps
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.generated import generated_documents
@@ -78,9 +79,11 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
         hub.create_repository(run.push_to_hub, run.private)
     if run.overwrite and accelerator.is_main_process:
         clear(folder)
-    exits = _exit_config(options, backbone, exit_layers)
-    classifiers = exits.build(options.seed).to(accelerator.device)
     frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
+    exits = replace(
+        _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
+    )
+    classifiers = exits.build(options.seed).to(accelerator.device)
     trainer = Trainer(
         frozen,
         classifiers,
@@ -99,7 +102,9 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
         for parameter in classifiers.parameters():
             parameter.copy_(parameter.to(dtype))
     measured = observe(frozen, classifiers.eval(), held_out_rows, options.micro_batch_tokens)
-    results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost)
+    results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost, default_state_mode(exits))
+    if exits.states is not None:
+        results["states"] = state_maps.explained(frozen, classifiers, held_out_rows)
     accelerator.log(held_out_numbers(results), step=options.steps)
     accelerator.end_training()
     exits = replace(exits, training=_summary(options, backbone, seconds, accelerator))
@@ -167,6 +172,12 @@ def _loop(
         logger.info("Going on after step %d of %d", first, options.steps)
     batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
     main = accelerator.is_main_process
+    if resumed is None and trainer.classifiers.states is not None:
+        text = MicroBatches(documents, options.micro_batch_tokens, options.seq_len)
+        state_maps.fit(trainer.frozen, trainer.classifiers, text, options.states_micro_batches, trainer.processes)
+        if main:  # a training that is killed goes on behind the fit
+            progress = state.Progress(0, position.to_json(), identity, 0.0)
+            state.save(folder / STATE_NAME, progress, trainer.classifiers, trainer.optimizer)
     log = folder / LOG_NAME
     if main:
         folder.mkdir(parents=True, exist_ok=True)

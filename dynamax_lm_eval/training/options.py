@@ -11,6 +11,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
 from dynamax_lm_eval.exits.resolve import resolve_exit_layers
+from dynamax_lm_eval.exits.state_maps import check_state_maps
 from dynamax_lm_eval.frozen.options import (
     FrozenOptions,
     TextSource,
@@ -99,6 +100,13 @@ class TrainingOptions:
     adapter_first: float = option(
         0.0, "share of the steps in which the adapters are trained alone and then left as they are; 0: all together"
     )
+    states: str = option(
+        "none",
+        "maps that predict the states which a token that left gives the blocks it skipped: none (they are recomputed), "
+        "linear (in place of the blocks' own projections, at their cost) or lowrank:R (added to them); fitted by least "
+        "squares before anything else is trained, and used by state_mode=learned",
+    )
+    states_tokens: int = option(65_536, "tokens that the maps are fitted to, from the beginning of the text")
     top_k: int = option(1, "an exit is right if its best token is among the k best of the full model")
     mamba_state: int = _size("mamba_state")
     mamba_expand: float = _size("mamba_expand")
@@ -147,8 +155,12 @@ class TrainingOptions:
             )
         if self.eval_dataset is None and (self.eval_config is not None or self.eval_split != "train"):
             raise UserError("--eval_config and --eval_split have no effect without --eval_dataset; remove them")
-        check_at_least(self, {"weight_decay": 0, "seed": 0})
+        check_at_least(self, {"weight_decay": 0, "seed": 0, "states_tokens": 1})
         check_adapter(self.adapter)
+        check_state_maps(self.states)
+        default = type(self).__dataclass_fields__["states_tokens"].default
+        if self.states == "none" and self.states_tokens != default:
+            raise UserError("--states_tokens has no effect without --states; add it, or remove --states_tokens")
         if self.adapter != "none" and self.final_block:
             raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
         if not 0 <= self.adapter_first < 1 or (self.adapter_first and self.adapter == "none"):
@@ -209,6 +221,11 @@ class TrainingOptions:
     def micro_batches(self) -> int:
         """The number of micro-batches of a step, over all processes."""
         return self.batch_tokens // self.micro_batch_tokens
+
+    @property
+    def states_micro_batches(self) -> int:
+        """The number of micro-batches that state maps are fitted to."""
+        return -(-self.states_tokens // self.micro_batch_tokens)
 
     @property
     def labels_per_micro_batch(self) -> int:
