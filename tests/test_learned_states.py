@@ -24,7 +24,7 @@ from helpers_engine import (
     separated_policy,
     varied_classifiers,
 )
-from helpers_training import ROWS, train
+from helpers_training import ROWS
 from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import ReplayBackbone, make_backbone
@@ -33,7 +33,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
-from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.state_maps import StateMapOptions
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.training import state_maps
@@ -110,7 +110,7 @@ def test_hooked_blocks_and_blocks_of_the_family_do_as_fused_ones() -> None:
 
 def fitted(frozen: FrozenPass, kind: str, rows: list[list[int]]) -> ExitClassifiers:
     exits = exits_config(states=state_maps.make_options(frozen, kind)).build().requires_grad_(False)
-    text = MicroBatches(lambda epoch, first: iter(rows[first:]), sum(map(len, rows)), 64)
+    text = MicroBatches(lambda _, first: iter(rows[first:]), sum(map(len, rows)), 64)
     state_maps.fit(frozen, exits, text, 1)
     return exits
 
