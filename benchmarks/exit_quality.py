@@ -162,7 +162,7 @@ def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: 
     assert engine.classifiers is not None
     exits = {layer: RandomExit(layer) for layer in policy.exit_layers}
     # The same read-outs: only who leaves is left to chance.
-    return run(forced(engine.backbone, exits, engine.classifiers.adapters), policy, rows, args.batch_size)
+    return run(forced(engine.backbone, exits, engine.classifiers), policy, rows, args.batch_size)
 
 
 if __name__ == "__main__":

@@ -66,13 +66,16 @@ def logits_of(log_odds: Tensor) -> Tensor:
 
 
 def forced(
-    backbone: Backbone, exits: Mapping[int, Classifier], adapters: Any = None, kind: ClassifierKind = "calm"
+    backbone: Backbone,
+    exits: Mapping[int, Classifier],
+    like: ExitClassifiers | None = None,
+    kind: ClassifierKind = "calm",
 ) -> Engine:
-    """An engine with these exits, by layer, in place of those of a kind; ``adapters`` correct its read-outs."""
+    """An engine with these exits, by layer, in place of those of a kind; all else is that of other exits."""
     classifiers = ExitClassifiers((), tuple(exits), 1, "silu", ClassifierOptions())
     classifiers.by_kind[kind] = nn.ModuleDict({str(layer): classifier for layer, classifier in exits.items()})
-    if adapters is not None:
-        classifiers.adapters = adapters
+    if like is not None:
+        classifiers.adapters, classifiers.state_maps, classifiers.states = like.adapters, like.state_maps, like.states
     return Engine(backbone, classifiers.eval())
 
 

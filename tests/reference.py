@@ -194,7 +194,8 @@ class Reference(Decisions):
 
     def _leave_state(self, block: int, last_run: int, hidden: Tensor, position: int) -> None:
         if self.policy.state_mode in ("recompute", "learned"):
-            exit_layer = last_run if self.policy.state_mode == "learned" else None
+            is_learned = self.policy.state_mode == "learned" and block > last_run + 1
+            exit_layer = last_run if is_learned else None
             with learned_projections(self.inner.layers[block - 1], self.classifiers, exit_layer, block):
                 self._block(block, hidden, position)  # writes K and V; the output is thrown away
             self.row.block_calls -= 1

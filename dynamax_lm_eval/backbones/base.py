@@ -152,6 +152,8 @@ class ForwardPass(ABC):
     """
 
     _backbone: Backbone
+    #: What predicts the states of tokens that left, for rows whose state mode is ``learned``; set by who has trained it.
+    state_maps: StateMaps = MappingProxyType({})
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
@@ -223,8 +225,6 @@ class Backbone(ABC):
     places: Sequence[Place]
     #: Where the LM head is, and where logits are.
     output_device: torch.device
-    #: What predicts the states of tokens that left, for rows whose state mode is ``learned``; set by the engine.
-    state_maps: StateMaps = MappingProxyType({})
     #: What runs the scans of Mamba mixers, those of exit classifiers too.
     mamba_kernels: MambaKernels = "auto"
 

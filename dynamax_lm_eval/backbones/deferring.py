@@ -116,6 +116,7 @@ class Origins:
 
     def mapped(self, maps: StateMaps, block: int) -> MappedProject | None:
         """Returns how ``block`` projects these tokens; None where it does as ever."""
+        assert maps or not self.layers.any(), "somebody has the maps of what is learned"
         if not any((layer, block) in maps for layer, _ in self.groups):
             return None
 

@@ -104,7 +104,7 @@ class Engine:
         self.classifiers = classifiers
         if classifiers is not None:
             classifiers.place([place.device for place in backbone.places])
-            backbone.state_maps = classifiers.maps_by_exit_and_block()
+        self._state_maps = {} if classifiers is None else classifiers.maps_by_exit_and_block()
         self._autocast_dtype = autocast_dtype
         #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
@@ -130,7 +130,8 @@ class Engine:
 
     @property
     def _mapped_exits(self) -> set[int]:
-        return {layer for layer, _ in self.backbone.state_maps}
+        # The block right behind an exit needs no map.
+        return {*(layer for layer, _ in self._state_maps), self.backbone.num_layers - 1}
 
     def account(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
         """Returns what a row cost under a policy, as if it were alone."""
@@ -181,6 +182,7 @@ class Engine:
         held: HeldTokens | None = None
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
+            run.state_maps = self._state_maps
             decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
             first, hidden = 0, run.embed(on_device(batch.ids, backbone.device))  # (1, N, D)
             if start is not None:

@@ -1,6 +1,6 @@
 """State maps of trained exits: what the blocks that a token skipped are to project, predicted from its exit state.
 
-One map for each exit and each later block, of the input that the block's projections get in state recompute (the norm
+One map for each exit and each block after the one behind it, of the input that the block's projections get in state recompute (the norm
 of the exit state); see ``backbones.learned`` for where they stand. A full map takes the place of the projections and
 costs what they do; one of rank R is added to them. Knows tensors; knows no backbone.
 
@@ -71,6 +71,8 @@ class StateMap(nn.Module):
 def make_state_maps(options: StateMapOptions | None, exit_layers: Sequence[int]) -> nn.ModuleDict:
     """Makes the maps of all exits, by exit layer and block; nothing without options.
 
+    The block right behind an exit has none: what it would have been given is the exit state itself.
+
     Raises:
         UserError: a rank exceeds a block's sizes.
     """
@@ -81,7 +83,7 @@ def make_state_maps(options: StateMapOptions | None, exit_layers: Sequence[int])
     if options.rank is not None and options.rank > smallest:
         raise UserError(f"states={options.kind}: the rank must be at most {smallest}, as the projections have")
     for layer in exit_layers:
-        later = list(enumerate(options.sizes, start=1))[layer:]
+        later = list(enumerate(options.sizes, start=1))[layer + 1 :]
         maps[str(layer)] = nn.ModuleDict(
             {str(block): StateMap(*size, options.rank) for block, size in later if min(size)}
         )

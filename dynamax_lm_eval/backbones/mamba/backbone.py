@@ -215,7 +215,7 @@ class MambaPass(DeferringPass):
                 origins = origins.select(chosen, hidden.device)
                 left = LeftPlaces(left.rows[chosen], left.positions[chosen])
                 left_hidden = left_hidden.index_select(0, on_device(chosen, hidden.device))
-            mapped = origins.mapped(self._backbone.state_maps, block)
+            mapped = origins.mapped(self.state_maps, block)
         if len(tokens) + len(left.rows) == 0:
             return hidden
         plan = self._plan = RecurrentPlan.of(

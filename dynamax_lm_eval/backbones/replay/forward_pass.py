@@ -191,7 +191,7 @@ class ReplayPass(AttentionPass):
             origins, indices = origins.select(chosen, pending.device), on_device(chosen, pending.device)
             call, hidden = described.axes.select(call, indices), hidden.index_select(1, indices)
             kv_slots = kv_slots[indices]
-        mapped = origins.mapped(self._blocks.state_maps, block)
+        mapped = origins.mapped(self.state_maps, block)
         with replaced_forwards(mapped_forwards(described.projections, mapped) if mapped else []):
             self._give(block, hidden, call, kv_slots, None)
 

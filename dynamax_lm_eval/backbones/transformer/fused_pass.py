@@ -89,7 +89,7 @@ class FusedPass(AttentionPass):
             pending, chosen = taken
             assert pending.hidden is not None
             few = 0 < len(tokens) <= _FEW - len(pending.tokens)
-            few &= pending.origins.mapped(self._blocks.state_maps, block) is None
+            few &= pending.origins.mapped(self.state_maps, block) is None
             if few and fused is not None and chosen is None and hidden.device.type == "cuda":
                 active = self._active_tokens(block, tokens, hidden)
                 merged = self._merge(active, pending)
@@ -134,7 +134,7 @@ class FusedPass(AttentionPass):
 
     def _write_states(self, block: int, pending: PendingTokens, chosen: IntArray | None) -> None:
         assert pending.hidden is not None
-        mapped = pending.origins.mapped(self._blocks.state_maps, block)
+        mapped = pending.origins.mapped(self.state_maps, block)
         key, value = self.project(block, pending.hidden, pending.arguments, mapped)
         kv_slots = pending.kv_slots
         if chosen is not None:
