@@ -103,7 +103,12 @@ class Decisions:
             return hidden
         parts = dict(self.classifiers.adapter(layer).named_parameters())
         matrix = parts["up.weight"] if "down.weight" not in parts else parts["up.weight"] @ parts["down.weight"]
-        return hidden + hidden @ matrix.T + parts["up.bias"]
+        corrected = hidden + hidden @ matrix.T + parts["up.bias"]
+        if "gate_up.weight" in parts:
+            normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+            gate, up = (normed @ parts["gate_up.weight"].T).chunk(2, dim=-1)
+            corrected = corrected + (gate * gate.sigmoid() * up) @ parts["mlp_down.weight"].T
+        return corrected
 
     def _show_classifier(self, block: int, hidden: Tensor, position: int, first: int) -> None:
         policy = self.policy

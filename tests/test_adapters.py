@@ -51,7 +51,7 @@ def policy_with(adapter: str, confidence: str = "classifier", **changes: Any) ->
     return replace(policy, **changes)
 
 
-@pytest.mark.parametrize("adapter", ["affine", "lowrank:3"])
+@pytest.mark.parametrize("adapter", ["affine", "lowrank:3", "swiglu:5"])
 @pytest.mark.parametrize("confidence", ["classifier", "softmax", "state"])
 def test_generation_equals_the_reference(adapter: str, confidence: str) -> None:
     model, exits = tiny_model("llama"), exits_with(adapter)
@@ -85,6 +85,7 @@ def test_scoring_equals_feeding_one_by_one_beside_rows_without_adapters() -> Non
 def test_macs() -> None:
     assert exits_with("affine").adapter_macs() == dict.fromkeys(EXITS, 32 * 32)
     assert exits_with("lowrank:3").adapter_macs() == dict.fromkeys(EXITS, 2 * 3 * 32)
+    assert exits_with("swiglu:5").adapter_macs() == dict.fromkeys(EXITS, 32 * 32 + 3 * 5 * 32)
     cost = TransformerBackbone(tiny_model("llama"), max_length=256).cost
     # Four prompt tokens, two of which exit (they are not read out); then tokens that left at 2, at 4 and not at all.
     trace = Trace(4, 7, 4, (2, 3, LAYERS, 2, 4, LAYERS), generated=True)
@@ -96,7 +97,7 @@ def test_macs() -> None:
     assert softmax.adapter_macs == 1000 + 1100 + 1110 + 1000 + 1110 + 1110
 
 
-@pytest.mark.parametrize("adapter", ["affine", "lowrank:3"])
+@pytest.mark.parametrize("adapter", ["affine", "lowrank:3", "swiglu:5"])
 def test_the_gradient_is_that_of_the_kl_divergence(adapter: str) -> None:
     pass_, exits = frozen(), exits_with(adapter)
     exits.adapters.requires_grad_(True)
@@ -168,7 +169,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["Affine", "lowrank", "lowrank:0", "lowrank:x", "lowrank:-2", ""])
 def test_unknown_adapters_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"adapter must be none, affine or lowrank:R"):
+    with pytest.raises(UserError, match=r"adapter must be none, affine, lowrank:R or swiglu:W"):
         make_adapters(name, EXITS, 32)
 
 

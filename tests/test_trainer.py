@@ -70,7 +70,7 @@ class TestLoop:
         before = {name: tensor.clone() for name, tensor in trainer.classifiers.state_dict().items()}
         run = trainer.frozen.run
 
-        def broken(rows: Any) -> Any:
+        def broken(rows: Any, _: Any = None) -> Any:
             batch = run(rows)
             batch.exits[3][:] = torch.nan
             return batch

@@ -120,7 +120,7 @@ class TestOutput:
         (["--eval_split", "test"], "have no effect without --eval_dataset"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--dataset_split", "test"], "is a local file, which has no configuration and no splits"),
-        (["--adapter", "cubic"], "adapter must be none, affine or lowrank:R"),
+        (["--adapter", "cubic"], "adapter must be none, affine, lowrank:R or swiglu:W"),
         (["--classifier", "calm", "--ffn_expand", "2"], "--ffn_expand has no effect on --classifier calm"),
         (["--classifier", "ffn", "--mamba_state", "8"], "--mamba_state has no effect on --classifier ffn"),
         (["--dataset", "self", "--dataset_split", "test"], "have no effect with --dataset self"),

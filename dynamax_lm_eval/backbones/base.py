@@ -152,7 +152,7 @@ class ForwardPass(ABC):
     """
 
     _backbone: Backbone
-    #: What predicts the states of tokens that left, for rows whose state mode is ``learned``; set by who has trained it.
+    #: What predicts the states of tokens that left, of rows whose state mode is ``learned``; set by who trained it.
     state_maps: StateMaps = MappingProxyType({})
 
     @abstractmethod

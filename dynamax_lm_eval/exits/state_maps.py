@@ -1,8 +1,8 @@
 """State maps of trained exits: what the blocks that a token skipped are to project, predicted from its exit state.
 
-One map for each exit and each block after the one behind it, of the input that the block's projections get in state recompute (the norm
-of the exit state); see ``backbones.learned`` for where they stand. A full map takes the place of the projections and
-costs what they do; one of rank R is added to them. Knows tensors; knows no backbone.
+One map for each exit and each block after the one behind it, of the input that the block's projections get in state
+recompute (the norm of the exit state); see ``backbones.learned`` for where they stand. A full map takes the place of
+the projections and costs what they do; one of rank R is added to them. Knows tensors; knows no backbone.
 
 m tokens, D inputs and O outputs of a block's projections, R rank.
 """

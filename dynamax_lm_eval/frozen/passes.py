@@ -7,16 +7,27 @@ N tokens of a flat batch, n labelled positions, E exits, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, full_depth_layout
+from dynamax_lm_eval.backbones.base import (
+    LOGITS_AT_ONCE,
+    Backbone,
+    BoolArray,
+    IntArray,
+    full_depth_layout,
+    on_device,
+)
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
-from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.classifiers import Classifier, ExitClassifiers, exit_probability
+from dynamax_lm_eval.types import StateMode
+
+FloatArray = npt.NDArray[np.float64]
 
 #: Tokens of the vocabulary whose maximum is looked for first.
 _BLOCK = 128
@@ -29,10 +40,61 @@ class FrozenBatch:
     """The hidden states of a batch."""
 
     rows: RaggedRows
+    row_of: IntArray  # (N,)
     first: Tensor  # (N, D) what block 1 is given
     exits: dict[int, Tensor]  # exit layer -> (N, D), what its classifier sees
     reads: dict[int, Tensor]  # exit layer -> (N, D), what its read-out sees: after the final block, if any
     last: Tensor  # (N, D) after block L
+    #: Exit layer -> (N,) bool, the tokens that reach it, whose hidden states are those there; None: all do.
+    reached: dict[int, Tensor] | None = None
+
+    def reaching(self, layer: int, positions: Tensor) -> Tensor:
+        """Returns which of positions (n,) reach an exit, (n,) bool."""
+        if self.reached is None:
+            return torch.ones(len(positions), dtype=torch.bool, device=positions.device)
+        return self.reached[layer][positions]
+
+    def classified(self, classifier: Classifier, layer: int, positions: Tensor) -> Tensor:
+        """Returns the logits (n, 2) of a classifier at positions (n,); of no meaning where they do not reach it.
+
+        A recurrent one runs over every token that reaches it.
+        """
+        hidden = self.exits[layer]
+        if not classifier.recurrent:
+            logits: Tensor = classifier(hidden[positions].float())[0]
+            return logits
+        if self.reached is None:
+            whole: Tensor = classifier(hidden.float(), self.rows)[0]
+            return whole[positions]
+        tokens = self.reached[layer].nonzero()[:, 0]
+        lengths = np.unique(self.row_of[tokens.cpu().numpy()], return_counts=True)[1]
+        if len(lengths) == 0:
+            return hidden.new_zeros(len(positions), 2, dtype=torch.float32)
+        made: Tensor = classifier(hidden[tokens].float(), RaggedRows(lengths.tolist(), hidden.device))[0]
+        spread = made.new_zeros(len(hidden), 2).index_copy(0, tokens, made)
+        return spread[positions]
+
+
+@dataclass(frozen=True)
+class SimulatedExits:
+    """Exits at which tokens leave while text is read, as in a run under one of several thresholds.
+
+    What is seen at exits is then what a run sees: of the tokens that get there, with the states that others left.
+    """
+
+    classifiers: ExitClassifiers
+    kind: str
+    thresholds: FloatArray  # (R,)
+    first: IntArray  # (R,) the first token of each row that may leave
+    state_mode: StateMode
+
+    def leaving(self, layer: int, hidden: Tensor, row_of: IntArray, places: IntArray) -> BoolArray:
+        """Returns which tokens leave, of hidden states (n, D), rows (n,) and places in their rows (n,)."""
+        lengths = np.unique(row_of, return_counts=True)[1].tolist()
+        logits, _ = self.classifiers.at(self.kind, layer)(hidden.float(), RaggedRows(lengths, hidden.device))
+        confidence = exit_probability(logits).cpu().numpy()
+        leaves: BoolArray = (confidence >= self.thresholds[row_of]) & (places >= self.first[row_of])
+        return leaves
 
 
 @dataclass(frozen=True)
@@ -55,33 +117,65 @@ class FrozenPass:
         self.top_k = top_k
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Sequence[int]]) -> FrozenBatch:
-        """Returns hidden states of rows of token ids; raises UserError where the backbone does not know an id.
+    def run(self, rows: Sequence[Sequence[int]], simulated: SimulatedExits | None = None) -> FrozenBatch:
+        """Returns hidden states of rows of token ids.
+
+        Args:
+            rows: the token ids.
+            simulated: exits at which tokens leave; None: all run at full depth. ``last`` is of full depth in any case.
+                Without a final block only.
 
         With ``final_block`` the read-outs are those of a text all of whose tokens leave at the same exit.
+
+        Raises:
+            UserError: the backbone does not know an id.
         """
-        backbone = self.backbone
         for row in rows:
-            backbone.check_ids(row)
+            self.backbone.check_ids(row)
+        batch = self._run(rows, None)
+        return batch if simulated is None else replace(self._run(rows, simulated), last=batch.last)
+
+    def _run(self, rows: Sequence[Sequence[int]], simulated: SimulatedExits | None) -> FrozenBatch:
+        backbone = self.backbone
         lengths = [len(row) for row in rows]
         total = sum(lengths)
         states = backbone.new_states(total)
         slots = [states.allocate_row(length) for length in lengths]
-        run = backbone.start_pass(states, full_depth_layout(slots, lengths, backbone.num_layers))
-        tokens = np.arange(total)
+        layout = full_depth_layout(slots, lengths, backbone.num_layers)
+        if simulated is not None:
+            layout = replace(
+                layout, state_modes=(simulated.state_mode,) * len(rows), exit_layers=tuple(self.exit_layers)
+            )
+        run = backbone.start_pass(states, layout)
+        tokens, reached = np.arange(total), dict[int, Tensor]()
+        if simulated is not None:
+            run.state_maps = simulated.classifiers.maps_by_exit_and_block()
         ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         with backbone.running():
             first = hidden = run.embed(ids.to(backbone.device))
             exits = {}
             for block in range(1, backbone.num_layers + 1):
                 hidden = run.run_block(block, tokens, hidden)
-                if block in self.exit_layers:
+                if block not in self.exit_layers:
+                    continue
+                if simulated is None:
                     exits[block] = hidden[0]
+                    continue
+                here = on_device(tokens, hidden.device)
+                exits[block] = hidden.new_zeros(total, hidden.shape[-1]).index_copy_(0, here, hidden[0])
+                reached[block] = torch.zeros(total, dtype=torch.bool, device=hidden.device).index_fill_(0, here, True)
+                if len(tokens):
+                    leaves = simulated.leaving(block, hidden[0], layout.row_of[tokens], layout.positions[tokens])
+                    left, kept = np.flatnonzero(leaves), np.flatnonzero(~leaves)
+                    run.exit_tokens(tokens[left], hidden[:, on_device(left, hidden.device)], block)
+                    tokens, hidden = tokens[kept], hidden[:, on_device(kept, hidden.device)]
             reads = dict(exits)
             if self.final_block:
                 for layer, state in exits.items():
                     reads[layer] = run.run_block(backbone.num_layers, tokens, state.unsqueeze(0))[0]
-        return FrozenBatch(RaggedRows(lengths, backbone.device), first[0], exits, reads, hidden[0])
+        return FrozenBatch(
+            RaggedRows(lengths, backbone.device), layout.row_of, first[0], exits, reads, hidden[0], reached or None
+        )
 
     @torch.no_grad()
     def label(
@@ -91,7 +185,7 @@ class FrozenPass:
         exits: ExitClassifiers | None = None,
         learn: Sequence[float] | None = None,
     ) -> Labels:
-        """Returns labels at ``positions`` (n,).
+        """Returns labels at ``positions`` (n,); False at exits that a position does not reach.
 
         Args:
             batch: what the backbone computed.
@@ -110,15 +204,24 @@ class FrozenPass:
             target = _Target.of(full) if learn is not None else None
             exit_tokens = []
             for i, layer in enumerate(self.exit_layers):
-                hidden = batch.reads[layer][part]
+                reached = batch.reaching(layer, part)
+                chosen = part if batch.reached is None else part[reached]
+                hidden = batch.reads[layer][chosen]
                 adapter = None if exits is None else exits.adapter(layer)
+                if len(chosen) == 0:
+                    exit_tokens.append(best.new_full((len(part),), -1))
+                    continue
                 if adapter is None or target is None or learn is None:
                     logits = self.backbone.readout(hidden if adapter is None else adapter(hidden))
                 else:
                     with torch.enable_grad():
                         logits = self.backbone.readout(adapter(hidden))
-                    divergence[i] += _descend(logits, target, learn[i] / len(positions)) / len(positions)
-                exit_tokens.append(best_tokens(logits.detach(), 1)[:, 0])
+                    own = target if batch.reached is None else _Target.of(full[reached])
+                    divergence[i] += _descend(logits, own, learn[i] / len(positions)) / len(positions)
+                found = best_tokens(logits.detach(), 1)[:, 0]
+                exit_tokens.append(
+                    found if batch.reached is None else best.new_full((len(part),), -1).masked_scatter(reached, found)
+                )
             by_exit = torch.stack(exit_tokens)  # (E, t)
             agrees.append(by_exit == best[:, 0])
             within.append((by_exit.unsqueeze(-1) == best).any(-1))

@@ -94,8 +94,9 @@ class TrainingOptions:
     final_block: bool = option(False, "the last block runs after an exit (the paper's set-up)")
     adapter: str = option(
         "none",
-        "read-out adapters: none, affine (a matrix of hidden size squared per exit) or lowrank:R; trained by KL to the "
-        "full model's distribution, used for labels and for the tokens of exits",
+        "read-out adapters: none, affine (a matrix of hidden size squared per exit), lowrank:R, or swiglu:W (affine "
+        "and a gated MLP of W channels); trained by KL to the full model's distribution, used for labels and for the "
+        "tokens of exits",
     )
     adapter_first: float = option(
         0.0, "share of the steps in which the adapters are trained alone and then left as they are; 0: all together"
@@ -107,6 +108,11 @@ class TrainingOptions:
         "squares before anything else is trained, and used by state_mode=learned",
     )
     states_tokens: int = option(65_536, "tokens that the maps are fitted to, from the beginning of the text")
+    simulate_exits: bool = option(
+        False,
+        "let tokens leave, at thresholds drawn for each row, in half of what is read after the first steps, so that "
+        "exits learn on states as they are when others have left",
+    )
     top_k: int = option(1, "an exit is right if its best token is among the k best of the full model")
     mamba_state: int = _size("mamba_state")
     mamba_expand: float = _size("mamba_expand")
@@ -158,6 +164,8 @@ class TrainingOptions:
         check_at_least(self, {"weight_decay": 0, "seed": 0, "states_tokens": 1})
         check_adapter(self.adapter)
         check_state_maps(self.states)
+        if self.simulate_exits and self.final_block:
+            raise UserError("--simulate_exits and --final_block exclude each other; give one")
         default = type(self).__dataclass_fields__["states_tokens"].default
         if self.states == "none" and self.states_tokens != default:
             raise UserError("--states_tokens has no effect without --states; add it, or remove --states_tokens")

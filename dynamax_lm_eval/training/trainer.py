@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,15 @@ from torch import Tensor, nn
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.frozen.passes import FrozenBatch, FrozenPass
+from dynamax_lm_eval.frozen.passes import FrozenBatch, FrozenPass, SimulatedExits
 from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
+
+#: The share of the steps after which exits are simulated, and the thresholds between which rows draw theirs.
+_SIMULATED_FROM = 0.3
+_SIMULATED_THRESHOLDS = (0.4, 0.95)
 
 #: Name of the adapters among the things that are trained; the others are kinds of classifiers.
 ADAPTERS = "adapter"
@@ -120,7 +124,8 @@ class Trainer:
             positions = labelled_positions(
                 options.seed, number, options.micro_batch_tokens, options.labels_per_micro_batch
             )
-            sums += self._accumulate(self.frozen.run(rows), positions.to(self._device), active)
+            batch = self.frozen.run(rows, self._simulated(step, number, rows))
+            sums += self._accumulate(batch, positions.to(self._device), active)
         sums = mine.add_up(sums) / options.micro_batches
         rate = self._learning_rate(step)
         norms = self._update(step, rate, active)
@@ -133,6 +138,23 @@ class Trainer:
             accuracies=dict(zip(active, values[1:-1:2], strict=True)),
             positives=values[-1],
             gradient_norms=norms,
+        )
+
+    def _simulated(self, step: int, number: int, rows: Sequence[Sequence[int]]) -> SimulatedExits | None:
+        """Returns the exits at which tokens of a micro-batch leave; None where all run at full depth.
+
+        Every other micro-batch, once classifiers know something, from a threshold on that each row draws.
+        """
+        options = self.options
+        if not options.simulate_exits or number % 2 or step < _SIMULATED_FROM * options.steps:
+            return None
+        drawn = np.random.default_rng([options.seed, number, 1])
+        return SimulatedExits(
+            self.classifiers,
+            kind=self.classifiers.kinds[number // 2 % len(self.classifiers.kinds)],
+            thresholds=drawn.uniform(*_SIMULATED_THRESHOLDS, size=len(rows)),
+            first=np.ones(len(rows), dtype=np.int64),
+            state_mode="recompute" if self.classifiers.states is None else "learned",
         )
 
     def active_groups(self, step: int) -> dict[str, list[nn.Parameter]]:
@@ -159,29 +181,26 @@ class Trainer:
         learn = [weight / self.options.micro_batches for weight in share] if ADAPTERS in active else None
         targets = self.frozen.label(batch, positions, self.classifiers, learn)
         labels = targets.within_k  # (E, n)
+        reached = torch.stack([batch.reaching(layer, positions) for layer in layers])  # (E, n)
+        counts = reached.sum(1).clamp(min=1)
         lines: list[Tensor] = []
         for kind in active:
             if kind == ADAPTERS:
                 assert targets.divergence is not None
-                lines += [targets.divergence, targets.agrees.float().mean(1)]
+                lines += [targets.divergence, targets.agrees.float().sum(1) / counts]
                 continue
             logits = torch.stack([self._logits(kind, layer, batch, positions) for layer in layers])  # (E, n, 2)
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten().long(), reduction="none")
-            by_exit = losses.view(labels.shape).mean(1)  # (E,)
+            by_exit = (losses.view(labels.shape) * reached).sum(1) / len(positions)  # (E,)
             ((by_exit * weights).sum() / self.options.micro_batches).backward()
             right = (logits[..., 1] > logits[..., 0]) == labels
-            lines += [by_exit.detach(), right.float().mean(1)]
-        return torch.stack([*lines, labels.float().mean(1)])
+            lines += [by_exit.detach() * len(positions) / counts, (right & reached).float().sum(1) / counts]
+        return torch.stack([*lines, labels.float().sum(1) / counts])
 
     def _logits(self, kind: str, layer: int, batch: FrozenBatch, positions: Tensor) -> Tensor:
-        """Returns logits (n, 2) at the labelled positions; a recurrent classifier runs over every token for them."""
-        classifier = self.classifiers.at(kind, layer)
+        """Returns logits (n, 2) at the labelled positions."""
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            logits: Tensor
-            if classifier.recurrent:
-                logits = classifier(batch.exits[layer].float(), batch.rows)[0][positions]
-            else:
-                logits = classifier(batch.exits[layer][positions].float())[0]
+            logits = batch.classified(self.classifiers.at(kind, layer), layer, positions)
         return logits.float()
 
     def _update(self, step: int, rate: float, active: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:

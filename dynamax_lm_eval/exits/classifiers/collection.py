@@ -29,11 +29,13 @@ class ExitClassifiers(nn.Module):
         adapter: str = "none",
         states: StateMapOptions | None = None,
     ) -> None:
-        """The ``seed`` decides the initial weights of each kind, whichever others there are."""
+        """The ``seed`` decides the initial weights of each kind and of adapters, whichever others there are."""
         super().__init__()
         self.exit_layers = exit_layers
         self.kinds = kinds
-        self.adapters = make_adapters(adapter, exit_layers, hidden_size)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.adapters = make_adapters(adapter, exit_layers, hidden_size)
         self.states = states
         self.state_maps = make_state_maps(states, exit_layers)
         self.by_kind = nn.ModuleDict()
