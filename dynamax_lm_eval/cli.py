@@ -100,7 +100,7 @@ def _with_folders(arguments: list[str]) -> list[str]:
 COMMANDS = {
     "train": Command(
         ("training.options:TrainingOptions", "training.options:RunOptions"),
-        "training.command:train",
+        "harness.prompts:train",
         "train exits for a backbone",
         """\
 Train exit classifiers for a frozen backbone. A token's label at an exit is whether the exit's own best token is

@@ -77,12 +77,15 @@ class DynamaxLM(HFLM):
         if self.certified is not None:
             self.args = replace(self.args, threshold=self.certified.thresholds)
         self.policy = self._policy_for(self.args)
+        devices.check_state_mode(self.is_tensor_parallel, self.policy.state_mode)
         if draft is not None:
             draft.check_policy(self.policy)
             rows.check(self.args, draft.backbone)
         pruning.check_profile(self.args.prune_profile, known)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
+        #: Documents of each of its tasks that the exits were trained on.
+        self.trained_on: dict[str, int] = {}
 
         self.AUTO_MODEL_CLASS = loading.auto_class(source.config)
         with loading.naming(f"backbone={self.args.backbone!r}"):
@@ -127,6 +130,7 @@ class DynamaxLM(HFLM):
         """
         self.run_settings = {name: certificates.run_settings(task, **settings) for name, task in tasks.items()}
         self.budget.start_run()
+        self.trained_on = describe.documents_trained_on(self.exits, tasks, documents)
         if self.certified is not None:
             self.certified.check_tasks(self.run_settings, documents)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_model
@@ -57,7 +58,7 @@ class TestLabels:
         assert torch.equal(best_tokens(logits, k), logits.topk(k).indices)
 
     def test_positions_are_reproducible_and_differ_from_batch_to_batch(self) -> None:
-        first = labelled_positions(3, 0, 100, 25)
-        assert torch.equal(first, labelled_positions(3, 0, 100, 25))
-        assert not torch.equal(first, labelled_positions(3, 1, 100, 25))
+        first = labelled_positions(3, 0, np.arange(100), 25)
+        assert torch.equal(first, labelled_positions(3, 0, np.arange(100), 25))
+        assert not torch.equal(first, labelled_positions(3, 1, np.arange(100), 25))
         assert len(first.unique()) == 25

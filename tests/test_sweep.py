@@ -14,6 +14,7 @@ import lm_eval
 import pytest
 import yaml
 from helpers import TASKS
+from helpers_engine import exits_config
 from helpers_harness import add_post_processor, results_of, sweep_options
 from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
@@ -299,7 +300,7 @@ def test_grid() -> None:
     options = SweepOptions(
         "b", "t", "o", thresholds="0.5", confidences="mamba,softmax", state_modes="skip", prune="0,2,1"
     )
-    points = grid(options, FULL, ("mamba",))
+    points = grid(options, FULL, exits_config(classifiers=("mamba",)))
     assert [point.name for point in points] == [
         "full",
         "mamba-skip-0.5",

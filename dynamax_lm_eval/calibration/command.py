@@ -29,9 +29,10 @@ from dynamax_lm_eval.calibration.testing import (
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
+from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hashes
 from dynamax_lm_eval.locks import locked
-from dynamax_lm_eval.sweep.command import load, load_tasks, naming_tasks, process, sweep
+from dynamax_lm_eval.sweep.command import load, load_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, name_of, parse_thresholds

@@ -212,6 +212,10 @@ class ExitCheckpoint:
                 f"{CONFIG_NAME}); {FORMAT.remedy}"
             )
 
+    def trained_on(self, documents: Collection[str]) -> int:
+        """Returns how many documents of tasks, known by the harness's hashes, gave prompts to the training."""
+        return len(set(self.config.training.get("prompt_documents", ())).intersection(documents))
+
     def fingerprint(self) -> str:
         """Returns the identity of the classifiers' weights, whatever dtype they are stored in."""
         tensors = load_file(self.path / WEIGHTS_NAME)

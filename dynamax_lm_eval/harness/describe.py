@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import dynamax_lm_eval
 from dynamax_lm_eval.backbones import SLOW_RUNGS
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,8 @@ def run_settings(lm: Any) -> dict[str, Any]:
         "revision": lm.revision,
         "exits": str(exits.path) if exits is not None else None,
         "exits_fingerprint": lm.exits_fingerprint,
-        "exits_config": exits.config.to_json() if exits is not None else None,
+        "exits_config": _exits_config(exits) if exits is not None else None,
+        "exits_trained_on_documents": lm.trained_on,
         "preset": lm.args.preset,
         "preset_sets": _preset_sets(lm),
         "policy": policy,
@@ -73,6 +76,31 @@ def warn_of_read_cost(lm: Any) -> None:
             "can fall below 1; confidence=state costs nothing",
             cost.lm_head / cost.mean_block_weights,
         )
+
+
+def _exits_config(exits: ExitCheckpoint) -> dict[str, Any]:
+    """Returns what exits say of themselves; of the documents that they were trained on only how many there are."""
+    config = exits.config.to_json()
+    training = dict(config["training"])
+    if "prompt_documents" in training:
+        training["prompt_documents"] = len(training["prompt_documents"])
+    return {**config, "training": training}
+
+
+def documents_trained_on(
+    exits: ExitCheckpoint | None, tasks: Iterable[str], documents: Callable[[str], list[str]]
+) -> dict[str, int]:
+    """Returns how many documents of each task that is evaluated the exits were trained on; warns where there are any.
+
+    ``documents``: gives the hashes of those of a task that are evaluated.
+    """
+    if exits is None or not exits.config.training.get("prompt_documents"):
+        return {}
+    found = {name: exits.trained_on(documents(name)) for name in tasks}
+    if some := {name: count for name, count in found.items() if count}:
+        seen = ", ".join(f"{count} of {name}" for name, count in some.items())
+        logger.warning("The exits were trained on answers to documents that are evaluated here: %s", seen)
+    return found
 
 
 def needs_tasks(lm: Any) -> str | None:

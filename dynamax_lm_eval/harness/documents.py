@@ -38,6 +38,17 @@ def of_document(document: Document) -> Iterator[None]:
 
 
 @contextmanager
+def naming_tasks(option: str = "--tasks") -> Iterator[None]:
+    """Turns what goes wrong while the harness reads tasks and their data into one line that begins with an option."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError) as error:
+        if isinstance(error, UserError) or getattr(error, "raised_while_evaluating", False):
+            raise
+        raise UserError(f"{option}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
 def naming_document(documents: Sequence[Document], owner: Sequence[int] | None = None) -> Iterator[None]:
     """Turns an error of one computation into one that names its document.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.types import StateMode
 
 logger = logging.getLogger(__name__)
 
@@ -80,3 +81,9 @@ def _devices() -> list[str]:
         if module is not None and module.is_available():
             devices += [f"{kind}:{i}" for i in range(module.device_count())]
     return devices
+
+
+def check_state_mode(is_tensor_parallel: bool, state_mode: StateMode) -> None:
+    """Raises UserError where states are learned and processes share the projections in whose place maps stand."""
+    if is_tensor_parallel and state_mode == "learned":
+        raise UserError("state_mode=learned is not possible with tp_plan; add state_mode=recompute")

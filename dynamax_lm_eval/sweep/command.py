@@ -23,6 +23,7 @@ from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import checksum, file_checksum, short_name
+from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
@@ -227,17 +228,6 @@ def _asked(options: SweepOptions, manager: TaskManager) -> dict[str, Any]:
         },
     }
     return asked if samples is None else {**asked, "samples": samples}
-
-
-@contextmanager
-def naming_tasks() -> Iterator[None]:
-    """Turns what goes wrong while the harness reads tasks and their data into one line."""
-    try:
-        yield
-    except (ValueError, OSError, EOFError) as error:
-        if isinstance(error, UserError) or getattr(error, "raised_while_evaluating", False):
-            raise
-        raise UserError(f"--tasks: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from statistics import mean
 from typing import Any, get_args
 
 import yaml
-from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
 from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode
+from dynamax_lm_eval.harness.pairs import pairs
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
@@ -86,7 +86,7 @@ class SweepOptions:
     @property
     def shared_arguments(self) -> dict[str, Any]:
         """The arguments of ``--model_args`` by name."""
-        return _pairs("--model_args", self.model_args)
+        return pairs("--model_args", self.model_args)
 
     @property
     def samples_given(self) -> dict[str, list[int]] | None:
@@ -109,11 +109,7 @@ class SweepOptions:
     @property
     def metadata_given(self) -> dict[str, Any]:
         """The values of ``--metadata`` by name."""
-        try:
-            metadata = try_parse_json(self.metadata)
-        except ValueError as error:
-            raise UserError(f"--metadata: {error}") from error
-        return metadata if isinstance(metadata, dict) else _pairs("--metadata", metadata or "")
+        return json_or_pairs("--metadata", self.metadata)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -248,13 +244,6 @@ def read_yaml(text: str) -> dict[str, Any]:
 
 def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
-
-
-def _pairs(option: str, text: str) -> dict[str, Any]:
-    try:
-        return {name.strip(): value for name, value in key_val_to_dict(text).items()}
-    except ValueError as error:
-        raise UserError(f"{option} must be name=value pairs separated by commas: {error}") from error
 
 
 def _whole(text: str) -> int:

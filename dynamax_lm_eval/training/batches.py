@@ -4,13 +4,41 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
+from dynamax_lm_eval.backbones.base import BoolArray, IntArray
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.frozen.text import Documents
 
 logger = logging.getLogger(__name__)
+
+
+class Answer(list[int]):
+    """Token ids of a prompt and of what a model wrote after it: only the latter may leave early."""
+
+    def __init__(self, ids: Iterable[int], prompt_tokens: int) -> None:
+        super().__init__(ids)
+        self.prompt_tokens = prompt_tokens
+
+
+def row_of(document: list[int], first: int, last: int) -> list[int]:
+    """Returns part of a document; of an answer without its prompt nothing may leave."""
+    if not isinstance(document, Answer):
+        return document[first:last]
+    return Answer(document[first:last], document.prompt_tokens if first == 0 else last - first)
+
+
+def labelled(rows: Sequence[Sequence[int]]) -> BoolArray:
+    """Returns the tokens (N,) of rows at which exits are trained: of answers, those that may leave; else all."""
+    return np.concatenate([np.arange(len(row)) >= getattr(row, "prompt_tokens", 0) for row in rows])
+
+
+def first_to_leave(rows: Sequence[Sequence[int]]) -> IntArray:
+    """Returns the first token of each row that may leave, (R,)."""
+    return np.asarray([getattr(row, "prompt_tokens", 1) for row in rows], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -47,7 +75,8 @@ class MicroBatches:
             if self.position.offset >= len(self._document):
                 self._open_next()
             position = self.position
-            row = self._document[position.offset : position.offset + min(tokens_left, self._seq_len)]
+            end = min(len(self._document), position.offset + min(tokens_left, self._seq_len))
+            row = row_of(self._document, position.offset, end)
             self.position = Position(position.epoch, position.document, position.offset + len(row))
             tokens_left -= len(row)
             rows.append(row)

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents, without_first
 from dynamax_lm_eval.training import evaluation, hub, state, state_maps
+from dynamax_lm_eval.training.answers import Prompt, answers, documents_used, mixed, pool_documents
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.generated import generated_documents
@@ -39,18 +41,22 @@ from dynamax_lm_eval.training.trainer import Processes, Throughput, Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(options: TrainingOptions, run: RunOptions) -> ExitCheckpoint | None:
+def train(options: TrainingOptions, run: RunOptions, prompts: Sequence[Prompt] | None = None) -> ExitCheckpoint | None:
     """Trains exits and writes their checkpoint; returns it on the main process, None on the others.
+
+    ``prompts``: those that ``options.prompts`` names.
 
     Raises:
         UserError: an option cannot be honoured, the output folder holds something else, or another process writes
             there.
     """
     with ExitStack() as held:
-        return _train(options, run, held)
+        return _train(options, run, prompts or (), held)
 
 
-def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCheckpoint | None:
+def _train(
+    options: TrainingOptions, run: RunOptions, prompts: Sequence[Prompt], held: ExitStack
+) -> ExitCheckpoint | None:
     """Trains while ``held`` holds the output folder."""
     reading = options.reading(run)
     config = read_config(reading)
@@ -73,12 +79,13 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
             f"--batch_tokens={options.batch_tokens} is {options.micro_batches} micro-batches, which cannot be shared "
             f"by {accelerator.num_processes} processes; lower --micro_batch_tokens or raise --batch_tokens"
         )
-    documents, held_out_rows = _data(options, backbone)
     accelerator.wait_for_everyone()  # every process has looked at the folder before one writes there
     if run.push_to_hub and accelerator.is_main_process:
         hub.create_repository(run.push_to_hub, run.private)
     if run.overwrite and accelerator.is_main_process:
         clear(folder)
+    with accelerator.main_process_first():  # one writes what the backbone generates, the others read it
+        documents, held_out_rows, used = _data(options, backbone, prompts, folder)
     frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
     exits = replace(
         _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
@@ -107,7 +114,8 @@ def _train(options: TrainingOptions, run: RunOptions, held: ExitStack) -> ExitCh
         results["states"] = state_maps.explained(frozen, classifiers, held_out_rows)
     accelerator.log(held_out_numbers(results), step=options.steps)
     accelerator.end_training()
-    exits = replace(exits, training=_summary(options, backbone, seconds, accelerator))
+    summary = _summary(options, backbone, seconds, accelerator)
+    exits = replace(exits, training=summary | ({"prompt_documents": used} if used else {}))
     saved = _save(folder, exits, classifiers, results, run)
     if run.push_to_hub:
         hub.push(folder, run.push_to_hub)
@@ -205,20 +213,31 @@ def _loop(
     return earlier + clock.seconds
 
 
-def _data(options: TrainingOptions, backbone: FrozenBackbone) -> tuple[Documents, list[list[int]]]:
-    """Returns the documents to train on, and the rows of held-out text."""
+def _data(
+    options: TrainingOptions, backbone: FrozenBackbone, prompts: Sequence[Prompt], folder: Path
+) -> tuple[Documents, list[list[int]], list[str]]:
+    """Returns the documents to train on, the rows of held-out text, and the documents of tasks that are among them."""
+    used: list[str] = []
 
     def read(source: TextSource) -> Documents:
         if source.dataset == SELF_DATASET:
             return generated_documents(backbone.engine, backbone.tokenizer, options)
         return text_documents(source, backbone.tokenizer)
 
-    documents = read(options.source)
+    if options.writes_answers:
+        state_folder, identity = folder / STATE_NAME, backbone.identity.fingerprint
+        pool = answers(state_folder, backbone.engine, backbone.tokenizer, options, prompts, identity)
+        used = documents_used(pool, prompts, options.seed)
+        documents = pool_documents(pool, options.seed)
+        if options.self_share < 1:
+            documents = mixed(documents, read(options.source), options.self_share)
+    else:
+        documents = read(options.source)
     if options.eval_source is not None:
         rows, _ = held_out(read(options.eval_source), options.eval_tokens, options.seq_len)
-        return documents, rows
+        return documents, rows, used
     rows, count = held_out(documents, options.eval_tokens, options.seq_len)
-    return without_first(documents, count), rows
+    return without_first(documents, count), rows, used
 
 
 def _accelerator(run: RunOptions) -> Any:

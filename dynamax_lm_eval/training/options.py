@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from dynamax_lm_eval import config
+from dynamax_lm_eval import config, values
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
@@ -28,6 +29,25 @@ _KINDS = ", ".join(get_args(ClassifierKind))
 #: ``--dataset self``: text that the backbone itself generates.
 SELF_DATASET = "self"
 SAVE_DTYPES = ("float32", "bfloat16")
+
+
+#: ``self:SHARE+TEXT``.
+_MIXTURE = re.compile(rf"{SELF_DATASET}:([^+]*)\+(.+)", re.DOTALL)
+
+
+def _mixture(dataset: str) -> tuple[float, str]:
+    """Returns the share that the backbone generates, and where the rest is read.
+
+    Raises:
+        UserError: the share is none.
+    """
+    found = _MIXTURE.fullmatch(dataset)
+    if found is None:
+        return 0.0, dataset
+    share = values.number(0, 1, above=True)("--dataset: the share of self", found[1])
+    if share == 1:
+        raise UserError(f"--dataset {dataset}: nothing is left for {found[2]!r}; give --dataset {SELF_DATASET}")
+    return share, found[2]
 
 
 def _size(name: str) -> Any:
@@ -78,7 +98,7 @@ class TrainingOptions:
     dataset: str = frozen_option(
         "dataset",
         "text to train on: a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such "
-        "files, or 'self' for text that the backbone generates",
+        "files, 'self' for text that the backbone generates, or a mixture, self:0.5+TEXT, half of whose tokens it does",
     )
     dataset_config: str | None = frozen_option("dataset_config")
     dataset_split: str = frozen_option("dataset_split")
@@ -86,6 +106,21 @@ class TrainingOptions:
     shuffle_buffer: int = option(
         TextSource.shuffle_buffer, "documents among which the next one is drawn; 0 keeps their order"
     )
+    prompts: str | None = option(
+        None,
+        "tasks of the harness, separated by commas: what the backbone generates are its greedy answers to their "
+        "training documents, in the task's own form",
+    )
+    prompts_documents: str | None = option(
+        None,
+        "first:last documents that a task is evaluated on, in place of training documents where it has none; evaluate "
+        "others: exits know what they were trained on, and results tell",
+    )
+    prompts_include_path: str | None = option(None, "folder with tasks of your own, for --prompts")
+    prompts_metadata: str | None = option(
+        None, "JSON, or name=value pairs separated by commas, for tasks of --prompts that take some"
+    )
+    self_tokens: int = option(100_000, "tokens that the backbone generates for a mixture or for --prompts")
     seed: int = option(0, "decides initial weights, the order of documents and the labelled positions")
 
     exit_layers: str | None = option(
@@ -155,6 +190,15 @@ class TrainingOptions:
             )
         if self.eval_source == self.source:
             raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
+        check_at_least(self, {"self_tokens": 1})
+        about = ("prompts_documents", "prompts_include_path", "prompts_metadata")
+        if self.prompts is None and (given := [name for name in about if getattr(self, name) is not None]):
+            raise UserError(f"--{given[0]} has no effect without --prompts; add it, or remove --{given[0]}")
+        if self.prompts is not None and self.self_share == 0:
+            raise UserError("--prompts has no effect without --dataset self or self:SHARE+TEXT; change --dataset")
+        default = type(self).__dataclass_fields__["self_tokens"].default
+        if not self.writes_answers and self.self_tokens != default:
+            raise UserError("--self_tokens has no effect without --prompts or a mixture self:SHARE+TEXT; remove it")
         if self.dataset == SELF_DATASET and (self.dataset_config is not None or self.dataset_split != "train"):
             raise UserError(
                 f"--dataset_config and --dataset_split have no effect with --dataset {SELF_DATASET}; remove them"
@@ -188,10 +232,25 @@ class TrainingOptions:
                 )
 
     @property
+    def self_share(self) -> float:
+        """The share of the tokens that the backbone generates itself."""
+        return 1.0 if self.dataset == SELF_DATASET else _mixture(self.dataset)[0]
+
+    @property
+    def writes_answers(self) -> bool:
+        """Whether what the backbone generates is written down before it is trained on."""
+        return self.prompts is not None or 0 < self.self_share < 1
+
+    @property
     def source(self) -> TextSource:
-        """The text to train on."""
+        """The text to train on, or that part of it which the backbone does not generate."""
         return TextSource(
-            self.dataset, self.dataset_config, self.dataset_split, self.text_column, self.shuffle_buffer, self.seed
+            _mixture(self.dataset)[1],
+            self.dataset_config,
+            self.dataset_split,
+            self.text_column,
+            self.shuffle_buffer,
+            self.seed,
         )
 
     @property

@@ -23,6 +23,8 @@ from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
 logger = logging.getLogger(__name__)
 
 _PREFIX = "state-"
+#: What the backbone wrote to be trained on lies beside the states.
+POOL_NAME = "answers.jsonl"
 PROGRESS_NAME = "progress.json"
 #: States that are kept.
 _KEPT = 2
@@ -67,7 +69,7 @@ def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.o
 
 def is_begun(folder: Path) -> bool:
     """Returns whether ``folder`` holds a state, whole or damaged."""
-    return bool(_states(folder))
+    return bool(_states(folder)) or (folder / POOL_NAME).exists()
 
 
 def latest(folder: Path) -> tuple[Path, Progress] | None:

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.frozen.passes import FrozenBatch, FrozenPass, SimulatedExits
-from dynamax_lm_eval.training.batches import MicroBatches
+from dynamax_lm_eval.training.batches import MicroBatches, first_to_leave, labelled
 from dynamax_lm_eval.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -73,9 +74,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup_share: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def labelled_positions(seed: int, micro_batch: int, num_tokens: int, count: int) -> Tensor:
-    """Returns the positions (count,) of micro-batch number ``micro_batch`` that are labelled, rising."""
-    positions = np.random.default_rng([seed, micro_batch]).choice(num_tokens, size=count, replace=False)
+def labelled_positions(seed: int, micro_batch: int, candidates: IntArray, count: int) -> Tensor:
+    """Returns ``count`` of the candidates, positions in micro-batch number ``micro_batch``, or all, rising."""
+    count = min(count, len(candidates))
+    positions = np.random.default_rng([seed, micro_batch]).choice(candidates, size=count, replace=False)
     return torch.from_numpy(np.sort(positions))
 
 
@@ -121,9 +123,10 @@ class Trainer:
             number = step * options.micro_batches + i
             if i % mine.count != mine.index:
                 continue
-            positions = labelled_positions(
-                options.seed, number, options.micro_batch_tokens, options.labels_per_micro_batch
-            )
+            candidates = np.flatnonzero(labelled(rows))
+            if len(candidates) == 0:  # prompts whose answers are in other micro-batches
+                candidates = np.arange(options.micro_batch_tokens)
+            positions = labelled_positions(options.seed, number, candidates, options.labels_per_micro_batch)
             batch = self.frozen.run(rows, self._simulated(step, number, rows))
             sums += self._accumulate(batch, positions.to(self._device), active)
         sums = mine.add_up(sums) / options.micro_batches
@@ -153,7 +156,7 @@ class Trainer:
             self.classifiers,
             kind=self.classifiers.kinds[number // 2 % len(self.classifiers.kinds)],
             thresholds=drawn.uniform(*_SIMULATED_THRESHOLDS, size=len(rows)),
-            first=np.ones(len(rows), dtype=np.int64),
+            first=first_to_leave(rows),
             state_mode="recompute" if self.classifiers.states is None else "learned",
         )
 
