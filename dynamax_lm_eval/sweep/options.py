@@ -18,7 +18,7 @@ from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode
-from dynamax_lm_eval.harness.pairs import pairs
+from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
