@@ -139,6 +139,24 @@ def test_costs_of_leaving_are_those_of_whole_rows() -> None:
     assert macs[-1].sum() == measured.record.full_macs
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [2 * 8320 + 4 * 1024, 4 * 8320 + 2 * 1024, 6 * 8320]),
+        ({"state_mode": "skip"}, [2 * 8320, 4 * 8320, 6 * 8320]),
+        ({"final_block": True}, [3 * 8320 + 3 * 1024, 5 * 8320 + 1024, 6 * 8320]),
+        ({"adapter": "affine"}, [2 * 8320 + 4 * 1024 + 32 * 32, 4 * 8320 + 2 * 1024 + 32 * 32, 6 * 8320]),
+    ],
+)
+def test_costs_of_leaving_by_hand(changes: dict[str, Any], expected: list[int]) -> None:
+    """The tenth token of the tiny Llama: a block takes 7,680 for its weights and 64 a position, K and V 1,024."""
+    engine = engine_for("llama")
+    if "adapter" in changes:
+        engine = Engine(engine.backbone, fitted_adapters(engine.backbone, ROWS, (2, 4), 0.1))
+    policy = ExitPolicy(LAYERS, (2, 4), (0.5, 0.5), confidence="state", **changes)
+    assert exit_macs(engine, policy, np.asarray([9]))[:, 0].tolist() == expected
+
+
 def test_errors_are_counted_without_rounding() -> None:
     assert [allowed_errors(0.95, n) for n in (19, 20, 39, 40, 100)] == [0, 1, 1, 2, 5]
     assert allowed_errors(0.9, 10) == 1
@@ -162,12 +180,14 @@ class ForcedReference(Reference):
         return self.forced[step] == block
 
 
-@pytest.mark.parametrize("adapter", ["none", "affine"])
-@pytest.mark.parametrize("mode", MODES)
-def test_states_left_behind_are_those_of_the_reference(mode: Any, adapter: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "mode", "adapter"),
+    [*product(["llama"], MODES, ["none", "affine"]), ("mamba2", "recompute", "none")],
+)
+def test_states_left_behind_are_those_of_the_reference(family: str, mode: Any, adapter: str) -> None:
     """The oracle's choices, one token at a time by the second implementation; at full depth, its read-outs."""
-    model = tiny_model("llama")
-    engine = engine_for("llama")
+    model = tiny_model(family)
+    engine = engine_for(family)
     adapters = (
         fitted_adapters(engine.backbone, [Row(random_ids(60, 9), 1)], EVERY, 0.1) if adapter == "affine" else None
     )
@@ -307,14 +327,18 @@ def test_files_tables_and_the_line(
     assert again == result, "the seed decides everything"
 
 
-def test_exits_at_hand_do_what_the_engine_does_with_them(model_folder: Path, texts: Path, tmp_path: Path) -> None:
-    exits = save_exits(model_folder, tmp_path / "exits")
+@pytest.mark.parametrize("final_block", [False, True])
+def test_exits_at_hand_do_what_the_engine_does_with_them(
+    final_block: bool, model_folder: Path, texts: Path, tmp_path: Path
+) -> None:
+    exits = save_exits(model_folder, tmp_path / "exits", final_block=final_block)
     result = headroom(
         options(model_folder, tmp_path / "out", texts, exits=str(exits), classifier="mamba", thresholds="0.4,0.3+1+1")
     )
     points = result["exits"]["points"]
     assert result["exits"]["classifier"] == "mamba"
-    assert set(points[1]["exit_histogram"]) <= {"2", str(LAYERS)}
+    assert set(points[1]["exit_histogram"]) == {"2", str(LAYERS)}
+    assert result["read_outs"]["exits"]["final_block"] == final_block
     lm = exit_model(model_folder, exits=str(exits), classifier="mamba", threshold=0.4, exit_scope="all")
     rows = held_out(text_documents(TextSource(str(texts)), lm.tokenizer), 300, 32)[0]
     requests = [ScoringRequest(row, 1, [[0]] * len(row), lm.policy) for row in rows]

@@ -60,7 +60,7 @@ class HeadroomOptions:
     dataset_split: str = frozen_option("dataset_split")
     text_column: str = frozen_option("text_column")
     tokens: int = option(20_000, "tokens of --dataset to measure")
-    fit_tokens: int = option(40_000, "tokens of --dataset, of further documents, to fit adapters on")
+    fit_tokens: int = option(20_000, "tokens of --dataset, of further documents, to fit adapters on")
     seq_len: int = frozen_option("seq_len", "longest row of text")
     batch_size: int = option(16, "rows in flight")
     dtype: str = option("auto", "of the backbone: float32, bfloat16, float16; auto: as its files say")
