@@ -109,9 +109,8 @@ gives the full model's best token, without adapters, with those of exits at hand
 on the fly (--fit_adapters True). An oracle that knows this lets each token leave as early as it may; its
 compute_reduction counts blocks, recomputed states and adapters, and bounds what any classifier can reach. Its choices
 then run through the engine, which tells how many answers change because of the states that tokens leave behind.
-Writes headroom.json and headroom.png, and ends with one line: whether early exit is worth training.
-examples: --backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True
---backbone MODEL --tasks triviaqa --limit 50""",
+Writes headroom.json and headroom.png, and ends with one line: whether early exit is worth training. For example,
+--backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True or --backbone MODEL --tasks triviaqa.""",
     ),
     "train": Command(
         ("training.options:TrainingOptions", "training.options:RunOptions"),

@@ -307,6 +307,7 @@ def test_files_tables_and_the_line(
     shown = capsys.readouterr().out
     result = FORMAT.read(output / JSON_NAME)
     assert shown.splitlines()[-1] == result["verdict"]["line"]
+    assert f"{result['text']['tokens']} tokens in {result['text']['rows']} rows, recompute" in shown
     assert "agree, fitted adapters" in shown
     assert "threshold (calm)" in shown
     assert (output / PLOT_NAME).read_bytes().startswith(b"\x89PNG")

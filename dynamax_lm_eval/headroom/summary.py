@@ -114,7 +114,9 @@ def table(result: Mapping[str, Any]) -> str:
             for point in result["exits"]["points"]
         ]
         tables.append(_table(rows, [f"threshold ({result['exits']['classifier']})", *measured, "share of an oracle"]))
-    return "\n".join(tables)
+    text = result["text"]
+    measured_on = f"{result['backbone']}, {text['tokens']} tokens in {text['rows']} rows, {result['state_mode']}"
+    return "\n".join([f"{measured_on}\n", *tables])
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
