@@ -1,7 +1,7 @@
 """Affine read-outs fitted in closed form: h + A h + b that comes closest to the state after block L.
 
 Ridge regression from the hidden states after a layer, over second moments that are summed batch by batch, so nothing
-is kept of the tokens. No gradient and no label: a lower bound of what trained adapters reach.
+is kept of the tokens. No gradient and no label: a quick guess at what trained adapters might reach.
 
 T tokens, D hidden size.
 """
