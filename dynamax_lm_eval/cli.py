@@ -31,6 +31,7 @@ _EPILOG = """\
 examples:
   dynamax-lm-eval run --model_args backbone=mistral,threshold=0.8 --tasks triviaqa --output_path out
   dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.98 --tasks trivia_demo
+  dynamax-lm-eval headroom --backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True
   dynamax-lm-eval train --backbone smollm2-gguf --classifier mamba,calm --dataset texts.jsonl.gz
   dynamax-lm-eval sweep --backbone smollm2-gguf --tasks trivia_demo --prune 1,2,4 --output out/sweep
   dynamax-lm-eval report out/sweep
@@ -98,6 +99,19 @@ def _with_folders(arguments: list[str]) -> list[str]:
 
 
 COMMANDS = {
+    "headroom": Command(
+        ("headroom.options:HeadroomOptions",),
+        "headroom.command:command",
+        "see what early exit could save on a model, before training",
+        """\
+One look at a model, before any training. Per layer: the share of tokens whose read-out (final norm and LM head) already
+gives the full model's best token, without adapters, with those of exits at hand, and with affine ones that are fitted
+on the fly (--fit_adapters True). An oracle that knows this lets each token leave as early as it may; its
+compute_reduction counts blocks, recomputed states and adapters, and bounds what any classifier can reach. Its choices
+then run through the engine, which tells how many answers change because of the states that tokens leave behind.
+Writes headroom.json and headroom.png, and ends with one line: whether early exit is worth training. For example,
+--backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True or --backbone MODEL --tasks triviaqa.""",
+    ),
     "train": Command(
         ("training.options:TrainingOptions", "training.options:RunOptions"),
         "harness.prompts:train",

@@ -164,6 +164,7 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
         ("calibrate", "calibration.command.calibrate"),
         ("prune-profile", "measure.prune_profile.profile"),
         ("exit-thresholds", "measure.exit_thresholds.search"),
+        ("headroom", "headroom.command.headroom"),
     ],
 )
 def test_what_is_no_bug_ends_in_one_line(

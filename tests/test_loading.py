@@ -164,6 +164,7 @@ class TestOwnCode:
             ["train", "--device", "cpu", "--dataset", "self", "--backbone", "{}"],
             ["prune-profile", "--device", "cpu", "--dataset", "none.jsonl", "--backbone", "{}"],
             ["exit-thresholds", "--device", "cpu", "--dataset", "none.jsonl", "--backbone", "{}"],
+            ["headroom", "--device", "cpu", "--dataset", "none.jsonl", "--backbone", "{}"],
         ],
     )
     def test_is_neither_run_nor_asked_about(

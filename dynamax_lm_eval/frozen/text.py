@@ -98,21 +98,22 @@ def held_out(
     )
 
 
-def without_first(documents: Documents, count: int) -> Documents:
+def without_first(
+    documents: Documents,
+    count: int,
+    remedy: str = "give held-out text by --eval_dataset, lower --eval_tokens, or split the text into more documents",
+) -> Documents:
     """Returns the documents without the first ``count`` of the first epoch's order and without copies of these.
 
     Later epochs have another order, so the documents are recognised by their tokens. They count as empty, so that
     places in the data keep their numbers.
 
     Raises:
-        UserError: nothing would be left.
+        UserError: nothing would be left; ``remedy`` ends the message.
     """
     left_out = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
     if next(documents(0, count), None) is None:
-        raise UserError(
-            "all documents would be held out for the evaluation; give held-out text by --eval_dataset, lower "
-            "--eval_tokens, or split the text into more documents"
-        )
+        raise UserError(f"all documents would be held out for the evaluation; {remedy}")
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
         return ([] if tuple(tokens) in left_out else tokens for tokens in documents(epoch, first))
