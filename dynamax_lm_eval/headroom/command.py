@@ -18,7 +18,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.exits.resolve import default_exit_layers, policy_of_exits, resolve_thresholds
+from dynamax_lm_eval.exits.resolve import default_exit_layers, default_state_mode, policy_of_exits, resolve_thresholds
 from dynamax_lm_eval.files import JsonFormat, check_writable
 from dynamax_lm_eval.headroom.fitting import fitted_adapters
 from dynamax_lm_eval.headroom.forced import Measured, forced_policies, measure
@@ -58,6 +58,12 @@ class _Subject:
     @property
     def few_name(self) -> str:
         return "default" if self.exits is None else "exits"
+
+    @property
+    def state_mode_of_exits(self) -> StateMode:
+        """What tokens leave behind at the exits at hand: what these have learned, unless another mode was asked for."""
+        learns = self.exits is not None and self.state_mode == "recompute"
+        return default_state_mode(self.exits.config) if learns and self.exits is not None else self.state_mode
 
 
 def command(options: HeadroomOptions) -> str:
@@ -171,6 +177,7 @@ def _measured(subject: _Subject, fit_rows: list[Row], options: HeadroomOptions) 
         "num_layers": backbone.num_layers,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "state_mode": subject.state_mode,
+        "state_mode_of_exits": subject.state_mode_of_exits,
         "seed": options.seed,
         "text": {
             **_text_of(options),
@@ -222,7 +229,7 @@ def _policy(subject: _Subject, read_out: ReadOut, layers: tuple[int, ...]) -> Ex
         layers,
         (0.5,) * len(layers),
         confidence="state",
-        state_mode=subject.state_mode,
+        state_mode=subject.state_mode_of_exits if read_out.name == "exits" else subject.state_mode,
         final_block=read_out.final_block,
         adapter=read_out.adapter,
     )
@@ -294,7 +301,7 @@ def _exits(
     assert subject.exits is not None
     config, engine = subject.exits.config, subject.lm.engine
     kind = options.classifier or config.classifiers[0]
-    agrees = reading.agrees[read_out.name]
+    agrees, mode = reading.agrees[read_out.name], subject.state_mode_of_exits
     layers = np.asarray([*config.exit_layers, config.backbone.num_layers])
     oracle = _policy(subject, read_out, config.exit_layers)
     macs = exit_macs(engine, oracle, positions(subject.rows))
@@ -302,7 +309,7 @@ def _exits(
     points = []
     for given in options.exit_thresholds:
         thresholds = resolve_thresholds(given, config.exit_layers)
-        policy = replace(policy_of_exits(config, kind, 0.5, state_mode=subject.state_mode), thresholds=thresholds)
+        policy = replace(policy_of_exits(config, kind, 0.5, state_mode=mode), thresholds=thresholds)
         shown = f"{kind}, threshold {'+'.join(f'{value:g}' for value in given)}"
         measured = measure(engine, subject.rows, [policy] * len(subject.rows), options.batch_size, shown)
         left = np.searchsorted(layers, measured.layers)

@@ -50,7 +50,11 @@ class HeadroomOptions:
         "fit an affine read-out for each of these layers, on documents that are not measured (of --tasks: half of all)",
     )
     ridge: float = option(0.01, "of that fit: its penalty, in mean squares of a coordinate of the hidden state")
-    state_mode: str = option("recompute", "recompute, copy or skip: what a token that left leaves behind")
+    state_mode: str = option(
+        "recompute",
+        "recompute, copy or skip: what a token that left leaves behind; with recompute, exits at hand use the maps of "
+        "states that they have",
+    )
     limit: int | None = option(None, "documents of each task, drawn by --seed; default: all")
     num_fewshot: int | None = option(None, "examples in the prompt; default: the task's own")
     include_path: str | None = option(None, "folder with tasks of your own")
@@ -72,7 +76,8 @@ class HeadroomOptions:
 
     def __post_init__(self) -> None:
         check_at_least(self, {"tokens": 100, "fit_tokens": 100, "seq_len": 2, "batch_size": 1, "seed": 0})
-        for name, choices in (("state_mode", get_args(StateMode)), ("classifier", get_args(ClassifierKind))):
+        modes = [mode for mode in get_args(StateMode) if mode != "learned"]
+        for name, choices in (("state_mode", modes), ("classifier", get_args(ClassifierKind))):
             given = getattr(self, name)
             if given is not None and given not in choices:
                 raise UserError(f"--{name} must be one of {', '.join(choices)}, got {given!r}")
