@@ -23,7 +23,7 @@ from environment import environment
 from tabulate import tabulate
 
 from dynamax_lm_eval.engine.engine import Engine
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.confidences.entropy import entropy_confidence
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen.model import load_backbone
@@ -87,7 +87,7 @@ def main() -> None:
 
     reading = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype="float32", seq_len=args.seq_len)
     loaded = load_backbone(reading)
-    exits = checkpoint.find(args.backbone, loaded.identity.fingerprint)
+    exits = lookup.find(args.backbone, loaded.identity.fingerprint)
     assert exits is not None, "the backbone has exits"
     rows, _ = held_out(text_documents(reading.source, loaded.tokenizer), args.tokens, args.seq_len)
     backbone = loaded.engine.backbone

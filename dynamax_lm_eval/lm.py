@@ -21,7 +21,7 @@ from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.parity import check_policy, checked_engine, engine_without_weights
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint, pruning
+from dynamax_lm_eval.exits import lookup, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
@@ -68,11 +68,11 @@ class DynamaxLM(HFLM):
         if self.is_tensor_parallel:
             devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
-        if checkpoint.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
+        if lookup.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
             source.read_fingerprints()
         known = source.fingerprints
         hidden_size = draft.backbone.hidden_size if draft is not None else None
-        self.exits = checkpoint.for_run(self.args, source.config, known, source.num_layers, hidden_size)
+        self.exits = lookup.for_run(self.args, source.config, known, source.num_layers, hidden_size)
         self.certified = certificates.for_run(self.args, self._policy_for, known, self.exits)
         if self.certified is not None:
             self.args = replace(self.args, threshold=self.certified.thresholds)
@@ -142,7 +142,7 @@ class DynamaxLM(HFLM):
         """
         assert args.certificate is None and not BudgetRunner.is_asked_for(args), "thresholds have to be known"
         for name in ("backbone", "exits", "mamba_kernels"):
-            if name == "exits" and args.exits is None and not checkpoint.may_use_exits(args):
+            if name == "exits" and args.exits is None and not lookup.may_use_exits(args):
                 continue  # it uses none
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
@@ -157,7 +157,7 @@ class DynamaxLM(HFLM):
         self.set_cache_hook(CacheHook(None))
 
     def _policy_for(self, args: DynamaxArgs) -> ExitPolicy:
-        exits = self.exits.config if self.exits is not None and checkpoint.may_use_exits(args) else None
+        exits = self.exits.config if self.exits is not None and lookup.may_use_exits(args) else None
         return resolve_policy(args, self._source.num_layers, exits, self._source.has_recurrence)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -19,7 +19,7 @@ from tokenizers import processors
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.models import aliases, fingerprint
 from dynamax_lm_eval.models.fingerprint import (
     files_fingerprint,
@@ -242,8 +242,8 @@ def test_shipped_exits_and_those_of_earlier_versions_are_found(
     folder = aliases.shipped_backbones()[name]
     found = files_fingerprints(str(folder), {})
     assert found is not None
-    shipped = checkpoint.find("another name", found.current)
-    assert shipped is not None and shipped.path == checkpoint.shipped_home() / name
+    shipped = lookup.find("another name", found.current)
+    assert shipped is not None and shipped.path == lookup.shipped_home() / name
     assert found.former == (FORMER[name],)
     assert model_fingerprints(hf.AutoModelForCausalLM.from_pretrained(folder)) == found
     # Exits that a user trained with an earlier version.
@@ -252,13 +252,13 @@ def test_shipped_exits_and_those_of_earlier_versions_are_found(
     stored = json.loads(config.read_text().replace(found.current, FORMER[name]))
     del stored["checksum"]  # earlier versions wrote none
     config.write_text(json.dumps(stored))
-    own = checkpoint.find("another name", found.current, found.former)
+    own = lookup.find("another name", found.current, found.former)
     assert own is not None and own.path == config.parent
     own.check_fingerprint(found.current, former=found.former)
     with pytest.raises(UserError, match="trained for other weights"):
         own.check_fingerprint(found.current)
     args = DynamaxArgs(name, threshold=(0.5,))
-    known = checkpoint.for_run(args, hf.AutoConfig.from_pretrained(folder), found)
+    known = lookup.for_run(args, hf.AutoConfig.from_pretrained(folder), found)
     assert known is not None and known.path == config.parent
 
 

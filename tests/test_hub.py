@@ -11,7 +11,7 @@ from helpers_engine import CLASSIFIERS, exits_config
 from helpers_training import training_options
 
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import checkpoint, lookup
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.options import RunOptions
 
@@ -57,8 +57,8 @@ def test_exits_are_downloaded_at_the_revision_that_is_named(tmp_path: Path, monk
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert checkpoint.open_exits("me/exits").config == exits_config()
-    checkpoint.open_exits("me/exits@v2")
+    assert lookup.open_exits("me/exits").config == exits_config()
+    lookup.open_exits("me/exits@v2")
     files = ["config.json", "exits.safetensors"]
     assert asked == [("me/exits", None, files), ("me/exits", "v2", files)]
 
@@ -69,7 +69,7 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError, match="could not be had from the Hub: 404 not found"):
-        checkpoint.open_exits("me/exits")
+        lookup.open_exits("me/exits")
 
 
 def test_push(model_folder: Path, texts: Path, tmp_path: Path, api: type[FakeApi]) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from dynamax_lm_eval.engine.decisions import ExitDecisions
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import checkpoint, lookup
 from dynamax_lm_eval.exits.confidences import ExitInputs
 from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
 from dynamax_lm_eval.harness.ledger import request_keys
@@ -65,11 +65,11 @@ def test_the_newest_exits_win_and_other_backbones_are_not_taken(model_folder: Pa
 
 def test_damaged_exits_of_this_backbone_are_no_reason_to_do_without(model_folder: Path, cache: Path) -> None:
     fingerprint = files_fingerprint(str(model_folder), {})
-    folder = save_exits(model_folder, checkpoint.default_folder(str(model_folder), str(fingerprint)))
+    folder = save_exits(model_folder, lookup.default_folder(str(model_folder), str(fingerprint)))
     (folder / checkpoint.CONFIG_NAME).write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be used: it is damaged"):
-        checkpoint.find(str(model_folder), fingerprint)
-    assert checkpoint.find("another", "f" * 64) is None
+        lookup.find(str(model_folder), fingerprint)
+    assert lookup.find("another", "f" * 64) is None
 
 
 def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -96,7 +96,7 @@ def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, 
 def test_exits_of_the_package_come_after_those_of_the_user(
     model_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "shipped_home", lambda: tmp_path / "package")
+    monkeypatch.setattr(lookup, "shipped_home", lambda: tmp_path / "package")
     shipped = save_exits(model_folder, tmp_path / "package" / "some-model")
     assert exit_model(model_folder).exits.path == shipped  # type: ignore[union-attr]
     own = save_exits(model_folder, cache / "exits" / "mine")
@@ -191,7 +191,7 @@ def test_preset_paper(model_folder: Path, tmp_path: Path, cache: Path) -> None:
 
 def test_what_the_package_ships() -> None:
     """Small, in bfloat16, with credit for the text, and readable by this version."""
-    folders = sorted(file.parent for file in checkpoint.shipped_home().glob("*/config.json"))
+    folders = sorted(file.parent for file in lookup.shipped_home().glob("*/config.json"))
     assert [folder.name for folder in folders] == ["smollm2-gguf", "tiny-llama", "tiny-mamba2"]
     for folder in folders:
         opened = checkpoint.ExitCheckpoint.open(folder)
@@ -219,7 +219,7 @@ def test_backbones_of_the_package_run_with_their_exits(name: str, cache: Path) -
     assert "CC BY 4.0" in card
     lm = DynamaxLM(name, threshold=0.5, device="cpu", dtype="float32", batch_size=2)
     assert lm.exits is not None
-    assert lm.exits.path == checkpoint.shipped_home() / name
+    assert lm.exits.path == lookup.shipped_home() / name
     assert lm.model.num_parameters() < 4e6
     options = {"until": [], "max_gen_toks": 24, "do_sample": False}
     prompts = ["The cell membrane is", "In the nineteenth century, the United States"]

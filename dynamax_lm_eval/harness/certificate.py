@@ -18,7 +18,8 @@ from typing import Any
 
 from dynamax_lm_eval.config import CALIBRATED, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, changed_settings
-from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, shipped_home
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.exits.lookup import shipped_home
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import JsonFormat, clean_name, short_name
 from dynamax_lm_eval.models.aliases import cache_dir

@@ -15,7 +15,7 @@ import numpy as np
 from dynamax_lm_eval.compute.accounting import exit_histogram
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import default_exit_layers, default_state_mode, policy_of_exits, resolve_thresholds
@@ -128,8 +128,8 @@ def _find_exits(options: HeadroomOptions, source: ModelSource) -> ExitCheckpoint
     fingerprints = source.read_fingerprints()
     current, former = (None, ()) if fingerprints is None else (fingerprints.current, fingerprints.former)
     if options.exits is not None:
-        exits = checkpoint.open_exits(options.exits)
-    elif (found := checkpoint.find(options.backbone, current, former)) is not None:
+        exits = lookup.open_exits(options.exits)
+    elif (found := lookup.find(options.backbone, current, former)) is not None:
         exits = found
     elif options.classifier is not None:
         raise UserError(f"--classifier {options.classifier}: there are no exits for {options.backbone!r}; remove it")

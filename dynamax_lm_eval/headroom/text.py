@@ -19,11 +19,10 @@ from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.text import held_out, text_documents, without_first
-from dynamax_lm_eval.harness.documents import Document, documents_of, naming_document, of_document
+from dynamax_lm_eval.harness.documents import Document, documents_of, naming_document, naming_tasks, of_document
 from dynamax_lm_eval.harness.encoding import fit
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 from dynamax_lm_eval.headroom.options import HeadroomOptions
-from dynamax_lm_eval.sweep.command import naming_tasks
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, policy_of_exits
@@ -136,9 +136,9 @@ def _open_exits(options: SearchOptions, loaded: FrozenBackbone) -> ExitCheckpoin
     """Returns the exits that were named, or else the backbone's; raises UserError without any that fit."""
     identity = loaded.identity
     exits = (
-        checkpoint.open_exits(options.exits)
+        lookup.open_exits(options.exits)
         if options.exits is not None
-        else checkpoint.find(options.backbone, identity.fingerprint, loaded.former)
+        else lookup.find(options.backbone, identity.fingerprint, loaded.former)
     )
     if exits is None:
         raise UserError(f"there are no exits for {options.backbone!r}; name some by --exits, or train them")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import checkpoint
+from dynamax_lm_eval.exits import checkpoint, lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.resolve import default_state_mode
@@ -70,7 +70,7 @@ def _train(
     folder = (
         Path(run.output).expanduser()
         if run.output
-        else checkpoint.default_folder(options.backbone, backbone.identity.fingerprint)
+        else lookup.default_folder(options.backbone, backbone.identity.fingerprint)
     )
     if run.output is None:
         resumed = take_output(folder, run, held)
