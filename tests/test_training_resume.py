@@ -20,12 +20,14 @@ from helpers_engine import EXITS
 from helpers_training import STEPS, train, training_options
 from safetensors.torch import load_file
 
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.training import command, evaluation, state
+from dynamax_lm_eval.training.curve import measured_curves
 from dynamax_lm_eval.training.options import RunOptions
 from dynamax_lm_eval.training.trainer import Trainer
 
@@ -131,8 +133,9 @@ class TestResume:
         assert measured["tokens"] == pytest.approx(200, abs=1)
         assert set(measured["classifiers"]) == {"mamba", "calm"}
         for found in measured["classifiers"].values():
-            shares = [point["share_exiting"] for point in found["curve"]]
-            assert shares == sorted(shares, reverse=True)
+            for curve in (found["curve"], found["predicted"]):
+                shares = [point["share_exiting"] for point in curve]
+                assert shares == sorted(shares, reverse=True)
         assert (unbroken.path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
     def test_trackers_are_told_of_steps_and_of_held_out_text(
@@ -160,11 +163,13 @@ class TestResume:
         loaded = saved.load()
         backbone = load_backbone(training_options(model_folder, texts).reading(run))
         frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
-        _, rows = command._data(training_options(model_folder, texts), backbone)
+        _, rows, _ = command._data(training_options(model_folder, texts), backbone, (), tmp_path)
         seen = observe(frozen, loaded, rows, 64)
         measured = json.loads((tmp_path / "evaluation.json").read_text())
-        again = evaluation.report(seen, saved.config, loaded, backbone.engine.backbone.cost)
-        assert measured["classifiers"]["mamba"]["exits"] == again["classifiers"]["mamba"]["exits"]
+        engine = Engine(backbone.engine.backbone, loaded)
+        curves = measured_curves(engine, rows, saved.config, "recompute", 5_000)
+        again = evaluation.report(seen, saved.config, loaded, engine.backbone.cost, "recompute", curves)
+        assert measured["classifiers"] == again["classifiers"]
         assert "\nText: by the authors.\n" in (tmp_path / "README.md").read_text()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         "",
         f"They fit the weights with fingerprint `{backbone.fingerprint[:12]}` (revision {backbone.revision}) only. "
         f"Label: the exit's best token is {_label(config.top_k)} of the full model. Final block: "
-        f"{'on' if config.final_block else 'off'}. Read-out adapters: {config.adapter}.",
+        f"{'on' if config.final_block else 'off'}. Read-out adapters: {config.adapter}. States of tokens that left: "
+        f"{'recomputed' if config.states is None else f'learned ({config.states.kind})'}.",
         "",
         "## Training",
         "",
-        f"{training['tokens']:,} tokens of `{training['options']['dataset']}`, {training['steps']} steps, "
+        f"{training['tokens']:,} tokens of `{training['options']['dataset']}`{_prompts(training)}, "
+        f"{training['steps']} steps, "
         f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s on {training['hardware']}; "
         f"backbone in {training['dtype']}.",
         *(["", note] if note else []),
@@ -56,8 +59,8 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         lines.append(f"| {kind} | {cells} | {macs} |")
     lines += [
         "",
-        "What a threshold does to that text, predicted (agreement: share of tokens whose best token is that of the "
-        "full model):",
+        "What a threshold does to that text, run by the engine (agreement: share of tokens whose best token is that of "
+        "the full model):",
         "",
         "| kind | threshold | tokens that exit | agreement | compute_reduction |",
         "| --- | --- | --- | --- | --- |",
@@ -78,6 +81,12 @@ def _command(options: dict[str, Any]) -> str:
     own = {"backbone", "dataset", "eval_dataset"}
     given = [f"--{name} {value}" for name, value in options.items() if name not in own and value != defaults.get(name)]
     return " ".join(["--dataset TEXT", *given])
+
+
+def _prompts(training: Mapping[str, Any]) -> str:
+    """Returns in words what the backbone was asked, where it wrote some of the text."""
+    tasks, documents = training["options"].get("prompts"), training.get("prompt_documents", ())
+    return f" (self: its answers to {len(documents):,} documents of {tasks})" if tasks else ""
 
 
 def _is_hub_id(name: str) -> bool:

@@ -18,6 +18,7 @@ import transformers
 from tqdm import tqdm
 
 import dynamax_lm_eval
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint, lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
@@ -32,6 +33,7 @@ from dynamax_lm_eval.training import evaluation, hub, state, state_maps
 from dynamax_lm_eval.training.answers import Prompt, answers, documents_used, mixed, pool_documents
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
+from dynamax_lm_eval.training.curve import measured_curves
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, accuracy_line, cut_log, held_out_numbers, write_step
 from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
@@ -109,7 +111,9 @@ def _train(
         for parameter in classifiers.parameters():
             parameter.copy_(parameter.to(dtype))
     measured = observe(frozen, classifiers.eval(), held_out_rows, options.micro_batch_tokens)
-    results = evaluation.report(measured, exits, classifiers, backbone.engine.backbone.cost, default_state_mode(exits))
+    engine, mode = Engine(backbone.engine.backbone, classifiers), default_state_mode(exits)
+    curves = measured_curves(engine, held_out_rows, exits, mode, options.curve_tokens)
+    results = evaluation.report(measured, exits, classifiers, engine.backbone.cost, mode, curves)
     if exits.states is not None:
         results["states"] = state_maps.explained(frozen, classifiers, held_out_rows)
     accelerator.log(held_out_numbers(results), step=options.steps)

@@ -1,12 +1,13 @@
 """How good trained exits are on held-out text, and what a threshold would do: numbers as JSON, and a plot.
 
-Every held-out token is one prediction. The curve assumes that each token reaches every exit before its own, as
-in training; in decoding, the states that early tokens leave behind differ, so measured curves lie lower.
+Every held-out token is one prediction. ``predicted`` points assume that each token reaches every exit before its own
+with the states of the full model; ``curve`` is what the engine does (:mod:`dynamax_lm_eval.training.curve`).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,16 @@ _STYLES = (("-", "o"), ("-.", "D"), ("--", "s"), (":", "^"))
 
 
 def report(
-    seen: Observations, config: ExitConfig, classifiers: ExitClassifiers, cost: Any, state_mode: StateMode = "recompute"
+    seen: Observations,
+    config: ExitConfig,
+    classifiers: ExitClassifiers,
+    cost: Any,
+    state_mode: StateMode,
+    curves: Mapping[str, list[dict[str, float]]],
 ) -> dict[str, Any]:
     """Returns everything measured, as JSON data: per kind and exit, and the curve of each kind.
 
-    ``cost`` is the backbone's ``BackboneCost``.
+    ``cost`` is the backbone's ``BackboneCost``, ``curves`` what the engine measured.
     """
     by_kind = {}
     for kind, confidences in seen.confidences.items():
@@ -42,7 +48,8 @@ def report(
                 str(layer): exit_quality(confidences[i], seen.within_k[i]) for i, layer in enumerate(config.exit_layers)
             },
             "macs_per_evaluation": {str(layer): cost.macs for layer, cost in classifiers.costs(kind).items()},
-            "curve": [
+            "curve": curves[kind],
+            "predicted": [
                 predicted_point(seen, kind, threshold, config, classifiers, cost, state_mode)
                 for threshold in THRESHOLDS
             ],
@@ -149,7 +156,7 @@ def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
             [int(layer) for layer in exits], [e["auroc"] for e in exits.values()], line, marker=marker, label=kind
         )
     left.axvline(1, color="0.7", linewidth=0.8)
-    left.set(xlabel="compute reduction (predicted)", ylabel="agreement with the full model")
+    left.set(xlabel="compute reduction", ylabel="agreement with the full model")
     right.set(xlabel="exit layer", ylabel="AUROC on held-out text")
     left.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -172,10 +172,11 @@ class TrainingOptions:
     eval_config: str | None = option(None, "configuration of a held-out Hub data set")
     eval_split: str = option("train", "split of a held-out Hub data set")
     eval_tokens: int = option(50_000, "tokens to evaluate on at the end")
+    curve_tokens: int = option(5_000, "tokens of these that are run at every threshold, for the curve")
 
     def __post_init__(self) -> None:
         counts = {"max_tokens": 1, "seq_len": 2, "batch_tokens": 2, "micro_batch_tokens": 2, "top_k": 1}
-        check_at_least(self, {**counts, "shuffle_buffer": 0, "eval_tokens": 2})
+        check_at_least(self, {**counts, "shuffle_buffer": 0, "eval_tokens": 2, "curve_tokens": 3})
         for name in ("label_share", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")

@@ -1,0 +1,64 @@
+"""What thresholds do to held-out text, measured: the engine runs it under each, with the states that tokens leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.requests import ScoringRequest
+from dynamax_lm_eval.engine.scoring import score_all
+from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.resolve import policy_of_exits
+from dynamax_lm_eval.types import StateMode
+
+#: The thresholds at which text is run.
+THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+_ROWS_AT_ONCE = 8
+
+
+def measured_curves(
+    engine: Engine, rows: Sequence[Sequence[int]], config: ExitConfig, state_mode: StateMode, num_tokens: int
+) -> dict[str, list[dict[str, float]]]:
+    """Returns, for each kind of classifier, what each threshold does to the first ``num_tokens`` tokens of rows.
+
+    All tokens but the first of a row may leave. ``agreement`` is the share of them whose best next token is that of the
+    full model.
+    """
+    texts: list[Sequence[int]] = []
+    for row in rows:
+        if sum(map(len, texts)) >= num_tokens:
+            break
+        if len(row) > 2:
+            texts.append(row)
+    full, _ = _run(engine, texts, ExitPolicy(config.backbone.num_layers))
+    curves: dict[str, list[dict[str, float]]] = {}
+    for kind in tqdm(config.classifiers, desc="curves"):
+        curves[kind] = []
+        for threshold in THRESHOLDS:
+            policy = policy_of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")
+            best, record = _run(engine, texts, policy)
+            layers = np.asarray([layer for response in record.exit_layers for layer in response])
+            curves[kind].append(
+                {
+                    "threshold": threshold,
+                    "share_exiting": float((layers < config.backbone.num_layers).mean()),
+                    "mean_exit_layer": float(layers.mean()),
+                    "agreement": float((best == full).mean()),
+                    "compute_reduction": record.compute_reduction,
+                }
+            )
+    return curves
+
+
+def _run(engine: Engine, rows: Sequence[Sequence[int]], policy: ExitPolicy) -> tuple[Any, ComputeRecord]:
+    """Returns the best next token at every position of rows but their first and last, and what that cost."""
+    requests = [ScoringRequest(row[:-1], 1, [[0]] * (len(row) - 1), policy) for row in rows]
+    scorings = score_all(engine, requests, _ROWS_AT_ONCE)
+    best = np.concatenate([np.asarray(scoring.greedy_tokens[1:], dtype=np.int64) for scoring in scorings])
+    return best, ComputeRecord.sum(engine.account(scoring.trace, policy) for scoring in scorings)
