@@ -53,6 +53,8 @@ class SegmentUse:
 
     #: Also where a GPU has no kernel of ragged rows, so that keys are copied.
     everywhere: bool = False
+    #: Why no pass does, in a few words.
+    against: str | None = None
     #: Passes with rows of one token: ``static`` for those that ran in segments, else what kept them from it.
     passes: Counter[str] = field(default_factory=Counter)
 

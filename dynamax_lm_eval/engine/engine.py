@@ -111,6 +111,18 @@ class Engine:
         #: How passes in which every row has one token run in segments; None: their blocks run one by one.
         self.segments: SegmentUse | None = None
 
+    def use_segments(self, choice: bool | None, against: str | None = None) -> None:
+        """Lets passes in which every row has one token run all blocks up to an exit in one call, and counts them anew.
+
+        Args:
+            choice: whether they do; None: on a GPU whose kernels can.
+            against: why none does all the same, in a few words.
+        """
+        is_used = self.backbone.device.type == "cuda" if choice is None else choice
+        if self._autocast_dtype is not None:
+            against = "autocast"
+        self.segments = SegmentUse(everywhere=choice is True, against=against) if is_used else None
+
     def autocast(self) -> torch.autocast:
         """Returns the autocast context that blocks run in."""
         dtype = self._autocast_dtype
@@ -213,7 +225,7 @@ class Engine:
         """Returns what runs the blocks of a pass."""
         if self.segments is None or states.backbone.segments is None or materialize_all:
             return BlockRunner(run, batch)
-        return SegmentRunner(run, batch, self.segments, may_run=self._autocast_dtype is None)
+        return SegmentRunner(run, batch, self.segments)
 
     @torch.inference_mode()
     def read_out(self, hidden: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ class BlockRunner:
 class SegmentRunner(BlockRunner):
     """Runs all blocks between two exits in one call, in passes in which every row has one token, and counts those."""
 
-    def __init__(self, run: ForwardPass, batch: FlatBatch, use: SegmentUse, may_run: bool) -> None:
-        """``use``: has the counts; ``may_run``: False under autocast."""
+    def __init__(self, run: ForwardPass, batch: FlatBatch, use: SegmentUse) -> None:
+        """``use``: has the counts."""
         super().__init__(run, batch)
         self._use = use
         lengths = np.bincount(batch.layout.row_of)
@@ -74,8 +74,8 @@ class SegmentRunner(BlockRunner):
         self._reason: str | None = None
         if not self._is_single and (lengths == 1).any():
             self._reason = "prompts in the same pass"
-        elif not may_run:
-            self._reason, self._is_single = "autocast", False
+        elif self._is_single and use.against is not None:
+            self._reason, self._is_single = use.against, False
 
     def stops_after(self, block: int) -> Iterable[int]:
         every = super().stops_after(block)
