@@ -5,10 +5,14 @@ The graphs are stand-ins (``graph_stand_ins``); nothing of this has run on a GPU
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -329,36 +333,91 @@ def test_tables_that_grow_are_followed(graphs: type[ReplayedGraphs]) -> None:
         assert torch.allclose(part, expected[slot], atol=1e-5)
 
 
-def test_a_step_asks_little_outside_of_its_graphs(graphs: type[ReplayedGraphs]) -> None:
-    """Per segment one copy to the device, hidden states in and out; besides, embeddings and what is read out."""
-    asked: list[tuple[int, int]] = []
-    replay = ReplayedGraphs.capture
-    inside: list[int] = [0]
+class Cuda:
+    """In place of the parts of ``torch.cuda`` that record graphs: notes what is asked of them, in order."""
 
-    def counted(self: ReplayedGraphs, function: Any) -> Any:
-        run = replay(self, function)
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.current = "main"
+        own = inspect.signature(torch.cuda.graph.__init__)
+        patch.setattr(torch.cuda, "Stream", lambda _: self.stream("side"))
+        patch.setattr(torch.cuda, "current_stream", lambda _: self.stream(self.current))
+        patch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "current", stream.name))
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.asked.append("replay")))
+        patch.setattr(torch.cuda, "stream", self.on)
 
-        def replayed() -> None:
-            run()
-            inside[0] += 1
+        def graph(*args: Any, **kwargs: Any) -> Any:
+            given = own.bind(None, *args, **kwargs).arguments
+            assert (given["pool"], given["stream"].name, given["capture_error_mode"]) == (
+                "pool",
+                "side",
+                "thread_local",
+            )
+            return self.on(given["stream"])
 
-        return replayed
+        patch.setattr(torch.cuda, "graph", graph)
 
-    with cuda_like(), pytest.MonkeyPatch.context() as patch, counting() as counts:
-        patch.setattr(ReplayedGraphs, "capture", counted)
-        engine = engine_of("llama", on_gpu=True)
+    def stream(self, name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.asked.append(f"{name} waits for {other.name}"))
 
-        def noting(_: list[int]) -> bool:
-            asked.append((counts.launches.total(), counts.uploads.total()))
-            return False
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before  # as torch: not after an exception
 
-        requests = [GenerationRequest(random_ids(5, i), 8, FULL, Sampler(), noting) for i in range(1)]
-        assert len(drained(generate(engine, requests, 1), 1)[0]) == 1
-    launches, uploads = (b - a for a, b in zip(asked[-2], asked[-1], strict=True))
-    # What a replay asks is counted apart: embedding, states in and out, norm and head, argmax and its check.
-    assert launches <= 8
-    assert uploads <= 3
-    assert inside[0] > 3
+
+def test_what_graphs_ask_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the signatures of the installed release; that CUDA answers can only be seen on a GPU."""
+    cuda = Cuda(monkeypatch)
+    graphs = static.Graphs(torch.device("cuda", 0))
+    result = SegmentOutput(torch.zeros(1), torch.zeros(1))
+
+    def running() -> SegmentOutput:
+        cuda.asked.append(f"runs on {cuda.current}")
+        return result
+
+    assert graphs.warm_up(running) is result
+    assert cuda.asked == ["side waits for main", "runs on side", "main waits for side"]
+    cuda.asked.clear()
+    graphs.capture(running)()
+    assert cuda.asked == ["runs on side", "replay"]
+
+    def failing() -> None:
+        raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.capture(failing)
+    assert cuda.current == "main"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "mamba2", "mamba"])
+def test_graphs_of_a_gpu(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """All are captured, and replay what they captured; in float32 answers are those of block by block."""
+    captures: list[Any] = []
+    capture = static.Graphs.capture
+
+    def noting(graphs: static.Graphs, function: Callable[[], None]) -> Callable[[], None]:
+        captures.append(capture(graphs, function))
+        return captures[-1]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(static.Graphs, "capture", noting)
+    static._warn.cache_clear()
+    policy = separated_policy(tiny_model(family), policy_of("state", "recompute"), PROMPTS[0])
+    model = copy.deepcopy(tiny_model(family)).to("cuda", dtype)
+    engine, block_by_block = (Engine(make_backbone(model, max_length=256)) for _ in range(2))
+    engine.use_segments(True)
+    expected = run_generate(block_by_block, [policy] * 5, PROMPTS, 3)
+    with caplog.at_level("WARNING", logger=static.__name__):
+        found = run_generate(engine, [policy] * 5, PROMPTS, 3)
+    assert captures and passes_of(engine)["static"] > 0
+    assert [record.message for record in caplog.records] == []
+    if dtype == torch.float32:
+        assert found == expected
 
 
 def test_reasons_are_counted() -> None:
