@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 from cudalike import CudaTensor, counting, cuda_like, on_cuda
-from graph_stand_ins import ReplayedGraphs
 from helpers import random_ids, tiny_config
 from helpers_engine import FULL, run_score
+from helpers_segments import ReplayedGraphs
 from transformers import AutoModelForCausalLM
 
 from dynamax_lm_eval.backbones import make_backbone, segments
