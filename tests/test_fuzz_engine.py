@@ -84,8 +84,8 @@ def check(seed: int) -> None:
     ]
     for run, requests in ((generate, asked), (score, texts)):
         alone = [drained(run(engine, [request], 1), 1)[0][0] for request in requests]  # type: ignore[operator]
-        for share, used in itertools.product((True, False), (engine, in_segments)):
-            max_rows = rng.choice([1, 2, 4, 16]) if used is engine else max_rows
+        sizes = [rng.choice([1, 2, 4, 16]) for _ in range(2)]
+        for (share, max_rows), used in itertools.product(zip((True, False), sizes, strict=True), (engine, in_segments)):
             running = run(used, requests, max_rows, share_prefixes=share)  # type: ignore[operator, arg-type]
             results, _ = drained(running, len(requests))
             for ours, theirs in zip(results, alone, strict=True):
