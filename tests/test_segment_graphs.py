@@ -165,7 +165,7 @@ def test_what_cannot_be_replayed_runs_without_a_graph(
     if failure == "capture":
         assert len(messages) == 1 and "not permitted when stream" in messages[0]
     else:
-        assert messages and all("a replay differs by" in message for message in messages)
+        assert len(messages) == 1 and "a replay differs" in messages[0]
         assert graphs.replays == graphs.captures
 
 

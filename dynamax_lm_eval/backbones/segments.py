@@ -209,7 +209,8 @@ class _Recorded:
             self._replay = replay
         else:
             self._may_capture = False
-            _warn(f"a replay differs by {difference:g} where values reach {largest:g}")
+            _warn("a replay differs from the same operations one by one")
+            logger.debug("A replay differs by %g where values reach %g", difference, largest)
         return output
 
 

@@ -38,6 +38,8 @@ from dynamax_lm_eval.types import MambaKernels, StateMode
 #: Tokens up to which a product takes as long as its weights take to be read: the gate of those that left, which nobody
 #: needs, then costs less than reading the other weights a second time.
 _FEW = 64
+#: The linear layers of a mixer, as far as it has them.
+_PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ class _Block:
     @property
     def is_plain(self) -> bool:
         """Whether nobody has hooked, adapted or quantised any part of the block."""
-        parts = [part for part in self.mixer.module.modules() if next(part.children(), None) is None]
-        linears = [part for part in parts if "weight" in part._parameters and part._parameters["weight"].ndim == 2]
-        hooked = any(is_changed(vars(part)) for part in (self.norm, self.mixer.module, *parts))
-        return not hooked and all(map(is_plain, linears))
+        module = self.mixer.module
+        projections = [getattr(module, name) for name in _PROJECTIONS if hasattr(module, name)]
+        hooked = any(is_changed(vars(part)) for part in (self.norm, *module.modules()))
+        return not hooked and all(map(is_plain, projections))
 
 
 class MambaBackbone(DecoderBackbone):

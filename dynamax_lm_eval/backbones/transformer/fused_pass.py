@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, RowLayout
 from dynamax_lm_eval.backbones.deferring import PendingTokens
-from dynamax_lm_eval.backbones.segments import StaticCall, bucket
+from dynamax_lm_eval.backbones.segments import Places, StaticCall, bucket
 from dynamax_lm_eval.backbones.transformer import varlen
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
@@ -119,7 +119,6 @@ class FusedPass(AttentionPass):
         own = self._deferred.slots[left], self._deferred.positions[left]
         windows = tuple(dict.fromkeys(block.window for block in fused))
         singles = SingleTokens.of(starts, positions, left, *own, self._states.scratch_slot, windows)
-        caches = [self._states.caches(block, part.empty_states()) for block, part in zip(blocks, fused, strict=True)]
         # Tokens that left stand before those of their rows in flight.
         longest, row_stride, backbone = int(positions.max()) + 1, self._states.row_stride, self._blocks
         has_kernel = varlen.takes(like.device, like.dtype, fused[0].head_dim)
@@ -132,13 +131,18 @@ class FusedPass(AttentionPass):
             found = backbone.position_embeddings(positions.unsqueeze(0), like) if table is None else table.at(positions)
             return found.signed
 
+        def segment(places: Places) -> FusedSegment:
+            pairs = zip(blocks, fused, strict=True)
+            caches = [self._states.caches(block, part.empty_states()) for block, part in pairs]
+            return FusedSegment(fused, caches, places, singles, rotary, most_keys)
+
         return StaticCall(
             key=(blocks, most_keys),
             storage=table,
             num_tokens=singles.num_tokens,
             num_left=singles.num_left,
             numbers=singles.numbers,
-            make=lambda places: FusedSegment(fused, caches, places, singles, rotary, most_keys),
+            make=segment,
         )
 
     def _merge(self, active: ActiveTokens, pending: PendingTokens) -> _MergedTokens:
