@@ -130,14 +130,16 @@ def states_of(states: RowStates) -> list[Tensor]:
 
 def test_reasons_are_counted() -> None:
     """Hooks, autocast, other blocks, and processes that share them keep passes from segments, not from being right."""
-    hooked = engine_of("llama")
-    model: Any = tiny_model("llama")
-    handle = model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *_: None)
-    try:
-        run_generate(hooked, [FULL] * 2, PROMPTS[:2], 2)
-    finally:
-        handle.remove()
-    assert set(passes_of(hooked)) == {"blocks that are hooked, adapted or quantised"}
+    model, mixer = tiny_model("llama"), tiny_model("mamba2").backbone.layers[1].mixer
+    for family, part in (("llama", model.model.layers[1].self_attn.q_proj), ("mamba2", mixer.norm)):
+        hooked, calls = engine_of(family), list[int]()
+        handle = part.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        try:
+            run_generate(hooked, [FULL] * 2, PROMPTS[:2], 2)
+        finally:
+            handle.remove()
+        assert set(passes_of(hooked)) == {"blocks that are hooked, adapted or quantised"}
+        assert len(calls) == 8  # a prompt and 7 tokens of both rows
     narrow = Engine(make_backbone(model, max_length=256), autocast_dtype=torch.bfloat16)
     narrow.use_segments(True)
     run_generate(narrow, [FULL] * 2, PROMPTS[:2], 2)
@@ -149,7 +151,7 @@ def test_reasons_are_counted() -> None:
     replayed = engine_of("gpt_neox")
     run_generate(replayed, [FULL] * 2, PROMPTS[:2], 2)
     assert set(passes_of(replayed)) == {"blocks of a kind that runs one by one"}
-    for engine in (hooked, narrow, shared, replayed):
+    for engine in (narrow, shared, replayed):
         engine.use_segments(None)
         assert engine.segments is None  # on a CPU
 
