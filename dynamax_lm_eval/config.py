@@ -207,6 +207,14 @@ class DynamaxArgs:
         "how many requests may have begun, so that enough can wait: at least `batch_size`, which is above 1",
         shown="4 batches, or what half of the free memory holds",
     )
+    static_segments: bool | None = values.argument(
+        None,
+        values.flag_or_auto,
+        "where every row of a batch feeds one token, all blocks up to the next exit run in one call on tensors that "
+        "stay where they are, which a GPU replays as a CUDA graph; answers do not depend on it. `auto`: on a GPU; "
+        "`true`: on a CPU too, where the same calls run without graphs. The result file counts what ran so",
+        shown="`auto`",
+    )
     degenerate_ngram: int = values.argument(
         8,
         values.count,

@@ -104,6 +104,7 @@ class DynamaxLM(HFLM):
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
+        self._use_segments()
         if self.exits is not None and classifiers is not None:
             classifiers.narrow(self.model.dtype)
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
@@ -151,10 +152,17 @@ class DynamaxLM(HFLM):
         check_policy(self.engine, policy)
         if args.prune_profile is not None:
             pruning.check_profile(args.prune_profile, self._source.fingerprints_of(self.model))
+        is_changed = args.static_segments != self.args.static_segments
         self.args, self.policy = args, policy
+        if is_changed:
+            self._use_segments()
         self.certified, self.budget = None, BudgetRunner(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
+
+    def _use_segments(self) -> None:
+        against = "blocks that several processes share" if self.is_tensor_parallel else None
+        self.engine.use_segments(self.args.static_segments, against)
 
     def _policy_for(self, args: DynamaxArgs) -> ExitPolicy:
         exits = self.exits.config if self.exits is not None and lookup.may_use_exits(args) else None

@@ -58,6 +58,16 @@ def flag(name: str, value: Any) -> bool:
     raise UserError(f"{name} must be true or false, got {value!r}")
 
 
+def flag_or_auto(name: str, value: Any) -> bool | None:
+    """True, false or ``auto``, which is None."""
+    if value == "auto":
+        return None
+    try:
+        return flag(name, value)
+    except UserError:
+        raise UserError(f"{name} must be auto, true or false, got {value!r}") from None
+
+
 def text(what: str) -> Parser:
     """The parser of a text that is not blank; ``what`` says what it names."""
 

@@ -84,6 +84,10 @@ class Counts:
 
     launches: Counter[str] = field(default_factory=Counter)  # by operation
     shapes: list[str] = field(default_factory=list)  # operations with the shapes of their tensors, in order
+    #: Operations with all that they are called with, in order, where somebody asks for that: tensors by shape and
+    #: place in memory (``made`` where it was allocated meanwhile), anything else as it is.
+    calls: list[str] | None = None
+    made: set[int] = field(default_factory=set)  # places in memory
     #: Places in the code, each as often as it was passed.
     blocking_uploads: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)  # asynchronous
@@ -126,6 +130,10 @@ class _Device(TorchFunctionMode):
         if own and name in _READ:
             self.note("read_backs")
             return func(*tree_map(_values, args), **tree_map(_values, kwargs))
+        if name == "copy_" and isinstance(args[0], CudaTensor) and getattr(args[1], "is_pinned_here", False):
+            self.note("uploads" if kwargs.get("non_blocking") else "blocking_uploads")
+            args[0].values.copy_(args[1])
+            return args[0]
         if own and name == "numpy":
             raise TypeError("can't convert cuda:0 device type tensor to numpy: copy it to the host first")
         if own:
@@ -229,7 +237,26 @@ class _Operations(TorchDispatchMode):
             if any(tensor.numel() for tensor in tree_leaves(results) if isinstance(tensor, Tensor)):
                 counts.launches[name] += _KERNELS.get(name, 1)
                 counts.shapes.append(f"{name} {[tuple(tensor.shape) for tensor in tensors]}")
+        if self._device.counts is not None:
+            _note_call(self._device.counts, name, (args, kwargs), results)
         return results
+
+
+def _note_call(counts: Counts, name: str, given: Any, results: Any) -> None:
+    if counts.calls is None:
+        return
+    counts.calls.append(f"{name} {[_described(leaf, counts.made) for leaf in tree_leaves(given)]}")
+    known = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    found = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(results) if isinstance(leaf, Tensor)}
+    counts.made |= found - known
+
+
+def _described(value: Any, made: set[int]) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    place = value.untyped_storage().data_ptr()
+    where = "made" if place in made else f"{place:x}"
+    return f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.storage_offset()} {where}"
 
 
 def attend_runs(
@@ -329,10 +356,10 @@ def _leave() -> None:
 
 
 @contextmanager
-def counting() -> Iterator[Counts]:
-    """Counts what the device is asked within; only inside of :func:`cuda_like`."""
+def counting(calls: bool = False) -> Iterator[Counts]:
+    """Counts what the device is asked within; only inside of :func:`cuda_like`. ``calls``: keeps ``Counts.calls``."""
     assert _device is not None
-    before, _device.counts = _device.counts, Counts()
+    before, _device.counts = _device.counts, Counts(calls=[] if calls else None)
     try:
         yield _device.counts
     finally:

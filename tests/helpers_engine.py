@@ -180,3 +180,13 @@ class KernelsOnCpu(ScanKernels):
 
     def can_run(self, inputs: torch.Tensor) -> bool:
         return not inputs.requires_grad
+
+
+def reference_of_all(family: str, policy: ExitPolicy) -> tuple[ExitPolicy, list[Any]]:
+    """The policy at thresholds where none of ``PROMPTS`` decides within rounding, and what the reference makes."""
+    model = tiny_model(family)
+    for candidate in separated_policies(model, policy, PROMPTS[0], classifiers=CLASSIFIERS):
+        expected = [reference_generate(model, candidate, prompt, NEW_TOKENS, CLASSIFIERS) for prompt in PROMPTS]
+        if is_separated(*(row for _, row in expected)):
+            return candidate, expected
+    pytest.fail("every threshold is next to a confidence")

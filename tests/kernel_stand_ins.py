@@ -29,11 +29,12 @@ def _state_update(
     dt_softplus: bool,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    lines = torch.arange(len(state)) if state_batch_indices is None else state_batch_indices.long()
+    lines = torch.arange(len(state), device=state.device) if state_batch_indices is None else state_batch_indices.long()
     steps = dt.float() + dt_bias
     steps = (F.softplus(steps) if dt_softplus else steps).unsqueeze(-1)
     if state.ndim == 4:
-        b, c = (values.repeat_interleave(state.shape[1] // b.shape[1], 1).unsqueeze(2) for values in (b, c))
+        heads = state.shape[1] // b.shape[1]  # that share B and C
+        b, c = (values[:, :, None].expand(-1, -1, heads, -1).flatten(1, 2).unsqueeze(2) for values in (b, c))
     else:
         b, c = b.unsqueeze(1), c.unsqueeze(1)
     state[lines] = after = (steps * decay).exp() * state[lines] + steps * x.unsqueeze(-1) * b
@@ -58,7 +59,7 @@ def _chunk_scan(
         spans, states = [(row, 0, x.shape[1]) for row in range(len(x))], initial_states.clone()
     else:
         spans = [(0, start, end) for start, end in itertools.pairwise(cu_seqlens.tolist())]
-        states = torch.zeros(len(spans), *x.shape[2:], b.shape[-1])
+        states = torch.zeros(len(spans), *x.shape[2:], b.shape[-1], device=x.device)
     output = torch.empty_like(x)
     for number, (row, start, end) in enumerate(spans):
         for t in range(start, end):
@@ -97,7 +98,7 @@ def _conv_update(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor, activation: str, conv_state_indices: Tensor | None
 ) -> Tensor:
     assert activation == "silu" and state.dtype == x.dtype
-    lines = torch.arange(len(state)) if conv_state_indices is None else conv_state_indices.long()
+    lines = torch.arange(len(state), device=state.device) if conv_state_indices is None else conv_state_indices.long()
     seen = torch.cat([state[lines], x.unsqueeze(-1)], dim=-1)
     state[lines] = seen[:, :, 1:]
     return F.silu((seen * weight).sum(-1) + bias).to(x.dtype)

@@ -46,6 +46,9 @@ def parse(**args: Any) -> Any:
         ("final_block", "true", True),
         ("final_block", False, False),
         ("preset", "paper", "paper"),
+        ("static_segments", "auto", None),
+        ("static_segments", True, True),
+        ("static_segments", "false", False),
     ],
 )
 def test_accepted(name: str, value: Any, expected: Any) -> None:
@@ -80,6 +83,7 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
             "attn_implementation='flash_attention_2' cannot be honoured",
         ),
         ({"parallelize": "perhaps"}, "parallelize must be true or false"),
+        ({"static_segments": "always"}, "static_segments must be auto, true or false, got 'always'"),
         ({"torch_dtype": "float16"}, "write dtype= instead"),
         ({"backend": "seq2seq"}, "needs a decoder-only"),
         ({"pretrained": "y"}, "name different models"),

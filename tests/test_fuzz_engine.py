@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -65,6 +66,8 @@ def check(seed: int) -> None:
     family = rng.choice(FAMILIES)
     model = tiny_model(family, torch.float64)
     engine = Engine(make_backbone(model, max_length=256), CLASSIFIERS)
+    in_segments = Engine(engine.backbone, CLASSIFIERS)
+    in_segments.use_segments(True)
     policies = [random_policy(rng, family, rng.choice([None, "all"])) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
     prompts = random_prompts(rng, rng.choice([1, 2, 9, 9]))
     followed = [rng.choice(policies) for _ in prompts]
@@ -81,8 +84,9 @@ def check(seed: int) -> None:
     ]
     for run, requests in ((generate, asked), (score, texts)):
         alone = [drained(run(engine, [request], 1), 1)[0][0] for request in requests]  # type: ignore[operator]
-        for share in (True, False):
-            running = run(engine, requests, rng.choice([1, 2, 4, 16]), share_prefixes=share)  # type: ignore[operator, arg-type]
+        sizes = [rng.choice([1, 2, 4, 16]) for _ in range(2)]
+        for (share, max_rows), used in itertools.product(zip((True, False), sizes, strict=True), (engine, in_segments)):
+            running = run(used, requests, max_rows, share_prefixes=share)  # type: ignore[operator, arg-type]
             results, _ = drained(running, len(requests))
             for ours, theirs in zip(results, alone, strict=True):
                 assert ours.trace == theirs.trace, (seed, family, share)

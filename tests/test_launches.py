@@ -6,6 +6,7 @@ than 4 do, per block; the numbers are those of ``docs/performance.md``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -14,9 +15,10 @@ import torch
 from cudalike import CudaTensor, counting, cuda_like, on_cuda
 from helpers import random_ids, tiny_config
 from helpers_engine import FULL, run_score
+from helpers_segments import ReplayedGraphs
 from transformers import AutoModelForCausalLM
 
-from dynamax_lm_eval.backbones import make_backbone
+from dynamax_lm_eval.backbones import make_backbone, segments
 from dynamax_lm_eval.backbones.transformer import varlen
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
@@ -29,9 +31,9 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: Most operations of a block; Qwen3 normalises queries and keys too.
 OF_A_BLOCK = {"llama": 18, "mistral": 18, "qwen2": 18, "qwen3": 21}
-PROMPT, NEW_TOKENS = 7, 8
-#: The steps that are counted: two, because rows that leave in one stay in the next.
-STEPS = (4, 5)
+PROMPT, NEW_TOKENS = 7, 10
+#: The steps that are counted: two, because rows that leave in one stay in the next; graphs were captured before them.
+STEPS = (6, 7)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Step:
 class Decoding:
     """Rows of equal length that decode together, and what each of their steps asked."""
 
-    def __init__(self, family: str, num_layers: int, num_rows: int, exits: str, leave: bool) -> None:
+    def __init__(
+        self, family: str, num_layers: int, num_rows: int, exits: str, leave: bool, static: bool = False
+    ) -> None:
         """
         Args:
             family: of the model.
@@ -55,6 +59,7 @@ class Decoding:
             num_rows: rows in flight.
             exits: a confidence or a kind of classifier at L / 2 and L - 1; or "none".
             leave: every second row leaves at the first exit, the others in the next step.
+            static: blocks run in segments, and what graphs replay is not counted.
         """
         self._leave = leave
         self._first_exit = num_layers // 2
@@ -77,12 +82,16 @@ class Decoding:
             if on_device is not None:
                 on_device.narrow(torch.bfloat16)
             engine = Engine(make_backbone(on_cuda(model), max_length=64), on_device)
+            if static:
+                patch.setattr(segments, "Graphs", ReplayedGraphs)
+                engine.use_segments(None)
             with counting() as self._counts:
                 requests = [
                     GenerationRequest(random_ids(PROMPT, i), NEW_TOKENS, policy, Sampler(), self._noting(i == 0))
                     for i in range(num_rows)
                 ]
                 generate_all(engine, requests, num_rows)
+            self.passes = Counter[str]() if engine.segments is None else engine.segments.passes
         varlen.is_available.cache_clear()
 
     def _noting(self, notes: bool) -> Callable[[list[int]], bool]:
@@ -149,6 +158,33 @@ def test_a_step_asks_no_more_than_this(family: str, case: tuple[str, int, bool])
     assert few.uploads == many.uploads <= most_uploads
     assert few.blocking_uploads == many.blocking_uploads == 0
     assert few.read_backs == many.read_backs <= (1 if exits == "none" else 3)
+
+
+#: Most operations of a step, most copies to the device, and most values read back, where graphs replay the blocks.
+OUTSIDE = {
+    ("none", 1, False): (9, 2, 1),
+    ("none", 16, False): (9, 2, 1),
+    ("state", 16, False): (13, 2, 3),
+    ("calm", 16, False): (23, 2, 3),
+    ("ffn", 16, False): (31, 2, 3),
+    ("state", 1, True): (12.5, 3, 2.5),
+    ("state", 16, True): (25, 9, 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_asks_no_more_than_this_outside_of_its_graphs(case: tuple[str, int, bool]) -> None:
+    """Besides one replay for each run of blocks between two exits."""
+    exits, num_rows, leave = case
+    few, many = (Decoding("mistral", depth, num_rows, exits, leave, static=True) for depth in (4, 8))
+    assert set(few.passes) == set(many.passes) == {"static"}
+    step = many.step
+    assert few.step == step  # whatever the depth
+    most_launches, most_uploads, most_read_backs = OUTSIDE[case]
+    assert step.launches <= most_launches
+    assert step.uploads <= most_uploads
+    assert step.read_backs <= most_read_backs
+    assert step.blocking_uploads == 0
 
 
 @pytest.mark.parametrize("exits", ["none", "calm"])

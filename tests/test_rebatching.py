@@ -14,12 +14,10 @@ from helpers_engine import (
     PROMPTS,
     classifier_policy,
     drained,
-    is_separated,
+    reference_of_all,
     run_generate,
-    separated_policies,
     separated_policy,
 )
-from reference import reference_generate
 from torch import nn
 
 from dynamax_lm_eval.backbones import make_backbone
@@ -48,16 +46,6 @@ def engine_of(family: str) -> Engine:
     return Engine(make_backbone(tiny_model(family), max_length=256), CLASSIFIERS)
 
 
-def reference(family: str, policy: ExitPolicy) -> tuple[ExitPolicy, list[Any]]:
-    """The policy at thresholds where none of the prompts decides within rounding, and what the reference makes."""
-    model = tiny_model(family)
-    for candidate in separated_policies(model, policy, PROMPTS[0], classifiers=CLASSIFIERS):
-        expected = [reference_generate(model, candidate, prompt, NEW_TOKENS, CLASSIFIERS) for prompt in PROMPTS]
-        if is_separated(*(row for _, row in expected)):
-            return candidate, expected
-    pytest.fail("every threshold is next to a confidence")
-
-
 @pytest.mark.parametrize("final_block", [False, True])
 @pytest.mark.parametrize("confidence", ["state", "softmax", "mamba", "calm"])
 @pytest.mark.parametrize(("family", "mode"), CASES)
@@ -66,7 +54,7 @@ def test_answers_are_those_of_the_reference(family: str, mode: Any, confidence: 
         policy = ExitPolicy(LAYERS, (2, 3, 5), (0.5,) * 3, confidence=confidence, state_mode=mode)  # type: ignore[arg-type]
     else:
         policy = classifier_policy(confidence, state_mode=mode)
-    policy, expected = reference(family, policy.__class__(**{**vars(policy), "final_block": final_block}))
+    policy, expected = reference_of_all(family, policy.__class__(**{**vars(policy), "final_block": final_block}))
     for max_rows, rows_in_flight in ((2, 3), (2, 5), (3, 5)):
         results = run_generate(engine_of(family), [policy] * len(PROMPTS), PROMPTS, max_rows, rows_in_flight)
         for (tokens, row), result in zip(expected, results, strict=True):

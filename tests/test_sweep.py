@@ -38,13 +38,16 @@ FULL = DynamaxArgs(backbone="b", threshold=(1.0,))
 
 
 def test_points_are_what_direct_runs_give(model_folder: Path, exits_folder: Path, tmp_path: Path) -> None:
-    shared = f"exits={exits_folder},repetition_penalty=1.2"
+    shared = f"exits={exits_folder},repetition_penalty=1.2,static_segments=true"
     options = sweep_options(
         model_folder, tmp_path, confidences="calm,mamba,state", model_args=shared, thresholds="0.4", limit=4
     )
     command.sweep(options)
     swept = results_of(tmp_path)
     assert len(swept) == 1 + 3 * 2 + 1
+    first = finished_points(tmp_path)[0]
+    settings = json.loads((first["folder"] / first["results"]).read_text())["config"]["dynamax"]
+    assert settings["static_segments"]["static"] > 0  # direct runs go block by block
     common: dict[str, Any] = {"exits": str(exits_folder), "repetition_penalty": 1.2, "batch_size": 2, "device": "cpu"}
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     for name, arguments in {

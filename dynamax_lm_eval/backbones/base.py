@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.learned import StateMaps, StateProjection
+from dynamax_lm_eval.backbones.segments import SegmentOutput, StaticSegments
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.placement import Place, moved
@@ -33,6 +34,10 @@ BoolArray = npt.NDArray[np.bool_]
 
 #: Logits held at once, in elements (tokens * V): 128 MiB in float32.
 LOGITS_AT_ONCE = 2**25
+
+
+#: Why blocks do not run in segments that have no form for it.
+ONE_BY_ONE = "blocks of a kind that runs one by one"
 
 
 def on_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -91,6 +96,13 @@ def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_l
 
 class States(ABC):
     """The states that blocks keep of the tokens seen so far, for several rows."""
+
+    #: What runs several blocks in one call on these states; None: nothing does.
+    segments: StaticSegments | None = None
+
+    def use_segments(self, segments: StaticSegments) -> None:
+        """Lets passes run several blocks in one call; before any row is allocated."""
+        self.segments = segments
 
     @abstractmethod
     def allocate_row(self, capacity: int) -> int | None:
@@ -184,6 +196,17 @@ class ForwardPass(ABC):
         Only where ``state_mode=learned`` can be had.
         """
         raise NotImplementedError
+
+    def run_segment(self, first: int, last: int, tokens: IntArray, hidden: Tensor) -> SegmentOutput | str:
+        """Runs the blocks from ``first`` to ``last`` on the tokens in flight, each of which is alone in its row.
+
+        Rows that prune a block do not run it. Only where the states have segments and some are not deferred.
+
+        Returns:
+            what :meth:`run_block` would make of the tokens; or why this pass cannot, in a few words, in which case
+            nothing was done.
+        """
+        return ONE_BY_ONE
 
     @abstractmethod
     def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import (
+    ONE_BY_ONE,
     Backbone,
     BoolArray,
     ForwardPass,
@@ -27,6 +28,7 @@ from dynamax_lm_eval.backbones.base import (
     together_on_device,
 )
 from dynamax_lm_eval.backbones.learned import MappedProject, Project, StateMaps
+from dynamax_lm_eval.backbones.segments import MOST_PLACES, SegmentOutput, StaticCall, StaticSegments
 from dynamax_lm_eval.models.placement import moved
 
 
@@ -168,10 +170,18 @@ class PendingTokens:
 class DeferringPass(ForwardPass):
     """One pass of a flat batch, some of whose tokens leave their states for later."""
 
-    def __init__(self, backbone: Backbone, layout: RowLayout, deferred: DeferredTokens, materialize_all: bool) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        layout: RowLayout,
+        deferred: DeferredTokens,
+        segments: StaticSegments | None,
+        materialize_all: bool,
+    ) -> None:
         self._backbone = backbone
         self._layout = layout
         self._deferred = deferred
+        self._segments = segments
         self._materialize_all = materialize_all
         self._slots = np.asarray(layout.slots, dtype=np.int64)
         self._ids: Tensor | None = None
@@ -251,13 +261,78 @@ class DeferringPass(ForwardPass):
             deferred.drop_complete(self._backbone.num_layers)
         return pending, None if given.all() else np.flatnonzero(given)
 
-    def _find_pending(self, block: int, in_flight: IntArray, passed: int, device: torch.device) -> PendingTokens:
-        """Returns the deferred tokens that ``block`` has no states of: those of the rows in flight, or of all rows."""
+    def run_segment(self, first: int, last: int, tokens: IntArray, hidden: Tensor) -> SegmentOutput | str:
+        assert self._segments is not None and not self._materialize_all
+        if len(tokens) == 0:
+            return SegmentOutput(hidden, hidden)
+        runs = self._layout.runs_block[self._layout.row_of[tokens], first : last + 1]
+        if (runs != runs[0]).any():
+            return "rows that prune different blocks"
+        blocks = tuple((first + np.flatnonzero(runs[0])).tolist())
+        if not blocks:
+            return SegmentOutput(hidden, hidden)
+        if (reason := self._segments.reason_against(blocks, self._reason_against)) is not None:
+            return reason
+        left, rows = self._lacking(blocks[0], tokens)
+        given, still_given = (self._layout.is_given_states(block, rows) for block in (blocks[0], blocks[-1]))
+        assert (given == still_given).all(), "a final block has a segment of its own"
+        left, rows = left[given], rows[given]
+        if self._deferred.learned_from[left].any():
+            return "learned states"
+        call = self._static_call(blocks, tokens, left, rows, hidden)
+        if isinstance(call, str):
+            return call
+        if call.num_tokens + call.num_left > MOST_PLACES:
+            return f"more than {MOST_PLACES} tokens"
+        before, hidden_after = self._segments.run(call, hidden, self._deferred.hidden)
+        if len(left):
+            is_complete = self._last_given[rows] <= blocks[-1]
+            self._deferred.done[left] = np.where(is_complete, self._backbone.num_layers, blocks[-1])
+            self._deferred.drop_complete(self._backbone.num_layers)
+        # The last block may be one that all prune.
+        return SegmentOutput(before if blocks[-1] == last else hidden_after, hidden_after)
+
+    def _reason_against(self, blocks: tuple[int, ...]) -> str | None:
+        """Returns why blocks cannot run in a segment, whatever the pass; None where they can."""
+        places = [self._backbone.places[block - 1] for block in blocks]
+        if len({place.device for place in self._backbone.places}) > 1 or any(place.is_offloaded for place in places):
+            return "blocks on several devices, or whose weights are elsewhere"
+        return self._reason_against_blocks(blocks)
+
+    def _reason_against_blocks(self, blocks: tuple[int, ...]) -> str | None:
+        """Returns what of the blocks themselves is against it, for :meth:`_reason_against`."""
+        return ONE_BY_ONE
+
+    def _static_call(
+        self, blocks: tuple[int, ...], tokens: IntArray, left: IntArray, rows: IntArray, like: Tensor
+    ) -> StaticCall | str:
+        """Returns what a segment of ``blocks`` is run with, or why it cannot.
+
+        Args:
+            blocks: those that run.
+            tokens: (n,) in flight, each alone in its row.
+            left: (m,) the deferred tokens whose states the blocks are given.
+            rows: (m,) of these in the pass.
+            like: a tensor as the hidden states of the tokens in flight.
+        """
+        raise NotImplementedError
+
+    def _lacking(self, block: int, in_flight: IntArray) -> tuple[IntArray, IntArray]:
+        """Returns the deferred tokens (m,) that ``block`` has no states of, and their rows (m,) in the pass.
+
+        Those of the rows in flight, or of all rows.
+        """
         deferred = self._deferred
         rows = np.arange(len(self._slots)) if self._materialize_all else np.unique(self._layout.row_of[in_flight])
         row_at = {int(self._slots[row]): int(row) for row in rows}
         row_of = np.asarray([row_at.get(slot, -1) for slot in deferred.slots.tolist()], dtype=np.int64)
         tokens = np.flatnonzero((row_of >= 0) & (deferred.done < block))
+        return tokens, row_of[tokens]
+
+    def _find_pending(self, block: int, in_flight: IntArray, passed: int, device: torch.device) -> PendingTokens:
+        """Returns the deferred tokens that ``block`` has no states of, as :meth:`_lacking` does."""
+        deferred = self._deferred
+        tokens, rows = self._lacking(block, in_flight)
         hidden, arguments, places = None, None, list[Tensor]()
         if len(tokens) and deferred.hidden is not None:
             chosen, *places = together_on_device([tokens, *self._places_of(tokens)], device)
@@ -269,7 +344,7 @@ class DeferringPass(ForwardPass):
             version=deferred.version,
             device=device,
             tokens=tokens,
-            rows=row_of[tokens],
+            rows=rows,
             positions=deferred.positions[tokens],
             origins=Origins.of(deferred.learned_from[tokens], device),
             hidden=hidden,

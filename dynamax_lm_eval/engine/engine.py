@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, States, on_device
+from dynamax_lm_eval.backbones.segments import SegmentUse, StaticSegments
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.engine.decisions import ExitDecisions, LogitsCollector
+from dynamax_lm_eval.engine.running import BlockRunner, SegmentRunner
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -108,6 +110,20 @@ class Engine:
         self._autocast_dtype = autocast_dtype
         #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
+        #: How passes in which every row has one token run in segments; None: their blocks run one by one.
+        self.segments: SegmentUse | None = None
+
+    def use_segments(self, choice: bool | None, against: str | None = None) -> None:
+        """Lets passes in which every row has one token run all blocks up to an exit in one call, and counts them anew.
+
+        Args:
+            choice: whether they do; None: on a GPU whose kernels can.
+            against: why none does all the same, in a few words.
+        """
+        is_used = self.backbone.device.type == "cuda" if choice is None else choice
+        if self._autocast_dtype is not None:
+            against = "autocast"
+        self.segments = SegmentUse(everywhere=choice is True, against=against) if is_used else None
 
     def autocast(self) -> torch.autocast:
         """Returns the autocast context that blocks run in."""
@@ -117,7 +133,10 @@ class Engine:
     def new_states(self, capacity: int, prefix_capacity: int = 0, row_stride: int | None = None) -> RowStates:
         """Makes states of the backbone, as :meth:`Backbone.new_states` does, and of the classifiers."""
         classifiers = ClassifierStates(self.classifiers, self.backbone.mamba_kernels)
-        return RowStates(self.backbone.new_states(capacity, prefix_capacity, row_stride), classifiers)
+        states = self.backbone.new_states(capacity, prefix_capacity, row_stride)
+        if self.segments is not None:
+            states.use_segments(StaticSegments(self.segments))
+        return RowStates(states, classifiers)
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
@@ -192,14 +211,14 @@ class Engine:
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
             returning = WaitingTokens()
-            for block in range(first + 1, backbone.num_layers + 1):
+            runner = self._runner(run, batch, states, materialize_all)
+            for block in runner.stops_after(first):
                 if len(tokens) == 0 and not run.has_pending_states and not returning:
                     break
                 if block == backbone.num_layers and returning:
                     returning.add(tokens, hidden)
                     tokens, hidden = returning.in_order()
-                before = hidden
-                hidden = _run_block(run, batch, block, tokens, hidden)
+                before, hidden = runner.run_to(block, tokens, hidden)
                 leaves = decisions.leaving(block, tokens, before, hidden)
                 if leaves is not None and leaves.any():
                     exiting, staying = np.flatnonzero(leaves), np.flatnonzero(~leaves)
@@ -212,29 +231,20 @@ class Engine:
                     held = HeldTokens(block, tokens, hidden)
                     layer_of[tokens] = block
                     tokens, hidden = tokens[:0], hidden[:, :0]
+            runner.count()
             if holds is not None:
                 return PassResult(layer_of, held, decisions.unread(tokens, hidden))
             decisions.read_out(tokens, hidden)
         return PassResult(layer_of, held, None)
+
+    def _runner(self, run: ForwardPass, batch: FlatBatch, states: RowStates, materialize_all: bool) -> BlockRunner:
+        """Returns what runs the blocks of a pass."""
+        if self.segments is None or states.backbone.segments is None or materialize_all:
+            return BlockRunner(run, batch)
+        return SegmentRunner(run, batch, self.segments)
 
     @torch.inference_mode()
     def read_out(self, hidden: Tensor) -> Tensor:
         """Returns the logits (u, V) of hidden states (1, u, D) that a pass left unread."""
         with self.autocast(), self.backbone.running():
             return self.backbone.readout(hidden[0])
-
-
-def _run_block(run: ForwardPass, batch: FlatBatch, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
-    """Runs a block on the tokens whose rows do not prune it; the others pass by unchanged."""
-    runs = batch.layout.runs_block[:, block]
-    if runs.all():
-        return run.run_block(block, tokens, hidden)
-    indices = np.flatnonzero(runs[batch.layout.row_of[tokens]])
-    if len(indices) == 0:
-        if runs.any():
-            run.run_block(block, tokens[:0], hidden[:, :0])
-        return hidden
-    output = hidden.clone()
-    block_output = run.run_block(block, tokens[indices], select(hidden, indices))
-    output[:, on_device(indices, hidden.device)] = block_output
-    return output

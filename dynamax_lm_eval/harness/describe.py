@@ -39,6 +39,7 @@ def identity(lm: Any) -> dict[str, Any]:
 def run_settings(lm: Any) -> dict[str, Any]:
     """Returns the section ``config.dynamax`` of a result file."""
     backbone, exits = lm.engine.backbone, lm.exits
+    segments = lm.engine.segments
     policy = lm.policy.describe()
     if lm.budget.has_budget:
         policy["thresholds"] = None  # they are in the budget's trajectory
@@ -61,6 +62,7 @@ def run_settings(lm: Any) -> dict[str, Any]:
         "repetition_penalty": lm.args.repetition_penalty,
         "runs_as": backbone.rung,
         "runs_as_note": SLOW_RUNGS.get(backbone.rung),
+        "static_segments": dict(segments.passes) if segments is not None else None,
         "cost_source": backbone.cost.source,
         "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
     }

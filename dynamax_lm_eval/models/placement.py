@@ -55,6 +55,11 @@ class Place:
         self.device = execution_device(module)
         self._offloaded = [(part, vars(part)["forward"]) for part in module.modules() if has_offloaded_params(part)]
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some weights are elsewhere until the module runs."""
+        return bool(self._offloaded)
+
     def weights(self) -> AbstractContextManager[None]:
         """Returns the context in which the module's weights are on its device; its parts do not load them again."""
         return self._loaded() if self._offloaded else nullcontext()

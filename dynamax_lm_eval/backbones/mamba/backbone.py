@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +22,15 @@ from dynamax_lm_eval.backbones.base import IntArray, KeptInRows, RowLayout, Stat
 from dynamax_lm_eval.backbones.decoder import DecoderBackbone
 from dynamax_lm_eval.backbones.deferring import DeferredTokens, DeferringPass
 from dynamax_lm_eval.backbones.learned import MappedProject, StateProjection
+from dynamax_lm_eval.backbones.linear import is_changed, is_plain
 from dynamax_lm_eval.backbones.mamba import kernels, norms
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.segments import MOST_LEFT, Advance, MambaSegment, StepsOfRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line
+from dynamax_lm_eval.backbones.segments import StaticCall, StaticSegments
 from dynamax_lm_eval.compute.cost import BackboneCost
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models.loading import copy_is_impossible
@@ -35,6 +39,8 @@ from dynamax_lm_eval.types import MambaKernels, StateMode
 #: Tokens up to which a product takes as long as its weights take to be read: the gate of those that left, which nobody
 #: needs, then costs less than reading the other weights a second time.
 _FEW = 64
+#: The linear layers of a mixer, as far as it has them.
+_PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,23 @@ class _Block:
     def residual(self, hidden: Tensor) -> Tensor:
         """Returns what the mixer's output is added to."""
         return hidden.float() if self.residual_in_fp32 else hidden
+
+    def run(self, hidden: Tensor, left: Tensor | None, advance: Advance, mapped: MappedProject | None = None) -> Tensor:
+        """Returns the block's output (1, n, D) for tokens in flight (1, n, D), while those that left (m, D) move on.
+
+        ``mapped``: as for :meth:`project`.
+        """
+        gate, update = self.project(hidden[0], left, mapped)
+        read = advance(self.mixer, update)
+        return hidden if gate is None else self.residual(hidden) + self.mixer.output(read, gate)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nobody has hooked, adapted or quantised any part of the block."""
+        module = self.mixer.module
+        projections = [getattr(module, name) for name in _PROJECTIONS if hasattr(module, name)]
+        hooked = any(is_changed(vars(part)) for part in (self.norm, *module.modules()))
+        return not hooked and all(map(is_plain, projections))
 
 
 class MambaBackbone(DecoderBackbone):
@@ -159,6 +182,12 @@ class MambaStates(KeptInRows):
         ]
         self._free: list[int] = []
         self._num_lines = 0
+        #: A line of no row, where there is one.
+        self.scratch_line = -1
+
+    def use_segments(self, segments: StaticSegments) -> None:
+        super().use_segments(segments)
+        self.scratch_line, self._num_lines = self._num_lines, self._num_lines + 1
 
     def allocate_row(self, capacity: int) -> int | None:
         """Returns a line, which is the same in every table; states do not grow with the row, so there always is one."""
@@ -192,7 +221,7 @@ class MambaPass(DeferringPass):
     _backbone: MambaBackbone
 
     def __init__(self, backbone: MambaBackbone, states: MambaStates, layout: RowLayout, materialize_all: bool) -> None:
-        super().__init__(backbone, layout, states.deferred, materialize_all)
+        super().__init__(backbone, layout, states.deferred, states.segments, materialize_all)
         self._states = states
         self._plan: RecurrentPlan | None = None
         self._is_new = new_rows(layout)
@@ -221,9 +250,33 @@ class MambaPass(DeferringPass):
         plan = self._plan = RecurrentPlan.of(
             tokens, left, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan
         )
-        described = self._backbone.blocks[block - 1]
-        gate, update = described.project(hidden[0], left_hidden, mapped)
-        read = plan.advance(described.mixer, self._states.table(block), update)
-        if gate is None:
-            return hidden
-        return described.residual(hidden) + described.mixer.output(plan.of_tokens_in_flight(read), gate)
+        table = self._states.table(block)
+
+        def advance(mixer: Mixer, update: Tensor) -> Tensor:
+            return plan.of_tokens_in_flight(plan.advance(mixer, table, update))
+
+        return self._backbone.blocks[block - 1].run(hidden, left_hidden, advance, mapped)
+
+    def _reason_against_blocks(self, blocks: tuple[int, ...]) -> str | None:
+        if all(self._backbone.blocks[block - 1].is_plain for block in blocks):
+            return None
+        return "blocks that are hooked, adapted or quantised"
+
+    def _static_call(
+        self, blocks: tuple[int, ...], tokens: IntArray, left: IntArray, rows: IntArray, like: Tensor
+    ) -> StaticCall | str:
+        in_flight = self._layout.row_of[tokens]
+        columns, positions = np.searchsorted(in_flight, rows), self._deferred.positions[left]
+        steps = StepsOfRows.of(self._slots[in_flight], left, columns, positions, self._states.scratch_line)
+        if steps.most_left > MOST_LEFT:
+            return f"rows of which more than {MOST_LEFT} tokens left"
+        tables = [self._states.table(block) for block in blocks]
+        described = [self._backbone.blocks[block - 1].run for block in blocks]
+        return StaticCall(
+            key=blocks,
+            storage=tuple(table.num_lines for table in tables),
+            num_tokens=steps.num_tokens,
+            num_left=steps.num_left,
+            numbers=steps.numbers,
+            make=lambda places: MambaSegment(described, tables, places, steps),
+        )

@@ -9,7 +9,6 @@ T tokens of R rows, T' of them in the order of groups with their padding, K conv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -21,13 +20,21 @@ from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 class KernelRows:
     """The rows of a pass and the lines of a table in which their states stand."""
 
-    def __init__(self, rows: RaggedRows, numbers: IntArray, lines: slice | Tensor, is_new: BoolArray) -> None:
+    def __init__(
+        self,
+        rows: RaggedRows,
+        numbers: IntArray,
+        lines: slice | Tensor,
+        is_new: BoolArray,
+        indices: Tensor | None = None,
+    ) -> None:
         """
         Args:
             rows: the rows' tokens.
             numbers: (R,) their lines.
             lines: the same, as of :func:`state_cache.lines_of`.
             is_new: (R,) whose lines are those of a row that has seen nothing.
+            indices: (R,) the lines in int32, where they are on the device already.
         """
         self.rows = rows
         self.lines = lines
@@ -35,11 +42,14 @@ class KernelRows:
         self._numbers = numbers
         self._is_new = is_new
         self._groups: dict[tuple[int, int, bool], Groups] = {}
+        self._indices = indices
 
-    @cached_property
+    @property
     def indices(self) -> Tensor:
         """The rows' lines, (R,) int32."""
-        return on_device(self._numbers.astype(np.int32), self.rows.device)
+        if self._indices is None:
+            self._indices = on_device(self._numbers.astype(np.int32), self.rows.device)
+        return self._indices
 
     def in_place(self, table: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns a table, and the rows' lines of it in int32; None where these are what is returned, in order."""

@@ -34,13 +34,18 @@ class StateTable:
         """Gives a line what another holds, which is nothing where none has run."""
         copy_line([self], source, line)
 
+    @property
+    def num_lines(self) -> int:
+        """How many lines the table has; it lies in other memory where that has changed."""
+        return 0 if self._state is None else len(self._state.conv)
+
     def has(self, line: int) -> bool:
         """Returns whether the table has a line."""
-        return self._state is not None and line < len(self._state.conv)
+        return line < self.num_lines
 
     def reserve(self, num_lines: int) -> None:
         """Grows the table to at least ``num_lines`` lines."""
-        current = 0 if self._state is None else len(self._state.conv)
+        current = self.num_lines
         if current >= num_lines:
             return
         more = self._make(max(num_lines, 2 * current) - current, self._device)

@@ -253,7 +253,7 @@ def ragged_attention(
     attention_mask: Any,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    plan: AttentionPlan | None = None,
+    plan: AttentionPlan | varlen.SingleQueries | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -290,6 +290,8 @@ def ragged_attention(
             raise TypeError(f"{type(module).__name__} attends with {name}, which is not computed here")
     if key.ndim == 4:
         key, value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if isinstance(plan, varlen.SingleQueries):
+        return plan.attend(visibility, query, key, value, scaling), None
     scores = Scores(scaling, softcap, s_aux if s_aux is not None else sinks)
     if scores.are_plain and varlen.can_run(query, key, value) and (runs := plan.runs(visibility)) is not None:
         return runs.attend(query[0].transpose(0, 1), key, value, scaling).unsqueeze(0), None

@@ -26,7 +26,7 @@ class AttentionPass(DeferringPass):
     """One pass of a flat batch: positions, arguments and cache slots are computed once for all blocks."""
 
     def __init__(self, backbone: Backbone, states: AttentionStates, layout: RowLayout, materialize_all: bool) -> None:
-        super().__init__(backbone, layout, states.deferred, materialize_all)
+        super().__init__(backbone, layout, states.deferred, states.segments, materialize_all)
         self._states = states
         self._starts = self._slots[layout.row_of]  # (N,)
         self._kv_slots = self._starts + layout.positions  # (N,)

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.learned import MappedProject
-from dynamax_lm_eval.backbones.linear import StackedLinear, add_product, is_changed, linear
+from dynamax_lm_eval.backbones.linear import StackedLinear, add_product, is_changed, is_plain, linear
 from dynamax_lm_eval.backbones.transformer.attention import AttentionPlan, ragged_attention
+from dynamax_lm_eval.backbones.transformer.varlen import SingleQueries
 from dynamax_lm_eval.errors import UserError
 
 #: Families whose blocks are these, and whether attention windows are the configuration's (else the module's, if any).
@@ -81,6 +82,18 @@ class FusedLlamaBlock:
         """Whether nobody has hooked or replaced the modules that this block does not call."""
         return not any(is_changed(part) for part in self._bypassed)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nobody has hooked, adapted or quantised any part of the block."""
+        linears = (*self._projections, self._output, self._gate, self._up, self._down)
+        norms = map(vars, self._head_norms or ())
+        return self.may_replace and all(map(is_plain, linears)) and not any(map(is_changed, norms))
+
+    def empty_states(self) -> tuple[Tensor, Tensor]:
+        """Returns K and V of no tokens, (0, H_kv, P) each, as the block would write them outside of autocast."""
+        key, value = (self._by_head(part.weight.new_empty(0, part.out_features)) for part in self.kv_projections)
+        return key, value
+
     def states(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, mapped: MappedProject | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -112,7 +125,13 @@ class FusedLlamaBlock:
         return [linear(project, normed) for project in self.kv_projections]
 
     def __call__(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, write: Write, plan: AttentionPlan, left: Tensor | None = None
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        write: Write,
+        plan: AttentionPlan | SingleQueries,
+        left: Tensor | None = None,
     ) -> Tensor:
         """Returns the block's output (1, n, D) for its input and angles as of :func:`signed_rotary`.
 

@@ -16,9 +16,12 @@ from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.deferring import PendingTokens
 from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.learned import MappedProject, StateProjection, mapped_forwards
+from dynamax_lm_eval.backbones.segments import Places, StaticCall, bucket
+from dynamax_lm_eval.backbones.transformer import varlen
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
+from dynamax_lm_eval.backbones.transformer.segments import FusedSegment, SingleTokens
 
 if TYPE_CHECKING:
     from dynamax_lm_eval.backbones.transformer.backbone import TransformerBackbone
@@ -96,6 +99,54 @@ class FusedPass(AttentionPass):
                 scatter = _Scatter(self._states, block, merged.kv_slots)
                 return fused(hidden, *merged.signed, scatter.write, active.plan, pending.hidden)
         return self._run_taken(block, tokens, hidden, taken)
+
+    def _reason_against_blocks(self, blocks: tuple[int, ...]) -> str | None:
+        assert self._segments is not None
+        fused = [self._blocks.fused_blocks[block - 1] for block in blocks]
+        if not all(block.is_plain for block in fused):
+            return "blocks that are hooked, adapted or quantised"
+        dtype = fused[0].empty_states()[0].dtype
+        if not self._segments.use.everywhere and not varlen.takes(self._blocks.device, dtype, fused[0].head_dim):
+            return "no kernel of ragged rows"
+        return None
+
+    def _static_call(
+        self, blocks: tuple[int, ...], tokens: IntArray, left: IntArray, rows: IntArray, like: Tensor
+    ) -> StaticCall | str:
+        fused = [block for block in (self._fused[block - 1] for block in blocks) if block is not None]
+        if len(fused) < len(blocks):
+            return "blocks that are hooked, adapted or quantised"
+        if self._skip_layers:
+            return "state_mode=skip"
+        starts, positions = self._starts[tokens], self._layout.positions[tokens]
+        own = self._deferred.slots[left], self._deferred.positions[left]
+        windows = tuple(dict.fromkeys(block.window for block in fused))
+        singles = SingleTokens.of(starts, positions, left, *own, self._states.scratch_slot, windows)
+        # Tokens that left stand before those of their rows in flight.
+        longest, row_stride, backbone = int(positions.max()) + 1, self._states.row_stride, self._blocks
+        has_kernel = varlen.takes(like.device, like.dtype, fused[0].head_dim)
+        most_keys = row_stride if has_kernel and row_stride is not None else bucket(longest)
+        table = backbone.rotary_table(longest, like)
+        if table is None and like.device.type == "cuda":
+            return "rotary embeddings that are hooked"
+
+        def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+            found = backbone.position_embeddings(positions.unsqueeze(0), like) if table is None else table.at(positions)
+            return found.signed
+
+        def segment(places: Places) -> FusedSegment:
+            pairs = zip(blocks, fused, strict=True)
+            caches = [self._states.caches(block, part.empty_states()) for block, part in pairs]
+            return FusedSegment(fused, caches, places, singles, rotary, most_keys)
+
+        return StaticCall(
+            key=(blocks, most_keys),
+            storage=table,
+            num_tokens=singles.num_tokens,
+            num_left=singles.num_left,
+            numbers=singles.numbers,
+            make=segment,
+        )
 
     def _merge(self, active: ActiveTokens, pending: PendingTokens) -> _MergedTokens:
         """Returns what a block is called with for tokens in flight and those that left, made once for many blocks."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, States
 from dynamax_lm_eval.backbones.deferring import DeferredTokens
+from dynamax_lm_eval.backbones.segments import StaticSegments
 from dynamax_lm_eval.models.placement import moved
 
 
@@ -45,6 +46,11 @@ class FreeList:
         self._free.insert(i, (start, length))
 
 
+def stored(caches: tuple[Tensor, Tensor], kv_slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Stores K and V (T, H_kv, P) in caches (C, H_kv, P) at ``kv_slots`` (T,), and returns the caches."""
+    return caches[0].index_copy_(0, kv_slots, key), caches[1].index_copy_(0, kv_slots, value)
+
+
 class AttentionStates(States):
     """The K and V of every block: tensors of shape (C, H_kv, P), made when a block first writes.
 
@@ -71,8 +77,15 @@ class AttentionStates(States):
         #: Slots of such tokens that block L ran on all the same.
         self.runs_last: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
         self.deferred = DeferredTokens()
+        #: A cache slot of no row, where there is one.
+        self.scratch_slot = self.capacity
+        self._num_scratch = 0
         self._free_list = FreeList(capacity)
         self._lengths: dict[int, int] = {}  # slot of a row -> its cache slots
+
+    def use_segments(self, segments: StaticSegments) -> None:
+        super().use_segments(segments)
+        self._num_scratch = 1
 
     def allocate_row(self, capacity: int) -> int | None:
         if self.row_stride is not None:
@@ -120,9 +133,7 @@ class AttentionStates(States):
 
     def write(self, block: int, kv_slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores K and V (T, H_kv, P) of one block at ``kv_slots`` (T,) and returns its caches (C, H_kv, P)."""
-        self._make_caches(block, like=(key, value))
-        keys, values = self.key_cache(block), self.value_cache(block)
-        return keys.index_copy_(0, kv_slots, key), values.index_copy_(0, kv_slots, value)
+        return stored(self.caches(block, like=(key, value)), kv_slots, key, value)
 
     def copy(self, source: int, block: int, kv_slots: Tensor) -> None:
         """Gives ``block`` the K and V that block ``source`` wrote at ``kv_slots`` (T,), which are on its device."""
@@ -130,12 +141,13 @@ class AttentionStates(States):
         given, device = moved(kv_slots, keys.device), kv_slots.device
         self.write(block, kv_slots, moved(keys[given], device), moved(values[given], device))
 
-    def _make_caches(self, block: int, like: tuple[Tensor, Tensor]) -> None:
-        """Makes the caches of a block where they do not exist yet."""
+    def caches(self, block: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the caches of a block, made for K and V as ``like`` where they do not exist yet."""
         if self.keys[block] is None:
             # Zeros, not empty memory: a masked slot has weight 0, but 0 times a stray NaN is NaN.
-            self.keys[block] = like[0].new_zeros(self.capacity, *like[0].shape[1:])
-            self.values[block] = like[1].new_zeros(self.capacity, *like[1].shape[1:])
+            slots = self.capacity + self._num_scratch
+            self.keys[block], self.values[block] = (part.new_zeros(slots, *part.shape[1:]) for part in like)
+        return self.key_cache(block), self.value_cache(block)
 
     def key_cache(self, block: int) -> Tensor:
         """Returns the K of a block (1-based), (C, H_kv, P)."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, together_on_device
@@ -80,15 +82,46 @@ class QueryRuns(NamedTuple):
         )
         return attended
 
+    def attend_to_copies(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Does what :meth:`attend` does, for runs of one query and on any device: their keys are copied side by side.
+
+        Runs have places for ``most_keys``; those without a key may lie anywhere and are masked.
+        """
+        numbers = torch.arange(self.most_keys, dtype=torch.int32, device=query.device)
+        seen = numbers < self.num_keys.unsqueeze(1)  # (S, K)
+        slots = (self.first_key[:-1].unsqueeze(1) + numbers).clamp_(max=len(key) - 1).flatten()
+        k, v = (cache.index_select(0, slots).unflatten(0, seen.shape).transpose(1, 2) for cache in (key, value))
+        # The heads that share K and V become the queries of one head.
+        q = query.unflatten(1, (key.shape[1], -1))  # (S, H_kv, H / H_kv, P)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None], scale=scaling).flatten(1, 2)
+
+
+class SingleQueries:
+    """What queries attend to that are alone in their rows, on tensors that are given: stands for an attention plan."""
+
+    def __init__(self, runs: Mapping[int | None, QueryRuns]) -> None:
+        """``runs``: by what is visible to them, a window or None."""
+        self._runs = runs
+
+    def attend(self, window: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Returns (1, n, H, P) for queries (1, H, n, P) and caches (C, H_kv, P)."""
+        runs, query = self._runs[window], query[0].transpose(0, 1)
+        attend = runs.attend if can_run(query, key, value) else runs.attend_to_copies
+        return attend(query, key, value, scaling).unsqueeze(0)
+
 
 def can_run(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Returns whether the kernel takes queries (.., P) and caches (C, H_kv, P) of these types and sizes."""
-    head_dim = query.shape[-1]
-    if query.device.type != "cuda" or query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+    if not query.dtype == key.dtype == value.dtype or query.shape[-1] != value.shape[-1]:
         return False
-    if head_dim != value.shape[-1] or head_dim % 8 or head_dim > _LARGEST_HEAD:
+    return takes(query.device, query.dtype, query.shape[-1])
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Returns whether the kernel runs on a device and takes heads of this type and size."""
+    if device.type != "cuda" or dtype not in _DTYPES or head_dim % 8 or head_dim > _LARGEST_HEAD:
         return False
-    return is_available(query.device, query.dtype)
+    return is_available(device, dtype)
 
 
 @functools.cache
