@@ -103,6 +103,17 @@ class DynamaxArgs:
         values.choice(ExitScope),
         "`generated`: the prompt runs at full depth; `all`: prompt tokens may exit too, except the first",
     )
+    prompt_exit_layer: int | None = values.argument(
+        None,
+        values.count,
+        "all prompt tokens but the last `prompt_exit_keep` leave after so many blocks, without a decision; best with "
+        "`state_mode=learned` and an exit layer of these exits",
+        shown="none",
+        vary=True,
+    )
+    prompt_exit_keep: int | None = values.argument(
+        None, values.count, "the last prompt tokens that run at full depth", shown="16", vary=True
+    )
     prune_layers: int | tuple[int, ...] = values.argument(
         0,
         values.blocks_or_count,
@@ -285,11 +296,25 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     _check_threshold_source(parsed)
     if passed_on.get("tp_plan") is not None and "target_latency_ms" in parsed:
         raise UserError("tp_plan and target_latency_ms exclude each other: processes would measure different times")
+    _check_prompt_exit(parsed)
     check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
     _check_rows_in_flight(parsed, passed_on.get("batch_size", 1))
     if parsed.get("preset") == "paper":
         parsed = {**PAPER_PRESET, **parsed}
     return DynamaxArgs(**parsed), passed_on
+
+
+def _check_prompt_exit(parsed: Mapping[str, Any]) -> None:
+    """Prompt tokens leave at one layer, or where a confidence lets them."""
+    layer, keep = parsed.get("prompt_exit_layer"), parsed.get("prompt_exit_keep")
+    if layer is None and keep is not None:
+        raise UserError("prompt_exit_keep has no effect without prompt_exit_layer; add it, or remove prompt_exit_keep")
+    if keep == 0:
+        raise UserError("prompt_exit_keep must be at least 1: the last prompt token gives the first logits")
+    if layer is not None and parsed.get("exit_scope") == "all":
+        raise UserError("prompt_exit_layer and exit_scope=all exclude each other: both let prompt tokens leave")
+    if layer is not None and (parsed.get("final_block") or parsed.get("preset")):
+        raise UserError("prompt_exit_layer and final_block exclude each other; remove one of them")
 
 
 def parse_exit_layers(value: Any) -> tuple[int, ...]:

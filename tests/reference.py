@@ -117,7 +117,10 @@ class Decisions:
         if policy.thresholds[policy.exit_layers.index(block)] >= 1:
             return
         everywhere = policy.exit_scope == "all"
-        if everywhere or position >= min(first, self.prompt_length - policy.classifier_warmup):
+        warmup = policy.classifier_warmup
+        if policy.prompt_exit_layer is not None:
+            warmup = min(warmup, policy.prompt_exit_keep)
+        if everywhere or position >= min(first, self.prompt_length - warmup):
             self.seen.setdefault(block, []).append(hidden.flatten())
 
 
@@ -191,6 +194,8 @@ class Reference(Decisions):
                 continue
             self._show_classifier(block, hidden, position, first)
             if position >= first and self._exits(block, before, hidden, position - first):
+                exit_layer = block
+            if block == policy.prompt_exit_layer and position < self.prompt_length - policy.prompt_exit_keep:
                 exit_layer = block
         self.row.layers.append(exit_layer)
         logits = self._readout(self._adapted(hidden, exit_layer) if exit_layer < depth else hidden)

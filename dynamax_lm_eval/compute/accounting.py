@@ -141,9 +141,10 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     layers = np.asarray(trace.exit_layers, dtype=np.int64)
     full_depth = np.full_like(layers, depth)
     positions = np.arange(exit_cost.first_eligible, exit_cost.first_eligible + len(layers), dtype=np.int64)
-    # All other tokens run at full depth, less the pruned blocks.
+    # All other tokens run at full depth, less the pruned blocks, or leave with the prompt.
     others = np.setdiff1d(np.arange(trace.fed_tokens, dtype=np.int64), positions)
-    others_depth = np.full_like(others, depth)
+    leaving, prompt_layer = exit_cost.prompt_exit
+    others_depth = np.where(others < leaving, prompt_layer, depth)
 
     # Every LM-head read counts but the one whose logits give the token; after a final block it is another read.
     evaluations = exit_cost.evaluations(layers)
@@ -163,13 +164,14 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
             )
 
     runs_last = exit_cost.final_block and depth not in pruned
-    recompute, recompute_units = 0, 0.0
+    recompute, recompute_units, recompute_of_others = 0, 0.0, 0
     if exit_cost.recomputes_state:
         # Block L writes its own state where it runs after the exit.
         without = pruned | {depth} if exit_cost.final_block else pruned
         added = exit_cost.state_map_macs or (0,) * depth
         per_block = [block.state_recompute + more for block, more in zip(cost.blocks, added, strict=True)]
         recompute = int(cost.skipped_sum(per_block, layers, without).sum())
+        recompute_of_others = int(cost.skipped_sum(per_block, others_depth, without).sum())
         recompute_units = float(cost.skipped_sum([b.paper_recompute for b in cost.blocks], layers, without).sum())
     block_macs = int(cost.block_macs(positions, layers, pruned).sum())
     if runs_last:
@@ -193,8 +195,8 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
         lm_head_macs=reads * cost.lm_head,
     )
     output_reads = trace.num_output_tokens * cost.lm_head
-    others_full = int(cost.block_macs(others, others_depth, frozenset()).sum())
-    others_spent = int(cost.block_macs(others, others_depth, pruned).sum())
+    others_full = int(cost.block_macs(others, np.full_like(others, depth), frozenset()).sum())
+    others_spent = int(cost.block_macs(others, others_depth, pruned).sum()) + recompute_of_others
     record.full_total_macs = record.full_macs + others_full + output_reads
     record.total_macs = record.spent_macs + others_spent + output_reads
 

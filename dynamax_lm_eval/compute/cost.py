@@ -133,6 +133,8 @@ class ExitCost:
     first_eligible: int
     #: What the paper's cost table counts for one evaluation, in weights.
     classifier_paper_weights: tuple[int, ...] = ()
+    #: How many of the first tokens leave whatever a confidence says, and after which layer.
+    prompt_exit: tuple[int, int] = (0, 0)
     #: MACs that states of tokens that left cost beyond recomputing them, by block; empty: nothing.
     state_map_macs: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.

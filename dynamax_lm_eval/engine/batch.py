@@ -67,6 +67,8 @@ class FlatBatch:
     #: The confidences of rows that may exit.
     confidences: tuple[ConfidenceInUse, ...]
     confidence_of_row: IntArray  # (R,) index into confidences; -1 where nothing is evaluated
+    #: Exit layer -> (N,) tokens that leave there whatever a confidence says.
+    forced: dict[int, BoolArray]
     # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
     warmup_tokens: dict[int, BoolArray]
 
@@ -91,7 +93,7 @@ class FlatBatch:
             positions=positions,
             state_modes=tuple(row.policy.state_mode for row in rows),
             runs_block=runs_block,
-            exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.active_exits})),
+            exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.used_exits})),
             final_block=np.asarray([row.policy.final_block for row in rows]),
         )
         in_use = [ConfidenceInUse.of(row.policy) for row in rows]
@@ -107,6 +109,7 @@ class FlatBatch:
             confidence_of_row=np.asarray(
                 [-1 if use is None else confidences.index(use) for use in in_use], dtype=np.int64
             ),
+            forced=_forced(rows, layout),
             warmup_tokens=_warmup_tokens(rows, layout, steps),
         )
 
@@ -146,6 +149,20 @@ def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) ->
         for column, layer in enumerate(policy.exit_layers):
             if layer in table:
                 table[layer][tokens] = values[:, column]
+    return table
+
+
+def _forced(rows: Sequence[RowInput], layout: RowLayout) -> dict[int, BoolArray]:
+    table = {}
+    layers = {row.policy.prompt_exit_layer for row in rows}
+    for layer in sorted(layer for layer in layers if layer is not None):
+        leaving = [
+            row.policy.num_leaving_prompt(row.prompt_length) if row.policy.prompt_exit_layer == layer else 0
+            for row in rows
+        ]
+        leaves = layout.positions < np.asarray(leaving)[layout.row_of]
+        if leaves.any():
+            table[layer] = leaves
     return table
 
 

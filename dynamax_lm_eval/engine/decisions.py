@@ -88,9 +88,9 @@ class ExitDecisions:
         Raises:
             NotFiniteError: with the row of the first confidence that is no number.
         """
-        candidates = self._candidates(block, tokens)
+        candidates, forced = self._candidates(block, tokens), self._batch.forced.get(block)
         if len(candidates) == 0:
-            return None
+            return None if forced is None else forced[tokens]
         in_use = self._batch.confidence_of_row[self._batch.layout.row_of[tokens[candidates]]]
         evaluations = [
             self._evaluate(use, block, tokens, indices, before, hidden)
@@ -104,8 +104,8 @@ class ExitDecisions:
             name = [evaluation.name for evaluation in evaluations for _ in evaluation.indices][broken[0]]
             row = int(self._batch.layout.row_of[tokens[indices[broken[0]]]])
             raise NotFiniteError(row, f"{name} confidences at exit layer {block}")
-        leaves = np.zeros(len(tokens), dtype=np.bool_)
-        leaves[indices] = scores >= self._batch.thresholds[block][tokens[indices]]
+        leaves = np.zeros(len(tokens), dtype=np.bool_) if forced is None else forced[tokens]
+        leaves[indices] |= scores >= self._batch.thresholds[block][tokens[indices]]
         for evaluation in evaluations:
             self._keep_logits(evaluation, leaves, tokens, hidden)
         return leaves

@@ -140,10 +140,10 @@ class Engine:
 
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
-        self.backbone.check_state_mode(policy.state_mode, policy.active_exits)
+        self.backbone.check_state_mode(policy.state_mode, policy.used_exits)
         if policy.state_mode != "learned" or self.classifiers is None:  # where there is no model yet
             return
-        if missing := sorted({*policy.active_exits} - self._mapped_exits):
+        if missing := sorted({*policy.used_exits} - self._mapped_exits):
             raise UserError(
                 f"state_mode=learned needs exits with state maps at exit_layers {missing}, and these have none; train "
                 "them: dynamax-lm-eval train --states linear, or use state_mode=recompute"

@@ -127,7 +127,7 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
     if policy.pruned_blocks:
         check_pruning(engine, policy)
     # Learned states go the same way through a block as recomputed ones, so their way is checked with these.
-    if policy.active_exits and policy.state_mode in ("recompute", "learned") and not engine.recomputes_states:
+    if policy.used_exits and policy.state_mode in ("recompute", "learned") and not engine.recomputes_states:
         what = "with state_mode=recompute (skip and copy may work)"
         with _naming_model(engine.backbone.name, what), engine.autocast():
             check_state_recompute(engine)

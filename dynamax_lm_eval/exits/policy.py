@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,9 @@ class ExitPolicy:
     classifier_warmup: int = DEFAULT_WARMUP
     #: Block L runs after an exit.
     final_block: bool = False
+    #: The layer after which all prompt tokens but the last ``prompt_exit_keep`` leave; None: none do.
+    prompt_exit_layer: int | None = None
+    prompt_exit_keep: int = DEFAULT_WARMUP
     #: Read-outs at exits go through the adapters of the trained exits (``none`` where they have none).
     adapter: str = "none"
     #: What the user should know of how the policy came about; decides nothing.
@@ -56,6 +59,7 @@ class ExitPolicy:
         assert len(self.exit_layers) == len(self.thresholds)
         assert all(0 < layer < self.num_layers for layer in self.exit_layers)
         assert self.adapter == "none" or not self.final_block
+        assert self.prompt_exit_layer is None or (self.exit_scope == "generated" and not self.final_block)
         assert (self.classifier is None) or self.confidence == "classifier"
 
     @cached_property
@@ -63,6 +67,16 @@ class ExitPolicy:
         """Exit layers where something is evaluated: those whose threshold is below 1."""
         pairs = zip(self.exit_layers, self.thresholds, strict=True)
         return tuple(layer for layer, threshold in pairs if threshold < 1)
+
+    @cached_property
+    def used_exits(self) -> tuple[int, ...]:
+        """Layers after which any token may leave: the active exits, and that of the prompt."""
+        at_prompt = () if self.prompt_exit_layer is None else (self.prompt_exit_layer,)
+        return tuple(sorted({*self.active_exits, *at_prompt}))
+
+    def num_leaving_prompt(self, prompt_length: int) -> int:
+        """How many tokens of a prompt leave after ``prompt_exit_layer`` blocks: all but the last."""
+        return 0 if self.prompt_exit_layer is None else max(0, prompt_length - self.prompt_exit_keep)
 
     @cached_property
     def resolved_confidence(self) -> Confidence | None:
@@ -78,7 +92,10 @@ class ExitPolicy:
 
     def first_warmed_position(self, prompt_length: int) -> int:
         """Position from which on a recurrent classifier sees the tokens."""
-        return 0 if self.exit_scope == "all" else max(0, prompt_length - self.classifier_warmup)
+        if self.exit_scope == "all":
+            return 0
+        # Tokens that leave do not get to every exit, and those that a classifier sees are to be the same at all.
+        return max(0, prompt_length - self.classifier_warmup, self.num_leaving_prompt(prompt_length))
 
     def first_eligible_position(self, prompt_length: int) -> int:
         """Position of the first token that may exit, in a row whose prompt has ``prompt_length`` tokens."""
@@ -86,11 +103,20 @@ class ExitPolicy:
 
     def for_prefixes(self) -> ExitPolicy:
         """All of the policy that decides what prompt tokens leave in the states; equal where rows can share them."""
-        return self if self.exit_scope == "all" else ExitPolicy(self.num_layers, pruned_blocks=self.pruned_blocks)
+        if self.exit_scope == "all":
+            return self
+        plain = ExitPolicy(self.num_layers, pruned_blocks=self.pruned_blocks)
+        if self.prompt_exit_layer is None:
+            return plain
+        # All of a prefix leaves; what follows its end is not known there.
+        layer, mode = self.prompt_exit_layer, self.state_mode
+        return replace(plain, prompt_exit_layer=layer, prompt_exit_keep=0, state_mode=mode)
 
     def shareable_tokens(self, prompt_length: int) -> int:
         """How many tokens at the beginning of a prompt leave what follows from them and :meth:`for_prefixes` alone."""
         before_answer = prompt_length - 1
+        if self.prompt_exit_layer is not None:
+            before_answer = self.num_leaving_prompt(prompt_length)
         if self.exit_scope == "all":
             return 0 if self.threshold_decay is not None else before_answer
         warmup_tokens = self.is_recurrent and bool(self.active_exits)
@@ -148,6 +174,7 @@ class ExitPolicy:
             state_map_macs=state_map_macs if self.state_mode == "learned" else (),
             pruned_blocks=self.pruned_blocks,
             first_eligible=first,
+            prompt_exit=(self.num_leaving_prompt(prompt_length), self.prompt_exit_layer or 0),
         )
 
     def describe(self) -> dict[str, Any]:
@@ -157,6 +184,8 @@ class ExitPolicy:
         description["exit_layers"] = list(self.exit_layers)
         description["thresholds"] = list(self.thresholds)
         description["pruned_blocks"] = sorted(self.pruned_blocks)
+        if self.prompt_exit_layer is None:
+            del description["prompt_exit_layer"], description["prompt_exit_keep"]
         if not self.is_recurrent or self.exit_scope == "all":
             description["classifier_warmup"] = None  # of no effect
         return description

@@ -66,6 +66,8 @@ def resolve_policy(
         classifier=classifier,
         classifier_warmup=DEFAULT_WARMUP if args.classifier_warmup is None else args.classifier_warmup,
         final_block=final_block,
+        prompt_exit_layer=_prompt_exit_layer(args, num_layers, final_block),
+        prompt_exit_keep=DEFAULT_WARMUP if args.prompt_exit_keep is None else args.prompt_exit_keep,
         adapter=exits.adapter if exits is not None else "none",
         notes=notes,
     )
@@ -201,6 +203,19 @@ def _resolve_exits(
     return None, final_block
 
 
+def _prompt_exit_layer(args: DynamaxArgs, num_layers: int, final_block: bool) -> int | None:
+    layer = args.prompt_exit_layer
+    if layer is None:
+        return None
+    if not 1 <= layer < num_layers:
+        raise UserError(
+            f"prompt_exit_layer must lie in 1..{num_layers - 1} for this backbone of {num_layers} blocks, got {layer}"
+        )
+    if final_block:
+        raise UserError("prompt_exit_layer is not possible with exits that were trained with a final block")
+    return layer
+
+
 def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig | None) -> StateMode:
     if args.state_mode == "learned" and (exits is None or exits.states is None):
         raise UserError(
@@ -250,16 +265,23 @@ def _check_trained_layers(args: DynamaxArgs, exits: ExitConfig) -> None:
 
 def _check_active(policy: ExitPolicy, exits: ExitConfig | None, recurrent_backbone: bool) -> None:
     """Raises UserError where tokens could exit and something that they need is missing."""
-    if not policy.active_exits:
+    if not policy.used_exits:
         return
     if recurrent_backbone and policy.state_mode == "copy":
         raise UserError(copy_is_impossible("this backbone"))
-    if policy.confidence == "classifier" and exits is None:
+    if policy.state_mode == "learned" and exits is not None:
+        known = {*exits.exit_layers, policy.num_layers - 1}
+        if unknown := sorted({*policy.used_exits} - known):
+            raise UserError(
+                f"state_mode=learned: these exits have maps for states after {list(exits.exit_layers)} blocks and none "
+                f"after {unknown}; choose one of theirs, or add state_mode=recompute"
+            )
+    if policy.active_exits and policy.confidence == "classifier" and exits is None:
         raise UserError(
             "confidence=classifier needs exits that were trained for this backbone, and none are known; name them "
             "with exits=, or train them: dynamax-lm-eval train --backbone ..."
         )
-    at_pruned = sorted(policy.pruned_blocks.intersection(policy.active_exits))
+    at_pruned = sorted(policy.pruned_blocks.intersection(policy.used_exits))
     if at_pruned:
         raise UserError(
             f"exit_layers {at_pruned} end with a pruned block, so there is nothing new to decide on; "
