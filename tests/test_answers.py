@@ -82,13 +82,14 @@ def test_a_mixture_has_its_share_at_every_place() -> None:
     def corpus(epoch: int, first: int) -> Any:
         return iter([[9] * 10 for _ in range(20)][first:])
 
-    whole = list(pools.mixed(own, corpus, 0.25)(0, 0))
+    whole = list(pools.mixed(own, corpus, 0.25, 4)(0, 0))
     written = sum(len(part) - 2 for part in whole if isinstance(part, Answer))
     read = sum(len(part) for part in whole if not isinstance(part, Answer))
     assert read == 200
     assert written == pytest.approx(200 / 3, abs=5)
-    assert list(pools.mixed(own, corpus, 0.25)(0, 17)) == whole[17:]
-    assert [list(part) for part in whole] != [list(part) for part in pools.mixed(own, corpus, 0.25)(1, 0)]
+    assert max(len(part) for part in whole if not isinstance(part, Answer)) == 4
+    assert list(pools.mixed(own, corpus, 0.25, 4)(0, 17)) == whole[17:]
+    assert [list(part) for part in whole] != [list(part) for part in pools.mixed(own, corpus, 0.25, 4)(1, 0)]
 
 
 def test_only_answers_after_their_prompts_are_labelled() -> None:

@@ -159,25 +159,29 @@ def pool_documents(pool: Sequence[Answer], seed: int) -> Documents:
     return read
 
 
-def mixed(own: Documents, corpus: Documents, share: float) -> Documents:
-    """Returns documents of two kinds, of which ``own`` make up this share of the tokens.
+def mixed(own: Documents, corpus: Documents, share: float, longest: int) -> Documents:
+    """Returns documents of two kinds, of which ``own`` make up this share of the tokens that are trained on.
 
-    An epoch ends with the corpus; ``own`` begin again as often as that takes.
+    Those of the corpus come in pieces of ``longest`` tokens, so that what is read together is mixed. An epoch ends with
+    the corpus; ``own`` begin again as often as that takes.
     """
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
-        return itertools.islice(_interleaved(own, corpus, share, epoch), first, None)
+        return itertools.islice(_interleaved(own, corpus, share, longest, epoch), first, None)
 
     return read
 
 
-def _interleaved(own: Documents, corpus: Documents, share: float, epoch: int) -> Iterator[list[int]]:
+def _interleaved(own: Documents, corpus: Documents, share: float, longest: int, epoch: int) -> Iterator[list[int]]:
     tokens = [0, 0]
     # Epochs of the pool are numbered so that no two of the mixture's have the same.
     rounds = (answer for number in itertools.count(epoch << 16) for answer in own(number, 0))
-    for document in corpus(epoch, 0):
-        yield document
-        tokens[1] += len(document)
+    pieces = (
+        document[start : start + longest] for document in corpus(epoch, 0) for start in range(0, len(document), longest)
+    )
+    for piece in pieces:
+        yield piece
+        tokens[1] += len(piece)
         while tokens[0] * (1 - share) < tokens[1] * share:
             answer = next(rounds)
             tokens[0] += len(answer) - getattr(answer, "prompt_tokens", 0)

@@ -234,7 +234,7 @@ def _data(
         used = documents_used(pool, prompts, options.seed)
         documents = pool_documents(pool, options.seed)
         if options.self_share < 1:
-            documents = mixed(documents, read(options.source), options.self_share)
+            documents = mixed(documents, read(options.source), options.self_share, options.seq_len)
     else:
         documents = read(options.source)
     if options.eval_source is not None:
