@@ -35,6 +35,11 @@ def backbone(model_folder: Path) -> FrozenBackbone:
     return load_backbone(training_options(model_folder, Path("x")).reading(RunOptions(device="cpu")))
 
 
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "_AT_ONCE", 64)
+
+
 def pool_of(folder: Path, backbone: FrozenBackbone, count: int = 10**6, **changes: Any) -> list[Answer]:
     options = training_options(Path("x"), Path("self"), seq_len=24, self_tokens=count, prompts="t", **changes)
     return pools.answers(folder, backbone.engine, backbone.tokenizer, options, PROMPTS, "fingerprint")

@@ -28,8 +28,9 @@ from dynamax_lm_eval.training.batches import Answer
 from dynamax_lm_eval.training.options import TrainingOptions
 from dynamax_lm_eval.training.state import POOL_NAME
 
-#: Answers that are generated together, and of which all are in the file or none.
-_AT_ONCE = 64
+#: Answers that are generated together, and of which all are in the file or none; and rows in flight.
+_AT_ONCE = 256
+_ROWS = 32
 #: The last tokens of an answer that are looked at for the texts that end it.
 _TAIL = 24
 
@@ -76,7 +77,7 @@ def answers(
         path.open("a", encoding="utf-8") as file,
     ):
         while total < options.self_tokens and (group := list(itertools.islice(todo, _AT_ONCE))):
-            made = generate_all(engine, group, _AT_ONCE // 2)
+            made = generate_all(engine, group, _ROWS)
             written = [
                 Answer([*request.prompt, *result.tokens], len(request.prompt))
                 for request, result in zip(group, made, strict=True)
