@@ -109,9 +109,9 @@ def test_hooked_blocks_and_blocks_of_the_family_do_as_fused_ones() -> None:
 
 
 def fitted(frozen: FrozenPass, kind: str, rows: list[list[int]]) -> ExitClassifiers:
+    count = sum(map(len, rows))
     exits = exits_config(states=state_maps.make_options(frozen, kind)).build().requires_grad_(False)
-    text = MicroBatches(lambda _, first: iter(rows[first:]), sum(map(len, rows)), 64)
-    state_maps.fit(frozen, exits, text, 1)
+    state_maps.fit(frozen, exits, lambda: MicroBatches(lambda _, first: iter(rows[first:]), count, 64), 1)
     return exits
 
 
@@ -133,6 +133,17 @@ def test_maps_are_least_squares(family: str, monkeypatch: pytest.MonkeyPatch) ->
             extended = torch.cat([own.inputs, torch.ones(len(y), 1)], dim=1).double()
             best = torch.linalg.lstsq(extended, y.double(), rcond=1e-5, driver="gelsd").solution
             torch.testing.assert_close(found(own.inputs, own.project), (extended @ best).float(), rtol=1e-3, atol=2e-3)
+
+
+def test_moments_that_are_too_large_take_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [random_ids(50, i) for i in range(4)]
+    frozen = FrozenPass(make_backbone(tiny_model("llama"), max_length=256), EXITS, False, 1)
+    whole = fitted(frozen, "linear", rows).state_dict()
+    monkeypatch.setattr(state_maps, "MOMENT_BYTES", 2 * 4 * 33 * (33 + 32))
+    passes = state_maps._passes(state_maps.make_options(frozen, "linear"), [(2, 4), (2, 5), (2, 6), (3, 5), (3, 6)])  # type: ignore[arg-type]
+    assert passes == [[(2, 4), (2, 5)], [(2, 6), (3, 5)], [(3, 6)]]
+    for name, tensor in fitted(frozen, "linear", rows).state_dict().items():
+        torch.testing.assert_close(tensor, whole[name])
 
 
 def test_a_low_rank_map_of_full_rank_is_the_full_one_and_a_lower_one_explains_less() -> None:

@@ -185,8 +185,13 @@ def _loop(
     batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
     main = accelerator.is_main_process
     if resumed is None and trainer.classifiers.states is not None:
-        text = MicroBatches(documents, options.micro_batch_tokens, options.seq_len)
-        state_maps.fit(trainer.frozen, trainer.classifiers, text, options.states_micro_batches, trainer.processes)
+        state_maps.fit(
+            trainer.frozen,
+            trainer.classifiers,
+            lambda: MicroBatches(documents, options.micro_batch_tokens, options.seq_len),
+            options.states_micro_batches,
+            trainer.processes,
+        )
         if main:  # a training that is killed goes on behind the fit
             progress = state.Progress(0, position.to_json(), identity, 0.0)
             state.save(folder / STATE_NAME, progress, trainer.classifiers, trainer.optimizer)

@@ -6,7 +6,8 @@ intercept, so that with few tokens a map is near to recompute:
 
     minimise  sum |y - P(x) - A x - c|^2  +  lambda |A|^2,   lambda = RIDGE * mean square of x's channels * tokens
 
-in closed form from second moments, which are summed over one pass through the text. A map of rank R keeps the R
+in closed form from second moments, which are summed over one pass through the text, or over as many as keep them small
+enough beside a large model. A map of rank R keeps the R
 directions of A x that vary most (reduced-rank regression, Izenman 1975).
 
 N tokens of a batch, D inputs and O outputs of a block's projections, R rank.
@@ -14,7 +15,7 @@ N tokens of a batch, D inputs and O outputs of a block's projections, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,8 @@ from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.trainer import Processes
 
+#: Bytes of the moments of the maps that are fitted in one pass through the text; others take further passes.
+MOMENT_BYTES = 2**32
 #: Strength of the ridge, relative to the mean square of a channel of x.
 RIDGE = 1e-4
 
@@ -117,7 +120,7 @@ class _Moments:
 def fit(
     frozen: FrozenPass,
     classifiers: ExitClassifiers,
-    batches: MicroBatches,
+    text: Callable[[], MicroBatches],
     count: int,
     processes: Processes | None = None,
 ) -> None:
@@ -126,31 +129,52 @@ def fit(
     Args:
         frozen: the backbone.
         classifiers: hold the maps, which are changed in place.
-        batches: the text.
+        text: begins the text.
         count: micro-batches to read.
         processes: which of several this is.
     """
     options, mine = classifiers.states, processes or Processes()
     assert options is not None, "there are maps"
     maps = by_exit_and_block(classifiers.state_maps)
-    moments = {key: _Moments() for key in maps}
-    for number in tqdm(range(count), desc="fitting state maps", disable=None if mine.index == 0 else True):
-        rows = next(batches)
-        if number % mine.count != mine.index:
-            continue
-        for projected in _projections(frozen, rows):
-            target = projected.true.project(projected.true.inputs).float()
-            for layer, own in projected.at_exit.items():
-                if (sums := moments.get((layer, projected.block))) is not None:
-                    sums.add(own.inputs.float(), target - own.project(own.inputs).float())
-    for key, state_map in maps.items():
-        sums = moments[key]
-        assert isinstance(sums.inputs, Tensor) and isinstance(sums.cross, Tensor), "every process read text"
-        sums.inputs, sums.cross = mine.add_up(sums.inputs), mine.add_up(sums.cross)
-        up, down, bias = sums.solve(options.rank)
-        _set(state_map, up, down, bias)
+    passes = _passes(options, list(maps))
+    with tqdm(total=count * len(passes), desc="fitting state maps", disable=None if mine.index == 0 else True) as bar:
+        for keys in passes:
+            batches, moments = text(), {key: _Moments() for key in keys}
+            for number in range(count):
+                rows = next(batches)
+                if number % mine.count == mine.index:
+                    _add(frozen, rows, moments)
+                bar.update()
+            for key, sums in moments.items():
+                assert isinstance(sums.inputs, Tensor) and isinstance(sums.cross, Tensor), "every process read text"
+                sums.inputs, sums.cross = mine.add_up(sums.inputs), mine.add_up(sums.cross)
+                _set(maps[key], *sums.solve(options.rank))
     if options.rank is None:
         _add_projections(frozen, maps)
+
+
+def _passes(options: StateMapOptions, keys: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Returns the maps, by exit and block, that are fitted in each pass."""
+    passes: list[list[tuple[int, int]]] = []
+    room = 0
+    for layer, block in keys:
+        inputs, outputs = options.sizes[block - 1]
+        size = 4 * (inputs + 1) * (inputs + 1 + outputs)
+        if not passes or size > room:
+            passes.append([])
+            room = MOMENT_BYTES
+        passes[-1].append((layer, block))
+        room -= size
+    return passes
+
+
+def _add(frozen: FrozenPass, rows: Sequence[Sequence[int]], moments: Mapping[tuple[int, int], _Moments]) -> None:
+    for projected in _projections(frozen, rows):
+        own = {layer: part for layer, part in projected.at_exit.items() if (layer, projected.block) in moments}
+        target = projected.true.project(projected.true.inputs).float() if own else None
+        for layer, (inputs, project) in own.items():
+            assert target is not None
+            moments[layer, projected.block].add(inputs.float(), target - project(inputs).float())
 
 
 def _set(state_map: StateMap, up: Tensor, down: Tensor | None, bias: Tensor) -> None:
