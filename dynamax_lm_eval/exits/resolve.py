@@ -13,6 +13,7 @@ from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
+from dynamax_lm_eval.exits.confidences import CONFIDENCES, LogitsConfidence
 from dynamax_lm_eval.exits.policy import DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
@@ -67,6 +68,7 @@ def resolve_policy(
         classifier_warmup=DEFAULT_WARMUP if args.classifier_warmup is None else args.classifier_warmup,
         final_block=final_block,
         adapter=exits.adapter if exits is not None else "none",
+        vocab_subset=_vocab_subset(args, confidence),
         notes=notes,
     )
     _check_active(policy, exits, recurrent_backbone)
@@ -199,6 +201,16 @@ def _resolve_exits(
         if final_block and exits.adapter != "none":
             raise UserError("final_block and exit adapters exclude each other; remove final_block or exits")
     return None, final_block
+
+
+def _vocab_subset(args: DynamaxArgs, confidence: ConfidenceName) -> int | None:
+    if args.vocab_subset is None or all(threshold >= 1 for threshold in args.threshold):
+        return None
+    if not issubclass(CONFIDENCES[confidence], LogitsConfidence):
+        raise UserError(
+            f"vocab_subset needs confidence=softmax or entropy, which read the LM head; this run uses {confidence}"
+        )
+    return args.vocab_subset
 
 
 def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig | None) -> StateMode:
