@@ -31,6 +31,7 @@ from reference import Reference, reference_generate, reference_score
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.whole_rows import WholeRowBackbone
 from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.config import parse_model_args
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate
 from dynamax_lm_eval.engine.requests import GenerationRequest
@@ -204,6 +205,12 @@ def test_no_more_is_read_for_a_row_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("size", ["1", "-3", "all", "2.5"])
+    def test_sizes(self, size: str) -> None:
+        with pytest.raises(UserError, match="vocab_subset must be"):
+            parse_model_args({"backbone": "x", "vocab_subset": size}, ())
+        assert parse_model_args({"backbone": "x", "vocab_subset": "2"}, ())[0].vocab_subset == 2
+
     @pytest.mark.parametrize("confidence", ["state", "classifier"])
     def test_other_confidences(self, confidence: Any) -> None:
         with pytest.raises(UserError, match=f"vocab_subset needs confidence=softmax or entropy, .* uses {confidence}"):
