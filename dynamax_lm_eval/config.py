@@ -82,6 +82,14 @@ class DynamaxArgs:
         shown="`classifier` with trained exits, else `softmax`",
         vary=True,
     )
+    vocab_subset: int | None = values.argument(
+        None,
+        values.whole(2),
+        "`softmax` and `entropy` are made of the logits of so many tokens: those of the row's prompt, and the lowest "
+        "ids, which are the frequent ones of most tokenizers. An evaluation then reads so many rows of the LM head; "
+        "tokens are still chosen from all ([what that changes](docs/search.md#a-part-of-the-vocabulary))",
+        shown="all tokens",
+    )
     exit_layers: tuple[int, ...] | None = values.argument(
         None,
         values.layers,

@@ -78,6 +78,7 @@ class DynamaxLM(HFLM):
             self.args = replace(self.args, threshold=self.certified.thresholds)
         self.policy = self._policy_for(self.args)
         devices.check_state_mode(self.is_tensor_parallel, self.policy.state_mode)
+        devices.check_whole_head(self.is_tensor_parallel, self.policy.vocab_subset)
         if draft is not None:
             draft.check_policy(self.policy)
             rows.check(self.args, draft.backbone)

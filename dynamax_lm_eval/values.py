@@ -41,12 +41,20 @@ def numbers(low: float, high: float, hint: str) -> Parser:
     return parse
 
 
-def count(name: str, value: Any) -> int:
-    """A whole number of at least 0."""
-    result = _integer(name, value)
-    if result < 0:
-        raise UserError(f"{name} must be a whole number of at least 0, got {result}")
-    return result
+def whole(low: int) -> Parser:
+    """The parser of whole numbers from ``low``."""
+
+    def parse(name: str, value: Any) -> int:
+        result = _integer(name, value)
+        if result < low:
+            raise UserError(f"{name} must be a whole number of at least {low}, got {result}")
+        return result
+
+    return parse
+
+
+#: A whole number of at least 0.
+count = whole(0)
 
 
 def flag(name: str, value: Any) -> bool:

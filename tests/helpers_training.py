@@ -36,6 +36,7 @@ def training_options(backbone: Path, texts: Path, **changes: Any) -> TrainingOpt
         "micro_batch_tokens": 64,
         "label_share": 0.5,
         "eval_tokens": 200,
+        "calibrate_tokens": 128,
         "mamba_state": 4,
         "exit_layers": "2+3+4",
         "dtype": "float32",
@@ -44,6 +45,8 @@ def training_options(backbone: Path, texts: Path, **changes: Any) -> TrainingOpt
     }
     if not any(kind in settings["classifier"] for kind in RECURRENT):
         del settings["mamba_state"]
+    if not settings.get("calibrate", True):
+        del settings["calibrate_tokens"]
     return TrainingOptions(backbone=str(backbone), dataset=str(texts), **settings)
 
 

@@ -62,6 +62,7 @@ class Decisions:
         self.policy = policy
         self.prompt_length = prompt_length
         self.max_steps = max_steps
+        self.prompt: list[int] = []  # all of it, before it is fed; only what looks at a part of the vocabulary needs it
         self.row = Row()
 
     def feed(self, token: int) -> Tensor:
@@ -88,7 +89,7 @@ class Decisions:
             a, b = before.flatten(), after.flatten()
             confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))
         else:
-            p = self._readout(self._adapted(after, block)).softmax(-1)
+            p = self._looked_at(self._readout(self._adapted(after, block))).softmax(-1)
             if policy.confidence == "softmax":
                 first, second = p.sort(descending=True).values[:2].tolist()
                 confidence = first - second
@@ -97,6 +98,16 @@ class Decisions:
         assert math.isfinite(confidence)
         self.row.confidences.append(confidence - threshold)
         return confidence >= threshold
+
+    def _looked_at(self, logits: Tensor) -> Tensor:
+        size = self.policy.vocab_subset
+        if size is None:
+            return logits
+        tokens: list[int] = []
+        for token in [*self.prompt[::-1], *range(len(logits))]:
+            if token not in tokens and len(tokens) < size:
+                tokens.append(token)
+        return logits[torch.tensor(tokens)]
 
     def _adapted(self, hidden: Tensor, layer: int) -> Tensor:
         if self.policy.adapter == "none":
@@ -299,6 +310,7 @@ def reference_generate(
 ) -> tuple[list[int], Row]:
     """Greedy tokens after a prompt, by a reference of this kind."""
     reference = kind(model, policy, len(prompt), max_new, classifiers)
+    reference.prompt = prompt
     for token in prompt:
         logits = reference.feed(token)
     generated = [int(logits.argmax())]
@@ -317,6 +329,7 @@ def reference_score(
 ) -> tuple[list[float], Row]:
     """Log-probability of each continuation token, fed one by one to a reference of this kind."""
     reference = kind(model, policy, len(context), len(continuation), classifiers)
+    reference.prompt = context
     for token in [*context, *continuation[:-1]]:
         reference.feed(token)
     wanted = reference.row.logits[len(context) - 1 :]

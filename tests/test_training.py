@@ -127,6 +127,15 @@ class TestOutput:
         (["--classifier", "calm", "--mamba_state", "8"], "add mamba or hybrid, or remove it"),
         (["--hybrid_expand", "0.5"], "--hybrid_expand has no effect on --classifier mamba,ffn,calm"),
         (["--classifier", "hybrid", "--hybrid_expand", "0"], "hybrid_expand must be a finite number above 0"),
+        (
+            ["--calibrate", "false", "--calibrate_tokens", "5"],
+            "--calibrate_tokens has no effect with --calibrate false",
+        ),
+        (["--calibrate_tokens", "0"], "--calibrate_tokens must be at least 1"),
+        (
+            ["--eval_tokens", "64", "--calibrate_tokens", "100000"],
+            "fewer than --calibrate_tokens=100000 tokens of text",
+        ),
         (["--mamba_expand", "-1"], "mamba_expand must be a finite number above 0"),
     ],
 )

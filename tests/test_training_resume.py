@@ -163,7 +163,7 @@ class TestResume:
         loaded = saved.load()
         backbone = load_backbone(training_options(model_folder, texts).reading(run))
         frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
-        _, rows, _ = command._data(training_options(model_folder, texts), backbone, (), tmp_path)
+        rows = command._data(training_options(model_folder, texts), backbone, (), tmp_path).held_out
         seen = observe(frozen, loaded, rows, 64)
         measured = json.loads((tmp_path / "evaluation.json").read_text())
         engine = Engine(backbone.engine.backbone, loaded)

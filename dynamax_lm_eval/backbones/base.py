@@ -283,6 +283,20 @@ class Backbone(ABC):
     def readout(self, hidden: Tensor) -> Tensor:
         """Returns the logits (T, V) of hidden states (T, D), by final norm and LM head."""
 
+    def readout_of(self, hidden: Tensor, first: int, others: Tensor) -> Tensor:
+        """Returns the logits (T, first + o) of tokens 0..first - 1 and of ``others`` (o,), for hidden states (T, D).
+
+        Only where :meth:`check_readout_of` raises nothing.
+        """
+        raise NotImplementedError
+
+    def check_readout_of(self) -> None:
+        """Raises UserError where logits of some tokens cannot be had without those of all."""
+        raise UserError(
+            f"vocab_subset is not possible on {self.name}: its read-out is not a norm and a linear LM head whose rows "
+            "can be read one by one; leave it out"
+        )
+
     @abstractmethod
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         """Raises UserError where the mode cannot be had with these exits, with the reason."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
 from dynamax_lm_eval.backbones.base import Backbone
-from dynamax_lm_eval.backbones.linear import linear
+from dynamax_lm_eval.backbones.linear import is_plain, linear, product
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.placement import Place, execution_device, moved
 
@@ -46,6 +47,25 @@ class ModelBackbone(Backbone):
         with self.head_place.weights():
             return linear(self._lm_head, moved(normed, self.output_device)).contiguous()
 
+    def by_head_rows(self, normed: Tensor, first: int, others: Tensor) -> Tensor:
+        """Returns what :meth:`by_head` does of tokens 0..first - 1 and of ``others`` (o,), (T, first + o)."""
+        with self.head_place.weights():
+            normed = moved(normed, self.output_device)
+            weight, bias = self._lm_head.weight, self._lm_head.bias
+            parts = [
+                product(normed, weight[rows], None if bias is None else bias[rows])
+                for rows in (slice(first), others)
+                if not isinstance(rows, Tensor) or len(rows)
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @property
+    def has_head_rows(self) -> bool:
+        """Whether rows of the head can be read: it is not quantised, split or changed, and has one for every token."""
+        head = self._lm_head
+        is_whole = is_plain(head) and head.weight.is_floating_point() and not hasattr(head.weight, "full_tensor")
+        return is_whole and self.num_embeddings <= self.vocab_size
+
 
 class DecoderBackbone(ModelBackbone):
     """A backbone of embeddings, a list of blocks, a final norm and an LM head."""
@@ -67,6 +87,10 @@ class DecoderBackbone(ModelBackbone):
     def embed(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self._embeddings(ids.unsqueeze(0))
         return hidden
+
+    def check_readout_of(self) -> None:
+        if not self.has_head_rows:
+            super().check_readout_of()
 
 
 def _holder_of(model: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:

@@ -38,7 +38,11 @@ def linear(module: Any, x: Tensor) -> Tensor:
     if not is_plain(module):
         called: Tensor = module(x)
         return called
-    weight, bias = module.weight, module.bias
+    return product(x, module.weight, module.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns x W^T and the bias (out,), if any, for x (1, n, in) or (n, in) and W (out, in), as :func:`linear`."""
     if x.shape[-2] not in _FEW or x.device.type != "cpu" or (x.ndim == 3 and len(x) > 1):
         return F.linear(x, weight, bias)
     output = torch.mm(weight, (x if x.ndim == 2 else x[0]).t()).t()

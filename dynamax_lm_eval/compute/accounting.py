@@ -146,16 +146,18 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     leaving, prompt_layer = exit_cost.prompt_exit
     others_depth = np.where(others < leaving, prompt_layer, depth)
 
-    # Every LM-head read counts but the one whose logits give the token; after a final block it is another read.
+    # Every LM-head read counts but the one whose logits give the token; after a final block it is another read, and
+    # one of a part of the vocabulary gives none.
     evaluations = exit_cost.evaluations(layers)
     gives_token = (positions >= trace.prompt_tokens - 1) & (not exit_cost.final_block)
     reads = int((evaluations - (gives_token & (layers < depth))).sum()) if exit_cost.reads_lm_head else 0
+    partial_reads = exit_cost.classifier_total(exit_cost.partial_read_macs, evaluations)
     classifier = exit_cost.classifier_total(exit_cost.classifier_macs, evaluations)
 
     # A confidence made of logits corrects the state at every evaluation, any other only where a token is read out.
     adapter = 0
     if exit_cost.adapter_macs:
-        if exit_cost.reads_lm_head:
+        if exit_cost.evaluates_logits:
             adapter = int(np.cumsum([0, *exit_cost.adapter_macs])[evaluations].sum())
         else:
             read_out = layers[gives_token & (layers < depth)]
@@ -192,7 +194,7 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
         classifier_macs=classifier,
         recompute_macs=recompute,
         adapter_macs=adapter,
-        lm_head_macs=reads * cost.lm_head,
+        lm_head_macs=reads * cost.lm_head + partial_reads,
     )
     output_reads = trace.num_output_tokens * cost.lm_head
     others_full = int(cost.block_macs(others, np.full_like(others, depth), frozenset()).sum())

@@ -119,7 +119,7 @@ class ExitCost:
     Attributes:
         evaluated_layers: exit layers at which something is evaluated, in rising order.
         classifier_macs: MACs of one evaluation, for each of these layers.
-        reads_lm_head: an evaluation reads the LM head.
+        reads_lm_head: an evaluation reads all of the LM head.
         recomputes_state: skipped blocks get their state from the exit hidden state, recomputed or learned.
         pruned_blocks: blocks (1-based) that run for no token.
         first_eligible: position of the first token of the row that may exit.
@@ -135,6 +135,8 @@ class ExitCost:
     classifier_paper_weights: tuple[int, ...] = ()
     #: How many of the first tokens leave whatever a confidence says, and after which layer.
     prompt_exit: tuple[int, int] = (0, 0)
+    #: MACs of an evaluation that reads some rows of the LM head, for each of these layers; empty: none does.
+    partial_read_macs: tuple[int, ...] = ()
     #: MACs that states of tokens that left cost beyond recomputing them, by block; empty: nothing.
     state_map_macs: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.
@@ -143,6 +145,11 @@ class ExitCost:
     warmed_tokens: int = 0
     #: Block L runs for tokens that left, too.
     final_block: bool = False
+
+    @property
+    def evaluates_logits(self) -> bool:
+        """Whether confidences are made of logits, all or some."""
+        return self.reads_lm_head or any(self.partial_read_macs)
 
     def evaluations(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns how many exits were evaluated for eligible tokens that left at ``layers`` (T,)."""
@@ -156,11 +163,13 @@ class ExitCost:
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """The cost of one evaluation of a confidence, the LM head left aside."""
+    """The cost of one evaluation of a confidence, reads of all of the LM head left aside."""
 
     macs: int = 0
     #: In the paper's table: the weights of a classifier, 0 for a linear layer.
     paper_weights: int = 0
+    #: MACs of the rows of the LM head that it reads, where these are some.
+    lm_head_macs: int = 0
 
 
 def _running_sum(values: Iterable[float]) -> npt.NDArray[Any]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout
 from dynamax_lm_eval.exits.confidences import Confidence
 from dynamax_lm_eval.exits.policy import NEVER, ExitPolicy
+from dynamax_lm_eval.exits.vocabulary import RowVocabulary
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RowInput:
         prompt_length: tokens of the row's prompt; logits are needed from position prompt_length - 1 on.
         max_steps: most tokens that the row may produce (N of the decaying threshold).
         policy: the row's exit policy.
+        vocabulary: the tokens that its confidence looks at; None: all.
     """
 
     ids: Sequence[int]
@@ -38,6 +40,7 @@ class RowInput:
     prompt_length: int
     max_steps: int
     policy: ExitPolicy
+    vocabulary: RowVocabulary | None = None
 
 
 class ConfidenceInUse(NamedTuple):
@@ -61,6 +64,7 @@ class FlatBatch:
     ids: IntArray  # (N,)
     layout: RowLayout
     policies: tuple[ExitPolicy, ...]  # R
+    vocabularies: tuple[RowVocabulary | None, ...]  # R
     thresholds: dict[int, npt.NDArray[np.float32]]  # exit layer -> (N,), NEVER where the token may not exit
     needs_logits: BoolArray  # (N,)
     eligible: BoolArray  # (N,) tokens that policies let exit, wherever that is
@@ -102,6 +106,7 @@ class FlatBatch:
             ids=np.fromiter((token for row in rows for token in row.ids), dtype=np.int64, count=len(row_of)),
             layout=layout,
             policies=tuple(row.policy for row in rows),
+            vocabularies=tuple(row.vocabulary for row in rows),
             thresholds=_thresholds(rows, layout, steps),
             needs_logits=positions >= prompt_lengths[row_of] - 1,
             eligible=steps >= 0,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray, on_device
 from dynamax_lm_eval.engine.batch import ConfidenceInUse, FlatBatch
+from dynamax_lm_eval.engine.subsets import SubsetReader
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import NotFiniteError
 from dynamax_lm_eval.exits.adapters import Adapter
@@ -53,6 +54,7 @@ class _Evaluation(NamedTuple):
     indices: IntArray  # (t,) of its tokens among those in flight
     scores: Tensor  # (t,) float32, still on the device
     adapter: Adapter | None
+    corrected: Tensor | None  # (t, D) by the adapter, where the confidence has needed that
     reduced: Sequence[Tensor]  # of the tokens that need logits, where the decision read them
 
 
@@ -75,6 +77,7 @@ class ExitDecisions:
         self._slots = np.asarray(batch.layout.slots, dtype=np.int64)[batch.layout.row_of]  # (N,)
         # One read for all: the LM head's weights are most of what a read costs.
         self._unread = WaitingTokens()
+        self._subsets: dict[ConfidenceInUse, SubsetReader] = {}
 
     def leaving(self, block: int, tokens: IntArray, before: Tensor, hidden: Tensor) -> BoolArray | None:
         """Returns which of the tokens in flight exit after ``block``, (n,); None where none may.
@@ -146,12 +149,16 @@ class ExitDecisions:
         before = moved(select(before, indices)[0], after.device) if use.confidence.reads_before else after
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
+        corrected: Tensor | None = None
         reduced: Sequence[Tensor] = ()
         if use.confidence.reads_lm_head:
             scores, reduced = self._score_logits(use.confidence, inputs, own, adapter)
+        elif use.confidence.vocab_subset is not None:
+            corrected = _adapted(after, adapter)
+            scores = self._score_subset(use, inputs, own, corrected)
         else:
             scores = use.confidence.score(inputs)
-        return _Evaluation(use.confidence.name, indices, scores, adapter, reduced)
+        return _Evaluation(use.confidence.name, indices, scores, adapter, corrected, reduced)
 
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None
@@ -167,9 +174,25 @@ class ExitDecisions:
                 reduced.append(self._collector.reduce(tokens[part][needed], kept))
         return _joined(scores), reduced
 
+    def _score_subset(self, use: ConfidenceInUse, inputs: ExitInputs, tokens: IntArray, read: Tensor) -> Tensor:
+        """Returns confidences (t,) that come from some of the logits of hidden states ``read`` (t, D)."""
+        batch = self._batch
+        if use not in self._subsets:
+            own = (batch.confidence_of_row == batch.confidences.index(use)).tolist()
+            looked_at = [looked if it_is else None for looked, it_is in zip(batch.vocabularies, own, strict=True)]
+            self._subsets[use] = SubsetReader(self._backbone, looked_at)
+        reader, row_of = self._subsets[use], batch.layout.row_of[tokens]
+        return _joined(
+            [
+                use.confidence.score(inputs.part(part, reader.logits(read[part], row_of[part])))
+                for part in _parts(len(read), reader.width)
+            ]
+        )
+
     def _keep_logits(self, evaluation: _Evaluation, leaves: BoolArray, tokens: IntArray, hidden: Tensor) -> None:
         """Stores the logits of tokens that leave where the decision read them, else keeps the tokens to be read."""
-        read = evaluation.indices[self._read_at_exit(tokens[evaluation.indices])]
+        needed = np.flatnonzero(self._read_at_exit(tokens[evaluation.indices]))
+        read = evaluation.indices[needed]
         exiting = np.flatnonzero(leaves[read])
         if len(exiting) == 0:
             return
@@ -177,7 +200,10 @@ class ExitDecisions:
             reduced = _joined(evaluation.reduced)
             self._collector.store(tokens[read[exiting]], reduced[on_device(exiting, reduced.device)])
         else:
-            corrected = _adapted(select(hidden, read[exiting])[0], evaluation.adapter)
+            if evaluation.corrected is None:
+                corrected = _adapted(select(hidden, read[exiting])[0], evaluation.adapter)
+            else:
+                corrected = evaluation.corrected[on_device(needed[exiting], evaluation.corrected.device)]
             self._unread.add(tokens[read[exiting]], corrected.unsqueeze(0))
 
     def _read_at_exit(self, tokens: IntArray) -> BoolArray:
@@ -187,10 +213,14 @@ class ExitDecisions:
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yields the logits (T, V) of hidden states (t, D), in parts of bounded size."""
-        at_once = max(1, LOGITS_AT_ONCE // self._backbone.vocab_size)
-        for start in range(0, len(hidden), at_once):
-            part = slice(start, start + at_once)
+        for part in _parts(len(hidden), self._backbone.vocab_size):
             yield part, self._backbone.readout(hidden[part])
+
+
+def _parts(num_tokens: int, width: int) -> list[slice]:
+    """Returns parts of tokens for each of which logits of bounded size are read, ``width`` of a token."""
+    at_once = max(1, LOGITS_AT_ONCE // width)
+    return [slice(start, start + at_once) for start in range(0, num_tokens, at_once)]
 
 
 def _adapted(hidden: Tensor, adapter: Adapter | None) -> Tensor:

@@ -141,6 +141,13 @@ class Engine:
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
         self.backbone.check_state_mode(policy.state_mode, policy.used_exits)
+        if policy.vocab_subset is not None and policy.active_exits:
+            if policy.vocab_subset >= self.backbone.vocab_size:
+                raise UserError(
+                    f"vocab_subset={policy.vocab_subset} must be below the size of this backbone's vocabulary, "
+                    f"{self.backbone.vocab_size}; leave it out to read all of it"
+                )
+            self.backbone.check_readout_of()
         if policy.state_mode != "learned" or self.classifiers is None:  # where there is no model yet
             return
         if missing := sorted({*policy.used_exits} - self._mapped_exits):
@@ -157,7 +164,11 @@ class Engine:
     def account(self, trace: Trace, policy: ExitPolicy) -> ComputeRecord:
         """Returns what a row cost under a policy, as if it were alone."""
         exits, confidence = self.classifiers, policy.resolved_confidence
-        costs = {} if confidence is None else {layer: confidence.cost(layer, exits) for layer in policy.active_exits}
+        costs = (
+            {}
+            if confidence is None
+            else {layer: confidence.cost(layer, exits, self.backbone.hidden_size) for layer in policy.active_exits}
+        )
         adapters = exits.adapter_macs() if exits is not None else {}
         state_maps = exits.state_map_macs() if exits is not None else ()
         return account(trace, policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps), self.backbone.cost)

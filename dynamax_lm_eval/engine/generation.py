@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
 from dynamax_lm_eval.engine.sampling import RowToChoose, choose
 from dynamax_lm_eval.engine.waiting import READ_OUT, WaitingRow, WaitingRows
 from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
+from dynamax_lm_eval.exits.vocabulary import RowVocabulary
 
 #: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
 MAX_TOKENS_PER_PASS = 4096
@@ -44,6 +46,11 @@ class _Row:
     generated: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
 
+    @cached_property
+    def vocabulary(self) -> RowVocabulary | None:
+        """The tokens that its confidence looks at."""
+        return self.request.policy.row_vocabulary(self.request.prompt)
+
     def next_input(self) -> RowInput:
         request, shared = self.request, self.shared_prefix.tokens
         first = len(request.prompt) + len(self.generated) - 1 if self.generated else shared
@@ -54,6 +61,7 @@ class _Row:
             prompt_length=len(request.prompt),
             max_steps=request.max_new_tokens,
             policy=request.policy,
+            vocabulary=self.vocabulary,
         )
 
     def result(self) -> Generation:

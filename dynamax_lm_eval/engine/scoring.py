@@ -51,6 +51,7 @@ def score(
                 prompt_length=requests[i].context_length,
                 max_steps=len(requests[i].targets),
                 policy=requests[i].policy,
+                vocabulary=requests[i].policy.row_vocabulary(requests[i].ids[: requests[i].context_length]),
             )
             for i, slot, shared_prefix in zip(members, slots, shared_prefixes, strict=True)
         ]

@@ -6,7 +6,7 @@ A policy belongs to a request, not to an engine: rows of one batch may follow di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from dynamax_lm_eval.compute.cost import EvaluationCost, ExitCost
 from dynamax_lm_eval.exits.confidences import Confidence, resolve_confidence
+from dynamax_lm_eval.exits.vocabulary import RowVocabulary, row_vocabulary
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, ExitScope, StateMode
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
@@ -52,6 +53,8 @@ class ExitPolicy:
     prompt_exit_keep: int = DEFAULT_WARMUP
     #: Read-outs at exits go through the adapters of the trained exits (``none`` where they have none).
     adapter: str = "none"
+    #: Logits that give the confidence are those of so many tokens; None: of all.
+    vocab_subset: int | None = None
     #: What the user should know of how the policy came about; decides nothing.
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -60,6 +63,7 @@ class ExitPolicy:
         assert all(0 < layer < self.num_layers for layer in self.exit_layers)
         assert self.adapter == "none" or not self.final_block
         assert self.prompt_exit_layer is None or (self.exit_scope == "generated" and not self.final_block)
+        assert self.vocab_subset is None or self.confidence in ("softmax", "entropy")
         assert (self.classifier is None) or self.confidence == "classifier"
 
     @cached_property
@@ -83,7 +87,7 @@ class ExitPolicy:
         """What gives the confidence; None where that would be a classifier and there is none."""
         if self.confidence == "classifier" and self.classifier is None:
             return None
-        return resolve_confidence(self.confidence, self.classifier)
+        return resolve_confidence(self.confidence, self.classifier, self.vocab_subset)
 
     @property
     def is_recurrent(self) -> bool:
@@ -118,9 +122,16 @@ class ExitPolicy:
         if self.prompt_exit_layer is not None:
             before_answer = self.num_leaving_prompt(prompt_length)
         if self.exit_scope == "all":
-            return 0 if self.threshold_decay is not None else before_answer
+            # Of these, both depend on the prompt as a whole.
+            return 0 if self.threshold_decay is not None or self.vocab_subset is not None else before_answer
         warmup_tokens = self.is_recurrent and bool(self.active_exits)
         return min(before_answer, self.first_warmed_position(prompt_length)) if warmup_tokens else before_answer
+
+    def row_vocabulary(self, prompt: Sequence[int]) -> RowVocabulary | None:
+        """Returns the tokens that the confidence of a row looks at; None: all of them, or nothing is evaluated."""
+        if self.vocab_subset is None or not self.active_exits:
+            return None
+        return row_vocabulary(prompt, self.vocab_subset)
 
     def effective_thresholds(self, steps: npt.NDArray[np.int64], max_steps: int) -> npt.NDArray[np.float32]:
         """What the confidence of each token is compared with.
@@ -166,6 +177,7 @@ class ExitPolicy:
             evaluated_layers=self.active_exits,
             classifier_macs=tuple(cost.macs for cost in costs),
             classifier_paper_weights=tuple(cost.paper_weights for cost in costs),
+            partial_read_macs=tuple(cost.lm_head_macs for cost in costs),
             adapter_macs=tuple((adapter_macs or {}).get(layer, 0) for layer in self.active_exits),
             warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
             final_block=self.final_block,
@@ -181,6 +193,8 @@ class ExitPolicy:
         """Every setting as JSON data, for result files and cache identities."""
         description = asdict(self)
         del description["notes"]
+        if self.vocab_subset is None:
+            del description["vocab_subset"]  # what was described before there was one is still the same
         description["exit_layers"] = list(self.exit_layers)
         description["thresholds"] = list(self.thresholds)
         description["pruned_blocks"] = sorted(self.pruned_blocks)

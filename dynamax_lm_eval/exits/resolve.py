@@ -13,6 +13,7 @@ from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
+from dynamax_lm_eval.exits.confidences import CONFIDENCES, LogitsConfidence
 from dynamax_lm_eval.exits.policy import DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
@@ -69,6 +70,7 @@ def resolve_policy(
         prompt_exit_layer=_prompt_exit_layer(args, num_layers, final_block),
         prompt_exit_keep=DEFAULT_WARMUP if args.prompt_exit_keep is None else args.prompt_exit_keep,
         adapter=exits.adapter if exits is not None else "none",
+        vocab_subset=_vocab_subset(args, confidence),
         notes=notes,
     )
     _check_active(policy, exits, recurrent_backbone)
@@ -214,6 +216,16 @@ def _prompt_exit_layer(args: DynamaxArgs, num_layers: int, final_block: bool) ->
     if final_block:
         raise UserError("prompt_exit_layer is not possible with exits that were trained with a final block")
     return layer
+
+
+def _vocab_subset(args: DynamaxArgs, confidence: ConfidenceName) -> int | None:
+    if args.vocab_subset is None or all(threshold >= 1 for threshold in args.threshold):
+        return None
+    if not issubclass(CONFIDENCES[confidence], LogitsConfidence):
+        raise UserError(
+            f"vocab_subset needs confidence=softmax or entropy, which read the LM head; this run uses {confidence}"
+        )
+    return args.vocab_subset
 
 
 def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig | None) -> StateMode:

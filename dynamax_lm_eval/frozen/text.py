@@ -102,6 +102,7 @@ def without_first(
     documents: Documents,
     count: int,
     remedy: str = "give held-out text by --eval_dataset, lower --eval_tokens, or split the text into more documents",
+    purpose: str = "the evaluation",
 ) -> Documents:
     """Returns the documents without the first ``count`` of the first epoch's order and without copies of these.
 
@@ -109,11 +110,11 @@ def without_first(
     places in the data keep their numbers.
 
     Raises:
-        UserError: nothing would be left; ``remedy`` ends the message.
+        UserError: nothing would be left for training; ``remedy`` ends the message, which says for what ``purpose``.
     """
     left_out = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
     if next(documents(0, count), None) is None:
-        raise UserError(f"all documents would be held out for the evaluation; {remedy}")
+        raise UserError(f"all documents would be held out for {purpose}; {remedy}")
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
         return ([] if tuple(tokens) in left_out else tokens for tokens in documents(epoch, first))

@@ -87,3 +87,9 @@ def check_state_mode(is_tensor_parallel: bool, state_mode: StateMode) -> None:
     """Raises UserError where states are learned and processes share the projections in whose place maps stand."""
     if is_tensor_parallel and state_mode == "learned":
         raise UserError("state_mode=learned is not possible with tp_plan; add state_mode=recompute")
+
+
+def check_whole_head(is_tensor_parallel: bool, vocab_subset: int | None) -> None:
+    """Raises UserError where rows of the LM head are to be read and processes share it."""
+    if is_tensor_parallel and vocab_subset is not None:
+        raise UserError("vocab_subset is not possible with tp_plan, which splits the LM head; leave one of them out")

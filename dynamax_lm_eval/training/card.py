@@ -58,6 +58,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         macs = ", ".join(f"{value:,}" for value in sorted(set(measured["macs_per_evaluation"].values())))
         lines.append(f"| {kind} | {cells} | {macs} |")
     lines += [
+        *_calibration(config, evaluation),
         "",
         "What a threshold does to that text, run by the engine (agreement: share of tokens whose best token is that of "
         "the full model):",
@@ -73,6 +74,28 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
                     f"{point['compute_reduction']:.3f} |"
                 )
     return "\n".join(lines) + "\n"
+
+
+def _calibration(config: ExitConfig, evaluation: Mapping[str, Any]) -> list[str]:
+    """Returns the lines on calibrated confidences; none where they were not."""
+    if (done := evaluation.get("calibration")) is None:
+        return []
+    lines = [
+        "",
+        "Confidences are calibrated on other text (Platt scaling, in the weights). Expected calibration error on the "
+        "tokens above, without and with it:",
+        "",
+        "| kind | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " |",
+        "| --- |" + " --- |" * len(config.exit_layers),
+    ]
+    for kind, by_exit in done.items():
+        cells = []
+        for layer, scaling in by_exit.items():
+            error = evaluation["classifiers"][kind]["exits"][layer]["expected_calibration_error"]
+            before = error if scaling is None else scaling["expected_calibration_error_before"]
+            cells.append(f"{before:.3f} to {error:.3f}")
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return lines
 
 
 def _command(options: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,7 +30,7 @@ from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents, without_first
-from dynamax_lm_eval.training import evaluation, hub, state, state_maps
+from dynamax_lm_eval.training import evaluation, hub, platt, state, state_maps
 from dynamax_lm_eval.training.answers import Prompt, answers, documents_used, mixed, pool_documents
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
@@ -87,7 +88,7 @@ def _train(
     if run.overwrite and accelerator.is_main_process:
         clear(folder)
     with accelerator.main_process_first():  # one writes what the backbone generates, the others read it
-        documents, held_out_rows, used = _data(options, backbone, prompts, folder)
+        text = _data(options, backbone, prompts, folder)
     frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
     exits = replace(
         _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
@@ -101,25 +102,28 @@ def _train(
             accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, reduction="sum")
         ),
     )
-    seconds = _loop(trainer, options, run, documents, folder, accelerator, backbone.identity.fingerprint, resumed)
+    seconds = _loop(trainer, options, run, text.documents, folder, accelerator, backbone.identity.fingerprint, resumed)
     if not accelerator.is_main_process:
         accelerator.end_training()
         return None
 
+    scalings = platt.calibrate(frozen, classifiers.eval(), text.calibration) if options.calibrate else None
     dtype = getattr(torch, run.save_dtype)
     with torch.no_grad():
         for parameter in classifiers.parameters():
             parameter.copy_(parameter.to(dtype))
-    measured = observe(frozen, classifiers.eval(), held_out_rows, options.micro_batch_tokens)
+    measured = observe(frozen, classifiers.eval(), text.held_out, options.micro_batch_tokens)
     engine, mode = Engine(backbone.engine.backbone, classifiers), default_state_mode(exits)
-    curves = measured_curves(engine, held_out_rows, exits, mode, options.curve_tokens)
+    curves = measured_curves(engine, text.held_out, exits, mode, options.curve_tokens)
     results = evaluation.report(measured, exits, classifiers, engine.backbone.cost, mode, curves)
     if exits.states is not None:
-        results["states"] = state_maps.explained(frozen, classifiers, held_out_rows)
+        results["states"] = state_maps.explained(frozen, classifiers, text.held_out)
+    if scalings is not None:
+        results["calibration"] = platt.report(scalings, measured, exit_layers)
     accelerator.log(held_out_numbers(results), step=options.steps)
     accelerator.end_training()
     summary = _summary(options, backbone, seconds, accelerator)
-    exits = replace(exits, training=summary | ({"prompt_documents": used} if used else {}))
+    exits = replace(exits, training=summary | ({"prompt_documents": text.used} if text.used else {}))
     saved = _save(folder, exits, classifiers, results, run)
     if run.push_to_hub:
         hub.push(folder, run.push_to_hub)
@@ -222,10 +226,17 @@ def _loop(
     return earlier + clock.seconds
 
 
-def _data(
-    options: TrainingOptions, backbone: FrozenBackbone, prompts: Sequence[Prompt], folder: Path
-) -> tuple[Documents, list[list[int]], list[str]]:
-    """Returns the documents to train on, the rows of held-out text, and the documents of tasks that are among them."""
+class _Text(NamedTuple):
+    """The text of a training."""
+
+    documents: Documents  # to train on
+    held_out: list[list[int]]  # rows of the evaluation
+    calibration: list[list[list[int]]]  # batches of rows that are in neither
+    used: list[str]  # documents of tasks that are among what is trained on
+
+
+def _data(options: TrainingOptions, backbone: FrozenBackbone, prompts: Sequence[Prompt], folder: Path) -> _Text:
+    """Returns the text to train on, to calibrate on and to evaluate on."""
     used: list[str] = []
 
     def read(source: TextSource) -> Documents:
@@ -244,9 +255,22 @@ def _data(
         documents = read(options.source)
     if options.eval_source is not None:
         rows, _ = held_out(read(options.eval_source), options.eval_tokens, options.seq_len)
-        return documents, rows, used
-    rows, count = held_out(documents, options.eval_tokens, options.seq_len)
-    return without_first(documents, count), rows, used
+        count = 0
+    else:
+        rows, count = held_out(documents, options.eval_tokens, options.seq_len)
+        documents = without_first(documents, count)
+    if not options.calibrate:
+        return _Text(documents, rows, [], used)
+    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, Position(document=count))
+    calibration = list(itertools.islice(batches, options.calibrate_micro_batches))
+    remedy = "lower --calibrate_tokens, or add --calibrate false"
+    if batches.position.epoch:
+        raise UserError(
+            f"there are fewer than --calibrate_tokens={options.calibrate_tokens} tokens of text beside those of the "
+            f"evaluation; {remedy}"
+        )
+    documents = without_first(documents, batches.position.document + 1, remedy, "the evaluation and the calibration")
+    return _Text(documents, rows, calibration, used)
 
 
 def _accelerator(run: RunOptions) -> Any:

@@ -17,7 +17,7 @@ from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ExitClassifiers
 from dynamax_lm_eval.exits.resolve import policy_of_exits
-from dynamax_lm_eval.frozen.observe import BoolArray, FloatArray, Observations
+from dynamax_lm_eval.frozen.observe import BoolArray, FloatArray, IntArray, Observations
 from dynamax_lm_eval.types import StateMode
 
 #: Thresholds of the predicted curve.
@@ -25,6 +25,7 @@ THRESHOLDS = (*(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.99)
 #: Thresholds at which precision and recall of "exit" are given.
 OPERATING_POINTS = (0.5, 0.7, 0.8, 0.9)
 _BINS = 20
+_EDGES = np.linspace(0, 1, _BINS + 1)
 #: Lines and markers of the kinds in a plot.
 _STYLES = (("-", "o"), ("-.", "D"), ("--", "s"), (":", "^"))
 
@@ -76,11 +77,9 @@ def exit_quality(confidence: FloatArray, label: BoolArray) -> dict[str, Any]:
     from sklearn.metrics import roc_auc_score
 
     both = 0 < label.sum() < len(label)
-    edges = np.linspace(0, 1, _BINS + 1)
-    bins = np.clip(np.digitize(confidence, edges[1:-1]), 0, _BINS - 1)
+    bins = _bins(confidence)
     counts = np.bincount(bins, minlength=_BINS)
     positives = np.bincount(bins, weights=label, minlength=_BINS)
-    sums = np.bincount(bins, weights=confidence, minlength=_BINS)
     points = {}
     for threshold in OPERATING_POINTS:
         exits = confidence >= threshold
@@ -93,10 +92,21 @@ def exit_quality(confidence: FloatArray, label: BoolArray) -> dict[str, Any]:
     return {
         "auroc": float(roc_auc_score(label, confidence)) if both else None,
         "label_share": float(label.mean()),
-        "expected_calibration_error": float(np.abs(positives - sums).sum() / len(label)),
+        "expected_calibration_error": calibration_error(confidence, label),
         "thresholds": points,
-        "histogram": {"edges": edges.tolist(), "tokens": counts.tolist(), "label_1": positives.astype(int).tolist()},
+        "histogram": {"edges": _EDGES.tolist(), "tokens": counts.tolist(), "label_1": positives.astype(int).tolist()},
     }
+
+
+def calibration_error(confidence: FloatArray, label: BoolArray) -> float:
+    """Returns the expected calibration error of one exit, in 20 bins of equal width; both arguments are (T,)."""
+    bins = _bins(confidence)
+    positives, sums = (np.bincount(bins, weights=values, minlength=_BINS) for values in (label, confidence))
+    return float(np.abs(positives - sums).sum() / len(label))
+
+
+def _bins(confidence: FloatArray) -> IntArray:
+    return np.clip(np.digitize(confidence, _EDGES[1:-1]), 0, _BINS - 1)
 
 
 def predicted_point(

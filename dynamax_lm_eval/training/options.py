@@ -166,6 +166,11 @@ class TrainingOptions:
     clip: float = option(1.0, "largest gradient norm of each kind's parameters")
     dtype: str = frozen_option("dtype")
 
+    calibrate: bool = option(
+        True,
+        "fit a scale and a shift of each exit's log-odds to text not trained on, and fold them into its weights",
+    )
+    calibrate_tokens: int = option(20_000, "tokens that they are fitted to, in whole micro-batches of --dataset")
     eval_dataset: str | None = option(
         None, "held-out text, given as --dataset; default: the first documents of the stream are held out"
     )
@@ -214,6 +219,10 @@ class TrainingOptions:
         default = type(self).__dataclass_fields__["states_tokens"].default
         if self.states == "none" and self.states_tokens != default:
             raise UserError("--states_tokens has no effect without --states; add it, or remove --states_tokens")
+        check_at_least(self, {"calibrate_tokens": 1})
+        default = type(self).__dataclass_fields__["calibrate_tokens"].default
+        if not self.calibrate and self.calibrate_tokens != default:
+            raise UserError("--calibrate_tokens has no effect with --calibrate false; remove one of them")
         if self.adapter != "none" and self.final_block:
             raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
         if not 0 <= self.adapter_first < 1 or (self.adapter_first and self.adapter == "none"):
@@ -294,6 +303,11 @@ class TrainingOptions:
     def states_micro_batches(self) -> int:
         """The number of micro-batches that state maps are fitted to."""
         return -(-self.states_tokens // self.micro_batch_tokens)
+
+    @property
+    def calibrate_micro_batches(self) -> int:
+        """The number of micro-batches that exits are calibrated on."""
+        return -(-self.calibrate_tokens // self.micro_batch_tokens) if self.calibrate else 0
 
     @property
     def labels_per_micro_batch(self) -> int:

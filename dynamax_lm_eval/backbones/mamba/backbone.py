@@ -146,6 +146,10 @@ class MambaBackbone(DecoderBackbone):
         normed = self._final_norm(hidden)
         return self.by_head(normed.to(self._lm_head.weight.dtype)).float()
 
+    def readout_of(self, hidden: Tensor, first: int, others: Tensor) -> Tensor:
+        normed = self._final_norm(hidden)
+        return self.by_head_rows(normed.to(self._lm_head.weight.dtype), first, others).float()
+
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode == "copy" and exit_layers:
             raise UserError(copy_is_impossible(self.name))

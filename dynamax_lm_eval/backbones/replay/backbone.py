@@ -10,8 +10,9 @@ N tokens of a flat batch, n in flight, m that left, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +101,16 @@ class ReplayBackbone(ModelBackbone):
             return direct
         logits = self.replay.readout(self.hidden_shape.of_model(hidden.unsqueeze(0)), len(hidden))
         return moved(logits.contiguous(), self.output_device)
+
+    def readout_of(self, hidden: Tensor, first: int, others: Tensor) -> Tensor:
+        assert self._direct_readout is not None
+        readout: FinalReadout = self._direct_readout
+        return readout.with_head(lambda normed: self.by_head_rows(normed, first, others))(hidden)
+
+    def check_readout_of(self) -> None:
+        is_direct = self._direct_readout is not None or self.device.type == "meta"  # where that is not known yet
+        if not is_direct or not self.has_head_rows:
+            super().check_readout_of()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         if mode == "recompute" or not exit_layers:
@@ -197,11 +208,18 @@ class ReplayBackbone(ModelBackbone):
         return forward
 
 
-def final_readout(norm: Any, head: Any, softcap: float | None) -> Any:
-    """Returns a function from hidden states (T, D) to logits (T, V) by a norm, a head and a soft-cap."""
+@dataclass(frozen=True)
+class FinalReadout:
+    """A read-out of hidden states (T, D) as logits (T, V) by a norm, a head and a soft-cap."""
 
-    def readout(hidden: Tensor) -> Tensor:
-        logits = head(norm(hidden))
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    norm: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor], Tensor]
+    softcap: float | None
 
-    return readout
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.head(self.norm(hidden))
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def with_head(self, head: Callable[[Tensor], Tensor]) -> FinalReadout:
+        """Returns the same with another head."""
+        return replace(self, head=head)

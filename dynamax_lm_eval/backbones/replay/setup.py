@@ -231,7 +231,7 @@ def _row_bytes(trace: ModelTrace, replay: ReplayModel) -> tuple[int, int]:
 @torch.no_grad()
 def direct_readout(backbone: ReplayBackbone) -> Any:
     """Returns the read-out by final norm, head and soft-cap, where that is what the model computes; else None."""
-    from dynamax_lm_eval.backbones.replay.backbone import final_readout
+    from dynamax_lm_eval.backbones.replay.backbone import FinalReadout
 
     if backbone.device.type == "meta" or not backbone.hidden_shape.is_plain:
         return None
@@ -243,7 +243,7 @@ def direct_readout(backbone: ReplayBackbone) -> Any:
     for name, module in backbone.model.named_modules():
         if name.rpartition(".")[2] in _FINAL_NORMS and not any(block in name for block in ("layers.", "h.")):
             try:
-                readout = final_readout(module, backbone.by_head, softcap)
+                readout = FinalReadout(module, backbone.by_head, softcap)
                 ours = readout(hidden).to(theirs.device)
             except Exception:
                 continue

@@ -87,9 +87,16 @@ class TransformerBackbone(DecoderBackbone):
         return FusedPass(self, states, layout, materialize_all)
 
     def readout(self, hidden: Tensor) -> Tensor:
+        return self.by_head(self._normed(hidden))
+
+    def readout_of(self, hidden: Tensor, first: int, others: Tensor) -> Tensor:
+        return self.by_head_rows(self._normed(hidden), first, others)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
         norm: Any = self._final_norm
         fused = hidden.device.type == "cuda" and self._norms_as_blocks and not is_changed(vars(norm))
-        return self.by_head(normed_by(norm, hidden) if fused else norm(hidden))
+        normed: Tensor = normed_by(norm, hidden) if fused else norm(hidden)
+        return normed
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
         pass  # all blocks are alike, so every mode can be had

@@ -68,6 +68,8 @@ class Classifier(nn.Module, ABC):
     sizes: ClassVar[tuple[str, ...]] = ()
     #: Linear layers with nearly all of its weights, which on a GPU are read in the backbone's dtype.
     narrowed: ClassVar[tuple[str, ...]] = ()
+    #: Its last layer, which gives the two logits.
+    out_proj: nn.Linear
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -101,6 +103,13 @@ class Classifier(nn.Module, ABC):
 
         ``rows`` and ``state`` matter to recurrent classifiers only; a state of None is that of a new row.
         """
+
+    @torch.no_grad()
+    def rescale(self, scale: float, shift: float) -> None:
+        """Lets the log-odds of "exit", z, be ``scale`` * z + ``shift`` from now on."""
+        self.out_proj.weight.mul_(scale)
+        self.out_proj.bias.mul_(scale)
+        self.out_proj.bias.add_(self.out_proj.bias.new_tensor([-shift / 2, shift / 2]))
 
     def new_state(self, num_rows: int, device: torch.device) -> MixerState | None:
         """Returns the state of rows that have seen nothing; None without recurrence."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-from dynamax_lm_eval.exits.confidences.base import Confidence, ExitInputs
+from dynamax_lm_eval.exits.confidences.base import Confidence, ExitInputs, LogitsConfidence
 from dynamax_lm_eval.exits.confidences.entropy import EntropyConfidence
 from dynamax_lm_eval.exits.confidences.softmax import SoftmaxConfidence
 from dynamax_lm_eval.exits.confidences.state import StateConfidence
 from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName
 
-__all__ = ["CONFIDENCES", "Confidence", "ExitInputs", "resolve_confidence"]
+__all__ = ["CONFIDENCES", "Confidence", "ExitInputs", "LogitsConfidence", "resolve_confidence"]
 
 #: Every confidence by the name that a policy gives it.
 CONFIDENCES: Mapping[ConfidenceName, type[Confidence]] = {
@@ -28,6 +28,8 @@ CONFIDENCES: Mapping[ConfidenceName, type[Confidence]] = {
 
 
 @functools.cache
-def resolve_confidence(name: ConfidenceName, classifier: ClassifierKind | None = None) -> Confidence:
-    """The confidence that a policy names, the same object every time; ``classifier`` is the kind of a trained one."""
-    return CONFIDENCES[name].make(classifier)
+def resolve_confidence(
+    name: ConfidenceName, classifier: ClassifierKind | None = None, vocab_subset: int | None = None
+) -> Confidence:
+    """The confidence that a policy names, the same object every time; the rest is as in :meth:`Confidence.make`."""
+    return CONFIDENCES[name].make(classifier, vocab_subset)

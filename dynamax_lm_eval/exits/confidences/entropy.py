@@ -7,14 +7,13 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamax_lm_eval.exits.confidences.base import Confidence, ExitInputs
+from dynamax_lm_eval.exits.confidences.base import ExitInputs, LogitsConfidence
 
 
-class EntropyConfidence(Confidence):
+class EntropyConfidence(LogitsConfidence):
     """1 - the normalised entropy of the exit's distribution."""
 
     name = "entropy"
-    reads_lm_head = True
 
     def score(self, inputs: ExitInputs) -> Tensor:
         assert inputs.logits is not None

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynamax_lm_eval.exits.confidences.base import Confidence, ExitInputs
+from dynamax_lm_eval.exits.confidences.base import ExitInputs, LogitsConfidence
 
 
-class SoftmaxConfidence(Confidence):
+class SoftmaxConfidence(LogitsConfidence):
     """Probability of the most probable token minus that of the second."""
 
     name = "softmax"
-    reads_lm_head = True
 
     def score(self, inputs: ExitInputs) -> Tensor:
         assert inputs.logits is not None

@@ -18,13 +18,13 @@ class TrainedConfidence(Confidence):
         self.recurrent = CLASSIFIERS[kind].recurrent
 
     @classmethod
-    def make(cls, classifier: ClassifierKind | None) -> TrainedConfidence:
+    def make(cls, classifier: ClassifierKind | None, vocab_subset: int | None) -> TrainedConfidence:
         assert classifier is not None, "confidence=classifier goes with a kind"
         return cls(classifier)
 
     def score(self, inputs: ExitInputs) -> Tensor:
         return exit_probability(inputs.classifiers.run(self.name, inputs.layer, inputs.after, inputs.slots))
 
-    def cost(self, layer: int, classifiers: ExitClassifiers | None) -> EvaluationCost:
+    def cost(self, layer: int, classifiers: ExitClassifiers | None, hidden_size: int) -> EvaluationCost:
         assert classifiers is not None, "there is a classifier to evaluate"
         return classifiers.at(self.name, layer).cost
