@@ -36,6 +36,7 @@ from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.curve import measured_curves
 from dynamax_lm_eval.training.generated import generated_documents
+from dynamax_lm_eval.training.init import start_from
 from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, accuracy_line, cut_log, held_out_numbers, write_step
 from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
 from dynamax_lm_eval.training.output import STATE_NAME, clear, take_output
@@ -93,7 +94,10 @@ def _train(
     exits = replace(
         _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
     )
-    classifiers = exits.build(options.seed).to(accelerator.device)
+    classifiers = exits.build(options.seed)
+    if options.init is not None:
+        start_from(lookup.open_exits(options.init), exits, classifiers)
+    classifiers.to(accelerator.device)
     trainer = Trainer(
         frozen,
         classifiers,

@@ -126,6 +126,11 @@ class TrainingOptions:
     exit_layers: str | None = option(
         None, "blocks that have run at each exit, e.g. 16+20+24+28; default: floor(L/2 + i*L/8), i = 0..3"
     )
+    init: str | None = option(
+        None,
+        "exits to go on from, a folder or Hub id: of the same backbone, exit layers and sizes, with at least these kinds "
+        "and the same adapters (affine ones may get an MLP by swiglu:W); state maps are fitted anew",
+    )
     final_block: bool = option(False, "the last block runs after an exit (the paper's set-up)")
     adapter: str = option(
         "none",
