@@ -128,8 +128,8 @@ class TrainingOptions:
     )
     init: str | None = option(
         None,
-        "exits to go on from, a folder or Hub id: of the same backbone, exit layers and sizes, with at least these kinds "
-        "and the same adapters (affine ones may get an MLP by swiglu:W); state maps are fitted anew",
+        "exits to go on from, a folder or Hub id: of the same backbone, exit layers and sizes, with at least these "
+        "kinds and the same adapters (affine ones may get an MLP by swiglu:W); state maps are fitted anew",
     )
     final_block: bool = option(False, "the last block runs after an exit (the paper's set-up)")
     adapter: str = option(
