@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import TASKS, random_ids, tiny_model
+from helpers_architectures import ARCHITECTURES
 from helpers_engine import EXITS
 from helpers_harness import dynamax
 from helpers_training import ROWS, train, training_options
@@ -25,9 +26,11 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.models.fingerprint import adapter_fingerprint
+from dynamax_lm_eval.models.loading import model_without_weights
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.batches import MicroBatches
-from dynamax_lm_eval.training.lora import LoraTrainer, linear_layers
+from dynamax_lm_eval.training.lora import LoraTrainer, check, linear_layers
+from dynamax_lm_eval.training.options import RunOptions
 from dynamax_lm_eval.training.read_outs import lora_report, read_outs
 from dynamax_lm_eval.training.trainer import Processes, exit_weights
 
@@ -241,7 +244,9 @@ class TestCommand:
             dynamax(backbone, peft=str(moved), exits=str(saved.path), threshold=0.5)
 
     def test_says_what_it_did(self, trained: tuple[Path, ExitCheckpoint]) -> None:
-        _, saved = trained
+        backbone, saved = trained
+        config = json.loads((saved.path / "lora" / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(backbone), 2, 4)
         evaluation = json.loads((saved.path / "evaluation.json").read_text())
         found = evaluation["lora"]
         for layer, agreement in found["agreement_of_exit"].items():
@@ -320,6 +325,13 @@ def test_refusals_are_one_line(
     line = ["train", "--backbone", str(model_folder), "--dataset", str(texts), "--device", "cpu"]
     assert cli.main([*line, *arguments]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_blocks_that_give_several_vectors_are_refused_before_weights_load() -> None:
+    config = ARCHITECTURES["inputs per block and shared K and V"][1]()
+    options, run = training_options(Path("x"), Path("x"), lora=2), RunOptions(output="x")
+    with pytest.raises(UserError, match="blocks of Gemma3nForCausalLM give several vectors per token"):
+        check(options, run, model_without_weights(config, {}))
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from dynamax_lm_eval.backbones.base import Backbone
+from dynamax_lm_eval.engine.parity import engine_without_weights
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import naming
 from dynamax_lm_eval.frozen.passes import FrozenPass, Target, descend
 from dynamax_lm_eval.frozen.text import Documents
+from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.loading import described
 from dynamax_lm_eval.training import state
@@ -72,7 +75,7 @@ def check(options: TrainingOptions, run: RunOptions, structure: Any) -> None:
         structure: the backbone without weights; None where it cannot be built.
 
     Raises:
-        UserError: there is no output folder or no PEFT, or PEFT cannot adapt this backbone.
+        UserError: there is no output folder or no PEFT, or this backbone cannot be adapted.
     """
     if options.lora is None:
         return
@@ -82,8 +85,17 @@ def check(options: TrainingOptions, run: RunOptions, structure: Any) -> None:
         import peft  # noqa: F401 - whether it is there
     except ImportError:
         raise UserError("--lora needs the package peft; run: pip install peft") from None
+    draft = engine_without_weights(structure, options.seq_len)
+    if draft is not None:
+        _check_vectors(draft.backbone)
     if structure is not None:
         adapted(structure, options.lora, options.seed)
+
+
+def _check_vectors(backbone: Backbone) -> None:
+    """Refuses, with a UserError, a model whose blocks give several vectors per token."""
+    if backbone.hidden_size != backbone.model.config.get_text_config().hidden_size:
+        raise UserError(f"--lora: blocks of {backbone.name} give several vectors per token; remove --lora")
 
 
 def linear_layers(model: Any) -> list[str]:
@@ -128,6 +140,7 @@ class LoraTrainer:
         self.options = options
         self.processes = processes or Processes()
         backbone = frozen.backbone
+        _check_vectors(backbone)
         self._blocks = find_blocks(backbone.model, backbone.num_layers, backbone.name)
         #: PEFT's model around that of the backbone.
         self.model = adapted(backbone.model, options.lora, options.seed)
@@ -178,7 +191,7 @@ class LoraTrainer:
             (E + 1,) the mean divergences of the exits and of full depth.
 
         Raises:
-            UserError: the backbone does not know an id, or its blocks give something else than one vector per token.
+            UserError: the backbone does not know an id.
         """
         backbone, layers = self.frozen.backbone, self.frozen.exit_layers
         for row in rows:
@@ -222,12 +235,12 @@ class LoraTrainer:
         finally:
             for handle in hooks:
                 handle.remove()
-        if any(states.shape != (*ids.shape, backbone.hidden_size) for states in found.values()):
-            raise UserError(f"--lora: blocks of {backbone.name} do not give one vector per token; remove --lora")
         return [found[layer].flatten(0, 1)[here.to(found[layer].device)] for layer in layers]
 
     def save(self, folder: Path) -> None:
         """Writes the adapters as a folder of PEFT."""
+        name = self.options.backbone  # not where an alias leads on this machine
+        self.model.active_peft_config.base_model_name_or_path = aliases.HUB_ALIASES.get(name, name)
         self.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
 
