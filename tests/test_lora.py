@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from helpers import TASKS, random_ids, tiny_model
 from helpers_architectures import ARCHITECTURES
 from helpers_engine import EXITS
@@ -34,7 +35,7 @@ from dynamax_lm_eval.training.options import RunOptions
 from dynamax_lm_eval.training.read_outs import lora_report, read_outs
 from dynamax_lm_eval.training.trainer import Processes, exit_weights
 
-pytest.importorskip("peft", reason="needs peft")
+peft = pytest.importorskip("peft", reason="needs peft")
 
 POSITIONS = torch.tensor([0, 3, 8, 9, 12, 17, 23])
 FAMILIES = ["llama", "gemma3", "gpt_neox", "mamba2", "mamba"]
@@ -242,6 +243,30 @@ class TestCommand:
         save_file(weights, moved / "adapter_model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UserError, match="were trained for other weights"):
             dynamax(backbone, peft=str(moved), exits=str(saved.path), threshold=0.5)
+
+    def test_adapters_can_be_merged_and_then_cost_nothing(
+        self, trained: tuple[Path, ExitCheckpoint], tmp_path: Path
+    ) -> None:
+        """As the documentation says how."""
+        backbone, saved = trained
+        base = transformers.AutoModelForCausalLM.from_pretrained(backbone)
+        peft.PeftModel.from_pretrained(base, saved.path / "lora").merge_and_unload().save_pretrained(tmp_path)
+        transformers.AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path)
+        given: dict[str, Any] = {"exits": str(saved.path), "threshold": 0.5}
+        adapted = dynamax(backbone, peft=str(saved.path / "lora"), **given)
+        merged = dynamax(tmp_path, exits_check=False, **given)
+        plain = dynamax(backbone)
+        pairs = [(("a", "b"), random_ids(9, 1), random_ids(6, 2))]
+        ((expected, _),), ((found, _),) = (
+            lm._loglikelihood_tokens(pairs, disable_tqdm=True) for lm in (adapted, merged)
+        )
+        assert found == pytest.approx(expected, rel=1e-4)
+        costs = [lm.engine.backbone.cost.blocks for lm in (plain, merged, adapted)]
+        assert costs[0] == costs[1]
+        assert all(
+            ours.weights < theirs.weights and ours.state_recompute < theirs.state_recompute
+            for ours, theirs in zip(costs[1], costs[2], strict=True)
+        )
 
     def test_says_what_it_did(self, trained: tuple[Path, ExitCheckpoint]) -> None:
         backbone, saved = trained
