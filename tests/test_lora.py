@@ -28,7 +28,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.models.fingerprint import adapter_fingerprint
 from dynamax_lm_eval.models.loading import model_without_weights
-from dynamax_lm_eval.training import command
+from dynamax_lm_eval.training import command, output
 from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.lora import LoraTrainer, check, linear_layers
 from dynamax_lm_eval.training.options import RunOptions
@@ -373,3 +373,13 @@ def test_what_cannot_be_adapted_is_refused_before_weights_load(
         monkeypatch.setattr("dynamax_lm_eval.training.lora.linear_layers", lambda _: [])
     with pytest.raises(UserError, match=message):
         train(model_folder, texts, tmp_path / "output", **LORA)
+
+
+def test_overwriting_removes_what_a_training_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    output.clear(tmp_path)
+    assert (tmp_path / "lora").exists()
+    (tmp_path / "lora" / "training.jsonl").write_text("")
+    output.clear(tmp_path)
+    assert not (tmp_path / "lora").exists()
