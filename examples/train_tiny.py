@@ -6,6 +6,10 @@
 Both have 12 blocks, about 3.5 M parameters and a byte-pair tokenizer of 4,096 entries, which a run makes of the text
 unless --tokenizer names the folder of the other model; then both see the same tokens in the same order. A run that
 was killed goes on where it was when the same command is given again. The result is a folder for backbone=.
+
+With --exit-loss WEIGHT the model learns to be read out early from the start: to its cross-entropy comes WEIGHT times
+the mean of those of the exits after 6, 8 and 10 blocks, through the same final norm and LM head (LayerSkip, Elhoushi
+et al. 2024, without its layer dropout and its schedule of exits). Tokens and their order stay the same.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,8 @@ VOCABULARY = 4096
 HIDDEN = 192
 BLOCKS = 12
 SEQ_LEN = 512
+#: Where --exit-loss reads out.
+EXITS = (6, 8, 10)
 SPECIAL = ("<pad>", "<s>", "</s>")
 
 
@@ -86,28 +93,33 @@ def make_model(architecture: str, seed: int) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def losses(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]) -> Tensor:
-    """Returns the cross-entropy of every token but the rows' first."""
+def losses(
+    model: Any, mamba: MambaBackbone | None, rows: list[list[int]], exits: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
+    """Returns the cross-entropy of every token but the rows' first: at full depth, then at each of the exits."""
     device = model.device
     if mamba is not None:
         ids = torch.tensor([token for row in rows for token in row], device=device)
-        logits = mamba.train_forward(ids, RaggedRows(list(map(len, rows)), device))
+        after = mamba.train_blocks(ids, RaggedRows(list(map(len, rows)), device))
+        depths = [mamba.readout(after[layer - 1]) for layer in (len(after), *exits)]
         # The last token of a row predicts nothing.
         labels = [token for row in rows for token in [*row[1:], -100]]
     else:
         width = max(map(len, rows))
         # Padding on the right of a causal model needs no mask.
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-        logits = model(ids, use_cache=False).logits.flatten(0, 1)
+        output = model(ids, use_cache=False, output_hidden_states=bool(exits))
+        early = [model.lm_head(model.model.norm(output.hidden_states[layer])) for layer in exits]
+        depths = [logits.flatten(0, 1) for logits in (output.logits, *early)]
         labels = [token for row in rows for token in [*row[1:], *[-100] * (width - len(row) + 1)]]
     targets = torch.tensor(labels, device=device)
     predicted = targets >= 0
-    return F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="none")
+    return tuple(F.cross_entropy(logits[predicted].float(), targets[predicted], reduction="none") for logits in depths)
 
 
 @torch.no_grad()
 def bits_per_byte(model: Any, mamba: MambaBackbone | None, rows: list[list[int]], tokenizer: Any) -> float:
-    bits = sum(float(losses(model, mamba, [row]).sum()) for row in rows) / math.log(2)
+    bits = sum(float(losses(model, mamba, [row])[0].sum()) for row in rows) / math.log(2)
     return bits / sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
 
 
@@ -121,12 +133,17 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=4_200_000)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--exit-loss", "--exit_loss", type=float, default=0.0, metavar="WEIGHT", help="of the exits' mean loss; 0: none"
+    )
     parser.add_argument("--save-steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if (args.output / "config.json").is_file():
         parser.error(f"{args.output} holds a finished model; choose another --output")
+    if not 0 <= args.exit_loss < math.inf:
+        parser.error(f"--exit-loss must be 0 or a positive number, got {args.exit_loss}")
 
     source = TextSource(args.dataset, seed=args.seed)
     folder = args.output / "state"
@@ -162,7 +179,10 @@ def main() -> None:
                 group["lr"] = learning_rate(step, steps, args.learning_rate, 0.02)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(torch.device(args.device).type, torch.bfloat16):
-                loss = losses(model, mamba, next(batches)).mean()
+                full, *early = losses(model, mamba, next(batches), EXITS if args.exit_loss else ())
+                loss = full.mean()
+                if early:
+                    loss = loss + args.exit_loss * torch.stack(early).mean()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(float(norm)):

@@ -15,7 +15,7 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.models.blocks import find_blocks
-from dynamax_lm_eval.models.fingerprint import files_fingerprints, model_fingerprints
+from dynamax_lm_eval.models.fingerprint import adapter_fingerprint, files_fingerprints, model_fingerprints
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ def read_config(options: FrozenOptions) -> Any:
     return config
 
 
+def read_structure(options: FrozenOptions, config: Any) -> Any:
+    """Returns the backbone of a configuration without weights; None where it cannot be built."""
+    return loading.model_without_weights(config, _load_options(options))
+
+
 def _load_options(options: FrozenOptions) -> dict[str, Any]:
     """Returns arguments of transformers' ``from_pretrained``."""
     return {"revision": options.revision or "main", "trust_remote_code": options.trust_remote_code}
@@ -62,20 +67,23 @@ def load_backbone(options: FrozenOptions, device: torch.device | None = None) ->
     config, source = read_config(options), aliases.resolve_backbone(options.backbone)
     dtype = _dtype(options.dtype, device)
     shared = _load_options(options)
-    structure = loading.model_without_weights(config, shared)
-    engine_without_weights(structure, options.seq_len)
+    engine_without_weights(read_structure(options, config), options.seq_len)
     name = f"--backbone {options.backbone!r}"
     with loading.naming(f"the tokenizer of {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
     models = loading.CompleteModels(loading.auto_class(config), lambda _: name)
     model = models.from_pretrained(source, dtype=dtype, **shared)
+    fingerprints = files_fingerprints(source, shared)
+    if options.peft is not None:
+        model = _adapted(model, options.peft)
+        fingerprints = fingerprints and fingerprints.with_adapter(adapter_fingerprint(options.peft))
     model = model.to(device).eval().requires_grad_(False)
     # Rows are cut by --seq_len; the tokenizer's own limit is none of this run's.
     tokenizer.model_max_length = int(1e30)
     text = config.get_text_config()
     depth = len(find_blocks(model, int(text.num_hidden_layers), type(model).__name__))
     engine = checked_engine(model, ExitPolicy(depth), options.seq_len)
-    fingerprints = files_fingerprints(source, shared) or model_fingerprints(model)
+    fingerprints = fingerprints or model_fingerprints(model)
     return FrozenBackbone(
         engine=engine,
         tokenizer=tokenizer,
@@ -91,6 +99,17 @@ def load_backbone(options: FrozenOptions, device: torch.device | None = None) ->
         dtype=str(dtype).removeprefix("torch."),
         former=fingerprints.former,
     )
+
+
+def _adapted(model: Any, adapter: str) -> Any:
+    """Returns a model under the PEFT adapter in a folder, as an evaluation with ``peft=`` has it."""
+    from peft import PeftModel
+
+    loading.check_peft(adapter)
+    with loading.naming(f"peft={adapter!r}"):
+        adapted = PeftModel.from_pretrained(model, adapter)
+        loading.check_adapter_weights(adapted, adapter, "main")
+    return adapted
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -51,7 +51,7 @@ def observe(
     """Runs held-out rows through the backbone and all classifiers."""
     within, agrees = [], []
     confidences: dict[str, list[FloatArray]] = {kind: [] for kind in classifiers.kinds}
-    for part in _parts(rows, tokens_at_once):
+    for part in in_parts(rows, tokens_at_once):
         batch = frozen.run(part)
         positions = torch.arange(batch.rows.num_tokens, device=frozen.backbone.device)
         labels = frozen.label(batch, positions, classifiers)
@@ -71,7 +71,7 @@ def observe(
     )
 
 
-def _parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
+def in_parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
     """Returns rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
     parts: list[list[Sequence[int]]] = []
     tokens_left = 0

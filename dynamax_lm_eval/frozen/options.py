@@ -53,6 +53,7 @@ class FrozenOptions:
     device: str = option("auto", "cpu, or auto: a GPU where there is one")
     revision: str | None = option(None, "revision of a backbone from the Hub")
     trust_remote_code: bool = option(False, "let the backbone's repository run its own code")
+    peft: str | None = option(None, "folder of a PEFT adapter that the backbone is loaded with")
 
     def __post_init__(self) -> None:
         check_at_least(self, {"seq_len": 2})

@@ -116,6 +116,12 @@ class FrozenPass:
         self.final_block = final_block
         self.top_k = top_k
 
+    @property
+    def read_at_once(self) -> int:
+        """The number of tokens whose logits are held at once."""
+        elements = _AT_ONCE_ON_CPU if self.backbone.device.type == "cpu" else LOGITS_AT_ONCE
+        return max(1, elements // self.backbone.vocab_size)
+
     @torch.no_grad()
     def run(self, rows: Sequence[Sequence[int]], simulated: SimulatedExits | None = None) -> FrozenBatch:
         """Returns hidden states of rows of token ids.
@@ -194,14 +200,12 @@ class FrozenPass:
             learn: weights (E,) of the exits' KL divergences; their gradients are added to the adapters'. None: the
                 adapters stay as they are.
         """
-        on_cpu = positions.device.type == "cpu"
-        at_once = max(1, (_AT_ONCE_ON_CPU if on_cpu else LOGITS_AT_ONCE) // self.backbone.vocab_size)
         within, agrees = [], []
         divergence = torch.zeros(len(self.exit_layers), device=positions.device)
-        for part in positions.split(at_once):
+        for part in positions.split(self.read_at_once):
             full = self.backbone.readout(batch.last[part])  # (t, V)
             best = best_tokens(full, self.top_k)  # (t, k)
-            target = _Target.of(full) if learn is not None else None
+            target = Target.of(full) if learn is not None else None
             exit_tokens = []
             for i, layer in enumerate(self.exit_layers):
                 reached = batch.reaching(layer, part)
@@ -216,8 +220,8 @@ class FrozenPass:
                 else:
                     with torch.enable_grad():
                         logits = self.backbone.readout(adapter(hidden))
-                    own = target if batch.reached is None else _Target.of(full[reached])
-                    divergence[i] += _descend(logits, own, learn[i] / len(positions)) / len(positions)
+                    own = target if batch.reached is None else Target.of(full[reached])
+                    divergence[i] += descend(logits, own, learn[i] / len(positions)) / len(positions)
                 found = best_tokens(logits.detach(), 1)[:, 0]
                 exit_tokens.append(
                     found if batch.reached is None else best.new_full((len(part),), -1).masked_scatter(reached, found)
@@ -229,20 +233,20 @@ class FrozenPass:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """The full model's distribution at t positions."""
+class Target:
+    """The full model's distribution at t positions, which read-outs are drawn to."""
 
     probabilities: Tensor  # (t, V) float32
     negative_entropy: Tensor  # (), summed over positions
 
     @classmethod
-    def of(cls, logits: Tensor) -> _Target:
+    def of(cls, logits: Tensor) -> Target:
         logits = logits.float()
         probabilities = logits.softmax(-1)
         return cls(probabilities, _expected_log_probability(probabilities, logits))
 
 
-def _descend(logits: Tensor, target: _Target, weight: float) -> Tensor:
+def descend(logits: Tensor, target: Target, weight: float) -> Tensor:
     """Adds the gradient of ``weight`` * sum of KL(target || softmax(logits)) to what made the logits (t, V).
 
     That gradient is softmax(logits) - target, so nothing of size V needs to be kept for it. Returns the sum.

@@ -8,6 +8,7 @@ before weights load and whatever dtype they load in.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,9 @@ _SAMPLES = 64
 _SAMPLED_BYTES = 4096
 _OTHER_FILES = ("*.gguf", "pytorch_model*.bin")
 
+#: Settings of a PEFT adapter that say where it came from, not what it computes.
+_ORIGIN = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type")
+
 
 @dataclass(frozen=True)
 class Fingerprints:
@@ -64,6 +68,10 @@ class Fingerprints:
     def changed_by(self, what: Any) -> Fingerprints:
         """Returns fingerprints of these weights with something put on top, which no exits or profiles were made for."""
         return Fingerprints(f"{self.current} changed by {what}")
+
+    def with_adapter(self, adapter: str) -> Fingerprints:
+        """Returns fingerprints of these weights under a PEFT adapter with this :func:`adapter_fingerprint`."""
+        return Fingerprints(xxhash.xxh3_128(f"{self.current}|{adapter}\n".encode()).hexdigest())
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -173,6 +181,36 @@ def fetched_files_fingerprints(source: str, options: Mapping[str, Any]) -> Finge
         if downloaded is not None and find_weight_files(downloaded, gguf):
             return files_fingerprints(source, options)
     return None
+
+
+def adapter_fingerprint(adapter: str, revision: str = "main") -> str:
+    """Returns a hash over a PEFT adapter: its settings, and its weights as :attr:`Fingerprints.current` sees weights.
+
+    Args:
+        adapter: its folder or Hub id, as ``peft=`` names it.
+        revision: of a Hub id.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from peft.utils import load_peft_weights
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(adapter, revision=revision)
+        stored = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        tensors = load_peft_weights(adapter, device="cpu", revision=revision)
+    except Exception as error:  # whatever PEFT, the Hub or the files bring up
+        reason = " ".join(str(error).split())
+        raise UserError(f"peft={adapter!r} could not be read ({type(error).__name__}: {reason})") from error
+    # PEFT keeps names of modules as sets, and writes these in any order.
+    settings = {
+        name: sorted(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
+        for name, value in stored.items()
+        if name not in _ORIGIN
+    }
+    weights = _combined({name: _described(name, tensor) for name, tensor in tensors.items()})
+    return xxhash.xxh3_128(f"{json.dumps(settings, sort_keys=True)}|{weights}\n".encode()).hexdigest()
 
 
 def _described(name: str, tensor: Tensor) -> str:

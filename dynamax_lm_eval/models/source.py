@@ -13,6 +13,7 @@ from dynamax_lm_eval.models import aliases, devices, loading
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.fingerprint import (
     Fingerprints,
+    adapter_fingerprint,
     fetched_files_fingerprints,
     files_fingerprints,
     model_fingerprints,
@@ -108,8 +109,11 @@ class ModelSource:
         else:
             fingerprints = files_fingerprints(self.path, self.options)
             fingerprints = fingerprints or fetched_files_fingerprints(self.path, self.options)
-        if fingerprints is not None and (changed := self.options.get("peft") or self.options.get("delta")):
-            fingerprints = fingerprints.changed_by(changed)  # not the weights that exits were trained for
+        if fingerprints is not None and (adapter := self.options.get("peft")):
+            revision = str(self.options.get("revision") or "main")
+            fingerprints = fingerprints.with_adapter(adapter_fingerprint(adapter, revision))
+        elif fingerprints is not None and (delta := self.options.get("delta")):
+            fingerprints = fingerprints.changed_by(delta)  # not the weights that exits were trained for
         self.fingerprints = fingerprints
         return fingerprints
 

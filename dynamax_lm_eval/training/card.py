@@ -15,6 +15,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
     """Returns Markdown with the Hub's metadata block; ``note`` stands beside what is said of the text."""
     backbone, training = config.backbone, config.training
     kinds = ", ".join(f"`{kind}`" for kind in config.classifiers)
+    tuned = evaluation.get("lora")
     lines = [
         "---",
         "library_name: dynamax-lm-eval",
@@ -27,7 +28,8 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         f"Early-exit classifiers ({kinds}) after blocks {list(config.exit_layers)} of {backbone.num_layers}, for use "
         "with [dynamax-lm-eval](https://arxiv.org/abs/2504.20922):",
         "",
-        f"    lm_eval --model dynamax --model_args backbone={backbone.id},exits=THIS_FOLDER,threshold=0.8 --tasks ...",
+        f"    lm_eval --model dynamax --model_args backbone={backbone.id},{'peft=THIS_FOLDER/lora,' if tuned else ''}"
+        "exits=THIS_FOLDER,threshold=0.8 --tasks ...",
         "",
         f"They fit the weights with fingerprint `{backbone.fingerprint[:12]}` (revision {backbone.revision}) only. "
         f"Label: the exit's best token is {_label(config.top_k)} of the full model. Final block: "
@@ -41,6 +43,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s on {training['hardware']}; "
         f"backbone in {training['dtype']}.",
         *(["", note] if note else []),
+        *(_lora(tuned, training["options"]) if tuned else []),
         "",
         "For another model, or for the same one in other weights:",
         "",
@@ -96,6 +99,26 @@ def _calibration(config: ExitConfig, evaluation: Mapping[str, Any]) -> list[str]
             cells.append(f"{before:.3f} to {error:.3f}")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return lines
+
+
+def _lora(tuned: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+    """Returns what LoRA did to the backbone; the full model of all that follows is the tuned one."""
+    bits, agreement = tuned["bits_per_byte"], tuned["agreement_of_exit"]
+    return [
+        "",
+        f"The backbone runs under LoRA of rank {options['lora']}, in the folder `lora`, trained on "
+        f"{options['lora_tokens']:,} tokens of the same text so that its exits agree sooner with the model as it was. "
+        f"On the held-out text that model has {bits['original']:.3f} bits per byte, the tuned one {bits['tuned']:.3f}, "
+        f"and their best tokens agree at {tuned['agreement_at_full_depth']:.3f} of the places. What follows is about "
+        "the tuned model. Share of plain read-outs that agree with the full model:",
+        "",
+        "| exit | original model | tuned model | tuned exit with original model |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {layer} | {found['before']:.3f} | {found['after']:.3f} | {found['after_with_original']:.3f} |"
+            for layer, found in agreement.items()
+        ),
+    ]
 
 
 def _command(options: dict[str, Any]) -> str:

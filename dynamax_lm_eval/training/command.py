@@ -25,12 +25,12 @@ from dynamax_lm_eval.exits import checkpoint, lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.resolve import default_state_mode
-from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone, read_config
+from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone, read_config, read_structure
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents, without_first
-from dynamax_lm_eval.training import evaluation, hub, platt, state, state_maps
+from dynamax_lm_eval.training import evaluation, hub, lora, platt, state, state_maps
 from dynamax_lm_eval.training.answers import Prompt, answers, documents_used, mixed, pool_documents
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.card import model_card
@@ -40,6 +40,7 @@ from dynamax_lm_eval.training.init import start_from
 from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, accuracy_line, cut_log, held_out_numbers, write_step
 from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
 from dynamax_lm_eval.training.output import STATE_NAME, clear, take_output
+from dynamax_lm_eval.training.read_outs import ReadOuts, lora_report, read_outs
 from dynamax_lm_eval.training.trainer import Processes, Throughput, Trainer
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def _train(
     reading = options.reading(run)
     config = read_config(reading)
     exit_layers = options.resolve_exit_layers(int(config.get_text_config().num_hidden_layers))
+    lora.check(options, run, read_structure(reading, config) if options.lora is not None else None)
     resumed = None
     if run.output is not None:
         resumed = take_output(Path(run.output).expanduser(), run, held)
@@ -90,6 +92,21 @@ def _train(
         clear(folder)
     with accelerator.main_process_first():  # one writes what the backbone generates, the others read it
         text = _data(options, backbone, prompts, folder)
+    processes = Processes(
+        accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, reduction="sum")
+    )
+    original: ReadOuts | None = None
+    if options.lora is not None:
+        frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
+        if accelerator.is_main_process:
+            original = read_outs(frozen, text.held_out, options.micro_batch_tokens)
+        identity = _identity(options, backbone, accelerator)
+        tuning = lora.LoraTrainer(frozen, options, processes)
+        tuned = lora.tune(tuning, text.documents, run, folder, identity, accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        del frozen, tuning, backbone  # two of them may not fit
+        # From here on the backbone is what an evaluation has that names the adapters.
+        backbone = load_backbone(replace(reading, peft=str(tuned)), accelerator.device)
     frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
     exits = replace(
         _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
@@ -98,15 +115,9 @@ def _train(
     if options.init is not None:
         start_from(lookup.open_exits(options.init), exits, classifiers)
     classifiers.to(accelerator.device)
-    trainer = Trainer(
-        frozen,
-        classifiers,
-        options,
-        Processes(
-            accelerator.process_index, accelerator.num_processes, lambda t: accelerator.reduce(t, reduction="sum")
-        ),
-    )
-    seconds = _loop(trainer, options, run, text.documents, folder, accelerator, backbone.identity.fingerprint, resumed)
+    trainer = Trainer(frozen, classifiers, options, processes)
+    identity = _identity(options, backbone, accelerator)
+    seconds = _loop(trainer, options, run, text.documents, folder, accelerator, identity, resumed)
     if not accelerator.is_main_process:
         accelerator.end_training()
         return None
@@ -120,6 +131,9 @@ def _train(
     engine, mode = Engine(backbone.engine.backbone, classifiers), default_state_mode(exits)
     curves = measured_curves(engine, text.held_out, exits, mode, options.curve_tokens)
     results = evaluation.report(measured, exits, classifiers, engine.backbone.cost, mode, curves)
+    if original is not None:
+        after = read_outs(frozen, text.held_out, options.micro_batch_tokens)
+        results["lora"] = lora_report(original, after, exit_layers, text.held_out, backbone.tokenizer)
     if exits.states is not None:
         results["states"] = state_maps.explained(frozen, classifiers, text.held_out)
     if scalings is not None:
@@ -132,6 +146,16 @@ def _train(
     if run.push_to_hub:
         hub.push(folder, run.push_to_hub)
     return saved
+
+
+def _identity(options: TrainingOptions, backbone: FrozenBackbone, accelerator: Any) -> dict[str, Any]:
+    """Returns what the weights of a training depend on."""
+    return {
+        **options.to_json(),
+        "backbone_fingerprint": backbone.identity.fingerprint,
+        "backbone_dtype": f"torch.{backbone.dtype}",
+        "device_type": accelerator.device.type,
+    }
 
 
 def _exit_config(options: TrainingOptions, backbone: FrozenBackbone, exit_layers: tuple[int, ...]) -> ExitConfig:
@@ -170,20 +194,14 @@ def _loop(
     documents: Documents,
     folder: Path,
     accelerator: Any,
-    fingerprint: str,
+    identity: dict[str, Any],
     resumed: tuple[Path, state.Progress] | None,
 ) -> float:
     """Runs all optimiser steps that are left; returns the seconds of training, those before a resume included.
 
-    ``resumed`` is the state to go on from.
+    ``identity`` is what the weights depend on, ``resumed`` the state to go on from.
     """
     first, earlier, position = 0, 0.0, Position()
-    identity = {
-        **options.to_json(),
-        "backbone_fingerprint": fingerprint,
-        "backbone_dtype": str(trainer.frozen.dtype),
-        "device_type": accelerator.device.type,
-    }
     if resumed is not None:
         path, progress = resumed
         state.check_same(progress.options, identity)

@@ -153,6 +153,14 @@ class TrainingOptions:
         "let tokens leave, at thresholds drawn for each row, in half of what is read after the first steps, so that "
         "exits learn on states as they are when others have left",
     )
+    lora: int | None = option(
+        None,
+        "rank of LoRA on the linear layers of the blocks, trained before the exits so that early read-outs agree "
+        "sooner with the model as it was; it is kept in OUTPUT/lora, for peft= beside exits=",
+    )
+    lora_tokens: int = option(500_000, "tokens that --lora is trained on, from the beginning of the text")
+    lora_learning_rate: float = option(2e-4, "peak of its learning rate")
+    lora_keep: float = option(1.0, "weight of its KL divergence at full depth, beside that of the exits, which is 1")
     top_k: int = option(1, "an exit is right if its best token is among the k best of the full model")
     mamba_state: int = _size("mamba_state")
     mamba_expand: float = _size("mamba_expand")
@@ -228,6 +236,7 @@ class TrainingOptions:
         default = type(self).__dataclass_fields__["calibrate_tokens"].default
         if not self.calibrate and self.calibrate_tokens != default:
             raise UserError("--calibrate_tokens has no effect with --calibrate false; remove one of them")
+        self._check_lora()
         if self.adapter != "none" and self.final_block:
             raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
         if not 0 <= self.adapter_first < 1 or (self.adapter_first and self.adapter == "none"):
@@ -245,6 +254,26 @@ class TrainingOptions:
                 raise UserError(
                     f"--{name} has no effect on --classifier {self.classifier}; add {' or '.join(users)}, or remove it"
                 )
+
+    def _check_lora(self) -> None:
+        about = ("lora_tokens", "lora_learning_rate", "lora_keep")
+        defaults = type(self).__dataclass_fields__
+        if self.lora is None:
+            if given := [name for name in about if getattr(self, name) != defaults[name].default]:
+                raise UserError(f"--{given[0]} has no effect without --lora; add it, or remove --{given[0]}")
+            return
+        check_at_least(self, {"lora": 1, "lora_tokens": 1, "lora_keep": 0})
+        if not self.lora_learning_rate > 0:
+            raise UserError(f"--lora_learning_rate must be above 0, got {self.lora_learning_rate}")
+        if self.final_block:
+            raise UserError(
+                "--lora and --final_block exclude each other: LoRA is trained for the exits' own read-outs; give one"
+            )
+        if self.dataset == SELF_DATASET and self.prompts is None:
+            raise UserError(
+                "--lora cannot be trained on text that its backbone goes on writing; give --dataset self:SHARE+TEXT, "
+                "--prompts or a text"
+            )
 
     @property
     def self_share(self) -> float:
@@ -293,6 +322,11 @@ class TrainingOptions:
     def steps(self) -> int:
         """The number of optimiser steps; the last one may go past ``max_tokens``."""
         return -(-self.max_tokens // self.batch_tokens)
+
+    @property
+    def lora_steps(self) -> int:
+        """The number of optimiser steps of the LoRA; the last one may go past ``lora_tokens``."""
+        return -(-self.lora_tokens // self.batch_tokens)
 
     @property
     def adapter_steps(self) -> int:

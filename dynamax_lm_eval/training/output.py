@@ -16,6 +16,8 @@ from dynamax_lm_eval.training.options import RunOptions
 
 #: Folder of the states to go on from.
 STATE_NAME = "state"
+#: Folder of PEFT with what ``--lora`` trained.
+LORA_NAME = "lora"
 
 
 def take_output(folder: Path, run: RunOptions, held: ExitStack) -> tuple[Path, state.Progress] | None:
@@ -80,4 +82,6 @@ def _foreign_names(folder: Path) -> list[str]:
 def clear(folder: Path) -> None:
     """Removes what an earlier training left, once everything else was found to be in order."""
     shutil.rmtree(folder / STATE_NAME, ignore_errors=True)
+    if (folder / LORA_NAME / LOG_NAME).is_file():
+        shutil.rmtree(folder / LORA_NAME, ignore_errors=True)
     (folder / checkpoint.CONFIG_NAME).unlink(missing_ok=True)

@@ -26,6 +26,8 @@ _PREFIX = "state-"
 #: What the backbone wrote to be trained on lies beside the states.
 POOL_NAME = "answers.jsonl"
 PROGRESS_NAME = "progress.json"
+#: The states of a LoRA lie in a folder of their own beside those of the exits.
+LORA_NAME = "lora"
 #: States that are kept.
 _KEPT = 2
 _FILES = (_WEIGHTS, _OPTIMIZER) = ("weights.safetensors", "optimizer.safetensors")
@@ -69,7 +71,7 @@ def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.o
 
 def is_begun(folder: Path) -> bool:
     """Returns whether ``folder`` holds a state, whole or damaged."""
-    return bool(_states(folder)) or (folder / POOL_NAME).exists()
+    return bool(_states(folder) or _states(folder / LORA_NAME)) or (folder / POOL_NAME).exists()
 
 
 def latest(folder: Path) -> tuple[Path, Progress] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,50 @@ def labelled_positions(seed: int, micro_batch: int, candidates: IntArray, count:
     return torch.from_numpy(np.sort(positions))
 
 
+def labelled_batches(
+    batches: MicroBatches, step: int, options: TrainingOptions, processes: Processes
+) -> Iterator[tuple[int, list[list[int]], Tensor]]:
+    """Yields the micro-batches of an optimiser step that are this process's: number, rows, labelled positions (n,)."""
+    for i in range(options.micro_batches):
+        rows = next(batches)
+        number = step * options.micro_batches + i
+        if i % processes.count != processes.index:
+            continue
+        candidates = np.flatnonzero(labelled(rows))
+        if len(candidates) == 0:  # prompts whose answers are in other micro-batches
+            candidates = np.arange(options.micro_batch_tokens)
+        yield number, rows, labelled_positions(options.seed, number, candidates, options.labels_per_micro_batch)
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    groups: Mapping[str, list[nn.Parameter]],
+    rate: float,
+    clip: float,
+    processes: Processes,
+    failure: str,
+) -> dict[str, float]:
+    """Adds up gradients over processes, clips them group by group, and steps; returns their norms.
+
+    Raises:
+        UserError: a gradient is not finite; ``failure`` is said with the names of its groups.
+    """
+    if processes.count > 1:
+        parameters = [parameter for group in groups.values() for parameter in group]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+        parts = processes.add_up(flat).split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+    norms = {name: float(torch.nn.utils.clip_grad_norm_(group, clip)) for name, group in groups.items()}
+    broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    if broken:
+        raise UserError(failure.format(names=", ".join(broken)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return norms
+
+
 class Trainer:
     """Trains the classifiers of all kinds; one call of :meth:`step` per optimiser step."""
 
@@ -118,15 +162,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         active = self.active_groups(step)
         sums = torch.zeros(len(active) * 2 + 1, len(self.frozen.exit_layers), device=self._device)
-        for i in range(options.micro_batches):
-            rows = next(batches)
-            number = step * options.micro_batches + i
-            if i % mine.count != mine.index:
-                continue
-            candidates = np.flatnonzero(labelled(rows))
-            if len(candidates) == 0:  # prompts whose answers are in other micro-batches
-                candidates = np.arange(options.micro_batch_tokens)
-            positions = labelled_positions(options.seed, number, candidates, options.labels_per_micro_batch)
+        for number, rows, positions in labelled_batches(batches, step, options, mine):
             batch = self.frozen.run(rows, self._simulated(step, number, rows))
             sums += self._accumulate(batch, positions.to(self._device), active)
         sums = mine.add_up(sums) / options.micro_batches
@@ -207,27 +243,11 @@ class Trainer:
         return logits.float()
 
     def _update(self, step: int, rate: float, active: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
-        """Adds up gradients over processes, clips them group by group, and steps; returns their norms."""
-        mine = self.processes
-        if mine.count > 1:
-            parameters = [parameter for group in active.values() for parameter in group]
-            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
-            parts = mine.add_up(flat).split([p.numel() for p in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
-        norms = {
-            kind: float(torch.nn.utils.clip_grad_norm_(group, self.options.clip)) for kind, group in active.items()
-        }
-        broken = [kind for kind, norm in norms.items() if not math.isfinite(norm)]
-        if broken:
-            raise UserError(
-                f"step {step + 1}: the gradient of {', '.join(broken)} is not finite; the last saved state is good. "
-                "Use --dtype float32 or a lower --learning_rate"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        return norms
+        failure = (
+            f"step {step + 1}: the gradient of {{names}} is not finite; the last saved state is good. "
+            "Use --dtype float32 or a lower --learning_rate"
+        )
+        return update(self.optimizer, active, rate, self.options.clip, self.processes, failure)
 
 
 class Throughput:

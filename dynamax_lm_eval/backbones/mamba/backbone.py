@@ -156,12 +156,18 @@ class MambaBackbone(DecoderBackbone):
 
     def train_forward(self, ids: Tensor, rows: RaggedRows) -> Tensor:
         """Returns the logits (T, V) of new rows side by side, ids (T,), at full depth and with gradients."""
+        return self.readout(self.train_blocks(ids, rows)[-1])
+
+    def train_blocks(self, ids: Tensor, rows: RaggedRows) -> list[Tensor]:
+        """Returns the hidden states (T, D) after each block, of rows as for :meth:`train_forward`."""
         hidden = self.embed(ids)[0]
+        after = []
         for block in self.blocks:
             gate, update = block.mixer.project(block.normed(hidden))
             read, _ = block.mixer.advance(update, rows, None)
             hidden = block.residual(hidden) + block.mixer.output(read, gate)
-        return self.readout(hidden)
+            after.append(hidden)
+        return after
 
     def row_bytes(self, num_tokens: int) -> int:
         state = [block.mixer.new_state(1, torch.device("meta")) for block in self.blocks]
