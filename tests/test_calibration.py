@@ -273,6 +273,15 @@ def test_equal_documents_stay_together() -> None:
         split_documents(["a", "a"], 0.5, 0)
 
 
+def test_documents_that_exits_were_trained_on_are_not_drawn() -> None:
+    documents = [str(i) for i in range(20)]
+    without = {"3", "4", "19"}
+    split = split_documents(documents, 0.5, 0, without=without)
+    drawn = {documents[i] for i in split.calibration + split.test}
+    assert drawn == set(documents) - without
+    assert split.population == 17
+
+
 def test_a_limit_draws_from_the_whole_task() -> None:
     """Regression: it took the first documents, which in a sorted task are of one kind."""
     documents = [str(i) for i in range(1000)]

@@ -58,6 +58,19 @@ def test_an_impossible_tolerance_gives_the_full_model(
     assert found["results"]["tiny_generate"]["compute_reduction,none"] == 1
 
 
+def test_answers_that_exits_learned_from_do_not_calibrate_them(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits = save_exits(model_folder, tmp_path / "exits")
+    options = calibrate_options(model_folder, exits, tmp_path / "out", thresholds="0.2")
+    plain, _ = command.calibrate(options)
+    learned = set(plain.calibration_documents[:2])
+    monkeypatch.setattr(ExitCheckpoint, "trained_on", lambda _, documents: len(learned.intersection(documents)))
+    other, _ = command.calibrate(replace(options, output=str(tmp_path / "other")))
+    assert not learned.intersection(other.calibration_documents)
+    assert other.population == plain.population - 2
+
+
 def test_what_cannot_be_written_is_found_before_anything_is_answered(
     model_folder: Path, exits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -75,10 +75,9 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     candidates = _candidates(options)
     manager = load_tasks(options.sweep("calibration", ",".join(name_of(thresholds) for thresholds in candidates)))
     hashes = _document_hashes(manager, options)
-    split = split_documents(hashes, options.share, options.seed, options.limit)
-    _warn_of_few(options, len(split.first))
+    split_documents(hashes, options.share, options.seed, options.limit)  # refuses before the model loads
     with locked(Path(options.output).expanduser()):
-        return _calibrate(options, candidates, hashes, split)
+        return _calibrate(options, candidates, hashes)
 
 
 def command(options: CalibrateOptions) -> str:
@@ -88,11 +87,13 @@ def command(options: CalibrateOptions) -> str:
 
 
 def _calibrate(
-    options: CalibrateOptions, candidates: Sequence[tuple[float, ...]], hashes: Sequence[str], split: Split
+    options: CalibrateOptions, candidates: Sequence[tuple[float, ...]], hashes: Sequence[str]
 ) -> tuple[Certificate, Path]:
     folder = Path(options.output).expanduser()
     text = ",".join(name_of(candidate) for candidate in candidates)
     lm = load(options.sweep("calibration", text))
+    split = split_documents(hashes, options.share, options.seed, options.limit, _trained_on(lm, hashes))
+    _warn_of_few(options, len(split.first))
     beside_exits = directory(options.backbone, lm.backbone_fingerprint(), lm.exits)
     check_writable(beside_exits, "the folder of the certificate,", "set DYNAMAX_CACHE to a folder that can be")
     if options.confidence is None:
@@ -193,7 +194,19 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
     return "\n".join(lines)
 
 
-def split_documents(hashes: Sequence[str], share: float, seed: int, limit: int | None = None) -> Split:
+def _trained_on(lm: SweepLM, hashes: Sequence[str]) -> set[str]:
+    """Returns the documents on whose answers the exits were trained: they say too much good of them."""
+    if lm.exits is None:
+        return set()
+    seen = {digest for digest in set(hashes) if lm.exits.trained_on([digest])}
+    if seen:
+        logger.info("%d documents are left out: these exits were trained on answers to them", len(seen))
+    return seen
+
+
+def split_documents(
+    hashes: Sequence[str], share: float, seed: int, limit: int | None = None, without: Collection[str] = ()
+) -> Split:
     """Draws documents at random and splits them, equal ones to the same side.
 
     Args:
@@ -201,11 +214,12 @@ def split_documents(hashes: Sequence[str], share: float, seed: int, limit: int |
         share: of the drawn documents that choose.
         seed: of the draw.
         limit: how many different documents are drawn; None: all.
+        without: documents that are not drawn.
 
     Raises:
         UserError: one side would be empty.
     """
-    distinct = list(dict.fromkeys(hashes))
+    distinct = [digest for digest in dict.fromkeys(hashes) if digest not in without]
     order = np.random.default_rng(seed).permutation(len(distinct))[:limit]
     count = round(share * len(order))
     if not 0 < count < len(order):
