@@ -41,7 +41,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         f"{training['tokens']:,} tokens of `{training['options']['dataset']}`{_prompts(training)}, "
         f"{training['steps']} steps, "
         f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s on {training['hardware']}; "
-        f"backbone in {training['dtype']}.",
+        f"backbone in {training['dtype']}.{_init(training)}",
         *(["", note] if note else []),
         *(_lora(tuned, training["options"]) if tuned else []),
         "",
@@ -124,7 +124,7 @@ def _lora(tuned: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
 def _command(options: dict[str, Any]) -> str:
     """Returns the options that decide what is trained, where they are not the defaults."""
     defaults = {item.name: item.default for item in dataclasses.fields(TrainingOptions)}
-    own = {"backbone", "dataset", "eval_dataset"}
+    own = {"backbone", "dataset", "eval_dataset", "init", "prompts_documents", "prompts_metadata"}
     given = [f"--{name} {value}" for name, value in options.items() if name not in own and value != defaults.get(name)]
     return " ".join(["--dataset TEXT", *given])
 
@@ -133,6 +133,11 @@ def _prompts(training: Mapping[str, Any]) -> str:
     """Returns in words what the backbone was asked, where it wrote some of the text."""
     tasks, documents = training["options"].get("prompts"), training.get("prompt_documents", ())
     return f" (self: its answers to {len(documents):,} documents of {tasks})" if tasks else ""
+
+
+def _init(training: Mapping[str, Any]) -> str:
+    earlier = training["options"].get("init")
+    return f" The training went on from other exits: {earlier}." if earlier else ""
 
 
 def _is_hub_id(name: str) -> bool:
