@@ -25,9 +25,9 @@ def test_states_are_recomputed_only_where_a_later_token_needs_them(scope: Any, m
     recomputed = [0] * (LAYERS + 1)
     project = FusedPass.project
 
-    def count(run: FusedPass, block: int, hidden: torch.Tensor, rotary: Any) -> Any:
+    def count(run: FusedPass, block: int, hidden: torch.Tensor, *given: Any) -> Any:
         recomputed[block] += hidden.shape[1]
-        return project(run, block, hidden, rotary)
+        return project(run, block, hidden, *given)
 
     monkeypatch.setattr(FusedPass, "project", count)
     (result,) = run_generate(engine, [policy], PROMPTS[:1], 1)

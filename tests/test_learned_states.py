@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_scoring_equals_feeding_one_by_one(family: str, final_block: bool) -> No
 
 
 def test_hooked_blocks_and_blocks_of_the_family_do_as_fused_ones() -> None:
-    model = tiny_model("qwen3")
+    model = copy.deepcopy(tiny_model("qwen3"))
     exits = exits_for("qwen3", "lowrank:3")
     policy = separated_policy(model, learned_policy(), PROMPTS[0], classifiers=exits)
     backbone = make_backbone(model, max_length=256)
@@ -160,7 +161,7 @@ def test_a_low_rank_map_of_full_rank_is_the_full_one_and_a_lower_one_explains_le
 
 @pytest.mark.parametrize("kind", ["linear", "lowrank:4"])
 def test_where_blocks_do_nothing_learned_states_are_the_recomputed_ones(kind: str) -> None:
-    model = tiny_model("llama")
+    model = copy.deepcopy(tiny_model("llama"))
     for layer in model.model.layers[EXITS[0] :]:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()

@@ -105,8 +105,8 @@ class TestSelfCheck:
             block = engine.backbone.blocks[2]  # type: ignore[attr-defined]
             right = type(block).project
 
-            def wrong(self: Any, hidden: torch.Tensor, left: torch.Tensor | None) -> Any:
-                gate, update = right(self, hidden, left)
+            def wrong(self: Any, hidden: torch.Tensor, *left: Any) -> Any:
+                gate, update = right(self, hidden, *left)
                 factor = torch.ones(len(update), 1)
                 factor[len(hidden) :] = 1.1 if self is block else 1.0
                 return gate, update * factor
