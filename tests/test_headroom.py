@@ -361,7 +361,7 @@ def test_exits_at_hand_do_what_the_engine_does_with_them(
 def test_tasks_measure_the_tokens_that_a_run_may_let_leave(
     task: str, model_folder: Path, manager: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep, "_task_manager", lambda *_: manager)
+    monkeypatch.setattr(sweep, "task_manager", lambda *_: manager)
     result = headroom(options(model_folder, tmp_path / "out", tasks=task))
     lm = exit_model(model_folder, threshold=1, logits_cache=False)
     run = evaluate(lm, manager, task, log_samples=True)
@@ -425,7 +425,7 @@ def test_refusals_of_what_is_read(
         headroom(options(model_folder, tmp_path / "f", texts, fit_adapters=True, fit_tokens=90_000))
     with pytest.raises(UserError, match="--seq_len=999 is more than the model's longest row"):
         headroom(options(model_folder, tmp_path / "b", texts, seq_len=999))
-    monkeypatch.setattr(sweep, "_task_manager", lambda *_: manager)
+    monkeypatch.setattr(sweep, "task_manager", lambda *_: manager)
     with pytest.raises(UserError, match="there is no task none_such"):
         headroom(options(model_folder, tmp_path / "c", tasks="none_such"))
 

@@ -35,7 +35,9 @@ def made_up(scale: float, shift: float, count: int = 400_000) -> tuple[np.ndarra
 
 
 class TestFit:
-    @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.4, -1.5), (3.0, 0.7), (0.02, 4.0)])
+    @pytest.mark.parametrize(
+        ("scale", "shift"), [(1.0, 0.0), (0.4, -1.5), (3.0, 0.7), pytest.param(0.02, 4.0, marks=pytest.mark.slow)]
+    )
     def test_known_scales_are_found(self, scale: float, shift: float) -> None:
         found = platt.fit_scaling(*made_up(scale, shift))
         assert found is not None

@@ -55,13 +55,13 @@ GPU_CASES = [
     ("llama", "recompute", "calm", "kernel"),
     ("llama", "copy", "state", "kernel"),
     ("mistral", "recompute", "state", "kernel"),
-    ("mistral", "recompute", "mamba", "no kernel"),
+    pytest.param("mistral", "recompute", "mamba", "no kernel", marks=pytest.mark.slow),
     ("qwen3", "recompute", "ffn", "kernel"),
     ("mamba2", "recompute", "state", "kernel"),
     ("mamba2", "recompute", "ffn", "no kernel"),
-    ("mamba2", "skip", "state", "kernel"),
+    pytest.param("mamba2", "skip", "state", "kernel", marks=pytest.mark.slow),
     ("mamba", "recompute", "state", "kernel"),
-    ("mamba", "recompute", "state", "no kernel"),
+    pytest.param("mamba", "recompute", "state", "no kernel", marks=pytest.mark.slow),
 ]
 
 

@@ -175,7 +175,7 @@ def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypa
 def only_our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the harness's thousands of tasks out: indexing them takes most of the time."""
     monkeypatch.setattr(command, "TaskManager", functools.partial(TaskManager, include_defaults=False))
-    monkeypatch.setattr(command, "_task_manager", command._task_manager.__wrapped__)
+    monkeypatch.setattr(command, "task_manager", command.task_manager.__wrapped__)
 
 
 @pytest.mark.usefixtures("only_our_tasks")

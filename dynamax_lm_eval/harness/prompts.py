@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
-from lm_eval.tasks import TaskManager
-
-import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hash
 from dynamax_lm_eval.harness.pairs import json_or_pairs
+from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.training.answers import Prompt
 from dynamax_lm_eval.training.command import train as train_on
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -41,9 +40,8 @@ def prompts_of(options: TrainingOptions) -> list[Prompt]:
     names = [name.strip() for name in options.prompts.split(",") if name.strip()]
     own = options.prompts_include_path
     with naming_tasks("--prompts"):
-        paths = [str(dynamax_lm_eval.tasks_dir()), *([own] if own else [])]
         metadata = json_or_pairs("--prompts_metadata", options.prompts_metadata)
-        manager = TaskManager(include_path=paths, metadata=metadata)
+        manager = task_manager(own, json.dumps(metadata, sort_keys=True))
         if unknown := [name for name in names if not manager.match_tasks([name])]:
             raise UserError(f"--prompts: there is no task {', '.join(unknown)}; see `lm_eval ls tasks`")
         tasks = manager.load(names)["tasks"]

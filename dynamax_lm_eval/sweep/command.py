@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -18,13 +17,13 @@ import torch
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-import dynamax_lm_eval
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import checksum, file_checksum, short_name
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
+from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
@@ -140,20 +139,13 @@ def load(options: SweepOptions) -> SweepLM:
 
 def load_tasks(options: SweepOptions) -> TaskManager:
     """Returns the harness's tasks and our own; refuses unknown names before weights load."""
-    manager = _task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
+    manager = task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
         raise UserError(
             f"--tasks: there is no task {', '.join(unknown)}; see `lm_eval ls tasks`, or add --include_path"
         )
     return manager
-
-
-@functools.cache
-def _task_manager(include_path: str | None, metadata: str) -> TaskManager:
-    """Makes the manager of tasks, once: it reads the files of all the harness's tasks."""
-    paths = [str(dynamax_lm_eval.tasks_dir()), *([include_path] if include_path else [])]
-    return TaskManager(include_path=paths, metadata=json.loads(metadata))
 
 
 def _check_folder(folder: Path, options: SweepOptions) -> None:
