@@ -197,7 +197,7 @@ def test_read_outs_are_those_of_the_model(model_folder: Path) -> None:
 LORA = {"classifier": "calm", "max_tokens": 256, "lora": 2, "lora_tokens": 5 * 128, "lora_learning_rate": 5e-3}
 
 
-@pytest.fixture(scope="module", params=["llama", "mamba2"])
+@pytest.fixture(scope="module", params=["llama", pytest.param("mamba2", marks=pytest.mark.slow)])
 def trained(
     request: pytest.FixtureRequest, model_folder: Path, mamba_folder: Path, texts: Path, tmp_path_factory: Any
 ) -> tuple[Path, ExitCheckpoint]:
