@@ -23,6 +23,7 @@ from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.passes import SimulatedExits
 from dynamax_lm_eval.harness import describe, prompts
 from dynamax_lm_eval.training import answers as pools
+from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.answers import Prompt
 from dynamax_lm_eval.training.batches import Answer, MicroBatches, first_to_leave, labelled, row_of
 from dynamax_lm_eval.training.options import RunOptions
@@ -45,7 +46,9 @@ def pool_of(folder: Path, backbone: FrozenBackbone, count: int = 10**6, **change
     return pools.answers(folder, backbone.engine, backbone.tokenizer, options, PROMPTS, "fingerprint")
 
 
-def test_the_pool_is_the_greedy_answers_and_goes_on_where_it_was_cut(tmp_path: Path, backbone: FrozenBackbone) -> None:
+def test_the_pool_is_the_greedy_answers_and_goes_on_where_it_was_cut(
+    tmp_path: Path, backbone: FrozenBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = pool_of(tmp_path / "a", backbone)
     assert len(whole) == len(PROMPTS)
     model = backbone.engine.backbone.model
@@ -61,6 +64,8 @@ def test_the_pool_is_the_greedy_answers_and_goes_on_where_it_was_cut(tmp_path: P
         (folder / pools.POOL_NAME).write_text(text[:cut])
         assert pool_of(folder, backbone) == whole
         assert (folder / pools.POOL_NAME).read_text() == text
+    monkeypatch.setattr(pools, "generate_all", lambda *_: pytest.fail("all answers are there"))
+    assert pool_of(tmp_path / "a", backbone) == whole
     assert pools.documents_used(whole[:5], PROMPTS, 0) == sorted(
         PROMPTS[i].document for i in np.random.default_rng(0).permutation(150)[:5]
     )
@@ -224,3 +229,14 @@ def test_refusals(given: dict[str, Any], message: str) -> None:
     options = training_options(Path("x"), Path("x"))
     with pytest.raises(UserError, match=message):
         replace(options, **given)
+
+
+def test_prompts_that_nobody_made_and_exits_that_are_not_there_end_before_weights_load(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load_backbone", lambda *_: pytest.fail("weights were loaded"))
+    run = RunOptions(output=str(tmp_path / "out"), device="cpu")
+    with pytest.raises(UserError, match="--prompts t: its prompts have to be given"):
+        command.train(training_options(model_folder, Path("self"), prompts="t"), run)
+    with pytest.raises(UserError, match="there is no such folder"):
+        command.train(training_options(model_folder, Path("x"), init="./nothing"), run)

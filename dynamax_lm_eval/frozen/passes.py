@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,9 @@ from dynamax_lm_eval.backbones.base import (
     LOGITS_AT_ONCE,
     Backbone,
     BoolArray,
+    ForwardPass,
     IntArray,
+    RowLayout,
     full_depth_layout,
     on_device,
 )
@@ -106,6 +109,19 @@ class Labels:
     divergence: Tensor | None = None  # (E,) mean KL of the full model's distribution to the exit's, if adapters learn
 
 
+def begin(backbone: Backbone, rows: Sequence[Sequence[int]], **changes: Any) -> tuple[ForwardPass, RowLayout, Tensor]:
+    """Begins a pass of new rows at full depth; returns it, its layout, and the ids (N,) that it is to embed.
+
+    ``changes``: fields of the layout that are otherwise.
+    """
+    lengths = [len(row) for row in rows]
+    states = backbone.new_states(sum(lengths))
+    slots = [states.allocate_row(length) for length in lengths]
+    layout = replace(full_depth_layout(slots, lengths, backbone.num_layers), **changes)
+    ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+    return backbone.start_pass(states, layout), layout, ids.to(backbone.device)
+
+
 class FrozenPass:
     """Runs batches through the backbone and labels positions."""
 
@@ -143,22 +159,16 @@ class FrozenPass:
 
     def _run(self, rows: Sequence[Sequence[int]], simulated: SimulatedExits | None) -> FrozenBatch:
         backbone = self.backbone
-        lengths = [len(row) for row in rows]
-        total = sum(lengths)
-        states = backbone.new_states(total)
-        slots = [states.allocate_row(length) for length in lengths]
-        layout = full_depth_layout(slots, lengths, backbone.num_layers)
+        changes: dict[str, Any] = {}
         if simulated is not None:
-            layout = replace(
-                layout, state_modes=(simulated.state_mode,) * len(rows), exit_layers=tuple(self.exit_layers)
-            )
-        run = backbone.start_pass(states, layout)
+            changes = {"state_modes": (simulated.state_mode,) * len(rows), "exit_layers": tuple(self.exit_layers)}
+        run, layout, ids = begin(backbone, rows, **changes)
+        total = len(ids)
         tokens, reached = np.arange(total), dict[int, Tensor]()
         if simulated is not None:
             run.state_maps = simulated.classifiers.maps_by_exit_and_block()
-        ids = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         with backbone.running():
-            first = hidden = run.embed(ids.to(backbone.device))
+            first = hidden = run.embed(ids)
             exits = {}
             for block in range(1, backbone.num_layers + 1):
                 hidden = run.run_block(block, tokens, hidden)
@@ -180,7 +190,13 @@ class FrozenPass:
                 for layer, state in exits.items():
                     reads[layer] = run.run_block(backbone.num_layers, tokens, state.unsqueeze(0))[0]
         return FrozenBatch(
-            RaggedRows(lengths, backbone.device), layout.row_of, first[0], exits, reads, hidden[0], reached or None
+            RaggedRows([len(row) for row in rows], backbone.device),
+            layout.row_of,
+            first[0],
+            exits,
+            reads,
+            hidden[0],
+            reached or None,
         )
 
     @torch.no_grad()

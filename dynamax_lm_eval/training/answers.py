@@ -69,7 +69,7 @@ def answers(
     header = {"backbone": identity, "prompts": asked, "seed": options.seed, "seq_len": options.seq_len}
     requests = _requests(engine, tokenizer, options, prompts)
     path = folder / POOL_NAME
-    pool = _read(path, header)
+    pool = _read(path, header, len(prompts))
     total = sum(len(answer) - answer.prompt_tokens for answer in pool)
     todo = itertools.islice(requests, len(pool), None)
     with (
@@ -128,8 +128,8 @@ def documents_used(pool: Sequence[Answer], prompts: Sequence[Prompt], seed: int)
     return sorted({prompts[index].document for index in _order(prompts, seed)[: len(pool)]})
 
 
-def _read(path: Path, header: dict[str, Any]) -> list[Answer]:
-    """Returns what is there of the pool, in whole groups; a file is begun where there is none."""
+def _read(path: Path, header: dict[str, Any], complete: int) -> list[Answer]:
+    """Returns what is there of the pool, in whole groups or ``complete``; a file is begun where there is none."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
@@ -145,7 +145,8 @@ def _read(path: Path, header: dict[str, Any]) -> list[Answer]:
         raise UserError(
             f"{path} is damaged, or of another training; remove it, or give the options that it was made with"
         ) from error
-    pool = pool[: len(pool) // _AT_ONCE * _AT_ONCE]
+    if len(pool) != complete:
+        pool = pool[: len(pool) // _AT_ONCE * _AT_ONCE]
     path.write_text("\n".join(lines[: len(pool) + 1]) + "\n", encoding="utf-8")
     return pool
 

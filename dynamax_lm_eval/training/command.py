@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from tqdm import tqdm
 
 import dynamax_lm_eval
 from dynamax_lm_eval.engine.engine import Engine
@@ -38,10 +37,11 @@ from dynamax_lm_eval.training.curve import measured_curves
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.init import start_from
 from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, accuracy_line, cut_log, held_out_numbers, write_step
+from dynamax_lm_eval.training.loop import Loop
 from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
 from dynamax_lm_eval.training.output import STATE_NAME, clear, take_output
 from dynamax_lm_eval.training.read_outs import ReadOuts, lora_report, read_outs
-from dynamax_lm_eval.training.trainer import Processes, Throughput, Trainer
+from dynamax_lm_eval.training.trainer import Processes, StepReport, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,9 @@ def _train(
     config = read_config(reading)
     exit_layers = options.resolve_exit_layers(int(config.get_text_config().num_hidden_layers))
     lora.check(options, run, read_structure(reading, config) if options.lora is not None else None)
+    if options.prompts is not None and not prompts:
+        raise UserError(f"--prompts {options.prompts}: its prompts have to be given; call harness.prompts.train")
+    earlier = None if options.init is None else lookup.open_exits(options.init)
     resumed = None
     if run.output is not None:
         resumed = take_output(Path(run.output).expanduser(), run, held)
@@ -112,8 +115,8 @@ def _train(
         _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
     )
     classifiers = exits.build(options.seed)
-    if options.init is not None:
-        start_from(lookup.open_exits(options.init), exits, classifiers)
+    if earlier is not None:
+        start_from(earlier, exits, classifiers)
     classifiers.to(accelerator.device)
     trainer = Trainer(frozen, classifiers, options, processes)
     identity = _identity(options, backbone, accelerator)
@@ -201,51 +204,31 @@ def _loop(
 
     ``identity`` is what the weights depend on, ``resumed`` the state to go on from.
     """
-    first, earlier, position = 0, 0.0, Position()
-    if resumed is not None:
-        path, progress = resumed
-        state.check_same(progress.options, identity)
-        state.load(path, trainer.classifiers, trainer.optimizer)
-        first, earlier, position = progress.step, progress.seconds, Position(**progress.data)
-        logger.info("Going on after step %d of %d", first, options.steps)
-    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
     main = accelerator.is_main_process
-    if resumed is None and trainer.classifiers.states is not None:
+    classifiers, states = trainer.classifiers, folder / STATE_NAME
+    loop = Loop("exits", options.steps, options, run, states, identity, classifiers, trainer.optimizer, main)
+    loop.resume(resumed)
+    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, loop.position)
+    if resumed is None and classifiers.states is not None:
         state_maps.fit(
             trainer.frozen,
-            trainer.classifiers,
+            classifiers,
             lambda: MicroBatches(documents, options.micro_batch_tokens, options.seq_len),
             options.states_micro_batches,
             trainer.processes,
         )
         if main:  # a training that is killed goes on behind the fit
-            progress = state.Progress(0, position.to_json(), identity, 0.0)
-            state.save(folder / STATE_NAME, progress, trainer.classifiers, trainer.optimizer)
+            loop.save(0, loop.position, 0.0)
     log = folder / LOG_NAME
     if main:
         folder.mkdir(parents=True, exist_ok=True)
-        cut_log(log, first)
-    clock = Throughput()
-    with tqdm(
-        total=options.steps * options.batch_tokens,
-        initial=first * options.batch_tokens,
-        unit="tok",
-        unit_scale=True,
-        desc="training exits",
-        disable=None if main else True,
-    ) as bar:
-        for number in range(first, options.steps):
-            report = trainer.step(number, batches)
-            speed = clock.add(options.batch_tokens)
-            bar.update(options.batch_tokens)
-            last = number + 1 == options.steps
-            if main and (report.step % run.log_steps == 0 or last):
-                bar.set_postfix_str(accuracy_line(report), refresh=False)
-                write_step(log, report, speed, accelerator)
-            if main and report.step % run.save_steps == 0:
-                progress = state.Progress(report.step, batches.position.to_json(), identity, earlier + clock.seconds)
-                state.save(folder / STATE_NAME, progress, trainer.classifiers, trainer.optimizer)
-    return earlier + clock.seconds
+        cut_log(log, loop.first)
+
+    def tell(report: StepReport, speed: float) -> str:
+        write_step(log, report, speed, accelerator)
+        return accuracy_line(report)
+
+    return loop.go(trainer.step, batches, tell)
 
 
 class _Text(NamedTuple):

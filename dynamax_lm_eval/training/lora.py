@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from dynamax_lm_eval.backbones.base import Backbone
@@ -33,13 +32,13 @@ from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.loading import described
 from dynamax_lm_eval.training import state
-from dynamax_lm_eval.training.batches import MicroBatches, Position
+from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.log import LOG_NAME, cut_log
+from dynamax_lm_eval.training.loop import Loop
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 from dynamax_lm_eval.training.output import LORA_NAME, STATE_NAME
 from dynamax_lm_eval.training.trainer import (
     Processes,
-    Throughput,
     exit_weights,
     labelled_batches,
     learning_rate,
@@ -262,43 +261,34 @@ def tune(
         UserError: a training that is resumed began with another identity.
     """
     options, states = trainer.options, folder / STATE_NAME / state.LORA_NAME
-    first, earlier, position = 0, 0.0, Position()
-    if run.resume and (resumed := state.latest(states)) is not None:
-        path, progress = resumed
-        state.check_same(progress.options, identity)
-        state.load(path, trainer.weights, trainer.optimizer)
-        first, earlier, position = progress.step, progress.seconds, Position(**progress.data)
-        logger.info("Going on after step %d of %d of LoRA", first, options.lora_steps)
-    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, position)
+    loop = Loop(
+        "LoRA",
+        options.lora_steps,
+        options,
+        run,
+        states,
+        identity,
+        trainer.weights,
+        trainer.optimizer,
+        main,
+        saves_last=True,
+    )
+    loop.resume(state.latest(states) if run.resume else None)
+    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, loop.position)
     if main:
         states.mkdir(parents=True, exist_ok=True)
-        if first == 0:
+        if loop.first == 0:
             cut_log(folder / LOG_NAME, 0)  # the folder is a training's from now on
-        cut_log(states / LOG_NAME, first)
-    clock = Throughput()
-    with tqdm(
-        total=options.lora_steps * options.batch_tokens,
-        initial=first * options.batch_tokens,
-        unit="tok",
-        unit_scale=True,
-        desc="training LoRA",
-        disable=None if main else True,
-    ) as bar:
-        for number in range(first, options.lora_steps):
-            report = trainer.step(number, batches)
-            speed = clock.add(options.batch_tokens)
-            bar.update(options.batch_tokens)
-            last = report.step == options.lora_steps
-            if main and (report.step % run.log_steps == 0 or last):
-                shown = "/".join(f"{value:.3f}" for value in report.exits)
-                bar.set_postfix_str(f"KL {shown}, full depth {report.full_depth:.4f}", refresh=False)
-                line = json.dumps({**report.__dict__, "tokens_per_second": round(speed, 1)})
-                with naming(states / LOG_NAME), (states / LOG_NAME).open("a", encoding="utf-8") as file:
-                    file.write(f"{line}\n")
-            if main and (report.step % run.save_steps == 0 or last):
-                seconds = earlier + clock.seconds
-                progress = state.Progress(report.step, batches.position.to_json(), identity, seconds)
-                state.save(states, progress, trainer.weights, trainer.optimizer)
+        cut_log(states / LOG_NAME, loop.first)
+
+    def tell(report: LoraReport, speed: float) -> str:
+        line = json.dumps({**report.__dict__, "tokens_per_second": round(speed, 1)})
+        with naming(states / LOG_NAME), (states / LOG_NAME).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        shown = "/".join(f"{value:.3f}" for value in report.exits)
+        return f"KL {shown}, full depth {report.full_depth:.4f}"
+
+    loop.go(trainer.step, batches, tell)
     result = folder / LORA_NAME
     if main:
         partial = folder / f".{LORA_NAME}.partial"

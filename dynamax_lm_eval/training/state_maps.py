@@ -18,15 +18,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynamax_lm_eval.backbones.base import full_depth_layout
 from dynamax_lm_eval.backbones.learned import StateProjection
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.state_maps import StateMap, StateMapOptions, by_exit_and_block
-from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.frozen.passes import FrozenPass, begin
 from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.trainer import Processes
 
@@ -63,16 +63,11 @@ class _Projected:
 def _projections(frozen: FrozenPass, rows: Sequence[Sequence[int]]) -> Iterator[_Projected]:
     """Yields, block by block, what blocks behind exits are given of all tokens of some rows."""
     backbone = frozen.backbone
-    lengths = [len(row) for row in rows]
-    states = backbone.new_states(sum(lengths))
-    slots = [states.allocate_row(length) for length in lengths]
-    run = backbone.start_pass(states, full_depth_layout(slots, lengths, backbone.num_layers))
-    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    run, _, ids = begin(backbone, rows)
     last = backbone.num_layers - 1 if frozen.final_block else backbone.num_layers
     left: dict[int, Tensor] = {}
     with backbone.running():
-        hidden = run.embed(ids.to(backbone.device))
-        tokens = torch.arange(len(ids)).numpy()
+        hidden, tokens = run.embed(ids), np.arange(len(ids))
         for block in range(1, last + 1):
             if left:
                 at_exit = {layer: run.state_projection(block, state) for layer, state in left.items()}
@@ -83,7 +78,7 @@ def _projections(frozen: FrozenPass, rows: Sequence[Sequence[int]]) -> Iterator[
 
 
 class _Moments:
-    """Sums over tokens of x x^T, x r^T and r r^T, with x extended by a 1 and r = y - P(x)."""
+    """Sums over tokens of x x^T and x r^T, with x extended by a 1 and r = y - P(x)."""
 
     def __init__(self) -> None:
         self.inputs: Tensor | float = 0.0  # (D + 1, D + 1)
