@@ -27,9 +27,10 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
+from dynamax_lm_eval.frozen.regression import Moments
 from dynamax_lm_eval.frozen.text import held_out, text_documents
 from dynamax_lm_eval.headroom.command import FORMAT, JSON_NAME, PLOT_NAME, headroom
-from dynamax_lm_eval.headroom.fitting import Moments, fitted_adapters
+from dynamax_lm_eval.headroom.fitting import fitted_adapters
 from dynamax_lm_eval.headroom.forced import forced_policies, measure
 from dynamax_lm_eval.headroom.options import HeadroomOptions
 from dynamax_lm_eval.headroom.oracle import allowed_errors, exit_macs, oracle_exits
@@ -236,10 +237,10 @@ def referred(model: Any, policy: ExitPolicy, adapters: Any, row: Row, length: in
 def test_the_fit_is_that_of_least_squares(ridge: float) -> None:
     torch.manual_seed(3)
     x, last = torch.randn(50, 6) @ torch.randn(6, 6) + 2, torch.randn(50, 6)
-    moments = Moments.zero(6, torch.device("cpu"))
+    moments = Moments.zero(6, 6, torch.device("cpu"), torch.float64)
     for part in (slice(0, 7), slice(7, 50)):
-        moments.add(x[part], last[part])
-    a, b = moments.solve(ridge)
+        moments.add(x[part].double(), last[part].double() - x[part].double())
+    a, b = moments.solve(ridge * float(moments.covariance.diagonal().mean()))
     x, y = x.double(), last.double() - x.double()
     penalty = ridge * x.var(0, correction=0).mean() * len(x)
     rows = torch.cat(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ import torch
 
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers, exit_probability
 from dynamax_lm_eval.frozen.passes import FrozenPass
+
+AnyRow = TypeVar("AnyRow", bound=Sized)
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -71,9 +74,9 @@ def observe(
     )
 
 
-def in_parts(rows: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[Sequence[int]]]:
-    """Returns rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
-    parts: list[list[Sequence[int]]] = []
+def in_parts(rows: Sequence[AnyRow], tokens_at_once: int) -> list[list[AnyRow]]:
+    """Returns rows, whose length is their number of tokens, in batches of at most so many tokens, or of one row."""
+    parts: list[list[AnyRow]] = []
     tokens_left = 0
     for row in rows:
         if not parts or len(row) > tokens_left:

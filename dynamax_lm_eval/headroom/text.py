@@ -32,6 +32,9 @@ class Row:
     ids: list[int]
     prompt_length: int
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     @property
     def num_eligible(self) -> int:
         """How many tokens may leave."""
@@ -41,19 +44,6 @@ class Row:
 def positions(rows: Sequence[Row]) -> IntArray:
     """Returns the positions (T,) of the tokens that may leave, row by row."""
     return np.concatenate([np.arange(row.prompt_length, len(row.ids)) for row in rows])
-
-
-def parts(rows: Sequence[Row], tokens_at_once: int) -> list[list[Row]]:
-    """Returns rows in batches of at most ``tokens_at_once`` tokens, or of one row."""
-    batches: list[list[Row]] = []
-    room = 0
-    for row in rows:
-        if not batches or len(row.ids) > room:
-            batches.append([])
-            room = tokens_at_once
-        batches[-1].append(row)
-        room -= len(row.ids)
-    return batches
 
 
 def rows_of(lm: Any, manager: Any, options: HeadroomOptions) -> tuple[list[Row], list[Row]]:

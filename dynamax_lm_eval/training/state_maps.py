@@ -27,6 +27,7 @@ from dynamax_lm_eval.backbones.learned import StateProjection
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.state_maps import StateMap, StateMapOptions, by_exit_and_block
 from dynamax_lm_eval.frozen.passes import FrozenPass, begin
+from dynamax_lm_eval.frozen.regression import Moments
 from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.trainer import Processes
 
@@ -77,38 +78,17 @@ def _projections(frozen: FrozenPass, rows: Sequence[Sequence[int]]) -> Iterator[
                 left[block] = hidden
 
 
-class _Moments:
-    """Sums over tokens of x x^T and x r^T, with x extended by a 1 and r = y - P(x)."""
-
-    def __init__(self) -> None:
-        self.inputs: Tensor | float = 0.0  # (D + 1, D + 1)
-        self.cross: Tensor | float = 0.0  # (D + 1, O)
-
-    def add(self, x: Tensor, residual: Tensor) -> None:
-        """Adds tokens: x (N, D) and r (N, O)."""
-        extended = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-        self.inputs = self.inputs + extended.T @ extended
-        self.cross = self.cross + extended.T @ residual
-
-    def solve(self, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Returns A (O, D) as ``up`` and None, or of rank R as ``up`` (O, R) and ``down`` (R, D); and c (O,)."""
-        assert isinstance(self.inputs, Tensor) and isinstance(self.cross, Tensor), "there are tokens"
-        moments, cross = self.inputs.double(), self.cross.double()
-        size = len(moments) - 1
-        ridge = torch.zeros_like(moments[0])
-        ridge[:size] = RIDGE * moments.diagonal()[:size].mean()
-        solution = torch.linalg.solve(moments + ridge.diag(), cross)  # (D + 1, O)
-        weight, bias = solution[:size].T, solution[size]
-        if rank is None:
-            return weight, None, bias
-        mean = moments[:size, size] / moments[size, size]
-        centred = moments[:size, :size] - moments[size, size] * torch.outer(mean, mean)
-        spread = weight @ centred @ weight.T
-        _, directions = torch.linalg.eigh((spread + spread.T) / 2)
-        kept = directions[:, -rank:]  # (O, R)
-        # What is dropped keeps its mean.
-        bias = bias + (weight - kept @ kept.T @ weight) @ mean
-        return kept, kept.T @ weight, bias
+def _solved(sums: Moments, rank: int | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns A (O, D) as ``up`` and None, or of rank R as ``up`` (O, R) and ``down`` (R, D); and c (O,)."""
+    weight, bias = sums.solve(RIDGE * sums.mean_square)
+    if rank is None:
+        return weight, None, bias
+    spread = weight @ sums.covariance @ weight.T
+    _, directions = torch.linalg.eigh((spread + spread.T) / 2)
+    kept = directions[:, -rank:]  # (O, R)
+    # What is dropped keeps its mean.
+    bias = bias + (weight - kept @ kept.T @ weight) @ (sums.x.double() / sums.count)
+    return kept, kept.T @ weight, bias
 
 
 @torch.no_grad()
@@ -134,16 +114,15 @@ def fit(
     passes = _passes(options, list(maps))
     with tqdm(total=count * len(passes), desc="fitting state maps", disable=None if mine.index == 0 else True) as bar:
         for keys in passes:
-            batches, moments = text(), {key: _Moments() for key in keys}
+            batches = text()
+            moments = {(layer, block): _no_moments(maps[layer, block], options, block) for layer, block in keys}
             for number in range(count):
                 rows = next(batches)
                 if number % mine.count == mine.index:
                     _add(frozen, rows, moments)
                 bar.update()
             for key, sums in moments.items():
-                assert isinstance(sums.inputs, Tensor) and isinstance(sums.cross, Tensor), "every process read text"
-                sums.inputs, sums.cross = mine.add_up(sums.inputs), mine.add_up(sums.cross)
-                _set(maps[key], *sums.solve(options.rank))
+                _set(maps[key], *_solved(sums.added_up(mine.add_up), options.rank))
     if options.rank is None:
         _add_projections(frozen, maps)
 
@@ -163,7 +142,12 @@ def _passes(options: StateMapOptions, keys: Sequence[tuple[int, int]]) -> list[l
     return passes
 
 
-def _add(frozen: FrozenPass, rows: Sequence[Sequence[int]], moments: Mapping[tuple[int, int], _Moments]) -> None:
+def _no_moments(state_map: StateMap, options: StateMapOptions, block: int) -> Moments:
+    # Of a large model, float64 would take several GB more.
+    return Moments.zero(*options.sizes[block - 1], state_map.weight.device, torch.float32)
+
+
+def _add(frozen: FrozenPass, rows: Sequence[Sequence[int]], moments: Mapping[tuple[int, int], Moments]) -> None:
     for projected in _projections(frozen, rows):
         own = {layer: part for layer, part in projected.at_exit.items() if (layer, projected.block) in moments}
         target = projected.true.project(projected.true.inputs).float() if own else None
