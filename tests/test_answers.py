@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from helpers import LAYERS, TASKS, random_ids
 from helpers_engine import CLASSIFIERS, EXITS, engine_with_exits, exits_config, run_score
 from helpers_training import ROWS, frozen, make_trainer, train, training_options
+from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval import DynamaxLM
 from dynamax_lm_eval.errors import UserError
@@ -21,7 +23,7 @@ from dynamax_lm_eval.exits.classifiers import exit_probability
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.passes import SimulatedExits
-from dynamax_lm_eval.harness import describe, prompts
+from dynamax_lm_eval.harness import describe, prompts, tasks
 from dynamax_lm_eval.training import answers as pools
 from dynamax_lm_eval.training import command
 from dynamax_lm_eval.training.answers import Prompt
@@ -185,7 +187,10 @@ def prompts_for(model_folder: Path, **changes: Any) -> list[Prompt]:
     return prompts.prompts_of(training_options(model_folder, Path("self"), **given))
 
 
-def test_prompts_are_those_of_a_task(model_folder: Path) -> None:
+def test_prompts_are_those_of_a_task(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Indexing the harness's own tasks takes most of the time.
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(prompts, "task_manager", tasks.task_manager.__wrapped__)
     found = prompts_for(model_folder, prompts_documents="1:3")
     assert len(found) == 2
     assert all(prompt.document and prompt.until for prompt in found)

@@ -23,7 +23,7 @@ from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import file_checksum
-from dynamax_lm_eval.harness import cache
+from dynamax_lm_eval.harness import cache, tasks
 from dynamax_lm_eval.harness.responder import Responder
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.locks import locked
@@ -174,7 +174,7 @@ def test_processes_share_the_points(model_folder: Path, tmp_path: Path, monkeypa
 @pytest.fixture
 def only_our_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the harness's thousands of tasks out: indexing them takes most of the time."""
-    monkeypatch.setattr(command, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
     monkeypatch.setattr(command, "task_manager", command.task_manager.__wrapped__)
 
 
