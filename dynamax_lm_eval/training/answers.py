@@ -25,6 +25,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.text import Documents
 from dynamax_lm_eval.training.batches import Answer
+from dynamax_lm_eval.training.generated import first_token
 from dynamax_lm_eval.training.options import TrainingOptions
 from dynamax_lm_eval.training.state import POOL_NAME
 
@@ -97,9 +98,7 @@ def _requests(
     policy = ExitPolicy(engine.backbone.num_layers)
     ends = tokenizer.eos_token_id
     if not prompts:
-        first = next((i for i in (tokenizer.bos_token_id, ends) if i is not None), None)
-        if first is None:
-            raise UserError("--dataset self needs a tokenizer with a bos or eos token to begin a text with")
+        first = first_token(tokenizer)
         for number in itertools.count():
             sampler = Sampler(do_sample=True, seed=request_seed(options.seed, "pool", number))
             yield GenerationRequest([first], options.seq_len - 1, policy, sampler, lambda tokens: tokens[-1] == ends)

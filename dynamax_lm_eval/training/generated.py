@@ -18,6 +18,18 @@ from dynamax_lm_eval.training.options import TrainingOptions
 _AT_ONCE = 32
 
 
+def first_token(tokenizer: Any) -> int:
+    """Returns the token that a text begins with which nobody asked for.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError("--dataset self needs a tokenizer with a bos or eos token to begin a text with")
+
+
 def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions) -> Documents:
     """Returns documents of up to ``seq_len`` tokens, sampled at temperature 1 from the full model.
 
@@ -26,9 +38,7 @@ def generated_documents(engine: Engine, tokenizer: Any, options: TrainingOptions
     Raises:
         UserError: the tokenizer has no token to begin with.
     """
-    first = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    if first is None:
-        raise UserError("--dataset self needs a tokenizer with a bos or eos token to begin a text with")
+    first = first_token(tokenizer)
     ends = tokenizer.eos_token_id
     policy = ExitPolicy(engine.backbone.num_layers)
 
