@@ -62,8 +62,9 @@ class _Subject:
     @property
     def state_mode_of_exits(self) -> StateMode:
         """What tokens leave behind at the exits at hand: what these have learned, unless another mode was asked for."""
-        learns = self.exits is not None and self.state_mode == "recompute"
-        return default_state_mode(self.exits.config) if learns and self.exits is not None else self.state_mode
+        if self.exits is None or self.state_mode != "recompute":
+            return self.state_mode
+        return default_state_mode(self.exits.config)
 
 
 def command(options: HeadroomOptions) -> str:
