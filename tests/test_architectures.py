@@ -51,8 +51,8 @@ MODES = [
     for mode in ("recompute", "copy", "skip")
     if mode == "recompute" or (group not in ONLY_RECOMPUTE and (mode == "skip" or group not in NO_COPY))
 ]
-#: Of groups whose K and V are kept alike, all modes but the first are slow.
-QUICK = {*NO_COPY, "soft-caps", "two attentions in a block"}
+#: Of groups whose states are kept alike, all modes but the first are slow.
+QUICK = {"attention and Mamba-2", "linear attention and experts", "soft-caps"}
 MODES_BY_TIME = [
     pytest.param(group, mode, marks=[] if mode == "recompute" or group in QUICK else [pytest.mark.slow])
     for group, mode in MODES

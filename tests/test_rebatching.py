@@ -46,8 +46,15 @@ def engine_of(family: str) -> Engine:
     return Engine(make_backbone(tiny_model(family), max_length=256), CLASSIFIERS)
 
 
-@pytest.mark.parametrize("final_block", [False, True])
-@pytest.mark.parametrize("confidence", ["state", "softmax", "mamba", "calm"])
+#: Each confidence with and without the final block; one of the two is slow.
+CONFIDENCES = [
+    pytest.param(confidence, final_block, marks=[] if final_block == quick else [pytest.mark.slow])
+    for confidence, quick in {"state": False, "softmax": True, "mamba": False, "calm": True}.items()
+    for final_block in (False, True)
+]
+
+
+@pytest.mark.parametrize(("confidence", "final_block"), CONFIDENCES)
 @pytest.mark.parametrize(("family", "mode"), CASES)
 def test_answers_are_those_of_the_reference(family: str, mode: Any, confidence: str, final_block: bool) -> None:
     if confidence in ("state", "softmax"):
