@@ -6,9 +6,10 @@
 
 Nothing is downloaded: models have the published sizes and random weights. In order: the tests that need a GPU; logits
 by the kernels of mamba-ssm and by torch, at the shape of a Codestral Mamba block; seconds per decoding step of the
-engine with exits off and with real classifiers whose decisions are drawn at fixed rates, of transformers' own
-``generate``, which is what ``--model hf`` calls, and of reading the weights once at the bandwidth of a measured copy.
-Alternating order, medians, prompts taken off. A page goes to docs/results, and the last line is JSON.
+engine with exits off and with real classifiers whose decisions are drawn at fixed rates, with blocks in segments that
+CUDA graphs replay and one by one, of transformers' own ``generate``, which is what ``--model hf`` calls, and of reading
+the weights once at the bandwidth of a measured copy. Alternating order, medians, after as many tokens as capture most
+graphs. A page goes to docs/results, and the last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -43,7 +45,10 @@ from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.backbone import MambaBackbone
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine
+from dynamax_lm_eval.engine.generation import generate_all
 from dynamax_lm_eval.engine.parity import check_against_model
+from dynamax_lm_eval.engine.requests import GenerationRequest
+from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions
 from dynamax_lm_eval.exits.classifiers.kinds import make_classifier
@@ -53,6 +58,7 @@ from dynamax_lm_eval.models.loading import described
 ROOT = Path(__file__).parents[1]
 GROUPS = {"7b": ("mistral-7b", "codestral-mamba-7b"), "tiny": ("mistral-tiny", "codestral-mamba-tiny")}
 KINDS = ("calm", "ffn", "mamba")
+BY_BLOCK = ", block by block"
 #: Bytes of the tensor that is copied to measure bandwidth.
 _COPIED = {"cuda": 2**31, "cpu": 2**26}
 
@@ -153,21 +159,45 @@ def _wait(device: str) -> None:
 
 
 class MeasuredCase(Case):
-    """A policy, with the most memory that it took."""
+    """A policy, run in segments or block by block, with the most memory that it took."""
 
-    peak: int | None = None
+    def __init__(self, name: str, engine: Engine, policy: ExitPolicy, static: bool = True) -> None:
+        super().__init__(name, engine, policy)
+        self.peak: int | None = None
+        self.passes: Counter[str] = Counter()
+        self._static = static
 
-    def decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int, in_flight: int = 0) -> float:
+    def steps(self, prompts: list[list[int]], warm_tokens: int, new_tokens: int) -> float:
+        """Seconds of a step: of the new tokens that follow the first, which graphs are captured in."""
         device = self.engine.backbone.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        seconds = self._decode(prompts, new_tokens, batch_size)
+        seconds = self._seconds(prompts, warm_tokens, new_tokens)
         if device.type == "cuda":
             self.peak = max(self.peak or 0, torch.cuda.max_memory_allocated(device))
-        return seconds
+        return seconds / new_tokens
 
-    def _decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int) -> float:
-        return super().decode(prompts, new_tokens, batch_size, batch_size)
+    def _seconds(self, prompts: list[list[int]], warm_tokens: int, new_tokens: int) -> float:
+        # On a CPU, to try the benchmark out, segments are used only where that is said.
+        choice = None if self.engine.backbone.device.type == "cuda" else True
+        self.engine.use_segments(choice if self._static else False)
+        times = []
+
+        def note(tokens: list[int]) -> bool:
+            """Never ends a row; its token has been read back, so the device is done with the step."""
+            if len(tokens) in (warm_tokens, warm_tokens + new_tokens):
+                times.append(time.perf_counter())
+            return False
+
+        length = warm_tokens + new_tokens
+        stops = [note, *(len(prompts) - 1) * [lambda _: False]]
+        requests = [
+            GenerationRequest(prompt, length, self.policy, Sampler(), stop)
+            for prompt, stop in zip(prompts, stops, strict=True)
+        ]
+        self.traces = [generation.trace for generation in generate_all(self.engine, requests, len(prompts))]
+        self.passes = Counter() if self.engine.segments is None else self.engine.segments.passes
+        return times[-1] - times[0]
 
     def mean_exit_layer(self) -> float:
         layers = [layer for trace in self.traces for layer in trace.exit_layers]
@@ -178,10 +208,10 @@ class Generate(MeasuredCase):
     """transformers' ``generate`` of the same model."""
 
     @torch.inference_mode()
-    def _decode(self, prompts: list[list[int]], new_tokens: int, batch_size: int) -> float:
+    def _seconds(self, prompts: list[list[int]], warm_tokens: int, new_tokens: int) -> float:
         model, ids = self.engine.backbone.model, torch.tensor(prompts, device=self.engine.backbone.device)
         spent = []
-        for length in (1, new_tokens):
+        for length in (warm_tokens, warm_tokens + new_tokens):
             start = time.perf_counter()
             options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
             texts = model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
@@ -197,7 +227,7 @@ class Generate(MeasuredCase):
 
 
 def cases_of(engine: Engine, rates: Sequence[float]) -> list[MeasuredCase]:
-    """Exits off, transformers, and every kind of classifier at every rate."""
+    """Exits off, transformers, and every kind of classifier at every rate, in segments and block by block."""
     backbone = engine.backbone
     depth = backbone.num_layers
     full = MeasuredCase("exits off", engine, ExitPolicy(depth))
@@ -216,14 +246,19 @@ def cases_of(engine: Engine, rates: Sequence[float]) -> list[MeasuredCase]:
             policy = ExitPolicy(depth, layers, thresholds, confidence="classifier", classifier=kind)  # type: ignore[arg-type]
             drawn = forced(backbone, exits, kind=kind)  # type: ignore[arg-type]
             cases.append(MeasuredCase(f"{kind}, {rate:g} leave at each exit", drawn, policy))
-    return cases
+    by_block = [
+        MeasuredCase(f"{case.name}{BY_BLOCK}", case.engine, case.policy, static=False)
+        for case in cases
+        if case is not theirs
+    ]
+    return [*cases, *by_block]
 
 
 def measure(shape: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Returns what decoding takes at a shape."""
     model = random_model(shape, args.blocks, getattr(torch, args.dtype), args.device)
     model.generation_config.eos_token_id = None  # texts are as long as they are asked to be
-    longest = args.prompt_tokens + args.new_tokens
+    longest = args.prompt_tokens + args.warm_tokens + args.new_tokens
     engine = Engine(make_backbone(model, longest))
     try:
         check_against_model(engine, model)
@@ -236,7 +271,7 @@ def measure(shape: str, args: argparse.Namespace, bandwidth: float) -> dict[str,
     limit = num_bytes / bandwidth
     cases, rows, left_out = cases_of(engine, args.rates), [], None
     try:
-        cases[1].decode([[3, 4, 5]], 2, 1)
+        cases[1].steps([[3, 4, 5]], 1, 1)
     except Exception as error:  # the others are measured all the same
         left_out = described(error)
         del cases[1]
@@ -247,9 +282,9 @@ def measure(shape: str, args: argparse.Namespace, bandwidth: float) -> dict[str,
         for case in cases:
             case.peak = None
         table = compare(
-            list(cases), lambda case, p=prompts, b=batch_size: case.decode(p, args.new_tokens, b), args.repeats
+            list(cases), lambda case, p=prompts: case.steps(p, args.warm_tokens, args.new_tokens), args.repeats
         )
-        steps = {row["case"]: [s / (args.new_tokens - 1) for s in row["seconds"]] for row in table}
+        steps = {row["case"]: row["seconds"] for row in table}
         theirs = statistics.median(steps["transformers"]) if left_out is None else None
         for case, row in zip(cases, table, strict=True):
             step = statistics.median(steps[case.name])
@@ -267,6 +302,7 @@ def measure(shape: str, args: argparse.Namespace, bandwidth: float) -> dict[str,
                     "realised": row["realised"],
                     "mean_exit_layer": case.mean_exit_layer(),
                     "peak_bytes": case.peak,
+                    "passes": dict(case.passes),
                 }
             )
             print(f"{shape}, batch {batch_size}, {case.name}: {1e3 * step:.3f} ms per step", flush=True)
@@ -310,7 +346,8 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.3], help="share that leaves at each exit")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=65)
+    parser.add_argument("--warm-tokens", type=int, default=64, help="generated before the time is taken")
+    parser.add_argument("--new-tokens", type=int, default=64, help="generated while it is")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="folder of the page")
     args = parser.parse_args()
@@ -329,7 +366,7 @@ def main() -> None:
         "tests": tests,
         "kernels": attempted(lambda: compare_kernels(codestral, args.device, 64 if is_tiny else 600), rows=[]),
         "bandwidth": (bandwidth := copy_bandwidth(args.device, args.repeats)),
-        **{name: getattr(args, name) for name in ("dtype", "prompt_tokens", "new_tokens", "repeats")},
+        **{name: getattr(args, name) for name in ("dtype", "prompt_tokens", "warm_tokens", "new_tokens", "repeats")},
         "shapes": [attempted(partial(measure, shape, args, bandwidth), shape=shape, rows=[]) for shape in shapes],
     }
     args.output.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 _HEADER = (
     "| batch | case | ms per step (least to most) | tokens/s | x limit | x transformers | mean exit layer | counted "
-    "| realised | peak GB |"
+    "| realised | peak GB | passes |"
 )
 
 
@@ -38,11 +38,13 @@ Tests that need a GPU: {tests["passed"]} passed, {len(tests["failed"])} failed, 
     text += f"""
 ## Decoding
 
-Random weights at the published sizes, prompts of {result["prompt_tokens"]} tokens, {result["new_tokens"]} new ones,
-{result["dtype"]}, {result["repeats"]} repetitions in alternating order, the time of the prompts taken off. The limit is
-the time in which the weights that a token needs are read once at {result["bandwidth"] / 1e9:.0f} GB/s, which a copy on
-this device reads and writes. Classifiers are real, their decisions drawn; `counted` is the reduction in MACs of
-generated tokens with the LM head, `realised` the ratio of times, both against exits off. Peak memory is that of the
+Random weights at the published sizes, prompts of {result["prompt_tokens"]} tokens, {result["dtype"]},
+{result["repeats"]} repetitions in alternating order; the {result["new_tokens"]} tokens are timed that follow the first
+{result["warm_tokens"]}, in which most graphs are captured. Blocks run in segments that CUDA graphs replay, unless a
+case says block by block; `passes` are those of all tokens by how they ran. The limit is the time in which the weights
+that a token needs are read once at {result["bandwidth"] / 1e9:.0f} GB/s, which a copy on this device reads and writes.
+Classifiers are real, their decisions drawn; `counted` is the reduction in MACs of generated tokens with the LM head,
+`realised` the ratio of times, both against exits off. Peak memory is that of the
 tensors of a case, with the model and the classifiers of all cases.
 """
     for shape in result["shapes"]:
@@ -62,11 +64,12 @@ The limit: {shape["weight_bytes"] / 1e9:.3f} GB of weights per token, {shape["li
             ratio = row["times_as_fast_as_transformers"]
             against = "-" if ratio is None else f"{ratio:.2f}"
             peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
+            passes = ", ".join(f"{count} {how}" for how, count in row["passes"].items()) or "-"
             text += (
                 f"| {row['batch_size']} | {row['case']} | {row['ms_per_step']:.3f} ({row['ms_least']:.3f} to "
                 f"{row['ms_most']:.3f}) | {row['tokens_per_second']:.1f} | {row['times_limit']:.2f} | "
                 f"{against} | {row['mean_exit_layer']:.1f} | {row['counted']:.3f} | "
-                f"{row['realised']:.3f} | {peak} |\n"
+                f"{row['realised']:.3f} | {peak} | {passes} |\n"
             )
         if shape["transformers_left_out"]:
             text += f"\ntransformers' own `generate` fails here: {shape['transformers_left_out']}.\n"

@@ -69,8 +69,9 @@ class Decoding:
         model = AutoModelForCausalLM.from_config(tiny_config(family, num_layers)).eval().to(torch.bfloat16)
         layers = (num_layers // 2, num_layers - 1)
         policy, classifiers = ExitPolicy(num_layers), None
-        if exits in ("state", "softmax"):
-            policy = ExitPolicy(num_layers, layers, (0.5, 0.5), confidence=exits)  # type: ignore[arg-type]
+        if exits in ("state", "softmax", "entropy"):
+            threshold = 0.5 if leave else 0.9999
+            policy = ExitPolicy(num_layers, layers, (threshold,) * 2, confidence=exits)  # type: ignore[arg-type]
         elif exits != "none":
             policy = ExitPolicy(num_layers, layers, (0.9999,) * 2, confidence="classifier", classifier=exits)  # type: ignore[arg-type]
             classifiers = ExitClassifiers((exits,), layers, 32, "silu", ClassifierOptions())
@@ -127,6 +128,9 @@ CASES = [
     ("state", 16, False),
     ("calm", 16, False),
     ("ffn", 16, False),
+    ("mamba", 16, False),
+    ("softmax", 16, False),
+    ("entropy", 16, False),
     ("state", 1, True),
     ("state", 16, True),
 ]
@@ -137,6 +141,9 @@ BESIDES = {
     ("state", 16, False): (8, 3),
     ("calm", 16, False): (18, 3),
     ("ffn", 16, False): (26, 3),
+    ("mamba", 16, False): (58, 3),
+    ("softmax", 16, False): (26, 3),
+    ("entropy", 16, False): (30, 3),
     ("state", 1, True): (13.5, 4.5),
     ("state", 16, True): (31, 13),
 }
@@ -167,6 +174,9 @@ OUTSIDE = {
     ("state", 16, False): (13, 2, 3),
     ("calm", 16, False): (23, 2, 3),
     ("ffn", 16, False): (31, 2, 3),
+    ("mamba", 16, False): (63, 2, 3),
+    ("softmax", 16, False): (31, 2, 3),
+    ("entropy", 16, False): (35, 2, 3),
     ("state", 1, True): (12.5, 3, 2.5),
     ("state", 16, True): (25, 9, 3),
 }
