@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from dynamax_lm_eval import hf_arguments, values
+from dynamax_lm_eval import argument_rules, hf_arguments, values
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.types import (
     BudgetStrategy,
@@ -19,6 +19,7 @@ from dynamax_lm_eval.types import (
     ExitScope,
     MambaKernels,
     Preset,
+    PruneScope,
     PruneStrategy,
     StateMode,
 )
@@ -101,8 +102,9 @@ class DynamaxArgs:
         values.choice(StateMode),
         "what a token that left gives the blocks it skipped: `learned` predicts K and V from its last hidden state by "
         "maps of the trained exits, `recompute` projects them from it, `copy` copies the K and V of the last block it "
-        "ran, `skip` masks it out. Mamba blocks: `learned` and `recompute` move conv and SSM state on from its last "
-        "hidden state, `skip` leaves them, `copy` is refused",
+        "ran, `copy_previous` takes over what its row wrote last in each of these blocks, with K turned to its own "
+        "position (Llama's kind alone), `skip` masks it out. Mamba blocks: `learned` and `recompute` move conv and SSM "
+        "state on from its last hidden state, `skip` leaves them, the others are refused",
         shown="`learned` where the exits have maps, else `recompute`",
         vary=True,
     )
@@ -135,6 +137,13 @@ class DynamaxArgs:
         "which N blocks: `deepest`, those before the last one, or `angular`, the N blocks in a row that turn the "
         "hidden state least (Gromov et al. 2024), as `prune_profile` says",
         shown="`deepest`",
+        vary=True,
+    )
+    prune_scope: PruneScope = values.argument(
+        "all",
+        values.choice(PruneScope),
+        "which tokens do without the pruned blocks: `all`, or `generated`, where the prompt runs at full depth "
+        "(`compute_reduction_total` then counts it so)",
         vary=True,
     )
     prune_profile: str | None = values.argument(
@@ -246,7 +255,10 @@ class DynamaxArgs:
         None,
         values.choice(Preset),
         "`paper`: final block on, `state_mode=copy` (Mamba: `skip`), repetition penalty 1.1 (the paper names no "
-        "value); needs exits trained with `--final_block`. Arguments beside it override it",
+        "value). `thesis`: what earlier public code of its authors does "
+        "([the differences](docs/text_and_code.md)): final block on, `state_mode=copy_previous` (Mamba: `skip`), no "
+        "repetition penalty, `prune_scope=generated`, and a token exits above a threshold, not at it. Both need exits "
+        "trained with `--final_block`. Arguments beside a preset override it",
         shown="none",
     )
 
@@ -254,9 +266,12 @@ class DynamaxArgs:
 #: In place of a file: the certificate that fits.
 CALIBRATED = "calibrated"
 
-#: What ``preset=paper`` sets where the user does not (its state mode depends on the backbone). The paper names no
-#: value for its repetition penalty.
-PAPER_PRESET: dict[str, Any] = {"final_block": True, "repetition_penalty": 1.1}
+#: What a preset sets where the user does not; its state mode depends on the backbone. The paper names no value for its
+#: repetition penalty.
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "paper": {"final_block": True, "repetition_penalty": 1.1},
+    "thesis": {"final_block": True, "repetition_penalty": 1.0, "prune_scope": "generated"},
+}
 
 #: The rows of the table by name. What has no parser is no argument, but for the backbone, which is checked apart.
 _ROWS = {row.name: row for row in fields(DynamaxArgs) if row.metadata["parse"] is not None or row.name == "backbone"}
@@ -299,30 +314,11 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     for name, value in own.items():
         if value is not None:
             parsed[name] = _ROWS[name].metadata["parse"](name, value)
-    if not parsed.get("exits_check", True) and "exits" not in parsed:
-        raise UserError("exits_check=false has no effect without exits=: exits are looked up by the weights they fit")
-    _check_threshold_source(parsed)
-    if passed_on.get("tp_plan") is not None and "target_latency_ms" in parsed:
-        raise UserError("tp_plan and target_latency_ms exclude each other: processes would measure different times")
-    _check_prompt_exit(parsed)
-    check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
-    _check_rows_in_flight(parsed, passed_on.get("batch_size", 1))
-    if parsed.get("preset") == "paper":
-        parsed = {**PAPER_PRESET, **parsed}
+    argument_rules.check_given(parsed, passed_on)
+    if (preset := parsed.get("preset")) is not None:
+        parsed = {**PRESETS[preset], **parsed}
+    argument_rules.check_full_prompt(parsed)
     return DynamaxArgs(**parsed), passed_on
-
-
-def _check_prompt_exit(parsed: Mapping[str, Any]) -> None:
-    """Prompt tokens leave at one layer, or where a confidence lets them."""
-    layer, keep = parsed.get("prompt_exit_layer"), parsed.get("prompt_exit_keep")
-    if layer is None and keep is not None:
-        raise UserError("prompt_exit_keep has no effect without prompt_exit_layer; add it, or remove prompt_exit_keep")
-    if keep == 0:
-        raise UserError("prompt_exit_keep must be at least 1: the last prompt token gives the first logits")
-    if layer is not None and parsed.get("exit_scope") == "all":
-        raise UserError("prompt_exit_layer and exit_scope=all exclude each other: both let prompt tokens leave")
-    if layer is not None and (parsed.get("final_block") or parsed.get("preset")):
-        raise UserError("prompt_exit_layer and final_block exclude each other; remove one of them")
 
 
 def parse_exit_layers(value: Any) -> tuple[int, ...]:
@@ -330,44 +326,5 @@ def parse_exit_layers(value: Any) -> tuple[int, ...]:
     return values.layers("exit_layers", value)
 
 
-def check_pruning(strategy: str | None, profile: str | None, layers: int | tuple[int, ...]) -> None:
-    """Raises UserError where these arguments do not go together."""
-    if strategy == "angular" and profile is None:
-        raise UserError(
-            "prune_strategy=angular needs prune_profile=, a file of block distances; make it: dynamax-lm-eval "
-            "prune-profile --backbone ..."
-        )
-    if profile is not None and strategy != "angular":
-        raise UserError("prune_profile has no effect without prune_strategy=angular; add it, or remove prune_profile")
-    if strategy is not None and (not isinstance(layers, int) or layers == 0):
-        raise UserError(f"prune_strategy={strategy} needs prune_layers=N, the number of blocks that it chooses")
-
-
 def _names_certificate(threshold: Any) -> bool:
     return isinstance(threshold, str) and (threshold == CALIBRATED or threshold.endswith(".json"))
-
-
-def _check_rows_in_flight(parsed: Mapping[str, Any], batch_size: Any) -> None:
-    """Rows wait at exits for batches of a known size, and with rebatching only."""
-    rows = parsed.get("rows_in_flight")
-    if rows is None:
-        return
-    if not parsed.get("rebatch", True):
-        raise UserError("rows_in_flight has no effect with rebatch=false; remove one of them")
-    if not str(batch_size).isdecimal() or not 1 < int(batch_size) <= rows:
-        raise UserError(f"rows_in_flight={rows} needs a batch_size from 2 to that many rows, got {batch_size}")
-
-
-def _check_threshold_source(parsed: Mapping[str, Any]) -> None:
-    """Thresholds come from one place: the user, a certificate, or a budget."""
-    sources = ("threshold", "certificate", "target_reduction", "target_latency_ms")
-    given = [name for name in sources if name in parsed]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} each decide the threshold; give one of them")
-    if parsed.get("certificate_any_task") and "certificate" not in parsed:
-        raise UserError("certificate_any_task has no effect without threshold=calibrated or a certificate's file")
-    if "budget" in parsed and "target_reduction" not in parsed:
-        raise UserError(f"budget={parsed['budget']} needs target_reduction, the budget; add it, or remove budget")
-    budget = next((name for name in sources[2:] if name in parsed), None)
-    if budget is not None and "threshold_decay" in parsed:
-        raise UserError(f"threshold_decay and {budget} both move the threshold; remove one of them")

@@ -10,13 +10,16 @@ ConfidenceName = Literal["classifier", "softmax", "entropy", "state"]
 ClassifierKind = Literal["calm", "ffn", "mamba", "hybrid"]
 
 
-StateMode = Literal["recompute", "learned", "copy", "skip"]
+StateMode = Literal["recompute", "learned", "copy", "copy_previous", "skip"]
 
 
 ExitScope = Literal["generated", "all"]
 
 
-Preset = Literal["paper"]
+Preset = Literal["paper", "thesis"]
+
+#: Which tokens pruned blocks are left out for: all, or generated (or scored) ones alone.
+PruneScope = Literal["all", "generated"]
 
 
 MambaKernels = Literal["auto", "torch"]

@@ -32,13 +32,15 @@ from dynamax_lm_eval.models.fingerprint import model_fingerprint
 FULL = ExitPolicy(LAYERS)
 PROMPTS = [random_ids(length, seed) for seed, length in enumerate((13, 4, 9, 1, 7))]
 NEW_TOKENS = 8
-MODES = ("recompute", "copy", "skip")
+MODES = ("recompute", "copy", "copy_previous", "skip")
 #: Families of blocks that differ in kind: K and V apart, rotary embedding and window by layer, K and V fused, Mamba.
 KINDS_OF_BLOCKS = ("llama", "gemma3", "gpt_neox", *MAMBAS)
 
 
 def with_modes(*families: str) -> Any:
     """Families with each of their state modes; copy is refused on Gemma 3 and on Mamba, which has tests of its own.
+
+    copy_previous, which is for Llama's kind alone, has others too (test_copy_previous).
 
     Of a family whose kind of block another one has too, all modes but the first are slow.
     """
@@ -48,7 +50,8 @@ def with_modes(*families: str) -> Any:
         )
         for family in families
         for mode in MODES
-        if mode != "copy" or not (family == "gemma3" or "mamba" in family)
+        if not (mode == "copy" and (family == "gemma3" or "mamba" in family))
+        if mode != "copy_previous" or family == "llama"
     ]
     return pytest.mark.parametrize(("family", "mode"), pairs)
 

@@ -69,6 +69,10 @@ class Decisions:
         """Runs one token, keeps its states, returns its logits (V,)."""
         raise NotImplementedError
 
+    def _prunes(self, block: int, position: int) -> bool:
+        is_spared = self.policy.prune_scope == "generated" and position < self.prompt_length
+        return block in self.policy.pruned_blocks and not is_spared
+
     def _readout(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -97,7 +101,7 @@ class Decisions:
                 confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
         assert math.isfinite(confidence)
         self.row.confidences.append(confidence - threshold)
-        return confidence >= threshold
+        return confidence > threshold if policy.above_threshold else confidence >= threshold
 
     def _looked_at(self, logits: Tensor) -> Tensor:
         size = self.policy.vocab_subset
@@ -181,6 +185,7 @@ class Reference(Decisions):
         self.config = model.config
         self.inner = next(m for m in model.children() if hasattr(m, "layers"))
         self.caches = [_ListCache() for _ in self.inner.layers]
+        self.inputs: dict[int, Tensor] = {}  # of each block, for the last token that ran it
         self.is_mamba = "mamba" in self.config.model_type
         self.mamba_cache = DynamicCache(config=self.config) if self.is_mamba else None
 
@@ -193,13 +198,14 @@ class Reference(Decisions):
         first = 1 if policy.exit_scope == "all" else self.prompt_length
         exit_layer, last_run = depth, 0
         for block in range(1, depth + 1):
-            if block in policy.pruned_blocks:
+            if self._prunes(block, position):
                 continue
             if exit_layer < depth and not (policy.final_block and block == depth):
                 self._leave_state(block, last_run, hidden, position)
                 continue
             before = hidden
             hidden = self._block(block, hidden, position)
+            self.inputs[block] = before
             last_run = block
             if exit_layer < depth:
                 continue
@@ -219,6 +225,10 @@ class Reference(Decisions):
             exit_layer = last_run if is_learned else None
             with learned_projections(self.inner.layers[block - 1], self.classifiers, exit_layer, block):
                 self._block(block, hidden, position)  # writes K and V; the output is thrown away
+            self.row.block_calls -= 1
+        elif self.policy.state_mode == "copy_previous":
+            # What the block made of that token, as if it stood here.
+            self._block(block, self.inputs[block], position)
             self.row.block_calls -= 1
         elif self.policy.state_mode == "copy":
             source, target = self.caches[last_run - 1], self.caches[block - 1]

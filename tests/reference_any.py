@@ -48,7 +48,7 @@ class AnyReference(Decisions):
 
         def run(number: int, hidden: Tensor, args: Any, kwargs: Any) -> Any:
             policy = self.policy
-            if number in policy.pruned_blocks:
+            if self._prunes(number, position):
                 return hidden
             after_exit = state["exit"] < depth and not (policy.final_block and number == depth)
             if after_exit and policy.state_mode == "skip":

@@ -65,7 +65,7 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
         ({"threshold": "nan"}, "threshold must be a number, got nan"),
         ({"threshold": True}, "threshold must be a number, got True"),
         ({"threshold": []}, "threshold must not be an empty list"),
-        ({"state_mode": "foo"}, "state_mode must be one of recompute, learned, copy, skip, got 'foo'"),
+        ({"state_mode": "foo"}, "state_mode must be one of recompute, learned, copy, copy_previous, skip, got 'foo'"),
         ({"confidence": "sofmax"}, "confidence must be one of classifier, softmax, entropy, state"),
         ({"exit_scope": "prompt"}, "exit_scope must be one of generated, all"),
         ({"exit_layers": [5, 3]}, "exit_layers must be in rising order"),

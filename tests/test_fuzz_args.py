@@ -20,7 +20,7 @@ VALID: dict[str, list[Any]] = {
     "threshold": [0.8, 1, 0, "0.5", [0.5, 0.6], "0.5+0.6", 0.999],
     "confidence": ["softmax", "entropy", "state"],
     "exit_layers": [[2, 4], "2+4", 3, [1, 5]],
-    "state_mode": ["recompute", "copy", "skip"],
+    "state_mode": ["recompute", "copy", "copy_previous", "skip"],
     "prune_layers": [0, 1, "2", [1, 2], 4],
     "exit_scope": ["generated", "all"],
     "repetition_penalty": [1.0, 1.3, "1.1", None],
@@ -29,7 +29,7 @@ VALID: dict[str, list[Any]] = {
     "classifier_warmup": [0, 8, "16", None],
     "final_block": [True, "false", None],
     "exits_check": [True, "true"],
-    "preset": ["paper", None],
+    "preset": ["paper", "thesis", None],
     "batch_size": [1, "4", "auto"],
     "dtype": ["float32"],
 }
@@ -135,7 +135,7 @@ def check_meaning(args: dict[str, Any], lm: DynamaxLM) -> None:
         elif name == "exits_check":
             assert lm.args.exits_check == (str(value).lower() == "true")
         elif name == "preset":
-            assert lm.args.preset == value == "paper"
+            assert lm.args.preset == value
             assert shown["final_block"] or "final_block" in args
         elif name in ("classifier", "classifier_warmup"):
             raise AssertionError("there are no trained exits, so this has no effect and must be refused")

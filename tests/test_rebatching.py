@@ -33,7 +33,7 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 CASES = [
     (family, mode)
     for family, modes in {
-        "llama": ("recompute", "copy", "skip"),
+        "llama": ("recompute", "copy", "copy_previous", "skip"),
         "mistral": ("recompute", "skip"),
         "mamba2": ("recompute", "skip"),
         "mamba": ("recompute",),

@@ -59,7 +59,8 @@ class RowLayout:
     """The rows and positions of the N tokens of a flat batch.
 
     Tokens of one row stand side by side, in rising order of position. ``runs_block[r, b]`` is False where
-    row r has block b pruned; column 0 is unused because blocks are counted from 1.
+    row r has block b pruned; column 0 is unused because blocks are counted from 1. Tokens before position
+    ``prunes_from[r]`` run all blocks.
     """
 
     slots: tuple[int, ...]  # R; the row's place in the States
@@ -69,6 +70,14 @@ class RowLayout:
     runs_block: BoolArray  # (R, L + 1)
     exit_layers: tuple[int, ...]  # every layer at which some row may exit
     final_block: BoolArray  # (R,) rows whose tokens run block L after an exit
+    prunes_from: IntArray  # (R,)
+
+    def runs(self, tokens: IntArray, blocks: int | slice) -> BoolArray:
+        """Returns whether tokens (t,) have no pruned block there, (t,); for several blocks (t, blocks)."""
+        rows = self.row_of[tokens]
+        is_before = self.positions[tokens] < self.prunes_from[rows]
+        runs: BoolArray = self.runs_block[rows, blocks]
+        return runs | (is_before if runs.ndim == 1 else is_before[:, np.newaxis])
 
     def is_given_states(self, block: int, rows: IntArray) -> BoolArray:
         """Returns whether ``block`` is given the states of tokens of ``rows`` (m,) that left before it, (m,).
@@ -91,6 +100,7 @@ def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_l
         runs_block=np.ones((len(lengths), num_layers + 1), dtype=np.bool_),
         exit_layers=(),
         final_block=np.zeros(len(lengths), dtype=np.bool_),
+        prunes_from=np.zeros(len(lengths), dtype=np.int64),
     )
 
 

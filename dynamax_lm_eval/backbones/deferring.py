@@ -265,7 +265,7 @@ class DeferringPass(ForwardPass):
         assert self._segments is not None and not self._materialize_all
         if len(tokens) == 0:
             return SegmentOutput(hidden, hidden)
-        runs = self._layout.runs_block[self._layout.row_of[tokens], first : last + 1]
+        runs = self._layout.runs(tokens, slice(first, last + 1))
         if (runs != runs[0]).any():
             return "rows that prune different blocks"
         blocks = tuple((first + np.flatnonzero(runs[0])).tolist())

@@ -141,7 +141,7 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     layers = np.asarray(trace.exit_layers, dtype=np.int64)
     full_depth = np.full_like(layers, depth)
     positions = np.arange(exit_cost.first_eligible, exit_cost.first_eligible + len(layers), dtype=np.int64)
-    # All other tokens run at full depth, less the pruned blocks, or leave with the prompt.
+    # All other tokens run at full depth, less the pruned blocks (if these are pruned there), or leave with the prompt.
     others = np.setdiff1d(np.arange(trace.fed_tokens, dtype=np.int64), positions)
     leaving, prompt_layer = exit_cost.prompt_exit
     others_depth = np.where(others < leaving, prompt_layer, depth)
@@ -198,7 +198,8 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     )
     output_reads = trace.num_output_tokens * cost.lm_head
     others_full = int(cost.block_macs(others, np.full_like(others, depth), frozenset()).sum())
-    others_spent = int(cost.block_macs(others, others_depth, pruned).sum()) + recompute_of_others
+    pruned_for_others = frozenset[int]() if exit_cost.prunes_eligible_only else pruned
+    others_spent = int(cost.block_macs(others, others_depth, pruned_for_others).sum()) + recompute_of_others
     record.full_total_macs = record.full_macs + others_full + output_reads
     record.total_macs = record.spent_macs + others_spent + output_reads
 

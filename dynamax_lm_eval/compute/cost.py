@@ -121,7 +121,7 @@ class ExitCost:
         classifier_macs: MACs of one evaluation, for each of these layers.
         reads_lm_head: an evaluation reads all of the LM head.
         recomputes_state: skipped blocks get their state from the exit hidden state, recomputed or learned.
-        pruned_blocks: blocks (1-based) that run for no token.
+        pruned_blocks: blocks (1-based) that run for no token, or for no eligible one.
         first_eligible: position of the first token of the row that may exit.
     """
 
@@ -145,6 +145,8 @@ class ExitCost:
     warmed_tokens: int = 0
     #: Block L runs for tokens that left, too.
     final_block: bool = False
+    #: Pruned blocks run for the tokens that may not exit.
+    prunes_eligible_only: bool = False
 
     @property
     def evaluates_logits(self) -> bool:

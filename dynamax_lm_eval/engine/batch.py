@@ -99,6 +99,7 @@ class FlatBatch:
             runs_block=runs_block,
             exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.used_exits})),
             final_block=np.asarray([row.policy.final_block for row in rows]),
+            prunes_from=np.asarray([row.policy.first_pruned_position(row.prompt_length) for row in rows]),
         )
         in_use = [ConfidenceInUse.of(row.policy) for row in rows]
         confidences = tuple(dict.fromkeys(use for use in in_use if use is not None))

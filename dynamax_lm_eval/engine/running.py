@@ -47,12 +47,12 @@ class BlockRunner:
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
         """Runs a block on the tokens whose rows do not prune it; the others pass by unchanged."""
         layout = self._batch.layout
-        runs = layout.runs_block[:, block]
-        if runs.all():
+        runs_in = layout.runs_block[:, block]
+        if runs_in.all() or (len(tokens) and (runs := layout.runs(tokens, block)).all()):
             return self._run.run_block(block, tokens, hidden)
-        indices = np.flatnonzero(runs[layout.row_of[tokens]])
+        indices = np.flatnonzero(runs) if len(tokens) else tokens
         if len(indices) == 0:
-            if runs.any():
+            if runs_in.any():
                 self._run.run_block(block, tokens[:0], hidden[:, :0])
             return hidden
         output = hidden.clone()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dynamax_lm_eval.compute.cost import EvaluationCost, ExitCost
 from dynamax_lm_eval.exits.confidences import Confidence, resolve_confidence
 from dynamax_lm_eval.exits.vocabulary import RowVocabulary, row_vocabulary
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, ExitScope, StateMode
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, ExitScope, PruneScope, StateMode
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
 NEVER = math.inf
@@ -40,6 +40,8 @@ class ExitPolicy:
     confidence: ConfidenceName = "softmax"
     state_mode: StateMode = "recompute"
     pruned_blocks: frozenset[int] = frozenset()
+    #: Which tokens do not run them.
+    prune_scope: PruneScope = "all"
     exit_scope: ExitScope = "generated"
     threshold_decay: float | None = None
     #: Which classifier gives the confidence, where that is ``classifier``.
@@ -55,6 +57,8 @@ class ExitPolicy:
     adapter: str = "none"
     #: Logits that give the confidence are those of so many tokens; None: of all.
     vocab_subset: int | None = None
+    #: A token exits where its confidence is above the threshold, not where it reaches it.
+    above_threshold: bool = False
     #: What the user should know of how the policy came about; decides nothing.
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -63,6 +67,11 @@ class ExitPolicy:
         assert all(0 < layer < self.num_layers for layer in self.exit_layers)
         assert self.adapter == "none" or not self.final_block
         assert self.prompt_exit_layer is None or (self.exit_scope == "generated" and not self.final_block)
+        # The first token of a row leaves nobody states, unless it runs every block.
+        assert self.prompt_exit_layer is None or self.state_mode != "copy_previous"
+        # Prompt tokens that left would owe states to blocks that the others of their prompt run.
+        leaves_prompt = self.exit_scope == "all" or self.prompt_exit_layer is not None
+        assert self.prune_scope == "all" or not leaves_prompt
         assert self.vocab_subset is None or self.confidence in ("softmax", "entropy")
         assert (self.classifier is None) or self.confidence == "classifier"
 
@@ -105,11 +114,16 @@ class ExitPolicy:
         """Position of the first token that may exit, in a row whose prompt has ``prompt_length`` tokens."""
         return 1 if self.exit_scope == "all" else prompt_length
 
+    def first_pruned_position(self, prompt_length: int) -> int:
+        """Position of the first token that does not run the pruned blocks."""
+        return 0 if self.prune_scope == "all" else prompt_length
+
     def for_prefixes(self) -> ExitPolicy:
         """All of the policy that decides what prompt tokens leave in the states; equal where rows can share them."""
         if self.exit_scope == "all":
             return self
-        plain = ExitPolicy(self.num_layers, pruned_blocks=self.pruned_blocks)
+        pruned = self.pruned_blocks if self.prune_scope == "all" else frozenset[int]()
+        plain = ExitPolicy(self.num_layers, pruned_blocks=pruned)
         if self.prompt_exit_layer is None:
             return plain
         # All of a prefix leaves; what follows its end is not known there.
@@ -155,6 +169,9 @@ class ExitPolicy:
         values[:, base >= 1] = NEVER
         values[steps < 0] = NEVER
         rounded: npt.NDArray[np.float32] = values.astype(np.float32)
+        if self.above_threshold:
+            # Above a number is at or beyond the next one.
+            rounded = np.nextafter(rounded, np.float32(np.inf))
         return rounded
 
     def cost_terms(
@@ -185,6 +202,7 @@ class ExitPolicy:
             recomputes_state=self.state_mode in ("recompute", "learned"),
             state_map_macs=state_map_macs if self.state_mode == "learned" else (),
             pruned_blocks=self.pruned_blocks,
+            prunes_eligible_only=self.prune_scope == "generated",
             first_eligible=first,
             prompt_exit=(self.num_leaving_prompt(prompt_length), self.prompt_exit_layer or 0),
         )
@@ -193,8 +211,10 @@ class ExitPolicy:
         """Every setting as JSON data, for result files and cache identities."""
         description = asdict(self)
         del description["notes"]
-        if self.vocab_subset is None:
-            del description["vocab_subset"]  # what was described before there was one is still the same
+        # What was described before there were these settings is still the same.
+        for name, value in {"vocab_subset": None, "prune_scope": "all", "above_threshold": False}.items():
+            if description[name] == value:
+                del description[name]
         description["exit_layers"] = list(self.exit_layers)
         description["thresholds"] = list(self.thresholds)
         description["pruned_blocks"] = sorted(self.pruned_blocks)

@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+from dynamax_lm_eval import argument_rules
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
@@ -17,10 +18,12 @@ from dynamax_lm_eval.exits.confidences import CONFIDENCES, LogitsConfidence
 from dynamax_lm_eval.exits.policy import DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Preset, StateMode
 
 logger = logging.getLogger(__name__)
 
+#: What tokens leave behind under a preset on blocks that attend.
+PRESET_STATE_MODES: dict[Preset, StateMode] = {"paper": "copy", "thesis": "copy_previous"}
 #: The state mode of commands that leave it to the exits: see :func:`default_state_mode`.
 AUTO = "auto"
 
@@ -41,6 +44,7 @@ def resolve_policy(
         UserError: layers or blocks lie outside the backbone or contradict each other, thresholds do
             not match the exits, or the exits are not what was asked for.
     """
+    argument_rules.check_full_prompt(vars(args))
     pruned = pruned_blocks(args, num_layers)
     confidence: ConfidenceName = args.confidence or ("classifier" if exits is not None else "softmax")
     classifier, final_block = _resolve_exits(args, confidence, exits)
@@ -55,13 +59,16 @@ def resolve_policy(
             notes = (
                 f"default exits {dropped} end with pruned blocks and are left out; exits are at {list(exit_layers)}",
             )
+    state_mode = _state_mode(args, recurrent_backbone, exits)
+    argument_rules.check_first_token(args.prompt_exit_layer, state_mode)
     policy = ExitPolicy(
         num_layers=num_layers,
         exit_layers=exit_layers,
         thresholds=resolve_thresholds(args.threshold, exit_layers),
         confidence=confidence,
-        state_mode=_state_mode(args, recurrent_backbone, exits),
+        state_mode=state_mode,
         pruned_blocks=pruned,
+        prune_scope=args.prune_scope if pruned else "all",
         exit_scope=args.exit_scope,
         threshold_decay=args.threshold_decay,
         classifier=classifier,
@@ -71,6 +78,7 @@ def resolve_policy(
         prompt_exit_keep=DEFAULT_WARMUP if args.prompt_exit_keep is None else args.prompt_exit_keep,
         adapter=exits.adapter if exits is not None else "none",
         vocab_subset=_vocab_subset(args, confidence),
+        above_threshold=args.preset == "thesis",
         notes=notes,
     )
     _check_active(policy, exits, recurrent_backbone)
@@ -236,8 +244,8 @@ def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig |
         )
     if args.state_mode is not None:
         return args.state_mode
-    if args.preset == "paper":
-        return "skip" if recurrent_backbone else "copy"
+    if args.preset is not None:
+        return "skip" if recurrent_backbone else PRESET_STATE_MODES[args.preset]
     return default_state_mode(exits)
 
 
@@ -260,9 +268,10 @@ def _choose_classifier(args: DynamaxArgs, exits: ExitConfig) -> ClassifierKind:
 def _check_final_block(args: DynamaxArgs, exits: ExitConfig) -> None:
     """Raises UserError where the run asks for a final block unlike that of the exits: they work as trained only."""
     if args.final_block is not None and args.final_block != exits.final_block:
-        source = "preset=paper sets final_block=true" if args.preset else f"final_block={str(args.final_block).lower()}"
+        given, trained = str(args.final_block).lower(), str(exits.final_block).lower()
+        source = f"preset={args.preset} sets final_block=true" if args.preset else f"final_block={given}"
         raise UserError(
-            f"{source}, but these exits were trained with final_block={str(exits.final_block).lower()}; "
+            f"{source}, but these exits were trained with final_block={trained}; "
             "leave it out, or train others (dynamax-lm-eval train --final_block)"
         )
 
@@ -279,8 +288,8 @@ def _check_active(policy: ExitPolicy, exits: ExitConfig | None, recurrent_backbo
     """Raises UserError where tokens could exit and something that they need is missing."""
     if not policy.used_exits:
         return
-    if recurrent_backbone and policy.state_mode == "copy":
-        raise UserError(copy_is_impossible("this backbone"))
+    if recurrent_backbone and policy.state_mode in ("copy", "copy_previous"):
+        raise UserError(copy_is_impossible("this backbone", policy.state_mode))
     if policy.state_mode == "learned" and exits is not None:
         known = {*exits.exit_layers, policy.num_layers - 1}
         if unknown := sorted({*policy.used_exits} - known):

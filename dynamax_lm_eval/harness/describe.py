@@ -8,6 +8,8 @@ from typing import Any
 
 import dynamax_lm_eval
 from dynamax_lm_eval.backbones import SLOW_RUNGS
+from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE
+from dynamax_lm_eval.compute.thesis import ThesisFormula
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
 
@@ -68,6 +70,20 @@ def run_settings(lm: Any) -> dict[str, Any]:
     }
 
 
+def thesis_formula(lm: Any) -> ThesisFormula | None:
+    """Returns how ``compute_reduction_thesis`` is made of a run; None on blocks of several kinds."""
+    cost, policy = lm.engine.backbone.cost, lm.policy
+    kinds = {block.paper_recompute for block in cost.blocks}
+    if len(kinds) > 1:
+        return None
+    return ThesisFormula(
+        num_layers=cost.num_layers,
+        is_mamba=kinds == {PAPER_MAMBA_RECOMPUTE},
+        recomputes_state=policy.state_mode in ("recompute", "learned"),
+        num_pruned=len(policy.pruned_blocks),
+    )
+
+
 def warn_of_read_cost(lm: Any) -> None:
     """Warns where confidences read the LM head and nobody asked for that."""
     if lm.args.confidence is None and lm.exits is None and lm.policy.active_exits:
@@ -120,4 +136,5 @@ def _preset_sets(lm: Any) -> dict[str, Any] | None:
         "final_block": lm.policy.final_block,
         "state_mode": lm.policy.state_mode,
         "repetition_penalty": lm.args.repetition_penalty,
+        **({"prune_scope": lm.args.prune_scope, "above_threshold": True} if lm.args.preset == "thesis" else {}),
     }

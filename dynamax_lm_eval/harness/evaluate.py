@@ -28,6 +28,7 @@ from torch.utils import collect_env
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.cache import check_database
+from dynamax_lm_eval.harness.describe import thesis_formula
 from dynamax_lm_eval.harness.ledger import ResponseLedger, request_keys
 from dynamax_lm_eval.harness.results import RecordsByDocument, add_compute
 
@@ -173,7 +174,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             dst=0,
         )
         if results is not None:
-            add_compute(results, gathered)
+            add_compute(results, gathered, thesis_formula(lm))
         return results
 
     return evaluate

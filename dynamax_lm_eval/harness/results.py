@@ -19,6 +19,7 @@ from dynamax_lm_eval.compute.accounting import (
     reduction_stderr,
     total_reduction_stderr,
 )
+from dynamax_lm_eval.compute.thesis import ThesisFormula
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ _HIGHER_IS_BETTER = ("compute_reduction", "compute_reduction_total", "compute_re
 
 
 def add_compute(
-    results: dict[str, Any], gathered: list[tuple[RecordsByDocument, dict[str, float], int, ExecutedCompute]]
+    results: dict[str, Any],
+    gathered: list[tuple[RecordsByDocument, dict[str, float], int, ExecutedCompute]],
+    thesis: ThesisFormula | None = None,
 ) -> None:
     """Puts compute into the results of an evaluation, after the tasks' own metrics.
 
@@ -37,6 +40,7 @@ def add_compute(
         results: of the harness; rows, samples and the section ``compute`` are added.
         gathered: of each rank: the records of its documents, its seconds by kind of request, the tokens that ran in
             them, and the compute that was executed.
+        thesis: gives ``compute_reduction_thesis``, where there is such a formula for the backbone.
     """
     by_task: RecordsByDocument = defaultdict(dict)
     seconds: dict[str, float] = {}
@@ -80,9 +84,9 @@ def add_compute(
     results["compute"] = {
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
-        "by_task": {name: _breakdown(documents) for name, documents in per_document.items()},
+        "by_task": {name: _breakdown(documents, thesis) for name, documents in per_document.items()},
         "overall": {
-            **_breakdown(all_records),
+            **_breakdown(all_records, thesis),
             **_timing(sum(fed for _, _, fed, _ in gathered), seconds),
             "physical": ExecutedCompute.sum(physical for *_, physical in gathered).to_json(),
         },
@@ -113,7 +117,7 @@ def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, An
     return {f"{metric},{name}": value for name in filters for metric, value in values.items()}
 
 
-def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
+def _breakdown(documents: list[ComputeRecord], thesis: ThesisFormula | None) -> dict[str, Any]:
     """Returns everything that is known about the compute of some documents, as JSON data."""
     total = ComputeRecord.sum(documents)
     return {
@@ -124,6 +128,7 @@ def _breakdown(documents: list[ComputeRecord]) -> dict[str, Any]:
         "compute_reduction_total": total.compute_reduction_total,
         "compute_reduction_total_stderr": total_reduction_stderr(documents),
         "compute_reduction_paper": total.compute_reduction_paper,
+        "compute_reduction_thesis": None if thesis is None else thesis.reduction(total.exit_layers),
         "mean_exit_layer": total.mean_exit_layer,
         "exit_histogram": exit_histogram(total),
         "tokens": {

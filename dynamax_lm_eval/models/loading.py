@@ -25,6 +25,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models import aliases
+from dynamax_lm_eval.types import StateMode
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,10 @@ def is_recurrent(config: Any) -> bool:
     return getattr(config, "model_type", None) in _RECURRENT
 
 
-def copy_is_impossible(name: str) -> str:
-    """Returns the message that refuses ``state_mode=copy`` where there is a recurrence."""
+def copy_is_impossible(name: str, mode: StateMode) -> str:
+    """Returns the message that refuses ``state_mode=copy`` or ``copy_previous`` where there is a recurrence."""
     return (
-        f"state_mode=copy is not possible on {name}: the states of its recurrent blocks sum up the whole past, so "
+        f"state_mode={mode} is not possible on {name}: the states of its recurrent blocks sum up the whole past, so "
         "there is nothing of a single token to copy; use recompute or skip"
     )
 

@@ -151,8 +151,8 @@ class MambaBackbone(DecoderBackbone):
         return self.by_head_rows(normed.to(self._lm_head.weight.dtype), first, others).float()
 
     def check_state_mode(self, mode: StateMode, exit_layers: tuple[int, ...]) -> None:
-        if mode == "copy" and exit_layers:
-            raise UserError(copy_is_impossible(self.name))
+        if mode in ("copy", "copy_previous") and exit_layers:
+            raise UserError(copy_is_impossible(self.name, mode))
 
     def train_forward(self, ids: Tensor, rows: RaggedRows) -> Tensor:
         """Returns the logits (T, V) of new rows side by side, ids (T,), at full depth and with gradients."""

@@ -132,8 +132,13 @@ class ReplayBackbone(ModelBackbone):
         if self.mixers:
             kinds = ", ".join(sorted({type(mixer.module).__name__ for mixer in self.mixers}))
             raise UserError(
-                f"state_mode=copy is not possible on {self.name}: the states of its blocks ({kinds}) sum up the past, "
-                "so there is nothing of a single token to copy; use recompute or skip"
+                f"state_mode={mode} is not possible on {self.name}: the states of its blocks ({kinds}) sum up the "
+                "past, so there is nothing of a single token to copy; use recompute or skip"
+            )
+        if mode == "copy_previous":
+            raise UserError(
+                f"state_mode=copy_previous is not possible on {self.name}: how the K of its blocks depends on "
+                "positions is known of Llama's kind alone (Llama, Mistral, Qwen2, Qwen3); use recompute, copy or skip"
             )
         if (reason := setup.why_blocks_differ(self, min(exit_layers))) is not None:
             raise UserError(

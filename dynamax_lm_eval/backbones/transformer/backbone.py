@@ -120,6 +120,16 @@ class TransformerBackbone(DecoderBackbone):
         cos, sin = self._rotary(like, positions)
         return RotaryEmbeddings(moved(cos, like.device), moved(sin, like.device))
 
+    def turning(self, distances: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cos and sine (t, 1, P) that turn K by distances (t,) in tokens, in float32 on the device of ``like``.
+
+        The sine as :func:`signed_rotary` makes it. Embeddings that scale attention too have done so already in K.
+        """
+        angles = self.position_embeddings(distances.unsqueeze(0), like.float())
+        scale = getattr(self._rotary, "attention_scaling", 1.0)
+        cos, signed = (part[0].float() / scale for part in angles.signed)
+        return cos, signed
+
     def rotary_table(self, length: int, like: Tensor) -> RotaryTable | None:
         """Returns the rotary embeddings of ``length`` positions and more; None on a CPU, which makes them as fast."""
         if like.device.type != "cuda" or is_changed(vars(self._rotary)):

@@ -21,6 +21,7 @@ from dynamax_lm_eval.backbones.transformer import varlen
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
+from dynamax_lm_eval.backbones.transformer.previous import PreviousStates, turned
 from dynamax_lm_eval.backbones.transformer.segments import FusedSegment, SingleTokens
 
 if TYPE_CHECKING:
@@ -85,8 +86,22 @@ class FusedPass(AttentionPass):
         self._fused = [fused if fused.may_replace else None for fused in backbone.fused_blocks]
         self._rotary: dict[torch.device, RotaryEmbeddings] = {}
         self._merged: _MergedTokens | None = None
+        self._previous: PreviousStates | None = None
+        if "copy_previous" in layout.state_modes:
+            self._previous = PreviousStates(states, layout, self._starts, self._turned)
+
+    @property
+    def has_pending_states(self) -> bool:
+        return super().has_pending_states or (self._previous is not None and self._previous.is_waiting)
+
+    def exit_tokens(self, tokens: IntArray, hidden: Tensor, layer: int) -> None:
+        super().exit_tokens(tokens, hidden, layer)
+        if self._previous is not None:
+            self._previous.leave(tokens, layer)
 
     def _run_block(self, block: int, tokens: IntArray, hidden: Tensor) -> Tensor:
+        if self._previous is not None and len(tokens) == 0:
+            self._previous.give(block)
         taken, fused = self._take_pending(block, tokens, hidden.device), self._fused[block - 1]
         if taken is not None:
             pending, chosen = taken
@@ -96,7 +111,7 @@ class FusedPass(AttentionPass):
             if few and fused is not None and chosen is None and hidden.device.type == "cuda":
                 active = self._active_tokens(block, tokens, hidden)
                 merged = self._merge(active, pending)
-                scatter = _Scatter(self._states, block, merged.kv_slots)
+                scatter = _Scatter(self._states, block, merged.kv_slots, self._previous)
                 return fused(hidden, *merged.signed, scatter.write, active.plan, pending.hidden)
         return self._run_taken(block, tokens, hidden, taken)
 
@@ -174,8 +189,12 @@ class FusedPass(AttentionPass):
             return table.at(positions)
         return self._blocks.position_embeddings(positions.unsqueeze(0), like)
 
+    def _turned(self, keys: Tensor, distances: Tensor) -> Tensor:
+        """Returns K (t, H_kv, P) turned by distances (t,), for :class:`PreviousStates`."""
+        return turned(keys, *self._blocks.turning(distances, keys))
+
     def _call(self, block: int, hidden: Tensor, active: ActiveTokens) -> Tensor:
-        scatter = _Scatter(self._states, block, active.kv_slots)
+        scatter = _Scatter(self._states, block, active.kv_slots, self._previous)
         fused = self._fused[block - 1]
         rotary: RotaryEmbeddings = active.arguments
         if fused is None:
@@ -226,14 +245,21 @@ class _MergedTokens(NamedTuple):
 class _Scatter:
     """A stand-in for transformers' cache, which writes K and V to the cache slots of the tokens."""
 
-    def __init__(self, states: AttentionStates, block: int, kv_slots: Tensor) -> None:
+    def __init__(
+        self, states: AttentionStates, block: int, kv_slots: Tensor, previous: PreviousStates | None = None
+    ) -> None:
+        """``previous``: gives a block further states, once it has written these."""
         self._states = states
         self._block = block
         self._kv_slots = kv_slots
+        self._previous = previous
 
     def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes K and V (n, H_kv, P)."""
-        return self._states.write(self._block, self._kv_slots, key, value)
+        caches = self._states.write(self._block, self._kv_slots, key, value)
+        if self._previous is not None:
+            self._previous.give(self._block)
+        return caches
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes K and V (1, H_kv, n, P), as blocks of transformers call it."""

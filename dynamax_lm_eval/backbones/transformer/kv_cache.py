@@ -74,7 +74,9 @@ class AttentionStates(States):
         self.keys: list[Tensor | None] = [None] * (num_layers + 1)  # blocks are counted from 1
         self.values: list[Tensor | None] = [None] * (num_layers + 1)
         self.layer_of: IntArray = np.full(self.capacity, num_layers, dtype=np.int64)
-        #: Slots of such tokens that block L ran on all the same.
+        #: How many blocks its token ran, where it takes states over from earlier tokens; else ``num_layers``.
+        self.ran_to: IntArray = np.full(self.capacity, num_layers, dtype=np.int64)
+        #: Slots of tokens that left nothing, but that block L ran on all the same.
         self.runs_last: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
         self.deferred = DeferredTokens()
         #: A cache slot of no row, where there is one.
@@ -95,6 +97,7 @@ class AttentionStates(States):
         if start is not None:
             self._lengths[start] = capacity
             self.layer_of[start : start + capacity] = self.num_layers
+            self.ran_to[start : start + capacity] = self.num_layers
             self.runs_last[start : start + capacity] = False
         return start
 
@@ -102,6 +105,7 @@ class AttentionStates(States):
         assert source not in self.deferred.slots, "what is copied ran in a pass that defers nothing"
         from_slots, to_slots = slice(source, source + num_tokens), slice(slot, slot + num_tokens)
         self.layer_of[to_slots] = self.layer_of[from_slots]
+        self.ran_to[to_slots] = self.ran_to[from_slots]
         self.runs_last[to_slots] = self.runs_last[from_slots]
         for cache in (*self.keys, *self.values):
             if cache is not None:
