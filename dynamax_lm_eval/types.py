@@ -21,6 +21,9 @@ Preset = Literal["paper", "thesis"]
 #: Which tokens pruned blocks are left out for: all, or generated (or scored) ones alone.
 PruneScope = Literal["all", "generated"]
 
+#: What makes an exit right: its best token is among the full model's k best, or the other way round.
+LabelKind = Literal["exit_in_full", "full_in_exit"]
+
 
 MambaKernels = Literal["auto", "torch"]
 

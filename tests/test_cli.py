@@ -46,7 +46,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ("threshold=1.5", "threshold must be in [0, 1], got 1.5"),
         ("threshold=abc", "threshold must be a number, got 'abc'"),
         ("threshold=nan", "threshold must be a number, got nan"),
-        ("state_mode=foo", "state_mode must be one of recompute, learned, copy, skip, got 'foo'"),
+        ("state_mode=foo", "state_mode must be one of recompute, learned, copy, copy_previous, skip, got 'foo'"),
         ("prune_layers=99", "prune_layers=99 must be at most 4 for this backbone of 6 blocks"),
         ("exit_layers=[3,40]", "exit_layers must lie in 1..5 for this backbone of 6 blocks, got 40"),
         ("threshold=[0.5,0.6],exit_layers=[2,3,4]", "threshold has 2 values but there are 3 exit layers"),

@@ -1,4 +1,4 @@
-"""``preset=thesis`` and its parts: pruning that spares the prompt, exits above a threshold, and the factor of the code."""
+"""``preset=thesis`` and its parts: pruning that spares the prompt, exits above a threshold, the code's own factor."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
 from dynamax_lm_eval.exits.state_maps import StateMapOptions, check_state_maps
 from dynamax_lm_eval.files import JsonFormat, file_checksum, naming, write_tensors, write_text
 from dynamax_lm_eval.models.fingerprint import tensors_fingerprint
-from dynamax_lm_eval.types import ClassifierKind
+from dynamax_lm_eval.types import ClassifierKind, LabelKind
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,11 @@ class ExitConfig:
     adapter: str = "none"
     #: Maps that predict the states of tokens that left; None: there are none.
     states: StateMapOptions | None = None
-    #: Label 1: the exit's arg-max is among the k most probable tokens of the full model.
+    #: Label 1: the exit's arg-max is among the k most probable tokens of the full model, or the other way round.
     top_k: int = 1
+    label: LabelKind = "exit_in_full"
+    #: With a final block: labels were made of read-outs behind it; else of the state at the exit.
+    label_final_block: bool = True
     #: How it was trained; not needed to use it.
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -121,6 +124,8 @@ class ExitConfig:
         if self.activation not in ACT2FN:
             raise UserError(f"its activation {self.activation!r} is unknown to transformers")
         check_adapter(self.adapter)
+        if self.label not in get_args(LabelKind):
+            raise UserError(f"its label {self.label!r} is not one of {', '.join(get_args(LabelKind))}")
         if self.states is not None:
             check_state_maps(self.states.kind)
             if len(self.states.sizes) != depth or not any(min(size) > 0 for size in self.states.sizes):

@@ -13,6 +13,7 @@ from dynamax_lm_eval.engine.parity import checked_engine, engine_without_weights
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.options import FrozenOptions
+from dynamax_lm_eval.frozen.text import check_template
 from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.fingerprint import adapter_fingerprint, files_fingerprints, model_fingerprints
@@ -71,6 +72,7 @@ def load_backbone(options: FrozenOptions, device: torch.device | None = None) ->
     name = f"--backbone {options.backbone!r}"
     with loading.naming(f"the tokenizer of {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **shared)
+    check_template(options.template, tokenizer)
     models = loading.CompleteModels(loading.auto_class(config), lambda _: name)
     model = models.from_pretrained(source, dtype=dtype, **shared)
     fingerprints = files_fingerprints(source, shared)

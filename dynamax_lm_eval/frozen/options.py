@@ -14,6 +14,7 @@ from typing import Any
 from dynamax_lm_eval.errors import UserError
 
 DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+TEMPLATES = ("none", "instruct")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -33,6 +34,10 @@ class TextSource:
     #: Documents among which the next one is drawn; 0 keeps their order.
     shuffle_buffer: int = 10_000
     seed: int = 0
+    #: How many documents there are, of those in the source's own order; None: all.
+    documents: int | None = None
+    #: What each text is put into: ``none``, or ``instruct``, a user's turn in the tokenizer's chat template.
+    template: str = "none"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ class FrozenOptions:
     device: str = option("auto", "cpu, or auto: a GPU where there is one")
     revision: str | None = option(None, "revision of a backbone from the Hub")
     trust_remote_code: bool = option(False, "let the backbone's repository run its own code")
+    template: str = option(
+        "none", "what each text is put into: none, or instruct, a user's turn in the tokenizer's chat template"
+    )
     peft: str | None = option(None, "folder of a PEFT adapter that the backbone is loaded with")
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from dynamax_lm_eval.backbones.base import (
 )
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.exits.classifiers import Classifier, ExitClassifiers, exit_probability
-from dynamax_lm_eval.types import StateMode
+from dynamax_lm_eval.types import LabelKind, StateMode
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -104,8 +104,8 @@ class SimulatedExits:
 class Labels:
     """Whether the best token of each of E exits is right at n positions."""
 
-    within_k: Tensor  # (E, n) bool, among the k most probable tokens of the full model
-    agrees: Tensor  # (E, n) bool, the full model's best token
+    within_k: Tensor  # (E, n) bool, the label
+    agrees: Tensor  # (E, n) bool, the exit's best token is the full model's
     divergence: Tensor | None = None  # (E,) mean KL of the full model's distribution to the exit's, if adapters learn
 
 
@@ -125,12 +125,31 @@ def begin(backbone: Backbone, rows: Sequence[Sequence[int]], **changes: Any) -> 
 class FrozenPass:
     """Runs batches through the backbone and labels positions."""
 
-    def __init__(self, backbone: Backbone, exit_layers: tuple[int, ...], final_block: bool, top_k: int) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        exit_layers: tuple[int, ...],
+        final_block: bool,
+        top_k: int,
+        label: LabelKind = "exit_in_full",
+        label_final_block: bool = True,
+    ) -> None:
+        """
+        Args:
+            backbone: the frozen model.
+            exit_layers: where tokens may leave.
+            final_block: block L runs before read-outs at exits.
+            top_k: k of the label.
+            label: which tokens are looked for among which.
+            label_final_block: labels are made of these read-outs; else, with a final block, of the state at the exit.
+        """
         self.backbone = backbone
         self.dtype = backbone.embed(torch.zeros(1, dtype=torch.int64, device=backbone.device)).dtype
         self.exit_layers = exit_layers
         self.final_block = final_block
         self.top_k = top_k
+        self._label_kind = label
+        self._labels_at_exit = final_block and not label_final_block
 
     @property
     def read_at_once(self) -> int:
@@ -216,20 +235,21 @@ class FrozenPass:
             learn: weights (E,) of the exits' KL divergences; their gradients are added to the adapters'. None: the
                 adapters stay as they are.
         """
+        k_of_full, k_of_exit = (self.top_k, 1) if self._label_kind == "exit_in_full" else (1, self.top_k)
         within, agrees = [], []
         divergence = torch.zeros(len(self.exit_layers), device=positions.device)
         for part in positions.split(self.read_at_once):
             full = self.backbone.readout(batch.last[part])  # (t, V)
-            best = best_tokens(full, self.top_k)  # (t, k)
+            best = best_tokens(full, k_of_full)  # (t, k)
             target = Target.of(full) if learn is not None else None
-            exit_tokens = []
+            right = torch.zeros(len(self.exit_layers), len(part), dtype=torch.bool, device=part.device)
+            same = torch.zeros_like(right)
             for i, layer in enumerate(self.exit_layers):
                 reached = batch.reaching(layer, part)
                 chosen = part if batch.reached is None else part[reached]
                 hidden = batch.reads[layer][chosen]
                 adapter = None if exits is None else exits.adapter(layer)
                 if len(chosen) == 0:
-                    exit_tokens.append(best.new_full((len(part),), -1))
                     continue
                 if adapter is None or target is None or learn is None:
                     logits = self.backbone.readout(hidden if adapter is None else adapter(hidden))
@@ -238,13 +258,15 @@ class FrozenPass:
                         logits = self.backbone.readout(adapter(hidden))
                     own = target if batch.reached is None else Target.of(full[reached])
                     divergence[i] += descend(logits, own, learn[i] / len(positions)) / len(positions)
-                found = best_tokens(logits.detach(), 1)[:, 0]
-                exit_tokens.append(
-                    found if batch.reached is None else best.new_full((len(part),), -1).masked_scatter(reached, found)
-                )
-            by_exit = torch.stack(exit_tokens)  # (E, t)
-            agrees.append(by_exit == best[:, 0])
-            within.append((by_exit.unsqueeze(-1) == best).any(-1))
+                own_best = best[reached]
+                found = best_tokens(logits.detach(), k_of_exit)  # of those that reach it, (.., k)
+                same[i, reached] = found[:, 0] == own_best[:, 0]
+                if self._labels_at_exit:
+                    found = best_tokens(self.backbone.readout(batch.exits[layer][chosen]), k_of_exit)
+                # One of the two has a single token.
+                right[i, reached] = (found == own_best).any(-1)
+            agrees.append(same)
+            within.append(right)
         return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1), divergence if learn is not None else None)
 
 

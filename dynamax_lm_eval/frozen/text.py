@@ -27,10 +27,14 @@ def text_documents(source: TextSource, tokenizer: Any) -> Documents:
     """Returns the tokenised documents of a Hub data set or of local files.
 
     Raises:
-        UserError: there is no such file or data set, or it has no text column.
+        UserError: there is no such file or data set, it has no text column, or the tokenizer has no chat template that
+            is asked for.
     """
+    encode = _encoder(source, tokenizer)
     rows = _open(source)
     dataset, column = source.dataset, source.column
+    if source.documents is not None:
+        rows = rows.take(source.documents)
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:
         stream = rows
@@ -45,9 +49,28 @@ def text_documents(source: TextSource, tokenizer: Any) -> Documents:
                 raise UserError(
                     f"{dataset!r} has no column {column!r}; it has {', '.join(row)}: name one by --text_column"
                 )
-            yield list(tokenizer(text).input_ids) if text else []
+            yield encode(text) if text else []
 
     return read
+
+
+def _encoder(source: TextSource, tokenizer: Any) -> Callable[[str], list[int]]:
+    """Returns what makes token ids of a text."""
+    if source.template == "none":
+        return lambda text: list(tokenizer(text).input_ids)
+    check_template(source.template, tokenizer)
+
+    def encode(text: str) -> list[int]:
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
+        return list(tokenizer(turn, add_special_tokens=False).input_ids)
+
+    return encode
+
+
+def check_template(template: str, tokenizer: Any) -> None:
+    """Raises UserError where texts are to be put into a chat template and the tokenizer has none."""
+    if template != "none" and getattr(tokenizer, "chat_template", None) is None:
+        raise UserError(f"--template {template} needs a tokenizer with a chat template, and this one has none")
 
 
 def _naming(rows: Iterable[Any], dataset: str) -> Iterator[Any]:

@@ -115,7 +115,10 @@ def search(options: SearchOptions) -> ThresholdPath:
     backbone.check_state_mode(state_mode, exits.config.exit_layers)
     classifiers = exits.load(backbone.device)
     classifiers.narrow(backbone.model.dtype)
-    frozen = FrozenPass(backbone, exits.config.exit_layers, exits.config.final_block, exits.config.top_k)
+    config = exits.config
+    frozen = FrozenPass(
+        backbone, config.exit_layers, config.final_block, config.top_k, config.label, config.label_final_block
+    )
     policy = policy_of_exits(exits.config, kind, 0.5, state_mode=state_mode, exit_scope="all")
     recorded = record(frozen, Engine(backbone, classifiers), rows, policy)
     result = ThresholdPath(

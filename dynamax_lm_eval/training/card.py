@@ -32,7 +32,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         "exits=THIS_FOLDER,threshold=0.8 --tasks ...",
         "",
         f"They fit the weights with fingerprint `{backbone.fingerprint[:12]}` (revision {backbone.revision}) only. "
-        f"Label: the exit's best token is {_label(config.top_k)} of the full model. Final block: "
+        f"Label: {_label(config)}. Final block: "
         f"{'on' if config.final_block else 'off'}. Read-out adapters: {config.adapter}. States of tokens that left: "
         f"{'recomputed' if config.states is None else f'learned ({config.states.kind})'}.",
         "",
@@ -144,8 +144,12 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
-def _label(top_k: int) -> str:
-    return "the most probable token" if top_k == 1 else f"among the {top_k} most probable tokens"
+def _label(config: ExitConfig) -> str:
+    """Returns what makes an exit right."""
+    one, other = ("exit", "full model") if config.label == "exit_in_full" else ("full model", "exit")
+    among = "the most probable token" if config.top_k == 1 else f"among the {config.top_k} most probable tokens"
+    text = f"the {one}'s best token is {among} of the {other}"
+    return text if config.label_final_block else f"{text}, whose read-out leaves the last block out"
 
 
 def _number(value: float | None) -> str:

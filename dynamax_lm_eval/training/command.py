@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -38,10 +38,12 @@ from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.init import start_from
 from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, accuracy_line, cut_log, held_out_numbers, write_step
 from dynamax_lm_eval.training.loop import Loop
-from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
+from dynamax_lm_eval.training.option_rules import SELF_DATASET
+from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
 from dynamax_lm_eval.training.output import STATE_NAME, clear, take_output
 from dynamax_lm_eval.training.read_outs import ReadOuts, lora_report, read_outs
 from dynamax_lm_eval.training.trainer import Processes, StepReport, Trainer
+from dynamax_lm_eval.types import LabelKind
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +112,11 @@ def _train(
         del frozen, tuning, backbone  # two of them may not fit
         # From here on the backbone is what an evaluation has that names the adapters.
         backbone = load_backbone(replace(reading, peft=str(tuned)), accelerator.device)
-    frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
-    exits = replace(
-        _exit_config(options, backbone, exit_layers), states=state_maps.make_options(frozen, options.states)
+    exits = _exit_config(options, backbone, exit_layers)
+    frozen = FrozenPass(
+        backbone.engine.backbone, exit_layers, exits.final_block, exits.top_k, exits.label, exits.label_final_block
     )
+    exits = replace(exits, states=state_maps.make_options(frozen, options.states))
     classifiers = exits.build(options.seed)
     if earlier is not None:
         start_from(earlier, exits, classifiers)
@@ -172,6 +175,8 @@ def _exit_config(options: TrainingOptions, backbone: FrozenBackbone, exit_layers
         final_block=options.final_block,
         adapter=options.adapter,
         top_k=options.top_k,
+        label=cast(LabelKind, options.label),
+        label_final_block=options.label_final_block,
     )
 
 

@@ -58,6 +58,7 @@ def report(
     return {
         "tokens": int(seen.agrees.shape[1]),
         "top_k": config.top_k,
+        "label": config.label,
         "adapter": config.adapter,
         "adapter_macs": {str(layer): macs for layer, macs in classifiers.adapter_macs().items()},
         "state_mode": state_mode,

@@ -9,7 +9,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 
 #: Settings of exits that weights have to agree on.
-_SHARED = ("exit_layers", "activation", "options", "final_block", "top_k")
+_SHARED = ("exit_layers", "activation", "options", "final_block", "top_k", "label", "label_final_block")
 
 
 def start_from(earlier: ExitCheckpoint, config: ExitConfig, classifiers: ExitClassifiers) -> None:

@@ -9,25 +9,22 @@ from typing import Any, get_args
 
 from dynamax_lm_eval import config, values
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
 from dynamax_lm_eval.exits.resolve import resolve_exit_layers
-from dynamax_lm_eval.exits.state_maps import check_state_maps
 from dynamax_lm_eval.frozen.options import (
     FrozenOptions,
     TextSource,
     check_at_least,
     check_device,
-    check_dtype,
     frozen_option,
     option,
 )
+from dynamax_lm_eval.training import option_rules
+from dynamax_lm_eval.training.option_rules import SELF_DATASET
 from dynamax_lm_eval.types import ClassifierKind
 
 #: What may be named as ``--classifier``.
 _KINDS = ", ".join(get_args(ClassifierKind))
-#: ``--dataset self``: text that the backbone itself generates.
-SELF_DATASET = "self"
 SAVE_DTYPES = ("float32", "bfloat16")
 
 
@@ -94,6 +91,11 @@ class TrainingOptions:
     backbone: str = frozen_option(
         "backbone", "alias (smollm2-gguf, mistral, ...), Hub id, or folder of the frozen model"
     )
+    preset: str | None = option(
+        None,
+        "thesis: trains as earlier public code of the paper's authors does (docs/text_and_code.md); decides what is "
+        "left at its default",
+    )
     classifier: str = option("mamba,ffn,calm", f"kinds to train in one pass, separated by commas: {_KINDS}")
     dataset: str = frozen_option(
         "dataset",
@@ -106,6 +108,10 @@ class TrainingOptions:
     shuffle_buffer: int = option(
         TextSource.shuffle_buffer, "documents among which the next one is drawn; 0 keeps their order"
     )
+    max_documents: int | None = option(
+        None, "read the first documents of the text alone, over and over until max_tokens; default: all"
+    )
+    template: str = frozen_option("template")
     prompts: str | None = option(
         None,
         "tasks of the harness, separated by commas: what the backbone generates are its greedy answers to their "
@@ -161,7 +167,19 @@ class TrainingOptions:
     lora_tokens: int = option(500_000, "tokens that --lora is trained on, from the beginning of the text")
     lora_learning_rate: float = option(2e-4, "peak of its learning rate")
     lora_keep: float = option(1.0, "weight of its KL divergence at full depth, beside that of the exits, which is 1")
-    top_k: int = option(1, "an exit is right if its best token is among the k best of the full model")
+    label: str = option(
+        "exit_in_full",
+        "an exit is right if its best token is among the k best of the full model (exit_in_full), or if the full "
+        "model's best token is among the exit's k best (full_in_exit)",
+    )
+    top_k: int = option(1, "k of the label")
+    label_final_block: bool = option(
+        True, "with --final_block, labels are made of read-outs behind the last block; false: of the exit's own state"
+    )
+    exit_weights: str = option(
+        "decreasing", "weights of the exits' losses from the first to the last: decreasing, increasing or equal"
+    )
+    normalize: bool = _size("normalize")
     mamba_state: int = _size("mamba_state")
     mamba_expand: float = _size("mamba_expand")
     mamba_kernel: int = _size("mamba_kernel")
@@ -173,9 +191,12 @@ class TrainingOptions:
     batch_tokens: int = option(4096, "tokens of an optimiser step, over all processes")
     micro_batch_tokens: int = option(4096, "tokens that go through the backbone at once; a divisor of batch_tokens")
     label_share: float = option(0.25, "share of positions, drawn at random, that are labelled: labels read the LM head")
-    learning_rate: float = option(1e-3, "peak of the learning rate (AdamW)")
-    warmup_share: float = option(0.05, "share of the steps in which the learning rate rises; a cosine to 0 follows")
-    weight_decay: float = option(0.01, "AdamW's weight decay")
+    optimizer: str = option("adamw", "adamw, or schedulefree (AdamW without a schedule, from the package of that name)")
+    learning_rate: float = option(1e-3, "peak of the learning rate")
+    warmup_share: float = option(
+        0.05, "share of the steps in which the learning rate rises; with adamw a cosine to 0 follows"
+    )
+    weight_decay: float = option(0.01, "the optimiser's weight decay")
     clip: float = option(1.0, "largest gradient norm of each kind's parameters")
     dtype: str = frozen_option("dtype")
 
@@ -193,87 +214,18 @@ class TrainingOptions:
     curve_tokens: int = option(5_000, "tokens of these that are run at every threshold, for the curve")
 
     def __post_init__(self) -> None:
-        counts = {"max_tokens": 1, "seq_len": 2, "batch_tokens": 2, "micro_batch_tokens": 2, "top_k": 1}
-        check_at_least(self, {**counts, "shuffle_buffer": 0, "eval_tokens": 2, "curve_tokens": 3})
-        for name in ("label_share", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} must be above 0, got {getattr(self, name)}")
-        if self.label_share > 1:
-            raise UserError(f"--label_share must be at most 1, got {self.label_share}")
-        if not 0 <= self.warmup_share < 1:
-            raise UserError(f"--warmup_share must be in [0, 1), got {self.warmup_share}")
-        if self.seq_len > self.micro_batch_tokens:
-            raise UserError(
-                f"--seq_len={self.seq_len} must be at most --micro_batch_tokens={self.micro_batch_tokens}, the tokens "
-                "that go through the backbone at once"
-            )
-        if self.eval_source == self.source:
-            raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
-        check_at_least(self, {"self_tokens": 1})
-        about = ("prompts_documents", "prompts_include_path", "prompts_metadata")
-        if self.prompts is None and (given := [name for name in about if getattr(self, name) is not None]):
-            raise UserError(f"--{given[0]} has no effect without --prompts; add it, or remove --{given[0]}")
-        if self.prompts is not None and self.self_share == 0:
-            raise UserError("--prompts has no effect without --dataset self or self:SHARE+TEXT; change --dataset")
-        default = type(self).__dataclass_fields__["self_tokens"].default
-        if not self.writes_answers and self.self_tokens != default:
-            raise UserError("--self_tokens has no effect without --prompts or a mixture self:SHARE+TEXT; remove it")
-        if self.dataset == SELF_DATASET and (self.dataset_config is not None or self.dataset_split != "train"):
-            raise UserError(
-                f"--dataset_config and --dataset_split have no effect with --dataset {SELF_DATASET}; remove them"
-            )
-        if self.eval_dataset is None and (self.eval_config is not None or self.eval_split != "train"):
-            raise UserError("--eval_config and --eval_split have no effect without --eval_dataset; remove them")
-        check_at_least(self, {"weight_decay": 0, "seed": 0, "states_tokens": 1})
-        check_adapter(self.adapter)
-        check_state_maps(self.states)
-        if self.simulate_exits and self.final_block:
-            raise UserError("--simulate_exits and --final_block exclude each other; give one")
-        default = type(self).__dataclass_fields__["states_tokens"].default
-        if self.states == "none" and self.states_tokens != default:
-            raise UserError("--states_tokens has no effect without --states; add it, or remove --states_tokens")
-        check_at_least(self, {"calibrate_tokens": 1})
-        default = type(self).__dataclass_fields__["calibrate_tokens"].default
-        if not self.calibrate and self.calibrate_tokens != default:
-            raise UserError("--calibrate_tokens has no effect with --calibrate false; remove one of them")
-        self._check_lora()
-        if self.adapter != "none" and self.final_block:
-            raise UserError("--adapter and --final_block exclude each other: both correct the read-out; give one")
-        if not 0 <= self.adapter_first < 1 or (self.adapter_first and self.adapter == "none"):
-            raise UserError(f"--adapter_first must be in [0, 1) and needs an --adapter, got {self.adapter_first}")
-        if self.batch_tokens % self.micro_batch_tokens:
-            raise UserError(
-                f"--batch_tokens={self.batch_tokens} must be a multiple of "
-                f"--micro_batch_tokens={self.micro_batch_tokens}"
-            )
-        check_dtype(self.dtype)
-        kinds, sizes = self.kinds, dataclasses.asdict(self.classifier_options)
-        for name, default in dataclasses.asdict(ClassifierOptions()).items():
-            users = [kind for kind, classifier in CLASSIFIERS.items() if name in classifier.sizes]
-            if sizes[name] != default and not set(users).intersection(kinds):
-                raise UserError(
-                    f"--{name} has no effect on --classifier {self.classifier}; add {' or '.join(users)}, or remove it"
-                )
+        self._apply_preset()
+        option_rules.check(self)
 
-    def _check_lora(self) -> None:
-        about = ("lora_tokens", "lora_learning_rate", "lora_keep")
-        defaults = type(self).__dataclass_fields__
-        if self.lora is None:
-            if given := [name for name in about if getattr(self, name) != defaults[name].default]:
-                raise UserError(f"--{given[0]} has no effect without --lora; add it, or remove --{given[0]}")
+    def _apply_preset(self) -> None:
+        if self.preset is None:
             return
-        check_at_least(self, {"lora": 1, "lora_tokens": 1, "lora_keep": 0})
-        if not self.lora_learning_rate > 0:
-            raise UserError(f"--lora_learning_rate must be above 0, got {self.lora_learning_rate}")
-        if self.final_block:
-            raise UserError(
-                "--lora and --final_block exclude each other: LoRA is trained for the exits' own read-outs; give one"
-            )
-        if self.dataset == SELF_DATASET and self.prompts is None:
-            raise UserError(
-                "--lora cannot be trained on text that its backbone goes on writing; give --dataset self:SHARE+TEXT, "
-                "--prompts or a text"
-            )
+        if self.preset not in option_rules.PRESETS:
+            raise UserError(f"--preset must be {' or '.join(option_rules.PRESETS)}, got {self.preset!r}")
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        for name, value in option_rules.PRESETS[self.preset].items():
+            if getattr(self, name) == defaults[name]:
+                object.__setattr__(self, name, value)
 
     @property
     def self_share(self) -> float:
@@ -295,6 +247,8 @@ class TrainingOptions:
             self.text_column,
             self.shuffle_buffer,
             self.seed,
+            self.max_documents,
+            self.template,
         )
 
     @property
@@ -302,7 +256,9 @@ class TrainingOptions:
         """The held-out text, where it is given."""
         if self.eval_dataset is None:
             return None
-        return replace(self.source, dataset=self.eval_dataset, config=self.eval_config, split=self.eval_split)
+        return replace(
+            self.source, dataset=self.eval_dataset, config=self.eval_config, split=self.eval_split, documents=None
+        )
 
     @property
     def kinds(self) -> tuple[str, ...]:

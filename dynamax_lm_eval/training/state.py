@@ -19,6 +19,7 @@ from torch import nn
 
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
+from dynamax_lm_eval.training.optimizers import optimizer_tensors, restore_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def save(folder: Path, progress: Progress, module: nn.Module, optimizer: torch.o
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write_tensors(partial / _WEIGHTS, _tensors(module.state_dict()))
-    write_tensors(partial / _OPTIMIZER, _optimizer_tensors(optimizer))
+    write_tensors(partial / _OPTIMIZER, _tensors(optimizer_tensors(optimizer)))
     checksums = {name: file_checksum(partial / name) for name in _FILES}
     PROGRESS.write(partial / PROGRESS_NAME, {**progress.__dict__, "checksums": checksums})
     sync(partial)
@@ -109,12 +110,7 @@ def _read(path: Path) -> Progress:
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the weights and the optimiser back to where they were."""
     module.load_state_dict(load_file(path / _WEIGHTS))
-    tensors = load_file(path / _OPTIMIZER)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    restore_optimizer(optimizer, load_file(path / _OPTIMIZER))
 
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -133,8 +129,3 @@ def _states(folder: Path) -> list[Path]:
 
 def _tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return _tensors({f"{index}.{key}": value for index, values in state.items() for key, value in values.items()})

@@ -1,9 +1,10 @@
 """The training loop: all kinds of exits in one pass over the data, the backbone frozen.
 
 Loss of a kind: cross-entropy of "exit" against the label, averaged over the labelled positions, summed over its
-exits with weights that fall linearly with the exit's place. The kinds share nothing but the backbone's pass: each
-has parameters and gradient clipping of its own, so what is trained beside a kind does not change it. With
-separate parameters for each exit and Adam, which undoes scaling, the exits' weights matter only through clipping.
+exits with weights that fall linearly with the exit's place, unless others are asked for. The kinds share nothing but
+the backbone's pass: each has parameters and gradient clipping of its own, so what is trained beside a kind does not
+change it. With separate parameters for each exit and Adam, which undoes scaling, the exits' weights matter only
+through clipping.
 
 N tokens of a micro-batch, n labelled positions, E exits.
 """
@@ -26,6 +27,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.frozen.passes import FrozenBatch, FrozenPass, SimulatedExits
 from dynamax_lm_eval.training.batches import MicroBatches, first_to_leave, labelled
+from dynamax_lm_eval.training.optimizers import make_optimizer, stepping
 from dynamax_lm_eval.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,14 @@ class StepReport:
     gradient_norms: dict[str, float]
 
 
-def exit_weights(num_exits: int) -> list[float]:
-    """Returns the weights of the exits' losses: E, E-1, ..., 1 over their sum."""
+def exit_weights(num_exits: int, order: str = "decreasing") -> list[float]:
+    """Returns the weights of the exits' losses, which add up to 1.
+
+    ``order``: decreasing, E, E-1, ..., 1 over their sum; increasing, the same from the last exit on; or equal.
+    """
     total = num_exits * (num_exits + 1) / 2
-    return [(num_exits - i) / total for i in range(num_exits)]
+    falling = [(num_exits - i) / total for i in range(num_exits)]
+    return {"decreasing": falling, "increasing": falling[::-1], "equal": [1 / num_exits] * num_exits}[order]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_share: float) -> float:
@@ -99,7 +105,7 @@ def labelled_batches(
 def update(
     optimizer: torch.optim.Optimizer,
     groups: Mapping[str, list[nn.Parameter]],
-    rate: float,
+    rate: float | None,
     clip: float,
     processes: Processes,
     failure: str,
@@ -108,6 +114,8 @@ def update(
 
     Raises:
         UserError: a gradient is not finite; ``failure`` is said with the names of its groups.
+
+    ``rate``: of this step; None: the optimiser's own.
     """
     if processes.count > 1:
         parameters = [parameter for group in groups.values() for parameter in group]
@@ -119,7 +127,7 @@ def update(
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if broken:
         raise UserError(failure.format(names=", ".join(broken)))
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if rate is not None else ():
         group["lr"] = rate
     optimizer.step()
     return norms
@@ -142,11 +150,12 @@ class Trainer:
         self.groups = {kind: list(classifiers.by_kind[kind].parameters()) for kind in classifiers.kinds}
         if len(classifiers.adapters):
             self.groups[ADAPTERS] = list(classifiers.adapters.parameters())
-        self.optimizer = torch.optim.AdamW(
-            [{"params": parameters} for parameters in self.groups.values()],
-            lr=options.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=options.weight_decay,
+        self.optimizer = make_optimizer(
+            options.optimizer,
+            list(self.groups.values()),
+            options.learning_rate,
+            options.weight_decay,
+            round(options.warmup_share * options.steps),
         )
         self._device = frozen.backbone.device
         #: Matrix products of the classifiers run in bfloat16 where the backbone does.
@@ -158,6 +167,10 @@ class Trainer:
         Raises:
             UserError: a loss or gradient is not finite; the weights are as before the step.
         """
+        with stepping(self.optimizer):
+            return self._step(step, batches)
+
+    def _step(self, step: int, batches: MicroBatches) -> StepReport:
         options, mine = self.options, self.processes
         self.optimizer.zero_grad(set_to_none=True)
         active = self.active_groups(step)
@@ -167,7 +180,7 @@ class Trainer:
             sums += self._accumulate(batch, positions.to(self._device), active)
         sums = mine.add_up(sums) / options.micro_batches
         rate = self._learning_rate(step)
-        norms = self._update(step, rate, active)
+        norms = self._update(step, None if options.optimizer == "schedulefree" else rate, active)
         values = sums.tolist()
         return StepReport(
             step=step + 1,
@@ -205,6 +218,8 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         options = self.options
+        if options.optimizer == "schedulefree":
+            return options.learning_rate * min(1.0, (step + 1) / max(1, round(options.warmup_share * options.steps)))
         first = options.adapter_steps
         begin, end = (0, first) if step < first else (first, options.steps)
         return learning_rate(step - begin, end - begin, options.learning_rate, options.warmup_share)
@@ -214,8 +229,8 @@ class Trainer:
 
         For the adapters these are KL divergences, and shares of tokens read out as by the full model.
         """
-        layers = self.frozen.exit_layers
-        share = exit_weights(len(layers))
+        layers, options = self.frozen.exit_layers, self.options
+        share = exit_weights(len(layers), options.exit_weights)
         weights = torch.tensor(share, device=self._device)
         learn = [weight / self.options.micro_batches for weight in share] if ADAPTERS in active else None
         targets = self.frozen.label(batch, positions, self.classifiers, learn)
@@ -242,7 +257,7 @@ class Trainer:
             logits = batch.classified(self.classifiers.at(kind, layer), layer, positions)
         return logits.float()
 
-    def _update(self, step: int, rate: float, active: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
+    def _update(self, step: int, rate: float | None, active: Mapping[str, list[nn.Parameter]]) -> dict[str, float]:
         failure = (
             f"step {step + 1}: the gradient of {{names}} is not finite; the last saved state is good. "
             "Use --dtype float32 or a lower --learning_rate"

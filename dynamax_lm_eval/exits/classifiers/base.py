@@ -1,4 +1,4 @@
-"""What every kind of exit classifier is: a normalisation of its own, two logits, a cost, and the sizes it is made of.
+"""What every kind of exit classifier is: a normalisation of its own, two logits, a cost, and what it is made of.
 
 T tokens, R rows, D hidden size.
 """
@@ -29,7 +29,7 @@ def _size(default: Any, least: int | None, text: str) -> Any:
 
 @dataclass(frozen=True)
 class ClassifierOptions:
-    """Sizes that the user may choose; all of them decide what an evaluation costs."""
+    """What the user may choose; sizes decide what an evaluation costs."""
 
     mamba_state: int = _size(16, 1, "SSM state of the mamba and hybrid classifiers")
     # Wider ones detect a little better and cost more than that gains (docs/search.md).
@@ -37,10 +37,15 @@ class ClassifierOptions:
     mamba_kernel: int = _size(4, 2, "tokens that the convolution of that mixer sees")
     ffn_expand: float = _size(4.0, None, "hidden width of the ffn classifier, in hidden sizes")
     hybrid_expand: float = _size(0.25, None, "hidden width of the hybrid classifier, in hidden sizes")
+    normalize: bool = field(default=True, metadata={"help": "classifiers normalise the hidden states that they see"})
 
     def __post_init__(self) -> None:
         for name, size in self.__dataclass_fields__.items():
-            value, least = getattr(self, name), size.metadata["least"]
+            value, least = getattr(self, name), size.metadata.get("least")
+            if name == "normalize":
+                if not isinstance(value, bool):
+                    raise UserError(f"{name} must be true or false, got {value!r}")
+                continue
             if least is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, got {value}")
             if least is None and not 0 < value < math.inf:
@@ -71,9 +76,10 @@ class Classifier(nn.Module, ABC):
     #: Its last layer, which gives the two logits.
     out_proj: nn.Linear
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, normalize: bool = True) -> None:
+        """``normalize``: False takes hidden states as they come."""
         super().__init__()
-        self.norm = RmsNorm(hidden_size)
+        self.norm = RmsNorm(hidden_size) if normalize else nn.Identity()
 
     @classmethod
     def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> Classifier:

@@ -12,13 +12,13 @@ from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
 class CalmClassifier(Classifier):
     """A linear layer D -> 2."""
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size)
+    def __init__(self, hidden_size: int, normalize: bool = True) -> None:
+        super().__init__(hidden_size, normalize)
         self.out_proj = nn.Linear(hidden_size, 2)
 
     @classmethod
     def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> CalmClassifier:
-        return cls(hidden_size)
+        return cls(hidden_size, options.normalize)
 
     @property
     def macs(self) -> int:

@@ -16,16 +16,16 @@ class FfnClassifier(Classifier):
     sizes = ("ffn_expand",)
     narrowed = ("in_proj",)
 
-    def __init__(self, hidden_size: int, inner: int, activation: str) -> None:
+    def __init__(self, hidden_size: int, inner: int, activation: str, normalize: bool = True) -> None:
         """``inner``: width of the hidden layer."""
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, normalize)
         self.in_proj = nn.Linear(hidden_size, inner)
         self.out_proj = nn.Linear(inner, 2)
         self.activation = ACT2FN[activation]
 
     @classmethod
     def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> FfnClassifier:
-        return cls(hidden_size, width(options.ffn_expand, hidden_size), activation)
+        return cls(hidden_size, width(options.ffn_expand, hidden_size), activation, options.normalize)
 
     @property
     def macs(self) -> int:

@@ -22,9 +22,11 @@ class HybridClassifier(MixerClassifier):
 
     sizes = (*MixerClassifier.sizes, "hybrid_expand")
 
-    def __init__(self, hidden_size: int, shape: MixerShape, inner: int, activation: str) -> None:
+    def __init__(
+        self, hidden_size: int, shape: MixerShape, inner: int, activation: str, normalize: bool = True
+    ) -> None:
         """``inner``: width of the feed-forward layer."""
-        super().__init__(hidden_size, shape)
+        super().__init__(hidden_size, shape, normalize)
         self.hidden_proj = nn.Linear(shape.inner + hidden_size, inner)
         self.out_proj = nn.Linear(inner, 2)
         self.activation = ACT2FN[activation]
@@ -32,7 +34,7 @@ class HybridClassifier(MixerClassifier):
     @classmethod
     def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> HybridClassifier:
         shape = mixer_shape(hidden_size, options)
-        return cls(hidden_size, shape, width(options.hybrid_expand, hidden_size), activation)
+        return cls(hidden_size, shape, width(options.hybrid_expand, hidden_size), activation, options.normalize)
 
     @property
     def macs(self) -> int:

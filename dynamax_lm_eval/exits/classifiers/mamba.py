@@ -34,8 +34,8 @@ class MixerClassifier(Classifier):
     recurrent = True
     sizes: ClassVar[tuple[str, ...]] = ("mamba_state", "mamba_expand", "mamba_kernel")
 
-    def __init__(self, hidden_size: int, shape: MixerShape) -> None:
-        super().__init__(hidden_size)
+    def __init__(self, hidden_size: int, shape: MixerShape, normalize: bool = True) -> None:
+        super().__init__(hidden_size, normalize)
         self.shape = shape
         self.in_proj = nn.Linear(hidden_size, shape.inner + shape.channels + shape.heads, bias=False)
         bound = 1 / math.sqrt(shape.kernel)
@@ -75,7 +75,7 @@ class MixerClassifier(Classifier):
 
     def forward_in_place(self, hidden: Tensor, rows: KernelRows, table: MixerState, kernels: ScanKernels) -> Tensor:
         """Returns the logits (T, 2) by kernels; the lines of the table in which the rows' states are are moved on."""
-        normalised = F.rms_norm(hidden, hidden.shape[-1:], self.norm.weight, EPS)
+        normalised = self.norm(hidden)
         gate, update = self._projected(normalised)
         conv = kernels.conv_for(self.shape.channels, self.shape.kernel, "silu")
         scanned = KernelScan(kernels, conv, F.silu, self._constants(), rows, table).heads(update, self.shape)
@@ -104,13 +104,13 @@ class MixerClassifier(Classifier):
 class MambaClassifier(MixerClassifier):
     """A mixer whose output has two channels."""
 
-    def __init__(self, hidden_size: int, shape: MixerShape) -> None:
-        super().__init__(hidden_size, shape)
+    def __init__(self, hidden_size: int, shape: MixerShape, normalize: bool = True) -> None:
+        super().__init__(hidden_size, shape, normalize)
         self.out_proj = nn.Linear(shape.inner, 2)
 
     @classmethod
     def make(cls, hidden_size: int, activation: str, options: ClassifierOptions) -> MambaClassifier:
-        return cls(hidden_size, mixer_shape(hidden_size, options))
+        return cls(hidden_size, mixer_shape(hidden_size, options), options.normalize)
 
     @property
     def macs(self) -> int:
