@@ -82,10 +82,10 @@ class TestCoqa:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         utils = module_of("coqa_exit")
-        utils._load.cache_clear()
+        utils.read.cache_clear()
         task = load("coqa_exit")
         load("coqa_exit")
-        utils._load.cache_clear()
+        utils.read.cache_clear()
         assert asked == [(("EleutherAI/coqa",), {"split": "validation"})]
         assert task.eval_docs[0] == load("coqa_exit", data_dir).eval_docs[0]
         assert task.eval_docs[0]["references"] == ["a fence", "A fence!", "fence", "a wooden fence"]

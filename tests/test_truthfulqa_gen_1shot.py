@@ -53,10 +53,10 @@ class TestTruthfulqa:
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         utils = module_of("truthfulqa_gen_1shot")
-        utils._load.cache_clear()
+        utils.read.cache_clear()
         task = load("truthfulqa_gen_1shot")
         load("truthfulqa_gen_1shot")
-        utils._load.cache_clear()
+        utils.read.cache_clear()
         assert asked == [(("truthfulqa/truthful_qa", "generation"), {"split": "validation"})]
         assert task.eval_docs[0] == load("truthfulqa_gen_1shot", data_dir).eval_docs[0]
 

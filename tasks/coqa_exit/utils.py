@@ -51,11 +51,11 @@ def load(data_dir: Any = None, **kwargs: Any) -> dict[str, datasets.Dataset]:
         data_dir: folder of a local file; without it the data come from the Hub.
         kwargs: the run's other model arguments and metadata, which this task does not need.
     """
-    return dict(_load(local_data.find(TASK, PATTERN, data_dir)))
+    return dict(read(local_data.find(TASK, PATTERN, data_dir)))
 
 
 @functools.cache
-def _load(file: Any) -> dict[str, datasets.Dataset]:
+def read(file: Any) -> dict[str, datasets.Dataset]:
     """Read once per process: the harness asks several times."""
     if file is None:
         rows = [_row(conversation) for conversation in datasets.load_dataset(HUB, split="validation")]

@@ -39,7 +39,7 @@ HUB_SPLITS = ("validation", "train")
 QUESTIONS = 1000
 SHOTS = 8
 
-_COLUMNS = datasets.Features(
+COLUMNS = datasets.Features(
     {
         "question_id": datasets.Value("string"),
         "question": datasets.Value("string"),
@@ -72,8 +72,8 @@ def _load(file: Any) -> dict[str, datasets.Dataset]:
     selection = _select(file)
     _compare(selection, _ids_file(file))
     return {
-        "validation": datasets.Dataset.from_list(selection.evaluated, features=_COLUMNS),
-        "train": datasets.Dataset.from_list(selection.shots, features=_COLUMNS),
+        "validation": datasets.Dataset.from_list(selection.evaluated, features=COLUMNS),
+        "train": datasets.Dataset.from_list(selection.shots, features=COLUMNS),
     }
 
 
@@ -108,7 +108,7 @@ def _select_local(path: Path) -> Selection:
     The examples are the next questions of the ranking with a single accepted answer: that one is the main
     answer beyond doubt, and it is as long as an answer can be without being evaluated.
     """
-    rows = local_data.read_jsonl(path, {"question_id": object, "question": str, "aliases": object}, _local_row)
+    rows = local_rows(path)
     evaluated, rest = _longest(rows)
     shots = [row for row in rest if len(row["aliases"]) == 1][:SHOTS]
     if len(shots) < SHOTS:
@@ -117,6 +117,13 @@ def _select_local(path: Path) -> Selection:
             f"{SHOTS} others with a single accepted answer as examples"
         )
     return Selection(evaluated, shots)
+
+
+def local_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a local file, as rows of this task."""
+    columns = {"question_id": object, "question": str, "aliases": object}
+    rows: list[dict[str, Any]] = local_data.read_jsonl(path, columns, _local_row)
+    return rows
 
 
 def _local_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -38,11 +38,11 @@ def load(data_dir: Any = None, **kwargs: Any) -> dict[str, datasets.Dataset]:
         data_dir: folder of a local file; without it the data come from the Hub.
         kwargs: the run's other model arguments and metadata, which this task does not need.
     """
-    return dict(_load(local_data.find(TASK, PATTERN, data_dir)))
+    return dict(read(local_data.find(TASK, PATTERN, data_dir)))
 
 
 @functools.cache
-def _load(file: Any) -> dict[str, datasets.Dataset]:
+def read(file: Any) -> dict[str, datasets.Dataset]:
     """Read once per process: the harness asks several times."""
     hub_rows = datasets.load_dataset(*HUB, split="validation") if file is None else _read(file.path)
     # The harness's own preparation: no empty answers, a period after each, "I have no comment." among the correct.
