@@ -15,7 +15,10 @@ import pytest
 from helpers_harness import made_results, sweep_options
 
 from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.reports import page, plots
+from dynamax_lm_eval.reports.command import report
+from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, finished_points
@@ -149,6 +152,24 @@ def test_degenerate_points_are_marked_and_left_out(swept: Path, tmp_path: Path) 
     assert not table.set_index("point").loc["state-skip-0.3", "valid"], "it stays in the data"
     (task,) = [task for task in collect.read([tmp_path], 0.5) if task.task == "tiny_generate"]
     assert all(point.valid for point in task.points)
+
+
+def test_points_that_hit_the_token_limit_too_often(swept: Path, tmp_path: Path) -> None:
+    """The tiny model never stops by itself, so every generation does."""
+    for limit, valid in {0.5: False, 1.0: True}.items():
+        (task,) = [
+            task for task in collect.read([swept], 0.1, lambda _, share=limit: share) if task.task == "tiny_generate"
+        ]
+        assert task.full.valid and {point.valid for point in task.points[1:]} == {valid}
+    given = {"folders": [str(swept)], "output": str(tmp_path / "report"), "bootstrap": 20}
+    report(ReportOptions(**given, max_token_limit="tiny_generate=0.05"))
+    table = pd.read_csv(tmp_path / "report" / "points.csv")
+    exits = table[table["family"] == "exits"]
+    assert not exits[exits["task"] == "tiny_generate"]["valid"].any()
+    assert exits[exits["task"] != "tiny_generate"]["valid"].all()
+    for wrong, message in {"some": "must be a number", "other=0.1": "there is no task other"}.items():
+        with pytest.raises(UserError, match=message):
+            report(ReportOptions(**given, max_token_limit=wrong))
 
 
 def test_texts_may_hold_any_line_separator(swept: Path, tmp_path: Path) -> None:

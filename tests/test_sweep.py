@@ -317,6 +317,62 @@ def test_grid() -> None:
     assert points[4].args == replace(FULL, prune_layers=2)
 
 
+def test_a_grid_under_a_preset() -> None:
+    """Where nothing else is asked for, tokens leave what the preset says, and pruned models prune where it says."""
+    options = SweepOptions("b", "t", "o", thresholds="0.5", confidences="state", prune="1")
+    thesis = replace(FULL, preset="thesis", prune_scope="generated")
+    assert [point.name for point in grid(options, thesis, None)][1:] == ["state-copy_previous-0.5", "pruning-deepest-1"]
+    points = grid(options, thesis, None, recurrent_backbone=True)
+    assert (points[1].args.state_mode, points[2].args.prune_scope) == ("skip", "generated")
+    everywhere = grid(replace(options, prune_scope="all"), thesis, None)
+    assert everywhere[2].args.prune_scope == "all"
+    with pytest.raises(UserError, match="--prune_scope has no effect without --prune"):
+        replace(options, prune="", prune_scope="all")
+
+
+def test_thresholds_of_each_task() -> None:
+    options = SweepOptions("b", "t,u", "o", thresholds="t=0.3,0.5; u=0.5:0.6:0.1,0.2+0.4", confidences="state")
+    assert options.thresholds_by_task() == {(0.3,): ("t",), (0.2, 0.4): ("u",), (0.5,): ("t", "u"), (0.6,): ("u",)}
+    points = grid(options, FULL, None)
+    assert [(point.x, point.tasks) for point in points][:2] == [(1.0, ("t", "u")), (0.3, ("t",))]
+    text = "backbone: b\ntasks: [t, u]\noutput: o\nthresholds: {t: [0.3, 0.5], u: 0.2}\n"
+    assert SweepOptions(**read_yaml(text)).thresholds_by_task() == {(0.2,): ("u",), (0.3,): ("t",), (0.5,): ("t",)}
+    for wrong, message in {
+        "t=0.3": "no list for u",
+        "t=1;u=2;v=3": "--thresholds",
+        "t=.1;u=.1;v=.1": "v is not among",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            SweepOptions("b", "t,u", "o", thresholds=wrong)
+
+
+def test_points_answer_the_tasks_that_their_threshold_is_for(model_folder: Path, tmp_path: Path) -> None:
+    options = sweep_options(
+        model_folder,
+        tmp_path,
+        confidences="state",
+        state_modes="skip",
+        thresholds="tiny_generate=0.3,0.4;tiny_choice=0.4",
+        prune="",
+        limit=2,
+    )
+    command.sweep(options)
+    found = results_of(tmp_path)
+    assert {name: set(tasks) for name, tasks in found.items()} == {
+        "full": {"tiny_generate", "tiny_choice"},
+        "state-skip-0.3": {"tiny_generate"},
+        "state-skip-0.4": {"tiny_generate", "tiny_choice"},
+    }
+    table = collect.tidy(collect.read([tmp_path], 0.1))
+    assert set(table[table["point"] == "state-skip-0.3"]["task"]) == {"tiny_generate"}
+    # A list that grows asks for what is missing alone.
+    lines = sum(len(path.read_text().splitlines()) for path in tmp_path.rglob(RESPONSES_NAME))
+    command.sweep(replace(options, thresholds="tiny_generate=0.3,0.4;tiny_choice=0.3,0.4"))
+    assert set(results_of(tmp_path)["state-skip-0.3"]) == {"tiny_generate", "tiny_choice"}
+    grown = sum(len(path.read_text().splitlines()) for path in tmp_path.rglob(RESPONSES_NAME))
+    assert lines < grown <= lines + 2 * 4, "the continuations of two documents, and no text again"
+
+
 def test_yaml() -> None:
     text = "backbone: b\ntasks: [a, b]\noutput: o\nthresholds: [0.5, 0.7]\nprune: 2\nmodel_args: {exit_scope: all}\n"
     options = SweepOptions(**read_yaml(text))

@@ -244,9 +244,14 @@ def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig |
         )
     if args.state_mode is not None:
         return args.state_mode
-    if args.preset is not None:
-        return "skip" if recurrent_backbone else PRESET_STATE_MODES[args.preset]
-    return default_state_mode(exits)
+    return preset_state_mode(args.preset, recurrent_backbone) or default_state_mode(exits)
+
+
+def preset_state_mode(preset: Preset | None, recurrent_backbone: bool) -> StateMode | None:
+    """Returns what a run leaves behind under a preset, unless it asks for something; None without one."""
+    if preset is None:
+        return None
+    return "skip" if recurrent_backbone else PRESET_STATE_MODES[preset]
 
 
 def default_state_mode(exits: ExitConfig | None) -> StateMode:

@@ -44,7 +44,10 @@ def report(options: ReportOptions) -> Path:
     if importlib.util.find_spec("plotly") is None:
         raise UserError("reports need plotly; run: pip install 'dynamax-lm-eval[report]'")
     folders = [Path(folder).expanduser() for folder in options.folders]
-    results = read(folders, options.max_degenerate)
+    limits = _token_limits(options.max_token_limit)
+    results = read(folders, options.max_degenerate, lambda task: limits.get(task, limits.get("", 1.0)))
+    if unknown := sorted(set(limits) - {""} - {task.task for task in results}):
+        raise UserError(f"--max_token_limit: there is no task {', '.join(unknown)} in these folders")
     metrics = _shown_metrics(options, results)
     output = Path(options.output).expanduser() if options.output else folders[0] / "report"
     check_writable(output, "--output: the folder", "choose another")
@@ -73,6 +76,17 @@ def _write(output: Path, results: Sequence[TaskResults], metrics: dict[str, str]
         parts += ["### All points\n", _markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
     write_text(output / "report.html", page.render(results, metrics, options.samples))
+
+
+def _token_limits(text: str | None) -> dict[str, float]:
+    """Returns the shares of ``--max_token_limit`` by task; one for all of them by the empty name."""
+    try:
+        pairs = (pair.rpartition("=") for pair in filter(None, (text or "").split(",")))
+        return {name.strip(): float(share) for name, _, share in pairs}
+    except ValueError:
+        raise UserError(
+            f"--max_token_limit must be a number, or task=number pairs separated by commas, got {text!r}"
+        ) from None
 
 
 def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:

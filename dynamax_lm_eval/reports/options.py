@@ -22,6 +22,13 @@ class ReportOptions:
             "marked invalid, and left out of lines"
         },
     )
+    max_token_limit: str | None = field(
+        default=None,
+        metadata={
+            "help": "points of which more than this share of generations ends at the token limit are invalid too: one "
+            "number, or task=number pairs separated by commas; default: any share will do"
+        },
+    )
     bootstrap: int = field(default=1000, metadata={"help": "draws of documents for intervals"})
     seed: int = field(default=0, metadata={"help": "of these draws"})
     samples: int = field(default=12, metadata={"help": "documents shown per point on the page"})

@@ -49,7 +49,7 @@ def plot(task: TaskResults, metric: str, stem: Path) -> list[Path]:
         axes[0].invert_yaxis()
     axes[0].set_ylabel(metric.partition(",")[0])
     left_out = [point.name for point in task.points if not point.valid]
-    note = f"; {len(left_out)} degenerate points left out" if left_out else ""
+    note = f"; {len(left_out)} invalid points left out" if left_out else ""
     figure.suptitle(f"{task.title}, {len(task.full.samples)} documents, bars: standard errors{note}", fontsize=11)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:

@@ -62,6 +62,7 @@ _FREE = frozenset(
         "confidences",
         "state_modes",
         "prune",
+        "prune_scope",
         "prune_profile",
         "include_path",
     ]
@@ -96,25 +97,31 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     lm = load(options) if lm is None else lm
     exits = None if lm.exits is None else lm.exits.config
     kinds = () if exits is None else exits.classifiers
-    all_points = grid(options, replace(lm.loaded, threshold=(1.0,)), exits)
+    all_points = grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence)
     rank, world_size = process()
     own_points = _resolve(lm, all_points, options)[rank::world_size]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
+    documents = _documents(options, tasks)
     points = [
-        SweepPoint(point, policy, ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity))
+        SweepPoint(
+            point,
+            policy,
+            ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity),
+            frozenset(name for task in point.tasks for name in documents[task]),
+        )
         for point, policy, identity in own_points
     ]
-    asked = _asked(options, tasks)
-    waiting = [point for point in points if not _is_done(folder, point, asked)]
+    asked = {point.point.name: _asked(options, point.point, documents) for point in points}
+    waiting = [point for point in points if not _is_done(folder, point, asked[point.point.name])]
     if done := len(points) - len(waiting):
         logger.info("%d of %d points are done already", done, len(points))
     lm.start(waiting)
     for number, point in enumerate(waiting, start=1):
         results = _evaluate(lm, point, options, tasks)
-        _save(folder, point, options, results, lm.run_settings, asked)
+        _save(folder, point, options, results, lm.run_settings, asked[point.point.name])
         logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, _summary(results))
     for point in points:
         point.store.close()
@@ -201,23 +208,33 @@ def _is_done(folder: Path, point: SweepPoint, asked: dict[str, Any]) -> bool:
     return missing <= 0 and not point.store.damaged
 
 
-def _asked(options: SweepOptions, manager: TaskManager) -> dict[str, Any]:
+def _documents(options: SweepOptions, manager: TaskManager) -> dict[str, dict[str, str]]:
+    """Returns checksums of the documents of each task, by the names of ``--tasks``, of which some may be groups."""
+    samples = options.samples_given
+    found = {}
+    for name in options.task_names:
+        with naming_tasks(), one_of_many_evaluations():
+            tasks = manager.load([name])["tasks"]
+        found[name] = {
+            leaf: checksum(document_hashes(task, options.limit, (samples or {}).get(leaf)))
+            for leaf, task in tasks.items()
+        }
+    return found
+
+
+def _asked(options: SweepOptions, point: Point, documents: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Returns what a point must have answered, and recorded, to be finished.
 
     The documents are part of it: the data of a task may change between two runs, and points that answered different
     ones cannot be compared.
     """
     samples = options.samples_given
-    with naming_tasks(), one_of_many_evaluations():
-        tasks = manager.load(options.task_names)["tasks"]
-    asked = {
-        "tasks": options.task_names,
+    leaves = {leaf: found for name in point.tasks for leaf, found in documents[name].items()}
+    asked: dict[str, Any] = {
+        "tasks": list(point.tasks),
         "limit": options.limit,
         "recorded": _RECORDED,
-        "documents": {
-            name: checksum(document_hashes(task, options.limit, (samples or {}).get(name)))
-            for name, task in sorted(tasks.items())
-        },
+        "documents": dict(sorted(leaves.items())),
     }
     return asked if samples is None else {**asked, "samples": samples}
 
@@ -238,13 +255,14 @@ def _as_only_process() -> Iterator[None]:
 def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: TaskManager) -> dict[str, Any]:
     """Returns the harness's results of a point, from the answers that are stored or asked for now."""
     lm.replay(point)
+    samples = options.samples_given
     with _as_only_process(), naming_tasks(), one_of_many_evaluations():
         results = lm_eval.simple_evaluate(
             lm,
-            tasks=options.task_names,
+            tasks=list(point.point.tasks),
             num_fewshot=options.num_fewshot,
             limit=options.limit,
-            samples=options.samples_given,
+            samples=samples and {name: samples[name] for name in point.point.tasks},
             task_manager=tasks,
             log_samples=True,
             apply_chat_template=options.apply_chat_template,

@@ -25,6 +25,8 @@ class SweepPoint:
     point: Point
     policy: ExitPolicy
     store: ResponseStore
+    #: Names of the tasks that are answered under it, none of them a group.
+    tasks: frozenset[str]
 
 
 class SweepLM(DynamaxLM):
@@ -52,6 +54,11 @@ class SweepLM(DynamaxLM):
         """The arguments that the model was loaded with, whichever it follows now."""
         return self._loaded
 
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether some blocks keep a recurrent state."""
+        return self._source.has_recurrence
+
     def start(self, points: Sequence[SweepPoint]) -> None:
         """Answers requests that come from now on under these points."""
         self._points = list(points)
@@ -72,7 +79,12 @@ class SweepLM(DynamaxLM):
         """Answers requests under every point that lacks an answer; returns those of the present point."""
         assert self._present is not None, "a point is replayed"
         names = [str(key) for key in request_keys((kind, key) for key in keys)]
-        missing = [(point, i) for i, name in enumerate(names) for point in self._points if name not in point.store]
+        missing = [
+            (point, i)
+            for i, name in enumerate(names)
+            for point in self._points
+            if name not in point.store and documents[i][0] in point.tasks
+        ]
         chosen = [i for _, i in missing]
         policies = [point.policy for point, _ in missing]
         self._store(missing, names, answer_some(policies, chosen, [documents[i] for i in chosen], disable_tqdm))

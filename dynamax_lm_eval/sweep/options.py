@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 
 from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
-from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode
+from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, preset_state_mode
 from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, StateMode
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, PruneScope, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
 CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(ConfidenceName) if name != "classifier"))
@@ -41,15 +41,22 @@ class SweepOptions:
     tasks: str = field(metadata={"help": "tasks of the harness, separated by commas"})
     output: str = field(metadata={"help": "folder for everything that the sweep writes; a restart goes on there"})
     thresholds: str = _option(
-        "0.5:0.95:0.05", "first:last:step and numbers, separated by commas; 0.9+0.8+0.7 is one for each exit"
+        "0.25:0.95:0.05",
+        "first:last:step and numbers, separated by commas; 0.9+0.8+0.7 is one for each exit. TASK=0.3,0.5;TASK=0.4 has "
+        "a list for each task",
     )
     confidences: str | None = _option(
         None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
     )
     state_modes: str = _option(
-        AUTO, "separated by commas: learned, recompute, copy, skip; auto: learned where the exits have maps of states"
+        AUTO,
+        "separated by commas: learned, recompute, copy, copy_previous, skip; auto: what a preset among --model_args "
+        "says, else learned where the exits have maps of states",
     )
     prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
+    prune_scope: str | None = _option(
+        None, "which tokens do without pruned blocks: all, or generated; default: what a preset says, else all"
+    )
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
     model_args: str = _option("", "further model arguments for all points: exit_scope=all,repetition_penalty=1.1,...")
     limit: int | None = _option(None, "documents of each task; default: all")
@@ -73,6 +80,11 @@ class SweepOptions:
             raise UserError(f"--limit must be at least 1, got {self.limit}")
         if self.limit is not None and self.samples is not None:
             raise UserError("--limit and --samples both choose documents; give one")
+        self.thresholds_by_task()  # refuses names that are none
+        if self.prune_scope is not None and self.prune_scope not in get_args(PruneScope):
+            raise UserError(f"--prune_scope must be all or generated, got {self.prune_scope!r}")
+        if self.prune_scope is not None and not self.prune:
+            raise UserError("--prune_scope has no effect without --prune; add it, or remove --prune_scope")
         given = self.shared_arguments
         if clash := sorted(_DECIDED & set(given)):
             raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep decides them")
@@ -82,6 +94,27 @@ class SweepOptions:
     @property
     def task_names(self) -> list[str]:
         return _items(self.tasks)
+
+    def thresholds_by_task(self) -> dict[tuple[float, ...], tuple[str, ...]]:
+        """Returns thresholds by rising mean, each with the tasks that are answered at it.
+
+        Raises:
+            UserError: they are no numbers, or lists are given for other tasks than ``tasks``.
+        """
+        if "=" not in self.thresholds:
+            return dict.fromkeys(parse_thresholds(self.thresholds), tuple(self.task_names))
+        lists: dict[str, list[tuple[float, ...]]] = {}
+        for part in filter(None, (part.strip() for part in self.thresholds.split(";"))):
+            task, _, text = part.partition("=")
+            lists[task.strip()] = parse_thresholds(text)
+        if unknown := sorted(set(lists) - set(self.task_names)):
+            raise UserError(f"--thresholds: {', '.join(unknown)} is not among --tasks {self.tasks}")
+        if missing := [task for task in self.task_names if task not in lists]:
+            raise UserError(
+                f"--thresholds has no list for {', '.join(missing)}; give one for every task, or one for all"
+            )
+        values = sorted({value for found in lists.values() for value in found}, key=_by_mean)
+        return {value: tuple(task for task in self.task_names if value in lists[task]) for value in values}
 
     @property
     def shared_arguments(self) -> dict[str, Any]:
@@ -125,6 +158,7 @@ class Point:
         series: points of one series differ in one number only and are joined in plots.
         x: that number: the threshold (the mean of several), or how many blocks are pruned.
         args: the model arguments that it stands for.
+        tasks: those that are answered under it, as ``--tasks`` names them.
     """
 
     name: str
@@ -132,6 +166,7 @@ class Point:
     series: str
     x: float
     args: DynamaxArgs
+    tasks: tuple[str, ...] = ()
 
 
 def parse_thresholds(text: str) -> list[tuple[float, ...]]:
@@ -155,7 +190,12 @@ def parse_thresholds(text: str) -> list[tuple[float, ...]]:
         raise UserError(f"--thresholds must be first:last:step or numbers like 0.5,0.7, got {text!r}") from None
     if not values or not all(0 <= min(value) < 1 and max(value) <= 1 for value in values):
         raise UserError(f"--thresholds must lie in [0, 1), got {text!r}; the full model is always part of a sweep")
-    return sorted(set(values), key=lambda value: (mean(value), value))
+    return sorted(set(values), key=_by_mean)
+
+
+def _by_mean(thresholds: tuple[float, ...]) -> tuple[float, tuple[float, ...]]:
+    """Orders thresholds, one or one per exit, by their mean."""
+    return mean(thresholds), thresholds
 
 
 def name_of(thresholds: Sequence[float]) -> str:
@@ -170,21 +210,24 @@ def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(_items(options.confidences)))
 
 
-def grid(options: SweepOptions, full: DynamaxArgs, exits: ExitConfig | None) -> list[Point]:
+def grid(
+    options: SweepOptions, full: DynamaxArgs, exits: ExitConfig | None, recurrent_backbone: bool = False
+) -> list[Point]:
     """Returns all points, the full model first.
 
     Args:
         options: of the sweep.
         full: the arguments of the full model, with everything that all points share.
         exits: the trained exits at hand, if any.
+        recurrent_backbone: some blocks keep a recurrent state.
 
     Raises:
         UserError: an option names something that does not exist.
     """
-    points = [Point("full", "full", "full model", 1.0, full)]
+    every_task = tuple(options.task_names)
+    points = [Point("full", "full", "full model", 1.0, full, every_task)]
     confidences = confidences_of(options, () if exits is None else exits.classifiers)
     modes = _items(options.state_modes)
-    thresholds = parse_thresholds(options.thresholds)
     for what, names, choices in (
         ("confidences", confidences, CONFIDENCES),
         ("state_modes", modes, (*get_args(StateMode), AUTO)),
@@ -201,13 +244,15 @@ def grid(options: SweepOptions, full: DynamaxArgs, exits: ExitConfig | None) -> 
             arguments["exits"] = None
         uses_exits = is_kind or arguments.get("exits", full.exits) is not None
         if mode == AUTO:
-            mode = default_state_mode(exits if uses_exits else None)
+            preset = preset_state_mode(full.preset, recurrent_backbone)
+            mode = preset or default_state_mode(exits if uses_exits else None)
         series = f"{confidence}, {mode}"
-        for threshold in thresholds:
+        for threshold, tasks in options.thresholds_by_task().items():
             changed: dict[str, Any] = {**arguments, "state_mode": mode, "threshold": threshold}
             name = f"{confidence}-{mode}-{name_of(threshold)}"
             own_series = series if len(threshold) == 1 else f"{series}, per exit"
-            points.append(Point(name, "exits", own_series, mean(threshold), replace(full, **changed)))
+            points.append(Point(name, "exits", own_series, mean(threshold), replace(full, **changed), tasks))
+    scope = full.prune_scope if options.prune_scope is None else cast(PruneScope, options.prune_scope)
     counts = [_whole(text) for text in _items(options.prune)]
     strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]
     if options.prune_profile is not None:
@@ -215,10 +260,12 @@ def grid(options: SweepOptions, full: DynamaxArgs, exits: ExitConfig | None) -> 
             raise UserError("--prune_profile has no effect without --prune; add it, or remove --prune_profile")
         angular = {"prune_strategy": "angular", "prune_profile": options.prune_profile}
         strategies.append(("pruning, angular", angular))
-    for series, changed in strategies:
+    for strategy, changed in strategies:
+        series = strategy if scope == "all" else f"{strategy}, {scope}"
         for count in sorted(set(counts) - {0}):
             name = f"{series.replace(', ', '-')}-{count}"
-            points.append(Point(name, "pruning", series, count, replace(full, prune_layers=count, **changed)))
+            args = replace(full, prune_layers=count, prune_scope=scope, **changed)
+            points.append(Point(name, "pruning", series, count, args, every_task))
     return points
 
 
@@ -232,7 +279,10 @@ def read_yaml(text: str) -> dict[str, Any]:
     for name, value in data.items():
         if name not in names:
             raise UserError(unknown_name("option", str(name), names, "options are", names))
-        if isinstance(value, Mapping):
+        if name == "thresholds" and isinstance(value, Mapping):
+            lists = {task: items if isinstance(items, (list, tuple)) else [items] for task, items in value.items()}
+            value = ";".join(f"{task}={','.join(map(str, items))}" for task, items in lists.items())
+        elif isinstance(value, Mapping):
             value = ",".join(f"{key}={item}" for key, item in value.items())
         elif isinstance(value, (list, tuple)):
             value = ",".join(str(item) for item in value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,16 @@ class TaskResults:
         return float(self.full.macs("total").sum() / point.macs("total").sum())
 
 
-def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
+def read(
+    folders: Sequence[Path], max_degenerate: float, max_token_limit: Callable[[str], float] = lambda _: 1.0
+) -> list[TaskResults]:
     """Reads all tasks of all sweeps in these folders.
 
     Args:
         folders: of sweeps, or above some.
         max_degenerate: a point is invalid where its degenerate_rate is more than this above the full model's.
+        max_token_limit: gives for a task the token_limit_share above which a point is invalid, whatever the full
+            model's is.
 
     Raises:
         UserError: there is no finished point, or no full model to compare with, or a file is damaged.
@@ -157,7 +161,7 @@ def read(folders: Sequence[Path], max_degenerate: float) -> list[TaskResults]:
                 task,
                 len(others) - len(kept),
             )
-        _compare(full[0], kept, max_degenerate)
+        _compare(full[0], kept, max_degenerate, max_token_limit(task))
         tasks.append(TaskResults(backbone, task, [full[0], *kept]))
     return tasks
 
@@ -190,6 +194,7 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "compute_reduction_paper": point.compute["compute_reduction_paper"],
                 "mean_exit_layer": point.compute["mean_exit_layer"],
                 "generated_tokens": point.compute["mean_generated_tokens"],
+                "token_limit_share": point.compute["token_limit_share"],
                 "degenerate_rate": point.compute["degenerate_rate"],
                 **point.consistency,
             }
@@ -274,7 +279,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: float) -> None:
+def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: float, max_token_limit: float) -> None:
     """Puts into points their similarity to the full model's answers, and whether they are valid."""
     usual = full.compute.get("degenerate_rate") or 0.0
     for point in (full, *others):
@@ -284,3 +289,5 @@ def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: f
             spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
             point.scores[name] = (float(np.mean(values)), spread)
         point.valid = (point.compute.get("degenerate_rate") or 0.0) <= usual + max_degenerate
+        if point is not full:
+            point.valid &= (point.compute.get("token_limit_share") or 0.0) <= max_token_limit
