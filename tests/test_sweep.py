@@ -321,11 +321,14 @@ def test_a_grid_under_a_preset() -> None:
     """Where nothing else is asked for, tokens leave what the preset says, and pruned models prune where it says."""
     options = SweepOptions("b", "t", "o", thresholds="0.5", confidences="state", prune="1")
     thesis = replace(FULL, preset="thesis", prune_scope="generated")
-    assert [point.name for point in grid(options, thesis, None)][1:] == ["state-copy_previous-0.5", "pruning-deepest-1"]
+    assert [point.name for point in grid(options, thesis, None)][1:] == [
+        "state-copy_previous-0.5",
+        "pruning-deepest-generated-1",
+    ]
     points = grid(options, thesis, None, recurrent_backbone=True)
     assert (points[1].args.state_mode, points[2].args.prune_scope) == ("skip", "generated")
     everywhere = grid(replace(options, prune_scope="all"), thesis, None)
-    assert everywhere[2].args.prune_scope == "all"
+    assert (everywhere[2].name, everywhere[2].args.prune_scope) == ("pruning-deepest-1", "all")
     with pytest.raises(UserError, match="--prune_scope has no effect without --prune"):
         replace(options, prune="", prune_scope="all")
 
