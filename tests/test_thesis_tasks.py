@@ -131,7 +131,8 @@ def test_the_grids_of_the_examples_resolve(name: str) -> None:
         assert sum(task in point.tasks for point in points[1:]) == points_of_task
 
 
-@pytest.mark.parametrize("name", ["thesis_mistral.yaml", pytest.param("thesis_codestral.yaml", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GRIDS)
 def test_the_examples_run_from_one_end_to_the_other(
     name: str, model_folder: Path, mamba_folder: Path, data_dir: Path, tmp_path: Path
 ) -> None:
