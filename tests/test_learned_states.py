@@ -25,6 +25,7 @@ from helpers_engine import (
     separated_policy,
     varied_classifiers,
 )
+from helpers_segments import NOT_ALL, passes_of
 from helpers_training import ROWS
 from reference import reference_generate, reference_score
 
@@ -78,6 +79,25 @@ def test_generation_equals_the_reference(family: str, kind: str) -> None:
     assert {layer for _, row in expected for layer in row.layers} > {LAYERS}
     waiting = run_generate(engine, others, prompts, max_rows=2, rows_in_flight=5)
     assert [result.tokens for result in waiting] == [result.tokens for result in results]
+
+
+@pytest.mark.parametrize("kind", ["linear", "lowrank:3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mamba2", "mamba"])
+def test_segments_give_the_same(family: str, kind: str) -> None:
+    """Rows whose tokens left at several exits, some recomputed and some learned, on places that stay where they are."""
+    model = tiny_model(family)
+    backbone = make_backbone(model, max_length=256)
+    exits = exits_for(family, kind, backbone)
+    policy = separated_policy(model, learned_policy(), PROMPTS[0], classifiers=exits)
+    policies = [policy, policy, replace(policy, state_mode="recompute"), policy, replace(policy, final_block=True)]
+    for rows, in_flight in ((1, None), (5, None), (2, 5)):
+        expected = run_generate(Engine(backbone, exits), policies, PROMPTS, rows, in_flight)
+        engine = Engine(backbone, exits)
+        engine.use_segments(True)
+        assert run_generate(engine, policies, PROMPTS, rows, in_flight) == expected
+        assert set(passes_of(engine)) <= NOT_ALL
+        assert passes_of(engine)["static"] > 0.5 * passes_of(engine).total()
+    assert len({layer for result in expected[:4] for layer in result.trace.exit_layers}) > 2, "tokens left at several"
 
 
 @pytest.mark.parametrize("final_block", [False, True])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cudalike import counting, cuda_like
+from cudalike import counting, cuda_like, on_cuda
 from helpers import LAYERS, tiny_model
 from helpers_engine import (
     CLASSIFIERS,
@@ -26,6 +26,7 @@ from helpers_engine import (
     separated_policy,
 )
 from helpers_segments import NOT_ALL, Collected, ReplayedGraphs, engine_of, fed, passes_of, policy_of
+from test_learned_states import exits_for, learned_policy
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones import segments as static
@@ -86,6 +87,22 @@ def test_replays_ask_the_same_of_the_same_memory(
     if "mamba" not in family and has_kernels:
         assert counts.launches["scaled_dot_product_attention"] == 0
     assert len(graphs.alive) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_replays_of_learned_states(family: str, graphs: type[ReplayedGraphs]) -> None:
+    """One graph for all tokens that left at the same exits, whichever left where."""
+    exits = exits_for(family, "linear")
+    policy = separated_policy(tiny_model(family), learned_policy(), PROMPTS[0], classifiers=exits)
+    expected = run_generate(Engine(make_backbone(tiny_model(family), max_length=256), exits), [policy] * 5, PROMPTS, 3)
+    with cuda_like(), counting() as counts:
+        engine = Engine(make_backbone(on_cuda(tiny_model(family)), max_length=256), on_cuda(exits))
+        engine.use_segments(True)
+        for args in ((3,), (2, 5)):
+            assert run_generate(engine, [policy] * 5, PROMPTS, *args) == expected
+    assert set(passes_of(engine)) <= NOT_ALL
+    assert graphs.replays > graphs.captures > 0
+    assert not counts.blocking_uploads
 
 
 def test_stand_ins_notice_what_a_graph_would_not_follow() -> None:

@@ -277,14 +277,14 @@ class DeferringPass(ForwardPass):
         given, still_given = (self._layout.is_given_states(block, rows) for block in (blocks[0], blocks[-1]))
         assert (given == still_given).all(), "a final block has a segment of its own"
         left, rows = left[given], rows[given]
-        if self._deferred.learned_from[left].any():
-            return "learned states"
         call = self._static_call(blocks, tokens, left, rows, hidden)
         if isinstance(call, str):
             return call
         if call.num_tokens + call.num_left > MOST_PLACES:
             return f"more than {MOST_PLACES} tokens"
-        before, hidden_after = self._segments.run(call, hidden, self._deferred.hidden)
+        if self._deferred.learned_from[left].any():
+            call = call.with_origins(self._deferred.learned_from)
+        before, hidden_after = self._segments.run(call, hidden, self._deferred.hidden, self.state_maps)
         if len(left):
             is_complete = self._last_given[rows] <= blocks[-1]
             self._deferred.done[left] = np.where(is_complete, self._backbone.num_layers, blocks[-1])

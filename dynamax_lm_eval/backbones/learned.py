@@ -36,6 +36,34 @@ class StateMap(Protocol):
 StateMaps = Mapping[tuple[int, int], StateMap]
 
 
+def mapped_by_place(maps: StateMaps, layers: Sequence[int], origins: Tensor, block: int) -> MappedProject | None:
+    """Returns how ``block`` projects tokens that take places and change from call to call; None where it does as ever.
+
+    Every map is made of all of them and each token takes its own, so that the same is asked whoever they are.
+
+    Args:
+        maps: those of the exits.
+        layers: the exits at which tokens left, 0 for those whose states are recomputed.
+        origins: (m,) that of each token.
+        block: 1-based.
+    """
+    known = [layer for layer in layers if (layer, block) in maps]
+    if not known:
+        return None
+
+    def mapped(inputs: Tensor, project: Project) -> Tensor:
+        flat = inputs.flatten(0, -2)
+        output = project(flat) if len(known) < len(layers) else None
+        for layer in known:
+            made = maps[layer, block](flat, project)
+            output = made if output is None else torch.where((origins == layer).unsqueeze(-1), made, output)
+        assert output is not None, "there is a map"
+        shaped: Tensor = output.unflatten(0, inputs.shape[:-1])
+        return shaped
+
+    return mapped
+
+
 class StateProjection(NamedTuple):
     """What the projections of a block are given of some tokens, and what they make of anything."""
 

@@ -19,13 +19,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from dynamax_lm_eval.backbones.learned import MappedProject, StateMaps, mapped_by_place
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,10 @@ class Segment(ABC):
         return lambda: None
 
 
+#: Gives how a block (1-based) projects the tokens that left, from their places; None: as ever.
+StaticMaps = Callable[[int], MappedProject | None]
+
+
 @dataclass(frozen=True)
 class StaticCall:
     """What a segment is run with in one pass."""
@@ -118,8 +125,17 @@ class StaticCall:
     storage: Hashable  # what changes where the states' tensors are others
     num_tokens: int  # n
     num_left: int  # m
-    numbers: Sequence[npt.NDArray[np.int64]]
-    make: Callable[[Places], Segment]
+    numbers: Sequence[npt.NDArray[np.int64]]  # the first m: which of the tokens that left take the m places
+    make: Callable[[Places, StaticMaps], Segment]
+    #: The exits at which tokens left whose states are learned, 0 where they are recomputed; the last m numbers say
+    #: which of them it is for each place. Empty: all are recomputed.
+    learned_from: tuple[int, ...] = ()
+
+    def with_origins(self, learned_from: npt.NDArray[np.int64]) -> StaticCall:
+        """Returns the call with the exits (..,) at which all deferred tokens left to be learned; 0: recomputed."""
+        origins = learned_from[self.numbers[0]]
+        layers = tuple(np.unique(origins).tolist())
+        return replace(self, numbers=[*self.numbers, origins], learned_from=layers)
 
 
 class Graphs:
@@ -237,8 +253,11 @@ class StaticSegments:
             self._reasons[blocks] = find(blocks)
         return self._reasons[blocks]
 
-    def run(self, call: StaticCall, hidden: Tensor, left: Tensor | None) -> SegmentOutput:
-        """Runs a segment on tokens in flight (1, up to n, D) and on some of ``left`` (.., D)."""
+    def run(self, call: StaticCall, hidden: Tensor, left: Tensor | None, maps: StateMaps) -> SegmentOutput:
+        """Runs a segment on tokens in flight (1, up to n, D) and on some of ``left`` (.., D).
+
+        ``maps``: those of learned states, the same in all calls.
+        """
         numbers = np.concatenate(call.numbers)
         left = left if call.num_left else None
         sizes = call.num_tokens, call.num_left, len(numbers)
@@ -247,10 +266,12 @@ class StaticSegments:
         if places is None:
             places = self._places[kind] = Places(hidden, call.num_tokens, left, call.num_left, len(numbers))
         places.fill(hidden, left, numbers)
-        key = call.key, kind
+        key = call.key, kind, call.learned_from
         recorded = self._segments.get(key)
         if recorded is None or recorded.storage != call.storage:
-            recorded = self._segments[key] = _Recorded(call.make(places), call.storage)
+            origins = places.numbers[len(numbers) - call.num_left :]
+            mapped = partial(mapped_by_place, maps, call.learned_from, origins)
+            recorded = self._segments[key] = _Recorded(call.make(places, mapped), call.storage)
         output = recorded.run(self._graphs_for(recorded, hidden.device), hidden.shape[1])
         return SegmentOutput(*(part[:, : hidden.shape[1]] for part in output))
 

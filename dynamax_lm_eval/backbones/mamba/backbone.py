@@ -288,5 +288,5 @@ class MambaPass(DeferringPass):
             num_tokens=steps.num_tokens,
             num_left=steps.num_left,
             numbers=steps.numbers,
-            make=lambda places: MambaSegment(described, tables, places, steps),
+            make=lambda places, mapped: MambaSegment(described, tables, [mapped(b) for b in blocks], places, steps),
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.learned import MappedProject
 from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
@@ -75,19 +76,21 @@ class MambaSegment(Segment):
 
     def __init__(
         self,
-        blocks: Sequence[Callable[[Tensor, Tensor | None, Advance], Tensor]],
+        blocks: Sequence[Callable[[Tensor, Tensor | None, Advance, MappedProject | None], Tensor]],
         tables: Sequence[StateTable],
+        maps: Sequence[MappedProject | None],
         places: Places,
         steps: StepsOfRows,
     ) -> None:
         """
         Args:
-            blocks: each takes tokens in flight (1, n, D), those that left (m, D), and what moves states on.
+            blocks: each takes tokens in flight (1, n, D), those that left (m, D), what moves states on, and its map.
             tables: of each.
+            maps: what each projects of tokens that left with, where that is learned.
             places: of all tokens.
             steps: how numbers lie in ``places``.
         """
-        self._blocks = list(zip(blocks, tables, strict=True))
+        self._blocks = list(zip(blocks, tables, maps, strict=True))
         self._places = places
         n, m = steps.num_tokens, steps.num_left
         all_lines = places.numbers[m : m + m + n]
@@ -103,9 +106,9 @@ class MambaSegment(Segment):
     def run(self) -> SegmentOutput:
         before = hidden = self._places.hidden
         left = None if self._places.left is None else self._places.left[0]
-        for run, table in self._blocks:
+        for run, table, mapped in self._blocks:
             before = hidden
-            hidden = run(hidden, left, partial(self._advance, table))
+            hidden = run(hidden, left, partial(self._advance, table), mapped if left is not None else None)
         return SegmentOutput(before, hidden)
 
     def _advance(self, table: StateTable, mixer: Mixer, update: Tensor) -> Tensor:
@@ -121,7 +124,7 @@ class MambaSegment(Segment):
 
     def save(self) -> Callable[[], None]:
         lines = self._steps[-1][1]
-        saved = [(table, table.read(lines)) for _, table in self._blocks]
+        saved = [(table, table.read(lines)) for _, table, _ in self._blocks]
 
         def restore() -> None:
             for table, state in saved:

@@ -16,7 +16,7 @@ from dynamax_lm_eval.backbones.base import IntArray, RowLayout, on_device
 from dynamax_lm_eval.backbones.deferring import PendingTokens
 from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.learned import MappedProject, StateProjection, mapped_forwards
-from dynamax_lm_eval.backbones.segments import Places, StaticCall, bucket
+from dynamax_lm_eval.backbones.segments import Places, StaticCall, StaticMaps, bucket
 from dynamax_lm_eval.backbones.transformer import varlen
 from dynamax_lm_eval.backbones.transformer.forward_pass import ActiveTokens, AttentionPass
 from dynamax_lm_eval.backbones.transformer.fused_llama import signed_rotary
@@ -149,10 +149,11 @@ class FusedPass(AttentionPass):
             found = backbone.position_embeddings(positions.unsqueeze(0), like) if table is None else table.at(positions)
             return found.signed
 
-        def segment(places: Places) -> FusedSegment:
+        def segment(places: Places, mapped: StaticMaps) -> FusedSegment:
             pairs = zip(blocks, fused, strict=True)
             caches = [self._states.caches(block, part.empty_states()) for block, part in pairs]
-            return FusedSegment(fused, caches, places, singles, rotary, most_keys)
+            maps = [mapped(block) for block in blocks]
+            return FusedSegment(fused, caches, maps, places, singles, rotary, most_keys)
 
         return StaticCall(
             key=(blocks, most_keys),

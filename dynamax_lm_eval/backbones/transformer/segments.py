@@ -6,6 +6,7 @@ n places of tokens in flight, m of tokens that left, H_kv K/V heads, P head dim,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray
+from dynamax_lm_eval.backbones.learned import MappedProject
 from dynamax_lm_eval.backbones.segments import Places, Segment, SegmentOutput, as_words, bucket
 from dynamax_lm_eval.backbones.transformer.fused_llama import FusedLlamaBlock
 from dynamax_lm_eval.backbones.transformer.kv_cache import stored
@@ -87,6 +89,7 @@ class FusedSegment(Segment):
         self,
         blocks: Sequence[FusedLlamaBlock],
         caches: Sequence[tuple[Tensor, Tensor]],
+        maps: Sequence[MappedProject | None],
         places: Places,
         tokens: SingleTokens,
         rotary: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -96,13 +99,15 @@ class FusedSegment(Segment):
         Args:
             blocks: in their order.
             caches: K and V (C, H_kv, P) of each.
+            maps: what each projects of tokens that left with, where that is learned.
             places: of all tokens.
             tokens: how numbers lie in ``places``.
             rotary: gives cos and sine (1, n + m, 1, P) of positions (n + m,), as blocks take them.
             most_keys: no token sees more.
         """
-        self._blocks = list(zip(blocks, caches, strict=True))
+        self._blocks = list(zip(blocks, caches, maps, strict=True))
         self._places = places
+        self._num_tokens = tokens.num_tokens
         n, m = tokens.num_tokens, tokens.num_left
         _, self._kv_slots, self._positions = places.numbers[: m + 2 * (n + m)].split([m, n + m, n + m])
         self._plan = SingleQueries(tokens.runs(places.numbers, most_keys))
@@ -111,11 +116,14 @@ class FusedSegment(Segment):
     def run(self) -> SegmentOutput:
         cos, sin = self._rotary(self._positions)
         before = hidden = self._places.hidden
-        for block, caches in self._blocks:
-
-            def write(key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor] = caches) -> tuple[Tensor, Tensor]:
-                return stored(caches, self._kv_slots, key, value)
-
+        for block, caches, mapped in self._blocks:
+            left, n = self._places.left, len(self._kv_slots)
+            if mapped is not None and left is not None:
+                n = self._num_tokens
+                key, value = block.states(left, cos[:, n:], sin[:, n:], mapped)
+                stored(caches, self._kv_slots[n:], key, value)
+                left = None
+            write = partial(stored, caches, self._kv_slots[:n])
             before = hidden
-            hidden = block(hidden, cos, sin, write, self._plan, self._places.left)
+            hidden = block(hidden, cos[:, :n], sin[:, :n], write, self._plan, left)
         return SegmentOutput(before, hidden)
