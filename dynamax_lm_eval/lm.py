@@ -6,6 +6,7 @@ Loading (dtype, revision, PEFT, chat templates and so on) is HFLM's own. Feature
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -25,7 +26,7 @@ from dynamax_lm_eval.exits import lookup, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
-from dynamax_lm_eval.harness import describe, evaluate, hflm, rows
+from dynamax_lm_eval.harness import describe, evaluate, hflm, naming, rows
 from dynamax_lm_eval.harness.documents import Document, documents_of
 from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import ResponseLedger
@@ -57,6 +58,8 @@ class DynamaxLM(HFLM):
         given = kwargs if name is None else {**kwargs, "pretrained": name}
         self.args, passed_on = arguments.parse_model_args(given, hflm.harness_arguments())
         self._loaded = self.args
+        #: The folder or Hub id of the adapters that the backbone runs with.
+        self.peft_adapters: str | None = passed_on.get("peft")
         source = self._source = ModelSource(self.args.backbone, passed_on, model)
         kernels = self.args.mamba_kernels or "auto"
         source.check_mamba_kernels(self.args.mamba_kernels)
@@ -299,5 +302,15 @@ class DynamaxLM(HFLM):
         return describe.identity(self)
 
     def get_model_info(self) -> dict[str, Any]:
+        """What result files say of the model; the harness asks when it has evaluated."""
         info: dict[str, Any] = super().get_model_info()
-        return info | {"model_name": self.args.backbone, "dynamax": describe.run_settings(self)}
+        settings = describe.run_settings(self)
+        name = naming.model_name(self.args.backbone, self.peft_adapters, settings["label"])
+        # Who asks has the tracker that names the file, and what the user wrote; neither is ours to be given.
+        asking = sys._getframe(1).f_locals
+        if (tracker := asking.get("evaluation_tracker")) is not None:
+            naming.name_tracker(tracker, name)
+        given = asking.get("model_args") or naming.given_arguments(self.args)
+        info |= {"model_name": name, "model_args": given, "dynamax": settings}
+        shown: dict[str, Any] = naming.without_home(info)
+        return shown

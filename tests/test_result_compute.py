@@ -22,7 +22,10 @@ class TestCompute:
             row = results["results"][task]
             assert row["compute_reduction,none"] > 0
             assert isinstance(row["compute_reduction_stderr,none"], float)
+            shown = {key.partition(",")[0] for key in row if "," in key and "_stderr" not in key}
+            assert set(results["higher_is_better"][task]) >= shown, "every row says whether more is better"
             assert results["higher_is_better"][task]["compute_reduction"] is True
+            assert results["higher_is_better"][task].get("mean_exit_layer") is None
             keys = list(row)
             own = [key for key in keys if key.startswith(("exact_match", "acc", "bits_per_byte"))]
             assert all(keys.index(key) < keys.index("compute_reduction,none") for key in own)
@@ -35,7 +38,9 @@ class TestCompute:
         spent = sum(part["eligible_blocks"] + sum(part["exits"].values()) for part in parts)
         assert results["results"]["tiny_group"]["compute_reduction,none"] == full / spent
         for name in ("eligible_full", "total_full", "total"):
-            assert compute["overall"]["macs"][name] == sum(t["macs"][name] for t in compute["by_task"].values())
+            leaves = ("tiny_generate", "tiny_choice", "tiny_rolling")
+            assert compute["overall"]["macs"][name] == sum(compute["by_task"][t]["macs"][name] for t in leaves)
+            assert compute["by_task"]["tiny_group"]["macs"][name] == sum(part[name] for part in parts)
         assert set(compute["overall"]["seconds"]) == {
             "generate_until",
             "loglikelihood",
@@ -45,8 +50,9 @@ class TestCompute:
         from lm_eval.utils import make_table
 
         assert "compute_reduction" in make_table(results)
-        assert results["config"]["model_name"] == str(model_folder)
         section = results["config"]["dynamax"]
+        assert results["config"]["model_name"] == f"local/{model_folder.name}@{section['label']}"
+        assert results["config"]["model_args"]["exit_layers"] == [2, 4]
         assert section["policy"]["thresholds"] == [0.1, 0.1]
         assert (section["policy"]["confidence"], section["confidence_chosen_by"]) == ("softmax", "default")
 
@@ -61,6 +67,10 @@ class TestCompute:
         assert set(layers) >= {2, LAYERS}
         assert samples[0]["compute_reduction"] == samples[-1]["compute_reduction"], "the same document twice"
         assert breakdown["documents"] == len(samples) == 8
+        for sample in samples:
+            own = [layer for response in sample["exit_layers"] for layer in response]
+            assert sample["mean_exit_layer"] == pytest.approx(sum(own) / len(own))
+            assert sample["metrics"][-2:] == ["compute_reduction", "mean_exit_layer"]
 
     def test_batch_size_changes_nothing(self, model_folder: Path, manager: TaskManager) -> None:
         one, five = (

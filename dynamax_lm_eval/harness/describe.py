@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import platform
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import torch
 
 import dynamax_lm_eval
 from dynamax_lm_eval.backbones import SLOW_RUNGS
 from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE
 from dynamax_lm_eval.compute.thesis import ThesisFormula
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
+
+#: Packages whose versions decide what is computed.
+_PACKAGES = ("torch", "transformers", "lm_eval", "accelerate")
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +54,10 @@ def run_settings(lm: Any) -> dict[str, Any]:
     if lm.budget.has_budget:
         policy["thresholds"] = None  # they are in the budget's trajectory
     return {
+        "label": naming.label(lm.policy, lm.args, None if exits is None else exits.config, lm.exits_fingerprint),
         "version": dynamax_lm_eval.__version__,
         "backbone": lm.args.backbone,
+        "backbone_name": naming.model_name(lm.args.backbone, lm.peft_adapters, naming.FULL),
         "resolved_backbone": getattr(lm.model, "name_or_path", None),
         "revision": lm.revision,
         "exits": str(exits.path) if exits is not None else None,
@@ -62,12 +72,24 @@ def run_settings(lm: Any) -> dict[str, Any]:
         "certificate": lm.certified.describe() if lm.certified is not None else None,
         "confidence_chosen_by": "user" if lm.args.confidence is not None else "default",
         "repetition_penalty": lm.args.repetition_penalty,
+        "device": _device(backbone.device),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "batch_size": lm.batch_size,
+        "rows_in_flight": lm.args.rows_in_flight,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "runs_as": backbone.rung,
         "runs_as_note": SLOW_RUNGS.get(backbone.rung),
         "static_segments": dict(segments.passes) if segments is not None else None,
         "cost_source": backbone.cost.source,
         "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
     }
+
+
+def _device(device: torch.device) -> str:
+    """Returns the name of the device that a run was on."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def thesis_formula(lm: Any) -> ThesisFormula | None:

@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 #: Task name -> document id -> records of its responses, in the harness's order.
 RecordsByDocument = dict[str, dict[int, list[ComputeRecord]]]
 
-_HIGHER_IS_BETTER = ("compute_reduction", "compute_reduction_total", "compute_reduction_paper")
+#: Whether more is better, of every row that is added; None where it is neither.
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(("compute_reduction", "compute_reduction_total", "compute_reduction_paper"), True),
+    **dict.fromkeys(("mean_exit_layer", "generated_tokens")),
+    **dict.fromkeys(("token_limit_share", "degenerate_rate"), False),
+}
+#: Numbers that every sample has, and names among its metrics.
+_OF_SAMPLES = ("compute_reduction", "mean_exit_layer")
 
 
 def add_compute(
@@ -55,6 +62,7 @@ def add_compute(
         for name, documents in by_task.items()
     }
     subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
+    of_groups: dict[str, list[ComputeRecord]] = {}
     for name, metrics in results["results"].items():
         leaves = [name] if name in per_document else sorted(_leaves(name, subtasks, per_document))
         records = [record for leaf in leaves for record in per_document[leaf]]
@@ -65,12 +73,18 @@ def add_compute(
         metrics.update(added)
         if name in results.get("groups", {}):
             results["groups"][name].update(added)
-        results.setdefault("higher_is_better", {}).setdefault(name, {}).update(dict.fromkeys(_HIGHER_IS_BETTER, True))
+        rows = dict.fromkeys(key.partition(",")[0] for key in added if not key.partition(",")[0].endswith("_stderr"))
+        directions = {row: HIGHER_IS_BETTER[row] for row in rows}
+        results.setdefault("higher_is_better", {}).setdefault(name, {}).update(directions)
+        if name not in per_document:
+            of_groups[name] = records
     for name, samples in results.get("samples", {}).items():
         for sample in samples:
             responses = by_task[name][sample["doc_id"]]
             total = ComputeRecord.sum(responses)
             sample["compute_reduction"] = total.compute_reduction
+            sample["mean_exit_layer"] = total.mean_exit_layer
+            sample["metrics"] = [*sample.get("metrics", ()), *_OF_SAMPLES]
             sample["macs"] = {
                 "eligible_full": total.full_macs,
                 "eligible": total.spent_macs,
@@ -84,7 +98,7 @@ def add_compute(
     results["compute"] = {
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
-        "by_task": {name: _breakdown(documents, thesis) for name, documents in per_document.items()},
+        "by_task": {name: _breakdown(found, thesis) for name, found in {**per_document, **of_groups}.items()},
         "overall": {
             **_breakdown(all_records, thesis),
             **_timing(sum(fed for _, _, fed, _ in gathered), seconds),

@@ -68,6 +68,21 @@ def backbone_names() -> list[str]:
     return [*HUB_ALIASES, SMOLLM2_GGUF, *shipped_backbones()]
 
 
+def public_name(backbone: str) -> str:
+    """Returns the name of a backbone for readers of results, ``organisation/name``.
+
+    Aliases go by what they stand for, backbones of this package by its name, and folders by their last part.
+    """
+    if backbone in HUB_ALIASES:
+        return HUB_ALIASES[backbone]
+    if backbone == SMOLLM2_GGUF:
+        return f"{HUB_ALIASES['smollm2']}-GGUF-Q4_1"
+    if backbone in shipped_backbones():
+        return f"dynamax-lm-eval/{backbone}"
+    is_local = backbone.startswith((".", "/", "~")) or Path(backbone).exists()
+    return f"local/{Path(backbone).name or 'model'}" if is_local else backbone
+
+
 def resolve_backbone(name: str, subfolder: str = "") -> str:
     """Returns the Hub id or folder that a backbone name stands for; ``subfolder`` is where its files are in it.
 

@@ -21,6 +21,7 @@ from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import checksum, file_checksum, short_name
+from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
 from dynamax_lm_eval.harness.tasks import task_manager
@@ -278,6 +279,7 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     # What ran, and for how long, belongs to all points that were answered together.
     for name in ("physical", "seconds", "seconds_total", "fed_tokens_in_seconds", "fed_tokens_per_second"):
         results["compute"]["overall"].pop(name, None)
+    results["config"] |= {"model": "dynamax", "batch_size": options.batch_size, "device": str(lm.device)}
     results["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.kind}
     return results
 
@@ -297,13 +299,15 @@ def _save(
     directory = point_folder(folder, point.point.name)
     samples = results.pop("samples")
     tracker = EvaluationTracker(output_path=str(directory))
+    name = results["config"]["model_name"]
     tracker.general_config_tracker.log_experiment_args(
         model_source="dynamax",
-        model_args=f"pretrained={options.backbone if len(options.backbone) < 100 else short_name(options.backbone)}",
+        model_args=f"pretrained={name}",
         system_instruction=options.system_instruction,
         chat_template=None,
         fewshot_as_multiturn=options.apply_chat_template,
     )
+    naming.name_tracker(tracker, name if len(name) < 100 else short_name(name))
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, task_samples in samples.items():
         tracker.save_results_samples(task_name=short_name(task), samples=task_samples)

@@ -233,8 +233,13 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             pieces=[pieces.get(_digest(sample)) for sample in samples],
             higher_is_better=data.get("higher_is_better", {}).get(task) or {},
         )
-        results.append((str(data["config"]["model_name"]), task, result))
+        results.append((_backbone(data["config"]), task, result))
     return results
+
+
+def _backbone(config: dict[str, Any]) -> str:
+    """Returns the backbone of a result: files of earlier releases say it in place of the operating point's name."""
+    return str(config["dynamax"].get("backbone_name") or config["model_name"])
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
