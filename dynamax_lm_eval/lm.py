@@ -310,7 +310,7 @@ class DynamaxLM(HFLM):
         asking = sys._getframe(1).f_locals
         if (tracker := asking.get("evaluation_tracker")) is not None:
             naming.name_tracker(tracker, name)
-        given = asking.get("model_args") or naming.given_arguments(self.args)
+        given = naming.shown_arguments(asking.get("model_args"), self.args)
         info |= {"model_name": name, "model_args": given, "dynamax": settings}
         shown: dict[str, Any] = naming.without_home(info)
         return shown

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lm_eval.utils import sanitize_model_name
+from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
@@ -116,7 +116,23 @@ def name_tracker(tracker: Any, name: str) -> None:
     config.model_name, config.model_name_sanitized = name, sanitize_model_name(name)
 
 
-def given_arguments(args: DynamaxArgs) -> dict[str, Any]:
+def shown_arguments(given: Any, args: DynamaxArgs) -> dict[str, Any]:
+    """Returns the arguments of a run for its result file, the backbone under our name for it.
+
+    Readers take ``pretrained`` for the model's name where they find it, and so would not tell operating points apart.
+
+    Args:
+        given: what the harness was given, text or values by name; nothing where it was given a model.
+        args: what that means.
+    """
+    if not given:
+        return _changed_arguments(args)
+    values = simple_parse_args_string(given) if isinstance(given, str) else dict(given)
+    backbone = values.pop("pretrained", None)
+    return {"backbone": args.backbone if backbone is None else backbone, **values}
+
+
+def _changed_arguments(args: DynamaxArgs) -> dict[str, Any]:
     """Returns the arguments that are not at their defaults, as a run would be given them."""
     found = {item.name: getattr(args, item.name) for item in fields(args)}
     defaults = {item.name: item.default for item in fields(args)}
