@@ -35,6 +35,7 @@ examples:
   dynamax-lm-eval train --backbone smollm2-gguf --classifier mamba,calm --dataset texts.jsonl.gz
   dynamax-lm-eval sweep --backbone smollm2-gguf --tasks trivia_demo --prune 1,2,4 --output out/sweep
   dynamax-lm-eval report out/sweep
+  dynamax-lm-eval export out/sweep --format csv
   dynamax-lm-eval calibrate --backbone smollm2-gguf --tasks trivia_demo --tolerance 0.2 --output out/calibrated
   dynamax-lm-eval tasks
 
@@ -98,6 +99,11 @@ def _with_folders(arguments: list[str]) -> list[str]:
     return ["--folders", *arguments] if options else arguments
 
 
+def _with_folder(arguments: list[str]) -> list[str]:
+    """The same for one folder."""
+    return ["--folder", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
 COMMANDS = {
     "headroom": Command(
         ("headroom.options:HeadroomOptions",),
@@ -143,6 +149,17 @@ Show what sweeps found: points.csv and points.parquet (one row per point, task a
 plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts.""",
         prepare=_with_folders,
         usage=" FOLDER...",
+    ),
+    "export": Command(
+        ("export.options:ExportOptions",),
+        "export.command:command",
+        "results for leaderboards, model cards and tables",
+        """\
+Write the results below a folder, of runs and of sweeps, in another format: one table (csv, parquet), files for the
+Hub's .eval_results and for a model card's metadata, or records of Every Eval Ever, converted and validated by its own
+package. Every operating point is an entry of its own, and its policy and compute go with it.""",
+        prepare=_with_folder,
+        usage=" FOLDER",
     ),
     "prune-profile": Command(
         ("measure.prune_profile:ProfileOptions",),

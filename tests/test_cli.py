@@ -240,7 +240,7 @@ def test_run_writes_what_the_stock_command_would(
     (samples,) = tmp_path.rglob("samples_*.jsonl")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert all({"compute_reduction", "exit_layers"} <= set(line) for line in lines)
-    assert result.parent.name == str(model_folder).replace("/", "__")
+    assert result.parent.name == f"local__{model_folder.name}@softmax-recompute-0.1" == data["model_name_sanitized"]
 
 
 def test_tasks_and_version(capsys: pytest.CaptureFixture[str]) -> None:

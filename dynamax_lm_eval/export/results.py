@@ -1,0 +1,91 @@
+"""Reads the result files below a folder, of runs and of sweeps, as one row per operating point, task and metric."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dynamax_lm_eval.errors import UserError
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A ``results_*.json`` of ours."""
+
+    path: Path
+    data: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The section ``config.dynamax``."""
+        settings: dict[str, Any] = self.data["config"]["dynamax"]
+        return settings
+
+    @property
+    def name(self) -> str:
+        """Of the operating point."""
+        return str(self.data["config"]["model_name"])
+
+    @property
+    def date(self) -> str:
+        """When it was evaluated, ISO 8601."""
+        return datetime.fromtimestamp(float(self.data["date"]), UTC).isoformat(timespec="seconds")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yields a row for each metric of each task and group."""
+        for task, metrics in self.data["results"].items():
+            compute = self.data["compute"]["by_task"].get(task, {})
+            for key, value in metrics.items():
+                metric, comma, harness_filter = key.partition(",")
+                if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                    continue
+                stderr = metrics.get(f"{metric}_stderr,{harness_filter}")
+                yield {
+                    "model_name": self.name,
+                    "backbone": self.settings["backbone_name"],
+                    "label": self.settings["label"],
+                    "task": task,
+                    "metric": metric,
+                    "filter": harness_filter,
+                    "value": float(value),
+                    "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+                    "higher_is_better": self.data.get("higher_is_better", {}).get(task, {}).get(metric),
+                    "documents": compute.get("documents"),
+                    "compute_reduction": compute.get("compute_reduction"),
+                    "compute_reduction_total": compute.get("compute_reduction_total"),
+                    "mean_exit_layer": compute.get("mean_exit_layer"),
+                    "date": self.date,
+                    "file": self.path.name,
+                }
+
+
+def read(folder: Path) -> list[ResultFile]:
+    """Returns the result files below a folder; of several of one operating point and set of tasks the newest.
+
+    Raises:
+        UserError: there is none of ours, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    newest: dict[tuple[str, tuple[str, ...]], ResultFile] = {}
+    for path in sorted(folder.rglob("results_*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+        if "backbone_name" not in data.get("config", {}).get("dynamax", {}):
+            continue  # of another model, or of a release that gave no names
+        found = ResultFile(path, data)
+        key = found.name, tuple(sorted(data["results"]))
+        if key not in newest or newest[key].data["date"] <= data["date"]:
+            newest[key] = found
+    if not newest:
+        raise UserError(
+            f"{folder} holds no results_*.json of --model dynamax with names of operating points; evaluate with "
+            "--output_path, or sweep"
+        )
+    return list(newest.values())
