@@ -8,8 +8,9 @@ flight than a batch has, those that go on after an exit wait there for a full ba
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -43,8 +44,10 @@ class _Row:
     request: GenerationRequest
     slot: int
     shared_prefix: SharedPrefix
+    began: float
     generated: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    first_token: float = 0.0
 
     @cached_property
     def vocabulary(self) -> RowVocabulary | None:
@@ -64,7 +67,8 @@ class _Row:
             vocabulary=self.vocabulary,
         )
 
-    def result(self) -> Generation:
+    def result(self, now: float) -> Generation:
+        """Returns its generation, whose last token is known now."""
         request = self.request
         trace = Trace(
             prompt_tokens=len(request.prompt),
@@ -74,7 +78,8 @@ class _Row:
             generated=True,
             hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
         )
-        return Generation(self.generated, trace, self.shared_prefix.tokens)
+        times = self.began, self.first_token, now
+        return Generation(self.generated, trace, self.shared_prefix.tokens, times)
 
 
 def generate(
@@ -83,6 +88,7 @@ def generate(
     max_rows: int,
     share_prefixes: bool = True,
     rows_in_flight: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Generator[tuple[int, Generation], None, list[PrefixRun]]:
     """Generates for all requests with up to ``max_rows`` of them in a batch.
 
@@ -93,6 +99,7 @@ def generate(
         share_prefixes: run what several requests begin with once.
         rows_in_flight: most rows that have begun and not ended, at least ``max_rows``; None: ``max_rows``. Above, rows
             wait at exits for full batches, on backbones that can go on at any block. Results do not depend on it.
+        clock: tells the time in seconds.
 
     Yields:
         a request's index and its generation as soon as it is done, so that nothing is lost when a run is interrupted.
@@ -115,15 +122,17 @@ def generate(
             room = room if fed >= _ENOUGH_PROMPT_TOKENS else 0
         place, taken = waiting.take(room)
         if place == 0:
-            admitted = _admit(requests, needs, pending, states, prefixes, len(taken), room)
+            admitted = _admit(requests, needs, pending, states, prefixes, len(taken), room, clock())
             taken += [WaitingRow(row) for row in admitted]
         taken.sort(key=lambda waited: waited.row.slot)  # neighbours in the states are neighbours in the batch
         for row, token in _run(engine, states, waiting, place, taken, in_flight > max_rows):
             row.generated.append(token)
-            request = row.request
+            request, now = row.request, clock()
+            if len(row.generated) == 1:
+                row.first_token = now
             if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
                 states.free_row(row.slot)
-                yield row.index, row.result()
+                yield row.index, row.result(now)
             else:
                 waiting.add(0, [WaitingRow(row)])
     return prefixes.runs
@@ -145,10 +154,11 @@ def _admit(
     prefixes: PrefixStore,
     decoding: int,
     room: int,
+    now: float,
 ) -> list[_Row]:
     """Starts pending requests while there are rows, memory and tokens in the pass for them.
 
-    ``decoding``: tokens of the pass that other rows feed; ``room``: most rows to start.
+    ``decoding``: tokens of the pass that other rows feed; ``room``: most rows to start; ``now``: when they do.
     """
     admitted: list[tuple[int, int]] = []  # (request, slot)
     budget = MAX_TOKENS_PER_PASS - decoding
@@ -165,7 +175,7 @@ def _admit(
         admitted.append((index, slot))
     shared_prefixes = prefixes.begin([index for index, _ in admitted], [slot for _, slot in admitted])
     return [
-        _Row(index, requests[index], slot, shared_prefix)
+        _Row(index, requests[index], slot, shared_prefix, now)
         for (index, slot), shared_prefix in zip(admitted, shared_prefixes, strict=True)
     ]
 

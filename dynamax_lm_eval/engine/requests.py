@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dynamax_lm_eval.compute.accounting import Trace
 from dynamax_lm_eval.engine.sampling import Sampler
@@ -39,6 +39,8 @@ class Generation:
     tokens: list[int]
     trace: Trace
     shared_tokens: int = 0
+    #: When its prompt began to run, and when its first and its last token were known, in seconds of a clock.
+    times: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), compare=False)
 
 
 @dataclass(frozen=True)

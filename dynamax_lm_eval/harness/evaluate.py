@@ -21,6 +21,7 @@ from types import CellType, FrameType
 from typing import Any
 
 import lm_eval.evaluator
+import torch
 from lm_eval.api.model import CachingLM
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.utils import handle_non_serializable, hash_string
@@ -30,7 +31,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.cache import check_database
 from dynamax_lm_eval.harness.describe import thesis_formula
 from dynamax_lm_eval.harness.ledger import ResponseLedger, request_keys
-from dynamax_lm_eval.harness.results import RecordsByDocument, add_compute
+from dynamax_lm_eval.harness.results import RankReport, RecordsByDocument, add_compute
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         _announce(lm, dict(_tasks(task_dict)), given)
         ledger.start_run()
+        lm.responder.energy.joules = 0.0
         ledger.is_followed = True
         try:
             results = original(*args, **kwargs)
@@ -165,11 +167,15 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             ledger.is_followed = False
         gathered = lm.gather_object(
-            (
-                _records_by_document(task_dict, ledger, given.get("samples")),
-                dict(ledger.seconds),
-                ledger.fed_tokens,
-                ledger.executed,
+            RankReport(
+                records=_records_by_document(task_dict, ledger, given.get("samples")),
+                seconds=dict(ledger.seconds),
+                fed_tokens=ledger.fed_tokens,
+                executed=ledger.executed,
+                latencies=dict(ledger.latencies),
+                energy=lm.responder.energy.to_json(0),
+                peak_memory=_peak_memory(lm.engine.backbone.device),
+                batching=(lm.batch_size, lm.args.rows_in_flight),
             ),
             dst=0,
         )
@@ -178,6 +184,10 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         return results
 
     return evaluate
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> None:

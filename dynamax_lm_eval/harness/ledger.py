@@ -14,6 +14,7 @@ from lm_eval.api.model import hash_args
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord, ExecutedCompute
 from dynamax_lm_eval.harness.cache import RecordCache
+from dynamax_lm_eval.harness.latency import Latency
 
 
 class RequestKey(NamedTuple):
@@ -67,6 +68,8 @@ class ResponseLedger:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.fed_tokens = 0
         self.executed = ExecutedCompute()
+        #: How long each generation took, by task.
+        self.latencies: defaultdict[str, list[Latency]] = defaultdict(list)
         #: An evaluation is under way that will read the records.
         self.is_followed = False
 
@@ -76,6 +79,7 @@ class ResponseLedger:
         self.seconds.clear()
         self.fed_tokens = 0
         self.executed = ExecutedCompute()
+        self.latencies.clear()
 
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Stores records in the harness's cache from now on.

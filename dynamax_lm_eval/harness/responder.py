@@ -30,6 +30,8 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.harness import describe, evaluate, rows
 from dynamax_lm_eval.harness.documents import Document, document_of, documents_of, naming_document, of_document
 from dynamax_lm_eval.harness.encoding import TokenPair, encode_pair, fit, needed_prefix
+from dynamax_lm_eval.harness.energy import EnergyMeter
+from dynamax_lm_eval.harness.latency import Latency
 from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 
@@ -68,6 +70,8 @@ class Responder:
         """
         self._lm = lm
         self._ledger = ledger
+        #: Of what computes the answers.
+        self.energy = EnergyMeter.on([place.device for place in lm.engine.backbone.places])
 
     def generations(
         self,
@@ -106,6 +110,7 @@ class Responder:
         ):
             for index, generation in self._driven(running):
                 result = answer(index, generation)
+                self._ledger.latencies[documents[index][0]].append(latency_of(generation))
                 progress.advance(result.record)
                 yield index, result
 
@@ -241,7 +246,8 @@ class Responder:
     def _timed(self, kind: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
-            yield
+            with self.energy.counting():
+                yield
         finally:
             self._ledger.seconds[kind] += time.perf_counter() - start
 
@@ -249,6 +255,13 @@ class Responder:
     def _progress(self, total: int, kind: str, disable: bool) -> Iterator[Progress]:
         with tqdm(total=total, disable=disable or self._lm.rank != 0, desc=f"Running {kind} requests") as bar:
             yield Progress(bar)
+
+
+def latency_of(generation: Generation) -> Latency:
+    """Returns how long a generation took."""
+    began, first, last = generation.times
+    later = len(generation.tokens) - 1
+    return Latency(first - began, (last - first) / later if later else None)
 
 
 class Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dynamax_lm_eval.compute.accounting import (
@@ -20,6 +21,8 @@ from dynamax_lm_eval.compute.accounting import (
     total_reduction_stderr,
 )
 from dynamax_lm_eval.compute.thesis import ThesisFormula
+from dynamax_lm_eval.harness import latency
+from dynamax_lm_eval.harness.latency import Latency
 
 logger = logging.getLogger(__name__)
 
@@ -36,26 +39,53 @@ HIGHER_IS_BETTER = {
 _OF_SAMPLES = ("compute_reduction", "mean_exit_layer")
 
 
+@dataclass(frozen=True)
+class RankReport:
+    """What one process has to say of its part of an evaluation.
+
+    Attributes:
+        records: of its documents.
+        seconds: by kind of request.
+        fed_tokens: that ran in them.
+        executed: the compute that was executed.
+        latencies: of its generations, by task.
+        energy: what it drew, as :meth:`EnergyMeter.to_json` says; without tokens.
+        peak_memory: most bytes of GPU memory; None on a CPU.
+        batching: rows of a batch, and requests that may have begun where that was said.
+    """
+
+    records: RecordsByDocument
+    seconds: dict[str, float]
+    fed_tokens: int
+    executed: ExecutedCompute
+    latencies: dict[str, list[Latency]]
+    energy: dict[str, Any]
+    peak_memory: int | None
+    batching: tuple[Any, int | None]
+
+
 def add_compute(
     results: dict[str, Any],
-    gathered: list[tuple[RecordsByDocument, dict[str, float], int, ExecutedCompute]],
+    gathered: list[RankReport],
     thesis: ThesisFormula | None = None,
 ) -> None:
     """Puts compute into the results of an evaluation, after the tasks' own metrics.
 
     Args:
         results: of the harness; rows, samples and the section ``compute`` are added.
-        gathered: of each rank: the records of its documents, its seconds by kind of request, the tokens that ran in
-            them, and the compute that was executed.
+        gathered: of each rank.
         thesis: gives ``compute_reduction_thesis``, where there is such a formula for the backbone.
     """
     by_task: RecordsByDocument = defaultdict(dict)
     seconds: dict[str, float] = {}
-    for rank_records, rank_seconds, *_ in gathered:
-        for name, documents in rank_records.items():
+    latencies: dict[str, list[Latency]] = defaultdict(list)
+    for rank in gathered:
+        for name, documents in rank.records.items():
             by_task[name].update(documents)
+        for name, found in rank.latencies.items():
+            latencies[name] += found
         # Ranks work at the same time: the slowest one is what was waited for.
-        seconds = {kind: max(seconds.get(kind, 0.0), rank_seconds.get(kind, 0.0)) for kind in {*seconds, *rank_seconds}}
+        seconds = {kind: max(seconds.get(kind, 0.0), rank.seconds.get(kind, 0.0)) for kind in {*seconds, *rank.seconds}}
 
     per_document = {
         name: [ComputeRecord.sum(records) for _, records in sorted(documents.items())]
@@ -101,8 +131,11 @@ def add_compute(
         "by_task": {name: _breakdown(found, thesis) for name, found in {**per_document, **of_groups}.items()},
         "overall": {
             **_breakdown(all_records, thesis),
-            **_timing(sum(fed for _, _, fed, _ in gathered), seconds),
-            "physical": ExecutedCompute.sum(physical for *_, physical in gathered).to_json(),
+            **_timing(sum(rank.fed_tokens for rank in gathered), seconds),
+            "physical": ExecutedCompute.sum(rank.executed for rank in gathered).to_json(),
+            "latency": latency.summary(latencies, *gathered[0].batching),
+            "energy": _energy(gathered),
+            "peak_memory_bytes": [rank.peak_memory for rank in gathered],
         },
     }
     if all_records and not any(record.eligible_tokens for record in all_records):
@@ -170,6 +203,23 @@ def _breakdown(documents: list[ComputeRecord], thesis: ThesisFormula | None) -> 
         },
         "paper_units": {"full": total.paper_full, "spent": total.paper_spent},
     }
+
+
+def _energy(gathered: list[RankReport]) -> dict[str, Any]:
+    """Returns the energy of all processes: of GPUs the sum, since each has its own, of one machine's processor once."""
+    first = gathered[0].energy
+    tokens = sum(
+        record.generated_tokens
+        for rank in gathered
+        for documents in rank.records.values()
+        for records in documents.values()
+        for record in records
+    )
+    if first["joules"] is None:
+        return first
+    counted = [rank.energy["joules"] for rank in gathered]
+    joules = sum(counted) if first["source"] == "nvml" else max(counted)
+    return {**first, "joules": joules, "per_generated_token": joules / tokens if tokens else None}
 
 
 def _timing(fed_tokens: int, seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -49,6 +49,12 @@ logger = logging.getLogger(__name__)
 #: less is evaluated again, from the answers that it has.
 _RECORDED = 2
 
+#: Parts of ``compute.overall`` that belong to all points together, which were answered in one run.
+_OF_ALL_POINTS = (
+    *("physical", "seconds", "seconds_total", "fed_tokens_in_seconds", "fed_tokens_per_second"),
+    *("latency", "energy", "peak_memory_bytes"),
+)
+
 #: Options that change nothing in the results.
 _FREE = frozenset(
     [
@@ -277,7 +283,7 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     assert results is not None, "every process evaluates its points alone"
     results = dict(results)
     # What ran, and for how long, belongs to all points that were answered together.
-    for name in ("physical", "seconds", "seconds_total", "fed_tokens_in_seconds", "fed_tokens_per_second"):
+    for name in _OF_ALL_POINTS:
         results["compute"]["overall"].pop(name, None)
     results["config"] |= {"model": "dynamax", "batch_size": options.batch_size, "device": str(lm.device)}
     results["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.kind}
