@@ -150,6 +150,15 @@ plots as PNG and SVG, and report.html, one page that needs no network: hover sho
         prepare=_with_folders,
         usage=" FOLDER...",
     ),
+    "exits": Command(
+        ("exits.listing:ExitsOptions",),
+        "exits.listing:command",
+        "list, show or remove trained exits",
+        """\
+List the trained exits that runs look at, in the cache and in the package, with the backbone that each is for: a run
+takes the newest ones in the cache that fit its weights, then those of the package. --show NAME prints a configuration,
+--remove NAME removes exits from the cache.""",
+    ),
     "export": Command(
         ("export.options:ExportOptions",),
         "export.command:command",

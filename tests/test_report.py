@@ -172,6 +172,19 @@ def test_points_that_hit_the_token_limit_too_often(swept: Path, tmp_path: Path) 
             report(ReportOptions(**given, max_token_limit=wrong))
 
 
+def test_points_that_are_not_finished_are_named(swept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(swept, tmp_path / "sweep")
+    report(ReportOptions([str(folder)], bootstrap=20))
+    assert "Not finished" not in (folder / "report" / "report.md").read_text(encoding="utf-8")
+    shutil.rmtree(folder / "points" / "state-skip-0.6")
+    (folder / "points" / "pruning-deepest-1" / POINT_NAME).unlink()
+    report(ReportOptions([str(folder)], bootstrap=20))
+    names = "state-skip-0.6, pruning-deepest-1"
+    assert f"2 points are not finished and left out: {names}" in caplog.text
+    assert f"**Not finished yet, and left out (2):** {names}" in (folder / "report" / "report.md").read_text("utf-8")
+    assert page_data(folder / "report")["missing"] == names.split(", ")
+
+
 def test_texts_may_hold_any_line_separator(swept: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     shutil.copytree(swept, folder)

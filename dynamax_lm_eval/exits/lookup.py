@@ -38,6 +38,7 @@ def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -
     They are matched by the fingerprint of the weight files, or one that earlier versions made of
     them (``former``); where the files are not on this machine yet (None), by name.
     """
+    found: ExitCheckpoint | None = None
     for directory in (exits_home(), shipped_home()):
         matching = [
             checkpoint
@@ -53,8 +54,15 @@ def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -
             if len(matching) > 1:
                 others = ", ".join(str(checkpoint.path) for checkpoint in matching[1:])
                 logger.info("Using the newest exits, %s; there are also %s", matching[0].path, others)
-            return matching[0]
-    return None
+            found = found or matching[0]
+            if found is not matching[0]:
+                logger.warning(
+                    "The exits in %s hide those of the package for this backbone; name them (exits=%s), or see "
+                    "dynamax-lm-eval exits",
+                    found.path,
+                    matching[0].path,
+                )
+    return found
 
 
 def open_exits(name: str) -> ExitCheckpoint:

@@ -13,6 +13,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import page, plots, statistics
 from dynamax_lm_eval.reports.options import ReportOptions
+from dynamax_lm_eval.sweep.files import missing_points
 from dynamax_lm_eval.sweep.results import TaskResults, read, tidy
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,11 @@ def report(options: ReportOptions) -> Path:
     metrics = _shown_metrics(options, results)
     output = Path(options.output).expanduser() if options.output else folders[0] / "report"
     check_writable(output, "--output: the folder", "choose another")
+    missing = [name for folder in folders for name in missing_points(folder)]
+    if missing:
+        logger.warning("%d points are not finished and left out: %s", len(missing), ", ".join(missing))
     with naming(output):
-        _write(output, results, metrics, options)
+        _write(output, results, metrics, options, missing)
     return output
 
 
@@ -61,11 +65,19 @@ def command(options: ReportOptions) -> str:
     return f"{report(options)}\n"
 
 
-def _write(output: Path, results: Sequence[TaskResults], metrics: dict[str, str], options: ReportOptions) -> None:
+def _write(
+    output: Path,
+    results: Sequence[TaskResults],
+    metrics: dict[str, str],
+    options: ReportOptions,
+    missing: Sequence[str],
+) -> None:
     table = tidy(results)
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
     parts = ["# Early exits: score against compute\n"]
+    if missing:
+        parts.append(f"**Not finished yet, and left out ({len(missing)}):** {', '.join(missing)}\n")
     for task in results:
         parts.append(f"## {task.title}\n")
         for metric in dict.fromkeys((metrics[task.task], _SIMILARITY)):
@@ -75,7 +87,7 @@ def _write(output: Path, results: Sequence[TaskResults], metrics: dict[str, str]
                 parts += _figure(task, metric, files[0].name, options)
         parts += ["### All points\n", _markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
-    write_text(output / "report.html", page.render(results, metrics, options.samples))
+    write_text(output / "report.html", page.render(results, metrics, options.samples, missing))
 
 
 def _token_limits(text: str | None) -> dict[str, float]:

@@ -17,19 +17,23 @@ _ASSETS = Path(__file__).parent / "assets"
 _PROMPT_SHOWN = 300
 
 
-def render(results: Sequence[TaskResults], first_metrics: Mapping[str, str], samples: int) -> str:
+def render(
+    results: Sequence[TaskResults], first_metrics: Mapping[str, str], samples: int, missing: Sequence[str] = ()
+) -> str:
     """Returns the page as a text.
 
     Args:
         results: of all tasks.
         first_metrics: the metric that each task begins with.
         samples: documents shown per point.
+        missing: names of points that are not finished.
     """
     from plotly.offline import get_plotlyjs
 
     data = {
         "axes": AXES,
         "colours": COLOURS,
+        "missing": list(missing),
         "tasks": [_task(task, first_metrics[task.task], samples) for task in results],
     }
     parts = {

@@ -29,6 +29,8 @@ from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep.files import (
+    GRID,
+    GRID_NAME,
     POINT,
     POINT_NAME,
     RESPONSES_NAME,
@@ -111,6 +113,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         folder.mkdir(parents=True, exist_ok=True)
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
+        GRID.write(folder / GRID_NAME, {"points": [point.name for point in all_points]})
     documents = _documents(options, tasks)
     points = [
         SweepPoint(

@@ -27,6 +27,14 @@ POINT = JsonFormat(
     what="a finished point of a sweep",
     remedy="start the sweep again, which writes it anew from the answers that are stored",
 )
+#: Of the sweep: the names of its points, finished or not.
+GRID_NAME = "grid.json"
+GRID = JsonFormat(
+    name="dynamax-sweep-grid",
+    version=1,
+    what="the list of a sweep's points",
+    remedy="start the sweep again, which writes it anew",
+)
 _CHECKSUM = "# checksum "
 
 
@@ -44,10 +52,23 @@ def finished_points(folder: Path) -> list[dict[str, Any]]:
         UserError: one of them is damaged.
     """
     open_points = [path.parent for path in folder.rglob(RESPONSES_NAME) if not (path.parent / POINT_NAME).is_file()]
-    if open_points:
+    if open_points and not list(folder.rglob(GRID_NAME)):  # else missing_points tells
         names = ", ".join(sorted(path.name for path in open_points)[:3])
         logger.warning("%s: %d points are not finished and left out (%s, ...)", folder, len(open_points), names)
     return [{**POINT.read(path), "folder": path.parent} for path in sorted(folder.rglob(POINT_NAME))]
+
+
+def missing_points(folder: Path) -> list[str]:
+    """Returns the names of the points that the sweeps in or below a folder have not finished yet.
+
+    Raises:
+        UserError: a list of points is damaged.
+    """
+    missing = []
+    for path in sorted(folder.rglob(GRID_NAME)):
+        names = GRID.read(path)["points"]
+        missing += [name for name in names if not (point_folder(path.parent, name) / POINT_NAME).is_file()]
+    return missing
 
 
 def check_results(directory: Path, checksums: dict[str, str]) -> None:

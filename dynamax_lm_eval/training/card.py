@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.training.log import near_chance
 from dynamax_lm_eval.training.options import TrainingOptions
 
 
@@ -60,6 +61,8 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         cells = " | ".join(_number(quality["auroc"]) for quality in measured["exits"].values())
         macs = ", ".join(f"{value:,}" for value in sorted(set(measured["macs_per_evaluation"].values())))
         lines.append(f"| {kind} | {cells} | {macs} |")
+    if poor := near_chance(evaluation):
+        lines += ["", f"Hardly better than chance (AUROC): {', '.join(poor)}."]
     lines += [
         *_calibration(config, evaluation),
         "",

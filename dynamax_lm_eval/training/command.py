@@ -36,7 +36,15 @@ from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.curve import measured_curves
 from dynamax_lm_eval.training.generated import generated_documents
 from dynamax_lm_eval.training.init import start_from
-from dynamax_lm_eval.training.log import LOG_NAME, TRACKED, accuracy_line, cut_log, held_out_numbers, write_step
+from dynamax_lm_eval.training.log import (
+    LOG_NAME,
+    TRACKED,
+    accuracy_line,
+    cut_log,
+    held_out_numbers,
+    near_chance,
+    write_step,
+)
 from dynamax_lm_eval.training.loop import Loop
 from dynamax_lm_eval.training.option_rules import SELF_DATASET
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -144,6 +152,12 @@ def _train(
         results["states"] = state_maps.explained(frozen, classifiers, text.held_out)
     if scalings is not None:
         results["calibration"] = platt.report(scalings, measured, exit_layers)
+    if poor := near_chance(results):
+        logger.warning(
+            "On held-out text these tell right exits from wrong ones hardly better than chance (AUROC): %s. More "
+            "tokens, a higher --learning_rate, other exit layers or --adapter affine may help",
+            ", ".join(poor),
+        )
     accelerator.log(held_out_numbers(results), step=options.steps)
     accelerator.end_training()
     summary = _summary(options, backbone, seconds, accelerator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,20 @@ def held_out_numbers(results: dict[str, Any]) -> dict[str, float]:
         for name in ("auroc", "expected_calibration_error")
         if quality[name] is not None
     }
+
+
+#: AUROC on held-out text below which a classifier is hardly better than chance.
+_CHANCE = 0.55
+
+
+def near_chance(evaluation: Mapping[str, Any]) -> list[str]:
+    """Returns the classifiers that tell right exits from wrong ones hardly better than chance, with their AUROC."""
+    return [
+        f"{kind} at exit layer {layer} ({quality['auroc']:.3f})"
+        for kind, measured in evaluation["classifiers"].items()
+        for layer, quality in measured["exits"].items()
+        if quality["auroc"] is not None and quality["auroc"] < _CHANCE
+    ]
 
 
 def accuracy_line(report: StepReport) -> str:

@@ -192,6 +192,10 @@ function draw() {
   drawDetails();
 }
 
+if (data.missing.length) {
+  byId("missing").textContent = `Not finished yet, and left out: ${data.missing.join(", ")}`;
+  byId("missing").hidden = false;
+}
 fill(byId("task"), data.tasks.map((t, i) => [i, `${t.title} (${t.documents} documents)`]));
 fill(byId("axis"), Object.entries(data.axes));
 byId("task").addEventListener("change", showTask);

@@ -1,0 +1,76 @@
+"""``dynamax-lm-eval exits``, exits that hide those of the package, and classifiers that learned nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_engine import exits_config
+from helpers_harness import save_exits
+
+from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits import listing, lookup
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.training.card import model_card
+from dynamax_lm_eval.training.log import near_chance
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DYNAMAX_CACHE", str(tmp_path))
+    return tmp_path / "exits"
+
+
+def test_lists_what_runs_look_at(home: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_exits(model_folder, home / "mine", classifiers=("calm",))
+    (home / "damaged").mkdir()
+    (home / "damaged" / "config.json").write_text("{")
+    assert main(["exits"]) == 0
+    shown = capsys.readouterr().out
+    (row,) = [line for line in shown.splitlines() if line.startswith("| mine ")]
+    assert all(part in row for part in ("cache", "calm", "2+3+4", str(model_folder)))
+    assert any("damaged" in line and "cannot be read" in line for line in shown.splitlines())
+    assert {folder.name for place, folder, _ in listing.known_exits() if place == "package"} >= {"tiny-llama"}
+    assert "| tiny-llama " in shown
+
+
+def test_shows_and_removes(home: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_exits(model_folder, home / "mine")
+    for name in ("mine", str(folder), "tiny-llama"):
+        assert main(["exits", "--show", name]) == 0
+        assert json.loads(capsys.readouterr().out)["exit_layers"]
+    assert main(["exits", "--remove", "mine"]) == 0
+    assert not folder.exists()
+    for name in ("mine", "tiny-llama", "../exits", "."):
+        assert main(["exits", "--remove", name]) == 2
+        assert "there are no such exits" in capsys.readouterr().err
+    with pytest.raises(UserError, match="exclude each other"):
+        listing.ExitsOptions("a", "b")
+
+
+def test_exits_in_the_cache_that_hide_those_of_the_package_are_announced(
+    home: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shipped = ExitCheckpoint.open(lookup.shipped_home() / "tiny-llama")
+    fingerprint = shipped.config.backbone.fingerprint
+    assert lookup.find("tiny-llama", fingerprint) == shipped and not caplog.records
+    own = save_exits(model_folder, home / "mine", fingerprint=fingerprint)
+    found = lookup.find("tiny-llama", fingerprint)
+    assert found is not None and found.path == own
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"hide those of the package for this backbone; name them (exits={shipped.path})" in record.getMessage()
+
+
+def test_classifiers_that_learned_nothing_are_named() -> None:
+    quality: dict[str, Any] = {"macs_per_evaluation": {"2": 1, "3": 1}, "curve": []}
+    measured = {"calm": {**quality, "exits": {"2": {"auroc": 0.52}, "3": {"auroc": 0.7}}}}
+    measured["ffn"] = {**quality, "exits": {"2": {"auroc": None}, "3": {"auroc": 0.549}}}
+    evaluation = {"tokens": 10, "classifiers": measured}
+    assert near_chance(evaluation) == ["calm at exit layer 2 (0.520)", "ffn at exit layer 3 (0.549)"]
+    options = {"dataset": "d", "classifier": "calm", "prompts": None}
+    training = {"tokens": 5, "steps": 1, "seconds": 1.0, "tokens_per_second": 5.0, "hardware": "h", "dtype": "float32"}
+    config = exits_config(exit_layers=(2, 3), training={**training, "options": options})
+    assert "Hardly better than chance (AUROC): calm at exit layer 2 (0.520)" in model_card(config, evaluation)
