@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +13,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import page, plots, statistics
 from dynamax_lm_eval.reports.options import ReportOptions
+from dynamax_lm_eval.reports.paired import against_full
 from dynamax_lm_eval.sweep.files import missing_points
 from dynamax_lm_eval.sweep.results import TaskResults, read, tidy
 
@@ -72,7 +73,13 @@ def _write(
     options: ReportOptions,
     missing: Sequence[str],
 ) -> None:
-    table = tidy(results)
+    pairs = {
+        (task.backbone, task.task): {
+            metric: against_full(task, metric, options.draws, options.seed) for metric in task.metrics
+        }
+        for task in results
+    }
+    table = _with_pairs(tidy(results), pairs)
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
     parts = ["# Early exits: score against compute\n"]
@@ -85,9 +92,33 @@ def _write(
                 files = plots.plot(task, metric, output / plots.file_stem(task, metric))
                 logger.info("%s: %s", task.title, files[0])
                 parts += _figure(task, metric, files[0].name, options)
+        found = pairs[task.backbone, task.task][metrics[task.task]]
+        if len(found):
+            parts += [
+                f"### Against the full model, {metrics[task.task].partition(',')[0]}\n",
+                "On the same documents, with 95 % intervals; p-values by McNemar's exact test or a paired bootstrap, "
+                "and corrected over these points by Holm's method:\n",
+                _markdown(found),
+            ]
         parts += ["### All points\n", _markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
-    write_text(output / "report.html", page.render(results, metrics, options.samples, missing))
+    write_text(output / "report.html", page.render(results, metrics, options.samples, missing, pairs))
+
+
+def _with_pairs(table: pd.DataFrame, pairs: Mapping[tuple[str, str], Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
+    """Returns the table of points with the comparisons against the full model beside each score."""
+    found = [
+        one.assign(backbone=backbone, task=task, metric=metric.partition(",")[0], filter=metric.partition(",")[2])
+        for (backbone, task), of_task in pairs.items()
+        for metric, one in of_task.items()
+        if len(one)
+    ]
+    if not found:
+        return table
+    names = {"difference": "score_difference", "low": "difference_low", "high": "difference_high"}
+    names |= {"vs_full_low": "compute_vs_full_low", "vs_full_high": "compute_vs_full_high"}
+    joined = pd.concat(found).drop(columns="vs_full").rename(columns=names)
+    return table.merge(joined, how="left", on=["backbone", "task", "point", "metric", "filter"])
 
 
 def _token_limits(text: str | None) -> dict[str, float]:

@@ -29,6 +29,9 @@ class ReportOptions:
             "number, or task=number pairs separated by commas; default: any share will do"
         },
     )
+    draws: int = field(
+        default=10_000, metadata={"help": "draws of documents for comparisons with the full model; 0 leaves these out"}
+    )
     bootstrap: int = field(default=1000, metadata={"help": "draws of documents for intervals"})
     seed: int = field(default=0, metadata={"help": "of these draws"})
     samples: int = field(default=12, metadata={"help": "documents shown per point on the page"})

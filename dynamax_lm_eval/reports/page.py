@@ -8,17 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from dynamax_lm_eval.reports.plots import COLOURS, coordinates
 from dynamax_lm_eval.reports.statistics import AXES, front
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
+#: By backbone and task, then by metric.
+Pairs = Mapping[tuple[str, str], Mapping[str, pd.DataFrame]]
 _ASSETS = Path(__file__).parent / "assets"
 #: Characters of a prompt's end that are shown.
 _PROMPT_SHOWN = 300
 
 
 def render(
-    results: Sequence[TaskResults], first_metrics: Mapping[str, str], samples: int, missing: Sequence[str] = ()
+    results: Sequence[TaskResults],
+    first_metrics: Mapping[str, str],
+    samples: int,
+    missing: Sequence[str] = (),
+    pairs: Pairs | None = None,
 ) -> str:
     """Returns the page as a text.
 
@@ -27,6 +35,7 @@ def render(
         first_metrics: the metric that each task begins with.
         samples: documents shown per point.
         missing: names of points that are not finished.
+        pairs: by backbone and task, then by metric: comparisons with the full model.
     """
     from plotly.offline import get_plotlyjs
 
@@ -34,7 +43,10 @@ def render(
         "axes": AXES,
         "colours": COLOURS,
         "missing": list(missing),
-        "tasks": [_task(task, first_metrics[task.task], samples) for task in results],
+        "tasks": [
+            _task(task, first_metrics[task.task], samples, (pairs or {}).get((task.backbone, task.task), {}))
+            for task in results
+        ],
     }
     parts = {
         "STYLE": (_ASSETS / "page.css").read_text(encoding="utf-8"),
@@ -89,7 +101,7 @@ def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
     return list(zip(pieces, by_token, strict=True))
 
 
-def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
+def _task(task: TaskResults, metric: str, samples: int, pairs: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     return {
         "title": task.title,
         "documents": len(task.full.samples),
@@ -100,6 +112,9 @@ def _task(task: TaskResults, metric: str, samples: int) -> dict[str, Any]:
         "lines": [*task.series()],
         "points": [_point(task, point, samples) for point in task.points],
         "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
+        "pairs": {
+            name: {row["point"]: row for row in table.to_dict("records")} for name, table in pairs.items() if len(table)
+        },
     }
 
 

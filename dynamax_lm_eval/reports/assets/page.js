@@ -84,7 +84,8 @@ function nameLines(ends, traces) {
 
 function drawTable() {
   const shown = task(), metric = byId("metric").value;
-  const columns = ["point", shown.metrics[metric], "±", ...Object.values(data.axes), "mean exit layer", "tokens", "repeating",
+  const pairs = shown.pairs[metric] ?? {};
+  const columns = ["point", shown.metrics[metric], "±", "minus full model", "p (Holm)", ...Object.values(data.axes), "mean exit layer", "tokens", "repeating",
     "same texts", "ROUGE-L"];
   const head = element("tr");
   head.append(...columns.map((text) => element("th", text, { scope: "col" })));
@@ -94,12 +95,14 @@ function drawTable() {
       { type: "button" });
     button.addEventListener("click", () => choose(point.name));
     name.append(button);
-    const cells = [number(point.scores[metric][0]), number(point.scores[metric][1]),
+    const pair = pairs[point.name];
+    const difference = pair ? `${number(pair.difference)} [${number(pair.low)}, ${number(pair.high)}]` : "";
+    const cells = [number(point.scores[metric][0]), number(point.scores[metric][1]), difference, pair ? number(pair.p_holm) : "",
       ...Object.keys(data.axes).map((axis) => number(point.at[axis])), number(point.mean_exit_layer, 1), number(point.tokens, 1),
       number(point.degenerate, 2), number(point.consistency.consistency_exact), number(point.consistency.consistency_rouge_l)];
     row.append(name, ...cells.map((text) => element("td", text)));
     row.classList.toggle("invalid", !point.valid);
-    if (!point.valid) row.title = "too many of its texts repeat themselves; left out of the lines";
+    if (!point.valid) row.title = "too many of its texts repeat themselves or hit the token limit; left out of the lines";
     return row;
   });
   const table = byId("points"), top = element("thead"), rest = element("tbody");

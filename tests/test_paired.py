@@ -1,0 +1,86 @@
+"""Points against the full model: tests and intervals that are right where the truth is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers_harness import point
+from scipy.stats import binom
+
+from dynamax_lm_eval.reports.paired import against_full, holm
+from dynamax_lm_eval.sweep.results import TaskResults
+
+
+def results(full: Any, *others: Any, macs: Any = None) -> TaskResults:
+    """Results whose documents have these scores, and this compute by point."""
+    columns = [[float(value) for value in column] for column in (full, *others)]
+    points = [
+        point(f"p{i}", "line", column, 1.5 if i else 1.0, "exits" if i else "full") for i, column in enumerate(columns)
+    ]
+    for one, own in zip(points, macs or (), strict=False):
+        for sample, value in zip(one.samples, own, strict=True):
+            sample["macs"] = {**sample["macs"], "total": float(value)}
+    return TaskResults("b", "t", points)
+
+
+def test_mcnemar_by_hand() -> None:
+    full = [1] * 12 + [0] * 8
+    worse = [1] * 5 + [0] * 7 + [1] + [0] * 7  # seven lost, one won
+    (row,) = against_full(results(full, worse), "acc,none", 200).to_dict("records")
+    assert row["test"] == "McNemar"
+    assert row["difference"] == pytest.approx(-6 / 20)
+    assert row["p_value"] == pytest.approx(2 * binom.cdf(1, 8, 0.5))
+    (same,) = against_full(results(full, full), "acc,none", 200).to_dict("records")
+    assert (same["difference"], same["p_value"], same["low"], same["high"]) == (0, 1, 0, 0)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_no_more_than_the_level_is_found_where_there_is_nothing() -> None:
+    rng = np.random.default_rng(0)
+    found = {"score": [], "answer": []}  # type: dict[str, list[float]]
+    for seed in range(300):
+        n = 80
+        quality = rng.normal(size=n)
+        full, own = quality + rng.normal(size=n), quality + rng.normal(size=n)
+        found["score"].append(float(against_full(results(full, own), "acc,none", 400, seed)["p_value"][0]))
+        answers = results((full > 0).astype(int), (own > 0).astype(int))
+        found["answer"].append(float(against_full(answers, "acc,none", 2, seed)["p_value"][0]))
+    for p_values in found.values():
+        assert np.mean(np.asarray(p_values) < 0.05) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for seed in range(300):
+        full = rng.normal(size=100)
+        own = full + 0.2 + rng.normal(scale=0.5, size=100)
+        (row,) = against_full(results(full, own), "acc,none", 400, seed).to_dict("records")
+        covered += row["low"] <= 0.2 <= row["high"]
+    assert covered / 300 > 0.95 - 4 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_what_is_there_is_found_and_corrected_over_the_grid() -> None:
+    rng = np.random.default_rng(2)
+    full = rng.normal(size=200)
+    points = [full + rng.normal(scale=0.3, size=200) - shift for shift in (0.5, 0.0, 0.0, 0.0)]
+    table = against_full(results(full, *points), "acc,none", 2000)
+    assert table["p_holm"].tolist() == holm(table["p_value"].tolist())
+    assert table["p_holm"][0] < 0.01 and (table["p_holm"][1:] > 0.05).all()
+    assert len(against_full(results(full, *points), "acc,other", 0)) == 0
+
+
+def test_compute_against_the_full_run_has_its_interval() -> None:
+    rng = np.random.default_rng(3)
+    macs = [rng.uniform(50, 150, 100), rng.uniform(40, 120, 100)]
+    (row,) = against_full(results(np.zeros(100), np.zeros(100), macs=macs), "acc,none", 2000).to_dict("records")
+    assert row["vs_full"] == pytest.approx(macs[0].sum() / macs[1].sum())
+    assert row["vs_full_low"] < row["vs_full"] < row["vs_full_high"]
+    assert row["vs_full_high"] - row["vs_full_low"] == pytest.approx(0.2, abs=0.08)
