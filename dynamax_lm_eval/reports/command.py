@@ -54,8 +54,6 @@ def report(options: ReportOptions) -> Path:
     output = Path(options.output).expanduser() if options.output else folders[0] / "report"
     check_writable(output, "--output: the folder", "choose another")
     missing = [name for folder in folders for name in missing_points(folder)]
-    if missing:
-        logger.warning("%d points are not finished and left out: %s", len(missing), ", ".join(missing))
     with naming(output):
         _write(output, results, metrics, options, missing)
     return output

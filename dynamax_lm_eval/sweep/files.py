@@ -51,15 +51,15 @@ def finished_points(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: one of them is damaged.
     """
-    open_points = [path.parent for path in folder.rglob(RESPONSES_NAME) if not (path.parent / POINT_NAME).is_file()]
-    if open_points and not list(folder.rglob(GRID_NAME)):  # else missing_points tells
-        names = ", ".join(sorted(path.name for path in open_points)[:3])
-        logger.warning("%s: %d points are not finished and left out (%s, ...)", folder, len(open_points), names)
+    if missing := missing_points(folder):
+        logger.warning("%s: %d points are not finished and left out: %s", folder, len(missing), ", ".join(missing))
     return [{**POINT.read(path), "folder": path.parent} for path in sorted(folder.rglob(POINT_NAME))]
 
 
 def missing_points(folder: Path) -> list[str]:
     """Returns the names of the points that the sweeps in or below a folder have not finished yet.
+
+    Sweeps of earlier releases have no list of their points; of these, those that have begun to answer.
 
     Raises:
         UserError: a list of points is damaged.
@@ -68,6 +68,9 @@ def missing_points(folder: Path) -> list[str]:
     for path in sorted(folder.rglob(GRID_NAME)):
         names = GRID.read(path)["points"]
         missing += [name for name in names if not (point_folder(path.parent, name) / POINT_NAME).is_file()]
+    if not missing:
+        begun = (path.parent for path in folder.rglob(RESPONSES_NAME))
+        missing = sorted(path.name for path in begun if not (path / POINT_NAME).is_file())
     return missing
 
 
