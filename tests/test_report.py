@@ -185,6 +185,27 @@ def test_points_that_are_not_finished_are_named(swept: Path, tmp_path: Path, cap
     assert page_data(folder / "report")["missing"] == names.split(", ")
 
 
+def test_answers_that_rounding_alone_changed_are_told_apart(swept: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(swept, tmp_path / "sweep")
+    shutil.rmtree(folder / "report", ignore_errors=True)
+    (point,) = [point for point in finished_points(folder) if point["point"] == "state-skip-0.6"]
+    data = json.loads((point["folder"] / point["results"]).read_text(encoding="utf-8"))
+    path = point["folder"] / point["samples"]["tiny_generate"]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines[0]["resps"][0][0] = "another text"
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    for histogram, expected in (({"6": 40}, True), ({"2": 1, "6": 39}, False)):
+        data["compute"]["by_task"]["tiny_generate"]["exit_histogram"] = histogram
+        (point["folder"] / point["results"]).write_text(json.dumps(data))
+        vouch_for_nothing(point["folder"])
+        report(ReportOptions([str(folder)], bootstrap=20, draws=20))
+        table = pd.read_csv(folder / "report" / "points.csv")
+        found = table[(table["point"] == "state-skip-0.6") & (table["task"] == "tiny_generate")]["only_rounding"]
+        assert set(found) == {expected}
+        text = (folder / "report" / "report.md").read_text(encoding="utf-8")
+        assert ("No token left early under state-skip-0.6" in text) == expected
+
+
 def test_texts_may_hold_any_line_separator(swept: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     shutil.copytree(swept, folder)

@@ -98,6 +98,12 @@ def _write(
                 "and corrected over these points by Holm's method:\n",
                 _markdown(found),
             ]
+        if rounded := [point.name for point in task.points if point.only_rounding]:
+            parts.append(
+                f"No token left early under {', '.join(rounded)}, and still some answers are not the full model's: "
+                "that is rounding, which depends on what else is in a batch, and how far other points can be told from "
+                "the full model. `dtype=float32` makes it small.\n"
+            )
         parts += ["### All points\n", _markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
     write_text(output / "report.html", page.render(results, metrics, options.samples, missing, pairs))

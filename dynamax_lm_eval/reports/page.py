@@ -125,6 +125,7 @@ def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any
         "line": point.series,
         "value": point.x,
         "valid": point.valid,
+        "only_rounding": point.only_rounding,
         "scores": point.scores,
         "at": {axis: task.reduction(point, axis) for axis in AXES},
         "degenerate": point.compute["degenerate_rate"],

@@ -54,6 +54,9 @@ class PointResult:
     #: Similarity to the full model's answers: name -> one number per document.
     similarity: dict[str, list[float]] = field(default_factory=dict)
     valid: bool = True
+    #: No token left early and no block was pruned, and still some answers are not the full model's: what other rows in
+    #: a batch do to rounding.
+    only_rounding: bool = False
 
     @property
     def consistency(self) -> dict[str, float]:
@@ -186,6 +189,7 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "state_mode": point.policy["state_mode"] if point.kind == "exits" else None,
                 "documents": len(point.samples),
                 "valid": point.valid,
+                "only_rounding": point.only_rounding,
             }
             compute = {
                 **{name: point.compute[name] for name in ("compute_reduction", "compute_reduction_stderr")},
@@ -284,6 +288,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def _is_full_depth(point: PointResult) -> bool:
+    """Returns whether every eligible token of a point ran all blocks."""
+    depth = str(point.policy.get("num_layers"))
+    return point.kind == "exits" and set(point.compute.get("exit_histogram", {})) <= {depth}
+
+
 def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: float, max_token_limit: float) -> None:
     """Puts into points their similarity to the full model's answers, and whether they are valid."""
     usual = full.compute.get("degenerate_rate") or 0.0
@@ -294,5 +304,6 @@ def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: f
             spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
             point.scores[name] = (float(np.mean(values)), spread)
         point.valid = (point.compute.get("degenerate_rate") or 0.0) <= usual + max_degenerate
+        point.only_rounding = _is_full_depth(point) and any(min(values) < 1 for values in similarity.values())
         if point is not full:
             point.valid &= (point.compute.get("token_limit_share") or 0.0) <= max_token_limit

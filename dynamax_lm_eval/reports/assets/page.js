@@ -102,6 +102,7 @@ function drawTable() {
       number(point.degenerate, 2), number(point.consistency.consistency_exact), number(point.consistency.consistency_rouge_l)];
     row.append(name, ...cells.map((text) => element("td", text)));
     row.classList.toggle("invalid", !point.valid);
+    if (point.only_rounding) row.title = "no token left early; answers that differ from the full model's do so by rounding";
     if (!point.valid) row.title = "too many of its texts repeat themselves or hit the token limit; left out of the lines";
     return row;
   });
