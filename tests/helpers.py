@@ -61,7 +61,7 @@ def tiny_config(family: str, num_layers: int = LAYERS) -> Any:
     config = _CONFIGS[family]()
     if num_layers != LAYERS:
         config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
+        if "layer_types" in vars(config) and config.layer_types:
             config.layer_types = config.layer_types[:1] * num_layers
     return config
 

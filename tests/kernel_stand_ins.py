@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cudalike import as_one_kernel
 from helpers_engine import KernelsOnCpu
 from torch import Tensor
 
@@ -105,3 +106,10 @@ def _conv_update(
 
 
 STAND_INS = KernelsOnCpu(_chunk_scan, _state_update, _gated_norm, ConvKernels(_conv, _conv_update))
+#: The same where launches are counted: as many as kernels would be launched for a step.
+COUNTED_STAND_INS = KernelsOnCpu(
+    _chunk_scan,
+    as_one_kernel(_state_update),
+    as_one_kernel(_gated_norm),
+    ConvKernels(_conv, as_one_kernel(_conv_update)),
+)

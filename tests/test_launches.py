@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cudalike import CudaTensor, counting, cuda_like, on_cuda
 from helpers import random_ids, tiny_config
 from helpers_engine import FULL, run_score
 from helpers_segments import ReplayedGraphs
+from kernel_stand_ins import COUNTED_STAND_INS
 from transformers import AutoModelForCausalLM
 
 from dynamax_lm_eval.backbones import make_backbone, segments
@@ -31,6 +33,7 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: Most operations of a block; Qwen3 normalises queries and keys too.
 OF_A_BLOCK = {"llama": 18, "mistral": 18, "qwen2": 18, "qwen3": 21}
+OF_A_BLOCK_OF_MAMBA = 8
 PROMPT, NEW_TOKENS = 7, 10
 #: The steps that are counted: two, because rows that leave in one stay in the next; graphs were captured before them.
 STEPS = (6, 7)
@@ -82,7 +85,11 @@ class Decoding:
             on_device = None if classifiers is None else on_cuda(classifiers)
             if on_device is not None:
                 on_device.narrow(torch.bfloat16)
-            engine = Engine(make_backbone(on_cuda(model), max_length=64), on_device)
+            backbone: Any = make_backbone(on_cuda(model), max_length=64)
+            if family == "mamba2":
+                for block in backbone.blocks:
+                    block.mixer.kernels = COUNTED_STAND_INS
+            engine = Engine(backbone, on_device)
             if static:
                 patch.setattr(segments, "Graphs", ReplayedGraphs)
                 engine.use_segments(None)
@@ -165,6 +172,17 @@ def test_a_step_asks_no_more_than_this(family: str, case: tuple[str, int, bool])
     assert few.uploads == many.uploads <= most_uploads
     assert few.blocking_uploads == many.blocking_uploads == 0
     assert few.read_backs == many.read_backs <= (1 if exits == "none" else 3)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] in ("none", "state")])
+def test_a_block_of_mamba_asks_no_more_than_this(case: tuple[str, int, bool]) -> None:
+    """Where mamba-ssm and causal-conv1d have kernels for it: its convolution, its state and its norm are one each."""
+    exits, num_rows, leave = case
+    few, many = (Decoding("mamba2", depth, num_rows, exits, leave).step for depth in (4, 8))
+    assert (many.launches - few.launches) / 4 <= OF_A_BLOCK_OF_MAMBA
+    assert few.uploads == many.uploads
+    assert few.blocking_uploads == many.blocking_uploads == 0
+    assert few.read_backs == many.read_backs
 
 
 #: Most operations of a step, most copies to the device, and most values read back, where graphs replay the blocks.
