@@ -139,8 +139,15 @@ def test_exits_are_those_of_the_reference(group: str, mode: Any) -> None:
     assert exited > 0
 
 
-@pytest.mark.parametrize("group", [group for group in ARCHITECTURES if group != "inputs per block and shared K and V"])
-@pytest.mark.parametrize("changes", [{"pruned_blocks": frozenset({4, 6})}, {"final_block": True}])
+@pytest.mark.parametrize(
+    ("group", "changes"),
+    [
+        pytest.param(group, changes, marks=[] if pruned or group in QUICK else [pytest.mark.slow])
+        for group in ARCHITECTURES
+        if group != "inputs per block and shared K and V"
+        for pruned, changes in ((True, {"pruned_blocks": frozenset({4, 6})}), (False, {"final_block": True}))
+    ],
+)
 def test_pruned_and_final_blocks(group: str, changes: dict[str, Any]) -> None:
     model, engine = architecture(group), engine_of(group)
     exits = (2, 3)

@@ -134,8 +134,9 @@ class TestEnergy:
 
     @pytest.fixture
     def library(self, monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-        """NVML with the functions that are called: two GPUs, and millijoules of each."""
+        """NVML with the functions that are called: two GPUs in another order than torch's, and millijoules of each."""
         counters = {0: 5_000, 1: 70_000}
+        uuids = ["0000aaaa", "1111bbbb"]
 
         class NVMLError(Exception):
             pass
@@ -143,24 +144,24 @@ class TestEnergy:
         fake = SimpleNamespace(
             NVMLError=NVMLError,
             nvmlInit=lambda: None,
-            nvmlDeviceGetHandleByIndex=lambda index: ("handle", index),
+            nvmlDeviceGetHandleByUUID=lambda uuid: ("handle", uuids.index(uuid.removeprefix("GPU-"))),
             nvmlDeviceGetTotalEnergyConsumption=lambda handle: counters[handle[1]],
         )
         monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
+        properties = [SimpleNamespace(uuid=uuid) for uuid in reversed(uuids)]
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
         return counters
 
-    def test_gpus(self, library: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    def test_gpus(self, library: dict[int, int]) -> None:
         meter = EnergyMeter.on([torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 0)])
         with meter.counting():
             library[0] += 1_500
             library[1] += 500
         assert (meter.source, meter.joules) == ("nvml", 2.0)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         only = EnergyMeter.on([torch.device("cuda", 0)])
         with only.counting():
             library[1] += 250
-        assert only.joules == 0.25, "NVML counts all GPUs of the machine"
+        assert only.joules == 0.25, "torch's first is NVML's second"
 
     def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pynvml", None)

@@ -77,7 +77,7 @@ def test_generation_equals_the_reference(family: str, mode: Any) -> None:
     assert exited > 0
 
 
-@pytest.mark.parametrize("scope", ["generated", "all"])
+@pytest.mark.parametrize("scope", [pytest.param("generated", marks=pytest.mark.slow), "all"])
 @with_modes("llama", "mistral", "qwen3", "gpt_neox", "gemma3", *MAMBAS)
 def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, scope: Any) -> None:
     model = tiny_model(family)

@@ -174,7 +174,14 @@ def test_a_step_asks_no_more_than_this(family: str, case: tuple[str, int, bool])
     assert few.read_backs == many.read_backs <= (1 if exits == "none" else 3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] in ("none", "state")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("none", 16, False),
+        ("state", 16, True),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in (("none", 1, False), ("state", 1, True))),
+    ],
+)
 def test_a_block_of_mamba_asks_no_more_than_this(case: tuple[str, int, bool]) -> None:
     """Where mamba-ssm and causal-conv1d have kernels for it: its convolution, its state and its norm are one each."""
     exits, num_rows, leave = case

@@ -201,7 +201,15 @@ def test_prefixes_whose_tokens_leave_and_come_back_for_the_last_block(run: Any, 
     assert runs
 
 
-@pytest.mark.parametrize(("pruned", "final_block"), [((6,), False), ((6,), True), ((1,), False), ((3, 4, 6), False)])
+@pytest.mark.parametrize(
+    ("pruned", "final_block"),
+    [
+        pytest.param((6,), False, marks=pytest.mark.slow),
+        ((6,), True),
+        pytest.param((1,), False, marks=pytest.mark.slow),
+        ((3, 4, 6), False),
+    ],
+)
 @with_modes("llama", "phi3", "mamba2")
 def test_prefixes_whose_tokens_leave_before_pruned_blocks(
     family: str, mode: Any, pruned: tuple[int, ...], final_block: bool

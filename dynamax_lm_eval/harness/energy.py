@@ -7,7 +7,6 @@ whatever else runs there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +80,9 @@ class _Nvml:
 
     def __init__(self, library: Any, index: int) -> None:
         self._library = library
-        self._handle = library.nvmlDeviceGetHandleByIndex(index)
+        # torch and NVML number GPUs in orders of their own (CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER).
+        uuid = torch.cuda.get_device_properties(index).uuid
+        self._handle = library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         self.read()  # older GPUs have none
 
     def read(self) -> int:
@@ -112,12 +113,6 @@ def _nvml(indices: list[int]) -> tuple[list[Any], str | None]:
         return [], "GPUs' counters need the package nvidia-ml-py"
     try:
         pynvml.nvmlInit()
-        return [_Nvml(pynvml, _physical(index)) for index in indices], None
+        return [_Nvml(pynvml, index) for index in indices], None
     except pynvml.NVMLError as error:
         return [], f"NVML cannot be read ({error})"
-
-
-def _physical(index: int) -> int:
-    """Returns the number of a GPU as NVML counts them, without regard to CUDA_VISIBLE_DEVICES."""
-    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
-    return int(visible[index]) if index < len(visible) and visible[index].isdigit() else index
