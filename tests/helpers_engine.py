@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import LAYERS, MAMBAS, random_ids, tiny_model
-from reference import reference_generate
+from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
@@ -193,3 +193,24 @@ def reference_of_all(family: str, policy: ExitPolicy) -> tuple[ExitPolicy, list[
         if is_separated(*(row for _, row in expected)):
             return candidate, expected
     pytest.fail("every threshold is next to a confidence")
+
+
+def assert_scored_as_one_by_one(family: str, policy: ExitPolicy) -> int:
+    """Scores ``PROMPTS`` with continuations in batches and one token after the other; returns how many tokens left.
+
+    At thresholds that no confidence is next to.
+    """
+    model = tiny_model(family)
+    pairs = [(prompt, random_ids(9, 70 + i)) for i, prompt in enumerate(PROMPTS)]
+    # Of this many tokens, some are next to almost any threshold.
+    for candidate in separated_policies(model, policy, PROMPTS[0]):
+        expected = [reference_score(model, candidate, *pair) for pair in pairs]
+        if is_separated(*(row for _, row in expected), by=3e-5):
+            break
+    else:
+        pytest.fail("every threshold is next to a confidence")
+    for (scores, row), result in zip(expected, run_score(engine_for(family), candidate, pairs, 3), strict=True):
+        first = candidate.first_eligible_position(result.trace.prompt_tokens)
+        assert list(result.trace.exit_layers) == row.layers[first:]
+        assert [line[0] for line in result.log_probs] == pytest.approx(scores, abs=1e-4)
+    return sum(layer < LAYERS for _, row in expected for layer in row.layers)

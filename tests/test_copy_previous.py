@@ -11,6 +11,7 @@ from helpers import LAYERS, random_ids, tiny_model
 from helpers_engine import (
     CLASSIFIERS,
     PROMPTS,
+    assert_scored_as_one_by_one,
     classifier_policy,
     engine_for,
     is_separated,
@@ -18,10 +19,9 @@ from helpers_engine import (
     policy_of,
     run_generate,
     run_score,
-    separated_policies,
     separated_policy,
 )
-from reference import Reference, reference_generate, reference_score
+from reference import Reference, reference_generate
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.transformer.previous import turned
@@ -55,21 +55,7 @@ def test_generation_equals_the_reference(family: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize("changes", [{}, {"exit_scope": "all"}, {"exit_scope": "all", "final_block": True}])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, changes: dict[str, Any]) -> None:
-    model = tiny_model(family)
-    pairs = [(prompt, random_ids(9, 70 + i)) for i, prompt in enumerate(PROMPTS)]
-    for policy in separated_policies(model, make_policy(**changes), PROMPTS[0]):
-        expected = [reference_score(model, policy, *pair) for pair in pairs]
-        if is_separated(*(row for _, row in expected), by=3e-5):
-            break
-    else:
-        pytest.fail("every threshold is next to a confidence")
-    left = 0
-    for (scores, row), result in zip(expected, run_score(engine_for(family), policy, pairs, 3), strict=True):
-        first = policy.first_eligible_position(result.trace.prompt_tokens)
-        assert list(result.trace.exit_layers) == row.layers[first:]
-        assert [line[0] for line in result.log_probs] == pytest.approx(scores, abs=1e-4)
-        left += sum(layer < LAYERS for layer in row.layers)
-    assert left > 10
+    assert assert_scored_as_one_by_one(family, make_policy(**changes)) > 10
 
 
 def test_rows_of_all_modes_in_one_batch() -> None:

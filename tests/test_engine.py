@@ -13,16 +13,16 @@ from helpers_engine import (
     MODES,
     NEW_TOKENS,
     PROMPTS,
+    assert_scored_as_one_by_one,
     engine_for,
     is_separated,
     model_scores,
     run_generate,
     run_score,
-    separated_policies,
     separated_policy,
     with_modes,
 )
-from reference import reference_generate, reference_score
+from reference import reference_generate
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine.engine import Engine
@@ -80,8 +80,6 @@ def test_generation_equals_the_reference(family: str, mode: Any) -> None:
 @pytest.mark.parametrize("scope", [pytest.param("generated", marks=pytest.mark.slow), "all"])
 @with_modes("llama", "mistral", "qwen3", "gpt_neox", "gemma3", *MAMBAS)
 def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, scope: Any) -> None:
-    model = tiny_model(family)
-    pairs = [(prompt, random_ids(9, 70 + i)) for i, prompt in enumerate(PROMPTS)]
     exited = 0
     for confidence in ("softmax", "entropy", "state"):
         policy = ExitPolicy(
@@ -92,18 +90,7 @@ def test_scoring_in_parallel_equals_feeding_one_by_one(family: str, mode: Any, s
             state_mode=mode,
             exit_scope=scope,  # type: ignore[arg-type]
         )
-        # Of this many tokens, some are next to almost any threshold.
-        for candidate in separated_policies(model, policy, PROMPTS[0]):
-            expected = [reference_score(model, candidate, *pair) for pair in pairs]
-            if is_separated(*(row for _, row in expected), by=3e-5):
-                break
-        else:
-            pytest.fail("every threshold is next to a confidence")
-        for (scores, row), result in zip(expected, run_score(engine_for(family), candidate, pairs, 3), strict=True):
-            first = candidate.first_eligible_position(result.trace.prompt_tokens)
-            assert list(result.trace.exit_layers) == row.layers[first:]
-            assert [line[0] for line in result.log_probs] == pytest.approx(scores, abs=1e-4)
-            exited += sum(layer < LAYERS for layer in row.layers)
+        exited += assert_scored_as_one_by_one(family, policy)
     assert exited > 0
 
 
