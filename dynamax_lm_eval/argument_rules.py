@@ -26,6 +26,7 @@ def check_given(parsed: Mapping[str, Any], passed_on: Mapping[str, Any]) -> None
     if parsed.get("prune_scope") == "generated" and not parsed.get("prune_layers"):
         raise UserError("prune_scope=generated has no effect without prune_layers; add it, or remove prune_scope")
     _check_rows_in_flight(parsed, passed_on.get("batch_size", 1))
+    _check_verify(parsed)
 
 
 def check_full_prompt(arguments: Mapping[str, Any]) -> None:
@@ -74,6 +75,37 @@ def _check_pruning(strategy: str | None, profile: str | None, layers: int | tupl
         raise UserError("prune_profile has no effect without prune_strategy=angular; add it, or remove prune_profile")
     if strategy is not None and (not isinstance(layers, int) or layers == 0):
         raise UserError(f"prune_strategy={strategy} needs prune_layers=N, the number of blocks that it chooses")
+
+
+def _check_verify(parsed: Mapping[str, Any]) -> None:
+    """What is verified is the full model's text, so nothing may change that, and nothing can be lost by it."""
+    if not parsed.get("verify"):
+        if "verify_tokens" in parsed:
+            raise UserError("verify_tokens has no effect without verify=true; add it, or remove verify_tokens")
+        return
+    needless = {
+        "state_mode": "tokens that left run the blocks that they skipped, so no state stands in for theirs",
+        "rows_in_flight": "a row's drafts go on with the row",
+        "certificate": "a certificate bounds a loss, and there is none",
+        "target_reduction": "nothing is saved that could be held",
+        "target_latency_ms": "thresholds that move are for answers that stand",
+    }
+    changing = {
+        "prune_layers": bool(parsed.get("prune_layers")),
+        "prompt_exit_layer": parsed.get("prompt_exit_layer") is not None,
+        "exit_scope=all": parsed.get("exit_scope") == "all",
+        "final_block": bool(parsed.get("final_block")),
+        "preset": parsed.get("preset") is not None,
+    }
+    for name, reason in needless.items():
+        if parsed.get(name) is not None:
+            raise UserError(f"verify=true and {name} exclude each other: {reason}; remove one of them")
+    for name, given in changing.items():
+        if given:
+            raise UserError(
+                f"verify=true and {name} exclude each other: the full model, whose text it gives, has nothing of that "
+                "kind; remove one of them"
+            )
 
 
 def _check_rows_in_flight(parsed: Mapping[str, Any], batch_size: Any) -> None:

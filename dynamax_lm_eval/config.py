@@ -88,7 +88,8 @@ class DynamaxArgs:
         values.whole(2),
         "`softmax` and `entropy` are made of the logits of so many tokens: those of the row's prompt, and the lowest "
         "ids, which are the frequent ones of most tokenizers. An evaluation then reads so many rows of the LM head; "
-        "tokens are still chosen from all ([what that changes](docs/search.md#a-part-of-the-vocabulary))",
+        "tokens are still chosen from all ([what that changes](docs/search.md#a-part-of-the-vocabulary)). With "
+        "`verify`, drafts are chosen from them, whatever the confidence",
         shown="all tokens",
     )
     exit_layers: tuple[int, ...] | None = values.argument(
@@ -242,6 +243,22 @@ class DynamaxArgs:
         "stay where they are, which a GPU replays as a CUDA graph; answers do not depend on it. `auto`: on a GPU; "
         "`true`: on a CPU too, where the same calls run without graphs. The result file counts what ran so",
         shown="`auto`",
+    )
+    verify: bool = values.argument(
+        False,
+        values.flag,
+        "tokens that exit are drafts: the blocks that they skipped run later, several tokens in one pass, and what the "
+        "full model chooses there stands. Texts and scores are the full model's; exits save time and no compute "
+        "([docs/verified.md](docs/verified.md))",
+        shown="false",
+        vary=True,
+    )
+    verify_tokens: int | None = values.argument(
+        None,
+        values.whole(1),
+        "most tokens that a row drafts before the full model verifies them",
+        shown="8",
+        vary=True,
     )
     degenerate_ngram: int = values.argument(
         8,

@@ -71,6 +71,8 @@ class RowLayout:
     exit_layers: tuple[int, ...]  # every layer at which some row may exit
     final_block: BoolArray  # (R,) rows whose tokens run block L after an exit
     prunes_from: IntArray  # (R,)
+    #: (N,) how many tokens of its row before each of them may yet be taken back; None: none of any row.
+    drafted: IntArray | None = None
 
     def runs(self, tokens: IntArray, blocks: int | slice) -> BoolArray:
         """Returns whether tokens (t,) have no pruned block there, (t,); for several blocks (t, blocks)."""
@@ -143,6 +145,16 @@ class States(ABC):
     @abstractmethod
     def forget(self, num_tokens: int) -> None:
         """Drops the states that are kept of a prefix of ``num_tokens`` tokens."""
+
+    def settle(self, slot: int, kept: int | None) -> None:  # noqa: B027 (what is addressed by position is overwritten)
+        """Takes a row back to after the first ``kept`` of its drafted tokens, or keeps all; none are drafts then.
+
+        All of them have run every block. Only where ``Backbone.takes_back``.
+
+        Args:
+            slot: of the row.
+            kept: at least 1; None: all.
+        """
 
 
 class KeptInRows(States):
@@ -245,6 +257,8 @@ class Backbone(ABC):
     rung: str
     #: Whether a pass may begin at any block with the hidden states of tokens that have run through those before it.
     resumes = False
+    #: Whether tokens that left may go on in a later pass, in which their row may be taken back to before some of them.
+    takes_back = False
     #: The model of transformers, without adapters around it.
     model: Any
     num_layers: int

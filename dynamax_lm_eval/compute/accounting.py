@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dynamax_lm_eval.compute.cost import BackboneCost, ExitCost
+from dynamax_lm_eval.compute.verified import VerifiedTrace, cost_of
 
 #: Version of the accounting rules; raise it when a number changes its meaning.
 ACCOUNTING = "dynamax-macs-1"
@@ -30,9 +32,11 @@ class Trace:
         fed_tokens: tokens that went through the model, the prompt included; positions 0..fed_tokens-1.
         num_output_tokens: tokens that logits gave: generated, or scored. Logits of position prompt_tokens-1 gave
             the first.
-        exit_layers: for each eligible token in order of position, the number of blocks that ran.
+        exit_layers: for each eligible token in order of position, the number of blocks that ran; where exits are
+            drafts, before it was drafted from.
         generated: whether the tokens were generated (False: scored).
         hit_limit: generation ended because of the token limit.
+        verified: what else was fed and how, where exits are drafts.
     """
 
     prompt_tokens: int
@@ -41,6 +45,7 @@ class Trace:
     exit_layers: tuple[int, ...]
     generated: bool
     hit_limit: bool = False
+    verified: VerifiedTrace | None = None
 
 
 @dataclass
@@ -72,6 +77,13 @@ class ComputeRecord:
     #: The eligible tokens in the paper's unit of one block.
     paper_full: float = 0.0
     paper_spent: float = 0.0
+    #: Tokens that exits drafted, those of them that stand, and how often the full model verified some.
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
+    verifications: int = 0
+    #: Weights of blocks and read-outs that generations would read alone: theirs, and the full model's.
+    weights_read: int = 0
+    full_weights_read: int = 0
     #: Exit layer of every eligible token, one list per response.
     exit_layers: list[list[int]] = field(default_factory=list)
 
@@ -137,6 +149,8 @@ def merge(rows: Iterable[ComputeRecord]) -> ComputeRecord:
 
 def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRecord:
     """Returns what one row cost, as if it ran alone."""
+    if trace.verified is not None:
+        return _account_verified(trace, trace.verified, exit_cost, cost)
     depth, pruned = cost.num_layers, exit_cost.pruned_blocks
     layers = np.asarray(trace.exit_layers, dtype=np.int64)
     full_depth = np.full_like(layers, depth)
@@ -210,6 +224,53 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     overhead += record.adapter_macs + record.lm_head_macs
     record.paper_full = float(depth * len(layers))
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
+    if trace.generated:
+        _add_weights(record, trace, exit_cost, cost, positions, layers)
+    return record
+
+
+def _add_weights(
+    record: ComputeRecord,
+    trace: Trace,
+    exit_cost: ExitCost,
+    cost: BackboneCost,
+    positions: npt.NDArray[np.int64],
+    layers: npt.NDArray[np.int64],
+) -> None:
+    """Adds the weights that a generation alone reads: for its prompt once, and for every token that it feeds after it.
+
+    States of tokens that left are made when a later token runs the block, whose weights are read for that one.
+    """
+    weights = [block.weights for block in cost.blocks]
+    kept = [0 if i in exit_cost.pruned_blocks else value for i, value in enumerate(weights, start=1)]
+    fed = positions >= trace.prompt_tokens
+    blocks = int(np.cumsum([0, *kept])[layers[fed]].sum())
+    if exit_cost.final_block:
+        blocks += int((layers[fed] < cost.num_layers).sum()) * kept[-1]
+    prompt = sum(weights) if exit_cost.prunes_eligible_only else sum(kept)
+    evaluations = exit_cost.evaluations(layers[fed])
+    classifiers = int(np.cumsum([0, *exit_cost.classifier_macs])[evaluations].sum())
+    output_reads = trace.num_output_tokens * cost.lm_head
+    record.weights_read = prompt + blocks + output_reads + classifiers + record.adapter_macs + record.lm_head_macs
+    record.full_weights_read = (1 + trace.fed_tokens - trace.prompt_tokens) * sum(weights) + output_reads
+
+
+def _account_verified(trace: Trace, verified: VerifiedTrace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRecord:
+    """Returns what a row cost whose exits are drafts: the full model's row, with what was spent on its tokens."""
+    depth = cost.num_layers
+    nothing = ExitCost((), (), False, False, frozenset(), exit_cost.first_eligible)
+    full = replace(trace, exit_layers=(depth,) * len(trace.exit_layers), verified=None)
+    record, spent = account(full, nothing, cost), cost_of(verified, exit_cost, cost)
+    record.exit_layers = [list(trace.exit_layers)]
+    record.block_macs, record.classifier_macs = spent.block_macs, spent.classifier_macs
+    record.adapter_macs, record.lm_head_macs = spent.adapter_macs, spent.lm_head_macs
+    record.total_macs += record.spent_macs - record.full_macs
+    overhead = spent.paper_weights + record.adapter_macs + record.lm_head_macs
+    record.paper_spent = depth * len(verified.fed) + overhead / cost.mean_block_weights
+    record.drafted_tokens, record.verifications = verified.drafts, verified.verifications
+    record.accepted_drafts = verified.accepted
+    prompt = sum(block.weights for block in cost.blocks) + cost.lm_head
+    record.weights_read = prompt + spent.weights_read
     return record
 
 

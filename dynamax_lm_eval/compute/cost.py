@@ -141,6 +141,8 @@ class ExitCost:
     state_map_macs: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.
     adapter_macs: tuple[int, ...] = ()
+    #: MACs of the read that gives a draft, beyond what its evaluation read.
+    draft_read_macs: int = 0
     #: Warm-up tokens: tokens that may not exit and that a recurrent classifier sees at every one of these layers.
     warmed_tokens: int = 0
     #: Block L runs for tokens that left, too.

@@ -32,6 +32,9 @@ class RowInput:
         max_steps: most tokens that the row may produce (N of the decaying threshold).
         policy: the row's exit policy.
         vocabulary: the tokens that its confidence looks at; None: all.
+        resumed: for so many tokens at the beginning, which left in earlier passes and may go on, how many blocks each
+            has run.
+        may_exit: whether tokens that are new may leave.
     """
 
     ids: Sequence[int]
@@ -41,6 +44,8 @@ class RowInput:
     max_steps: int
     policy: ExitPolicy
     vocabulary: RowVocabulary | None = None
+    resumed: Sequence[int] = ()
+    may_exit: bool = True
 
 
 class ConfidenceInUse(NamedTuple):
@@ -75,6 +80,10 @@ class FlatBatch:
     forced: dict[int, BoolArray]
     # exit layer -> (N,) tokens that may not exit and that a recurrent classifier there has to see all the same
     warmup_tokens: dict[int, BoolArray]
+    #: (N,) how many blocks each token ran in earlier passes.
+    resumed: IntArray
+    #: (R,) rows whose tokens leave only to go on later.
+    drafts: BoolArray
 
     @classmethod
     def build(cls, rows: Sequence[RowInput]) -> FlatBatch:
@@ -87,6 +96,8 @@ class FlatBatch:
         prompt_lengths = np.asarray([row.prompt_length for row in rows])
         first_eligible = np.asarray([row.policy.first_eligible_position(row.prompt_length) for row in rows])
         steps = positions - first_eligible[row_of]
+        drafts = np.asarray([row.policy.drafts for row in rows])
+        resumed, drafted, may_exit = _drafts(rows, lengths, drafts)
         num_layers = rows[0].policy.num_layers
         runs_block = np.ones((len(rows), num_layers + 1), dtype=np.bool_)
         for i, row in enumerate(rows):
@@ -100,6 +111,7 @@ class FlatBatch:
             exit_layers=tuple(sorted({layer for row in rows for layer in row.policy.used_exits})),
             final_block=np.asarray([row.policy.final_block for row in rows]),
             prunes_from=np.asarray([row.policy.first_pruned_position(row.prompt_length) for row in rows]),
+            drafted=drafted,
         )
         in_use = [ConfidenceInUse.of(row.policy) for row in rows]
         confidences = tuple(dict.fromkeys(use for use in in_use if use is not None))
@@ -108,7 +120,7 @@ class FlatBatch:
             layout=layout,
             policies=tuple(row.policy for row in rows),
             vocabularies=tuple(row.vocabulary for row in rows),
-            thresholds=_thresholds(rows, layout, steps),
+            thresholds=_thresholds(rows, layout, steps, may_exit),
             needs_logits=positions >= prompt_lengths[row_of] - 1,
             eligible=steps >= 0,
             confidences=confidences,
@@ -116,7 +128,9 @@ class FlatBatch:
                 [-1 if use is None else confidences.index(use) for use in in_use], dtype=np.int64
             ),
             forced=_forced(rows, layout),
-            warmup_tokens=_warmup_tokens(rows, layout, steps),
+            warmup_tokens=_warmup_tokens(rows, layout, steps, may_exit, resumed),
+            resumed=resumed,
+            drafts=drafts,
         )
 
     def by_row(self, layers: IntArray) -> list[list[int]]:
@@ -126,6 +140,24 @@ class FlatBatch:
         ends = np.cumsum(counts).tolist()
         return [eligible[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
+    @property
+    def number_in_row(self) -> IntArray:
+        """The number (N,) of each token among those of its row, from 0."""
+        row_of = self.layout.row_of
+        firsts = np.flatnonzero(np.diff(row_of, prepend=-1))
+        number: IntArray = np.arange(len(row_of)) - np.repeat(firsts, np.diff(firsts, append=len(row_of)))
+        return number
+
+    @property
+    def drafted_slots(self) -> dict[int, int]:
+        """The rows, by slot, that feed a token which may be taken back, with the number of that token."""
+        numbers = self.layout.drafted
+        if numbers is None:
+            return {}
+        new = np.flatnonzero((numbers > 0) & (self.resumed == 0))
+        slots = np.asarray(self.layout.slots, dtype=np.int64)[self.layout.row_of[new]]
+        return dict(zip(slots.tolist(), numbers[new].tolist(), strict=True))
+
     def has_final_block(self, tokens: IntArray) -> BoolArray:
         """Returns which of ``tokens`` (t,) block L runs on after an exit."""
         return self.layout.final_block[self.layout.row_of[tokens]]
@@ -134,7 +166,29 @@ class FlatBatch:
         return len(self.ids)
 
 
-def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, npt.NDArray[np.float32]]:
+def _drafts(
+    rows: Sequence[RowInput], lengths: Sequence[int], drafts: BoolArray
+) -> tuple[IntArray, IntArray | None, BoolArray]:
+    """Returns how many blocks each token (N,) ran before, its number among its row's drafts, and whether it may exit.
+
+    ``drafts``: (R,) rows that verify.
+    """
+    resumed, may_exit = np.zeros(sum(lengths), dtype=np.int64), np.ones(sum(lengths), dtype=np.bool_)
+    if not drafts.any():
+        return resumed, None, may_exit
+    drafted, starts = np.zeros(len(resumed), dtype=np.int64), np.cumsum([0, *lengths])
+    for i in np.flatnonzero(drafts).tolist():
+        row, start, end = rows[i], int(starts[i]), int(starts[i + 1])
+        resumed[start : start + len(row.resumed)] = row.resumed
+        may_exit[start:end] = row.may_exit
+        if row.first_position >= row.prompt_length:  # all that is drafted is fed, and nothing else
+            drafted[start:end] = np.arange(end - start)
+    return resumed, drafted if drafted.any() else None, may_exit & (resumed == 0)
+
+
+def _thresholds(
+    rows: Sequence[RowInput], layout: RowLayout, steps: IntArray, may_exit: BoolArray
+) -> dict[int, npt.NDArray[np.float32]]:
     table = {layer: np.full(len(steps), NEVER, dtype=np.float32) for layer in layout.exit_layers}
     # Rows whose tokens are compared with the same numbers are one group: all of a policy, unless it decays.
     groups: dict[tuple[int, int], list[int]] = {}
@@ -145,7 +199,7 @@ def _thresholds(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) ->
     group_of_row = np.full(len(rows), -1, dtype=np.int64)
     for number, members in enumerate(groups.values()):
         group_of_row[members] = number
-    group_of = np.where(steps >= 0, group_of_row[layout.row_of], -1)
+    group_of = np.where((steps >= 0) & may_exit, group_of_row[layout.row_of], -1)
     for number, members in enumerate(groups.values()):
         policy, max_steps = rows[members[0]].policy, rows[members[0]].max_steps
         tokens = np.flatnonzero(group_of == number)
@@ -172,11 +226,15 @@ def _forced(rows: Sequence[RowInput], layout: RowLayout) -> dict[int, BoolArray]
     return table
 
 
-def _warmup_tokens(rows: Sequence[RowInput], layout: RowLayout, steps: IntArray) -> dict[int, BoolArray]:
+def _warmup_tokens(
+    rows: Sequence[RowInput], layout: RowLayout, steps: IntArray, may_exit: BoolArray, resumed: IntArray
+) -> dict[int, BoolArray]:
     if not any(row.policy.is_recurrent for row in rows):
         return {}
     first = np.asarray([row.policy.first_warmed_position(row.prompt_length) for row in rows])
-    is_warmup = (steps < 0) & (layout.positions >= first[layout.row_of])
+    # A classifier that sees every token sees those as well that are new and may not leave.
+    is_warmup = ((steps < 0) & (layout.positions >= first[layout.row_of])) | ((steps >= 0) & ~may_exit)
+    is_warmup &= resumed == 0
     table = {}
     for layer in layout.exit_layers:
         uses = np.asarray([row.policy.is_recurrent and layer in row.policy.active_exits for row in rows])

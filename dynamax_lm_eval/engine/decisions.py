@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray, on_device
 from dynamax_lm_eval.engine.batch import ConfidenceInUse, FlatBatch
-from dynamax_lm_eval.engine.subsets import SubsetReader
+from dynamax_lm_eval.engine.subsets import SubsetReader, rows_of_one_size
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import NotFiniteError
 from dynamax_lm_eval.exits.adapters import Adapter
@@ -50,12 +50,13 @@ class NoLogits(LogitsCollector):
 class _Evaluation(NamedTuple):
     """One confidence of some tokens at an exit layer."""
 
-    name: str  # of the confidence
+    use: ConfidenceInUse
     indices: IntArray  # (t,) of its tokens among those in flight
     scores: Tensor  # (t,) float32, still on the device
     adapter: Adapter | None
     corrected: Tensor | None  # (t, D) by the adapter, where the confidence has needed that
     reduced: Sequence[Tensor]  # of the tokens that need logits, where the decision read them
+    looked_at: Tensor | None = None  # (t, N) logits of a part of the vocabulary, where the decision read them
 
 
 class ExitDecisions:
@@ -77,6 +78,8 @@ class ExitDecisions:
         self._slots = np.asarray(batch.layout.slots, dtype=np.int64)[batch.layout.row_of]  # (N,)
         # One read for all: the LM head's weights are most of what a read costs.
         self._unread = WaitingTokens()
+        #: Drafts that are chosen from a part of the vocabulary.
+        self._partly_unread = WaitingTokens()
         self._subsets: dict[ConfidenceInUse, SubsetReader] = {}
 
     def leaving(self, block: int, tokens: IntArray, before: Tensor, hidden: Tensor) -> BoolArray | None:
@@ -104,7 +107,7 @@ class ExitDecisions:
         scores = _joined([evaluation.scores for evaluation in evaluations]).cpu().numpy()
         indices = np.concatenate([evaluation.indices for evaluation in evaluations])
         if len(broken := np.flatnonzero(~np.isfinite(scores))):
-            name = [evaluation.name for evaluation in evaluations for _ in evaluation.indices][broken[0]]
+            name = [found.use.confidence.name for found in evaluations for _ in found.indices][broken[0]]
             row = int(self._batch.layout.row_of[tokens[indices[broken[0]]]])
             raise NotFiniteError(row, f"{name} confidences at exit layer {block}")
         leaves = np.zeros(len(tokens), dtype=np.bool_) if forced is None else forced[tokens]
@@ -123,6 +126,7 @@ class ExitDecisions:
 
     def unread(self, tokens: IntArray, hidden: Tensor) -> tuple[IntArray, Tensor] | None:
         """Returns what :meth:`read_out` would read: tokens (u,) in order and hidden states (1, u, D); None: nothing."""
+        self._read_partly()
         needs_logits = np.flatnonzero(self._batch.needs_logits[tokens])
         self._unread.add(tokens[needs_logits], select(hidden, needs_logits))
         if not self._unread:
@@ -130,6 +134,23 @@ class ExitDecisions:
         tokens, hidden = self._unread.in_order()
         # Exits may be on several devices, and those that wait to be read are read together.
         return tokens, moved(hidden, self._backbone.places[-1].device)
+
+    def _read_partly(self) -> None:
+        """Reads out the drafts that are chosen from a part of the vocabulary, which no decision has read."""
+        if not self._partly_unread:
+            return
+        tokens, hidden = self._partly_unread.in_order()
+        hidden = moved(hidden, self._backbone.places[-1].device)
+        row_of = self._batch.layout.row_of[tokens]
+        looked_at = [vocabulary if row in row_of else None for row, vocabulary in enumerate(self._batch.vocabularies)]
+        for rows in rows_of_one_size(looked_at):
+            own = np.flatnonzero(np.isin(row_of, rows))
+            reader = SubsetReader(self._backbone, [looked if i in rows else None for i, looked in enumerate(looked_at)])
+            logits = reader.logits(hidden[0][on_device(own, hidden.device)], row_of[own])
+            self._store_partly(tokens[own], reader.of_all(logits, row_of[own]))
+
+    def _store_partly(self, tokens: IntArray, logits: Tensor) -> None:
+        self._collector.store(tokens, self._collector.reduce(tokens, logits))
 
     def _candidates(self, block: int, tokens: IntArray) -> IntArray:
         """Returns indices of the tokens in flight that may exit after ``block``, or that warm up a classifier."""
@@ -151,14 +172,15 @@ class ExitDecisions:
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
         corrected: Tensor | None = None
         reduced: Sequence[Tensor] = ()
+        looked_at: Tensor | None = None
         if use.confidence.reads_lm_head:
             scores, reduced = self._score_logits(use.confidence, inputs, own, adapter)
         elif use.confidence.vocab_subset is not None:
             corrected = _adapted(after, adapter)
-            scores = self._score_subset(use, inputs, own, corrected)
+            scores, looked_at = self._score_subset(use, inputs, own, corrected)
         else:
             scores = use.confidence.score(inputs)
-        return _Evaluation(use.confidence.name, indices, scores, adapter, corrected, reduced)
+        return _Evaluation(use, indices, scores, adapter, corrected, reduced, looked_at)
 
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None
@@ -174,26 +196,40 @@ class ExitDecisions:
                 reduced.append(self._collector.reduce(tokens[part][needed], kept))
         return _joined(scores), reduced
 
-    def _score_subset(self, use: ConfidenceInUse, inputs: ExitInputs, tokens: IntArray, read: Tensor) -> Tensor:
-        """Returns confidences (t,) that come from some of the logits of hidden states ``read`` (t, D)."""
+    def _score_subset(
+        self, use: ConfidenceInUse, inputs: ExitInputs, tokens: IntArray, read: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns confidences (t,) that come from some of the logits of hidden states ``read`` (t, D).
+
+        With them come these logits (t, N), where some row drafts from them.
+        """
         batch = self._batch
         if use not in self._subsets:
             own = (batch.confidence_of_row == batch.confidences.index(use)).tolist()
             looked_at = [looked if it_is else None for looked, it_is in zip(batch.vocabularies, own, strict=True)]
             self._subsets[use] = SubsetReader(self._backbone, looked_at)
         reader, row_of = self._subsets[use], batch.layout.row_of[tokens]
-        return _joined(
-            [
-                use.confidence.score(inputs.part(part, reader.logits(read[part], row_of[part])))
-                for part in _parts(len(read), reader.width)
-            ]
-        )
+        scores, kept = [], []
+        keeps = bool(batch.drafts[row_of].any())
+        for part in _parts(len(read), reader.width):
+            logits = reader.logits(read[part], row_of[part])
+            scores.append(use.confidence.score(inputs.part(part, logits)))
+            if keeps:
+                kept.append(logits)
+        return _joined(scores), _joined(kept) if keeps else None
 
     def _keep_logits(self, evaluation: _Evaluation, leaves: BoolArray, tokens: IntArray, hidden: Tensor) -> None:
         """Stores the logits of tokens that leave where the decision read them, else keeps the tokens to be read."""
         needed = np.flatnonzero(self._read_at_exit(tokens[evaluation.indices]))
         read = evaluation.indices[needed]
         exiting = np.flatnonzero(leaves[read])
+        drafted = self._drafted_from_part(tokens[read[exiting]])
+        if evaluation.looked_at is not None and drafted.any():
+            reader = self._subsets[evaluation.use]
+            own = tokens[read[exiting[drafted]]]
+            logits = evaluation.looked_at[on_device(needed[exiting[drafted]], evaluation.looked_at.device)]
+            self._store_partly(own, reader.of_all(logits, self._batch.layout.row_of[own]))
+            exiting, drafted = exiting[~drafted], drafted[~drafted]
         if len(exiting) == 0:
             return
         if evaluation.reduced:
@@ -204,7 +240,15 @@ class ExitDecisions:
                 corrected = _adapted(select(hidden, read[exiting])[0], evaluation.adapter)
             else:
                 corrected = evaluation.corrected[on_device(needed[exiting], evaluation.corrected.device)]
-            self._unread.add(tokens[read[exiting]], corrected.unsqueeze(0))
+            for part, waiting in ((~drafted, self._unread), (drafted, self._partly_unread)):
+                waiting.add(tokens[read[exiting[part]]], select(corrected.unsqueeze(0), np.flatnonzero(part)))
+
+    def _drafted_from_part(self, tokens: IntArray) -> BoolArray:
+        """Returns which of tokens (t,) are drafted from a part of the vocabulary."""
+        rows = self._batch.layout.row_of[tokens]
+        has_part = np.asarray([vocabulary is not None for vocabulary in self._batch.vocabularies], dtype=np.bool_)
+        drafted: BoolArray = self._batch.drafts[rows] & has_part[rows]
+        return drafted
 
     def _read_at_exit(self, tokens: IntArray) -> BoolArray:
         """Returns which tokens are read out where they leave: not those that block L still runs on."""

@@ -8,7 +8,7 @@ N tokens of the batch, n in flight, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from dynamax_lm_eval.backbones.segments import SegmentUse, StaticSegments
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.engine.decisions import ExitDecisions, LogitsCollector
+from dynamax_lm_eval.engine.drafts import Drafts, StoppedTokens
 from dynamax_lm_eval.engine.running import BlockRunner, SegmentRunner
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import UserError
@@ -64,6 +65,11 @@ class RowStates:
         self.backbone.forget(num_tokens)
         self.classifiers.forget(num_tokens)
 
+    def settle(self, slot: int, kept: int | None) -> None:
+        """Takes a row back to after the first ``kept`` of its drafted tokens, as :meth:`States.settle` does."""
+        self.backbone.settle(slot, kept)
+        self.classifiers.settle(slot, kept)
+
     def free_row(self, slot: int) -> None:
         """Frees the memory of a row."""
         self.backbone.free_row(slot)
@@ -83,6 +89,8 @@ class PassResult(NamedTuple):
 
     layers: IntArray  # (N,) the number of blocks that each ran through, so far
     held: HeldTokens | None
+    #: Tokens of rows that draft, which stopped after some blocks.
+    stopped: Sequence[StoppedTokens]
     #: Tokens (u,) that are yet to be read out, with the hidden states (1, u, D) to read.
     unread: tuple[IntArray, Tensor] | None
 
@@ -141,6 +149,11 @@ class Engine:
     def check_policy(self, policy: ExitPolicy) -> None:
         """Raises UserError where this backbone cannot follow the policy."""
         self.backbone.check_state_mode(policy.state_mode, policy.used_exits)
+        if policy.drafts and not self.backbone.takes_back:
+            raise UserError(
+                f"verify is not possible on {self.backbone.name}, whose blocks cannot go on where tokens left or whose "
+                f"states cannot be taken back ({self.backbone.rung}); leave it out"
+            )
         if policy.vocab_subset is not None and policy.active_exits:
             if policy.vocab_subset >= self.backbone.vocab_size:
                 raise UserError(
@@ -171,7 +184,11 @@ class Engine:
         )
         adapters = exits.adapter_macs() if exits is not None else {}
         state_maps = exits.state_map_macs() if exits is not None else ()
-        return account(trace, policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps), self.backbone.cost)
+        lm_head = self.backbone.cost.lm_head
+        if policy.drafts and policy.vocab_subset is not None:
+            lm_head = self.backbone.hidden_size * policy.vocab_subset
+        terms = policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps, lm_head)
+        return account(trace, terms, self.backbone.cost)
 
     def forward(
         self, batch: FlatBatch, states: RowStates, collector: LogitsCollector, materialize_all: bool = False
@@ -197,6 +214,7 @@ class Engine:
         start: tuple[int, Tensor] | None = None,
         holds: Callable[[int, int], bool] | None = None,
         materialize_all: bool = False,
+        resumed: Sequence[Tensor] = (),
     ) -> PassResult:
         """Does what :meth:`forward` does, from any block on and up to an exit at which the tokens are to wait.
 
@@ -209,8 +227,11 @@ class Engine:
             holds: asked with an exit layer and the number of tokens that go on; True holds them there. Only where
                 every row has one token. Tokens whose logits no decision needed are then left unread.
             materialize_all: as for :meth:`forward`.
+            resumed: hidden states (1, 1, D) of the drafts that the batch resumes, in order.
         """
         backbone = self.backbone
+        drafts = Drafts(batch, resumed)
+        states.classifiers.drafted = batch.drafted_slots
         held: HeldTokens | None = None
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
@@ -221,10 +242,13 @@ class Engine:
                 first, hidden = start
             tokens = np.arange(len(batch))
             layer_of = np.full(len(batch), backbone.num_layers, dtype=np.int64)
+            if len(resumed):
+                first, tokens, hidden = drafts.first, drafts.new, select(hidden, drafts.new)
+                tokens, hidden = drafts.joined(first, tokens, hidden)
             returning = WaitingTokens()
             runner = self._runner(run, batch, states, materialize_all)
             for block in runner.stops_after(first):
-                if len(tokens) == 0 and not run.has_pending_states and not returning:
+                if len(tokens) == 0 and not run.has_pending_states and not returning and not drafts.will_join:
                     break
                 if block == backbone.num_layers and returning:
                     returning.add(tokens, hidden)
@@ -232,9 +256,13 @@ class Engine:
                 before, hidden = runner.run_to(block, tokens, hidden)
                 leaves = decisions.leaving(block, tokens, before, hidden)
                 if leaves is not None and leaves.any():
+                    leaves = drafts.with_followers(tokens, leaves)
                     exiting, staying = np.flatnonzero(leaves), np.flatnonzero(~leaves)
                     layer_of[tokens[exiting]] = block
-                    run.exit_tokens(tokens[exiting], select(hidden, exiting), block)
+                    drafts.stop(block, tokens[exiting], select(hidden, exiting))
+                    for_good = exiting[~batch.drafts[batch.layout.row_of[tokens[exiting]]]]
+                    if len(for_good):
+                        run.exit_tokens(tokens[for_good], select(hidden, for_good), block)
                     for_last = exiting[batch.has_final_block(tokens[exiting])]
                     returning.add(tokens[for_last], select(hidden, for_last))
                     tokens, hidden = tokens[staying], select(hidden, staying)
@@ -242,11 +270,13 @@ class Engine:
                     held = HeldTokens(block, tokens, hidden)
                     layer_of[tokens] = block
                     tokens, hidden = tokens[:0], hidden[:, :0]
+                tokens, hidden = drafts.joined(block, tokens, hidden)
             runner.count()
+            layer_of[drafts.waiting] = batch.resumed[drafts.waiting]
             if holds is not None:
-                return PassResult(layer_of, held, decisions.unread(tokens, hidden))
+                return PassResult(layer_of, held, drafts.stopped, decisions.unread(tokens, hidden))
             decisions.read_out(tokens, hidden)
-        return PassResult(layer_of, held, None)
+        return PassResult(layer_of, held, drafts.stopped, None)
 
     def _runner(self, run: ForwardPass, batch: FlatBatch, states: RowStates, materialize_all: bool) -> BlockRunner:
         """Returns what runs the blocks of a pass."""

@@ -9,77 +9,28 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
-from dynamax_lm_eval.compute.accounting import Trace
-from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
+from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.engine.engine import Engine, RowStates
-from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, SharedPrefix, find_prefixes
+from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, find_prefixes
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
-from dynamax_lm_eval.engine.sampling import RowToChoose, choose
+from dynamax_lm_eval.engine.rows import Row, VerifiedRow, new_row
+from dynamax_lm_eval.engine.sampling import choose
 from dynamax_lm_eval.engine.waiting import READ_OUT, WaitingRow, WaitingRows
 from dynamax_lm_eval.errors import ChoiceError, NotFiniteError, naming_request
-from dynamax_lm_eval.exits.vocabulary import RowVocabulary
 
 #: Most tokens in one pass, unless a single row has more: bounds the memory of activations.
 MAX_TOKENS_PER_PASS = 4096
 #: Tokens of prompts for which a pass through all blocks is not much slower than for their weights alone. Where rows
 #: wait at exits, fewer wait for others, because all that is in a pass with prompts goes to the end.
 _ENOUGH_PROMPT_TOKENS = 256
-
-
-@dataclass
-class _Row:
-    """A row whose generation is in flight."""
-
-    index: int
-    request: GenerationRequest
-    slot: int
-    shared_prefix: SharedPrefix
-    began: float
-    generated: list[int] = field(default_factory=list)
-    layers: list[int] = field(default_factory=list)
-    first_token: float = 0.0
-
-    @cached_property
-    def vocabulary(self) -> RowVocabulary | None:
-        """The tokens that its confidence looks at."""
-        return self.request.policy.row_vocabulary(self.request.prompt)
-
-    def next_input(self) -> RowInput:
-        request, shared = self.request, self.shared_prefix.tokens
-        first = len(request.prompt) + len(self.generated) - 1 if self.generated else shared
-        return RowInput(
-            ids=self.generated[-1:] or request.prompt[shared:],
-            first_position=first,
-            slot=self.slot,
-            prompt_length=len(request.prompt),
-            max_steps=request.max_new_tokens,
-            policy=request.policy,
-            vocabulary=self.vocabulary,
-        )
-
-    def result(self, now: float) -> Generation:
-        """Returns its generation, whose last token is known now."""
-        request = self.request
-        trace = Trace(
-            prompt_tokens=len(request.prompt),
-            fed_tokens=len(request.prompt) + len(self.generated) - 1,
-            num_output_tokens=len(self.generated),
-            exit_layers=(*self.shared_prefix.layers, *self.layers),
-            generated=True,
-            hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
-        )
-        times = self.began, self.first_token, now
-        return Generation(self.generated, trace, self.shared_prefix.tokens, times)
 
 
 def generate(
@@ -108,13 +59,15 @@ def generate(
         the runs of prefixes that requests share, which come on top of the requests' own traces.
     """
     in_flight = rows_in_flight if rows_in_flight is not None and engine.backbone.resumes else max_rows
+    if any(request.policy.drafts for request in requests):
+        in_flight = max_rows  # a row's drafts go on with the row, wherever others are
     needs = [len(request.prompt) + request.max_new_tokens for request in requests]
     plan = find_prefixes([(r.prompt, len(r.prompt), r.policy) for r in requests], needs, share_prefixes)
     pending = deque(plan.order)
     longest = max(needs, default=1)
     states = engine.new_states(longest * min(in_flight, len(requests)), plan.room, row_stride=longest)
     prefixes = PrefixStore(engine, states, plan, MAX_TOKENS_PER_PASS)
-    waiting: WaitingRows[_Row] = WaitingRows(max_rows)
+    waiting: WaitingRows[Row] = WaitingRows(max_rows)
     while pending or len(waiting):
         room = min(in_flight - len(waiting), len(pending))
         if in_flight > max_rows and waiting.has_batch and room < min(max_rows, len(pending)):
@@ -125,12 +78,12 @@ def generate(
             admitted = _admit(requests, needs, pending, states, prefixes, len(taken), room, clock())
             taken += [WaitingRow(row) for row in admitted]
         taken.sort(key=lambda waited: waited.row.slot)  # neighbours in the states are neighbours in the batch
-        for row, token in _run(engine, states, waiting, place, taken, in_flight > max_rows):
-            row.generated.append(token)
-            request, now = row.request, clock()
-            if len(row.generated) == 1:
+        for row, tokens in _run(engine, states, waiting, place, taken, in_flight > max_rows):
+            now = clock()
+            if not row.generated:
                 row.first_token = now
-            if len(row.generated) >= request.max_new_tokens or request.is_finished(row.generated):
+            row.generated += tokens
+            if tokens and row.is_over:
                 states.free_row(row.slot)
                 yield row.index, row.result(now)
             else:
@@ -155,7 +108,7 @@ def _admit(
     decoding: int,
     room: int,
     now: float,
-) -> list[_Row]:
+) -> list[Row]:
     """Starts pending requests while there are rows, memory and tokens in the pass for them.
 
     ``decoding``: tokens of the pass that other rows feed; ``room``: most rows to start; ``now``: when they do.
@@ -175,7 +128,7 @@ def _admit(
         admitted.append((index, slot))
     shared_prefixes = prefixes.begin([index for index, _ in admitted], [slot for _, slot in admitted])
     return [
-        _Row(index, requests[index], slot, shared_prefix, now)
+        new_row(index, requests[index], slot, shared_prefix, now)
         for (index, slot), shared_prefix in zip(admitted, shared_prefixes, strict=True)
     ]
 
@@ -183,78 +136,101 @@ def _admit(
 def _run(
     engine: Engine,
     states: RowStates,
-    waiting: WaitingRows[_Row],
+    waiting: WaitingRows[Row],
     place: int,
-    taken: Sequence[WaitingRow[_Row]],
+    taken: Sequence[WaitingRow[Row]],
     may_wait: bool,
-) -> Iterator[tuple[_Row, int]]:
-    """Takes rows on from where they waited, and yields those that have a next token, with it."""
+) -> Iterator[tuple[Row, list[int]]]:
+    """Takes rows on from where they waited, and yields those that are through, with the tokens that they have now."""
     rows = [waited.row for waited in taken]
     hidden = [waited.hidden for waited in taken if waited.hidden is not None]
     if place == READ_OUT:
-        yield from zip(rows, _choose(rows, engine.read_out(torch.cat(hidden, dim=1)).float()), strict=True)
+        last = [(row, 0) for row in rows]
+        yield from _chosen(states, last, engine.read_out(torch.cat(hidden, dim=1)).float())
         return
     batch = FlatBatch.build([row.next_input() for row in rows])
-    collector = _LastLogits(batch.layout.row_of)
+    collector = _ReadLogits()
     start = (place, torch.cat(hidden, dim=1)) if place else None
     # With one token in each row, tokens are rows.
     holds = waiting.holds if may_wait and len(batch) == len(rows) else None
+    resumed = [state for row in rows for state in row.resumed]
     with naming_request([row.index for row in rows]):
-        result = engine.advance(batch, states, collector, start, holds)
+        result = engine.advance(batch, states, collector, start, holds, resumed=resumed)
 
     def wait(place: int, tokens: IntArray, hidden: Tensor) -> None:
         waiting.add(place, map(WaitingRow, [rows[i] for i in tokens.tolist()], hidden.split(1, dim=1)))
 
+    number_of = batch.number_in_row
+    stopped: dict[int, dict[int, tuple[int, Tensor]]] = defaultdict(dict)
+    for layer, tokens, states_there in result.stopped:
+        for token, state in zip(tokens.tolist(), states_there.split(1, dim=1), strict=True):
+            stopped[int(batch.layout.row_of[token])][int(number_of[token])] = layer, state
     for i, layers in enumerate(batch.by_row(result.layers)):
-        if result.held is None or i not in result.held.tokens:
+        if batch.drafts[i]:
+            rows[i].stop(stopped[i])
+        elif result.held is None or i not in result.held.tokens:
             rows[i].layers += layers
     if result.held is not None:
         wait(*result.held)
     if result.unread is not None:
         wait(READ_OUT, *result.unread)
-    if len(collector.rows):
-        done = [rows[i] for i in collector.rows.tolist()]
-        yield from zip(done, _choose(done, collector.logits()), strict=True)
+    if len(collector.tokens):
+        read = [(rows[batch.layout.row_of[token]], int(number_of[token])) for token in collector.tokens.tolist()]
+        yield from _chosen(states, read, collector.logits())
 
 
-def _choose(rows: Sequence[_Row], logits: Tensor) -> list[int]:
-    """Returns the next token of every row, from logits (R, V).
+def _chosen(states: RowStates, read: Sequence[tuple[Row, int]], logits: Tensor) -> Iterator[tuple[Row, list[int]]]:
+    """Yields rows with the tokens that they have now, of what was read (T, V): a row, and a token of its input."""
+    by_row: dict[int, dict[int, int]] = defaultdict(dict)
+    rows = {row.index: row for row, _ in read}
+    for (row, number), token in zip(read, _choose(read, logits), strict=True):
+        by_row[row.index][number] = token
+    for index, chosen in by_row.items():
+        row = rows[index]
+        tokens, kept = row.take(chosen)
+        if tokens and isinstance(row, VerifiedRow):
+            states.settle(row.slot, kept)
+        yield row, tokens
+
+
+def _choose(read: Sequence[tuple[Row, int]], logits: Tensor) -> list[int]:
+    """Returns what comes behind each of the tokens that were read, from logits (T, V).
 
     Raises:
         NotFiniteError: the logits of a row are not numbers.
         ChoiceError: its sampler cannot choose.
     """
-    choices = choose([RowToChoose(r.request.sampler, r.request.prompt, r.generated) for r in rows], logits)
+    choices = choose([row.to_choose(number) for row, number in read], logits)
     if choices.errors:
         i, error = min(choices.errors.items())
+        index = read[i][0].index
         if isinstance(error, NotFiniteError):
-            raise NotFiniteError(rows[i].index)
-        raise ChoiceError(rows[i].index, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise NotFiniteError(index)
+        raise ChoiceError(index, f"{type(error).__name__}: {' '.join(str(error).split())}") from error
     return choices.tokens
 
 
-class _LastLogits:
-    """A collector of the logits of the one token of each row that is read out."""
+class _ReadLogits:
+    """A collector of the logits of the tokens that are read out."""
 
-    def __init__(self, row_of: IntArray) -> None:
-        self._row_of = row_of
+    def __init__(self) -> None:
         self._parts: list[Tensor] = []
-        self._rows: list[IntArray] = []
+        self._tokens: list[IntArray] = []
 
     def reduce(self, tokens: IntArray, logits: Tensor) -> Tensor:
         return logits
 
     def store(self, tokens: IntArray, reduced: Tensor) -> None:
-        self._rows.append(self._row_of[tokens])
+        self._tokens.append(tokens)
         self._parts.append(reduced)
 
     @property
-    def rows(self) -> IntArray:
-        """The rows (r,) that were read out, rising."""
-        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *self._rows]))
+    def tokens(self) -> IntArray:
+        """The tokens (t,) that were read out, rising."""
+        return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *self._tokens]))
 
     def logits(self) -> Tensor:
-        """Returns the logits (r, V) of these rows in float32."""
-        order = np.argsort(np.concatenate(self._rows))
+        """Returns the logits (t, V) of these tokens in float32."""
+        order = np.argsort(np.concatenate(self._tokens))
         logits = (self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)).float()
         return logits if (np.diff(order) > 0).all() else logits.index_select(0, on_device(order, logits.device))

@@ -67,8 +67,10 @@ class Sampler:
         parts = [(type(processor), tuple(sorted(vars(processor).items()))) for processor in self.processors]
         return self.do_sample, tuple(parts)
 
-    def next_token(self, ids: list[int], logits: Tensor) -> int:
+    def next_token(self, ids: list[int], logits: Tensor, draw: float | None = None) -> int:
         """Returns the next token after ``ids`` (prompt and generated), given logits (V,) in float32.
+
+        ``draw``: the number of the random stream that decides; None: its next.
 
         Raises:
             ValueError: no token can be drawn. Processors raise errors of their own.
@@ -80,7 +82,9 @@ class Sampler:
         if not self.do_sample:
             return int(scores.argmax(dim=-1))
         # On the CPU, with a uniform number drawn there: the same stream on every device.
-        token = int(_inverse_transform(scores.cpu(), torch.tensor([self.draw()], dtype=torch.float64)))
+        token = int(
+            _inverse_transform(scores.cpu(), torch.tensor([self.draw() if draw is None else draw], dtype=torch.float64))
+        )
         if token == _NONE_LEFT:
             raise _none_left()
         return token
@@ -127,6 +131,17 @@ class RowToChoose:
     sampler: Sampler
     prompt: Sequence[int]
     generated: Sequence[int]
+    #: The number of its random stream that decides; None: the next.
+    draw: float | None = None
+    #: Whether what was generated has grown since the choice before, and nothing of it was taken back.
+    has_grown: bool = True
+
+    @property
+    def seen(self) -> IntArray:
+        """The different tokens of prompt and text."""
+        if self.has_grown:
+            return self.sampler.seen(self.prompt, self.generated)
+        return np.unique(np.asarray([*self.prompt, *self.generated], dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,8 @@ def choose(rows: Sequence[RowToChoose], logits: Tensor) -> Choices:
     for i in alone:
         if tokens[i] != _NOT_FINITE:
             try:
-                tokens[i] = rows[i].sampler.next_token([*rows[i].prompt, *rows[i].generated], logits[i])
+                ids = [*rows[i].prompt, *rows[i].generated]
+                tokens[i] = rows[i].sampler.next_token(ids, logits[i], rows[i].draw)
             except _ERRORS as error:
                 errors[i] = error
     errors |= {i: NotFiniteError(i) for i, token in enumerate(tokens) if token == _NOT_FINITE}
@@ -187,7 +203,7 @@ def _choose_together(rows: Sequence[RowToChoose], scores: Tensor) -> Tensor:
         scores = first.processors(context, scores)
     if not first.do_sample:
         return scores.argmax(dim=-1)
-    draws = np.asarray([row.sampler.draw() for row in rows])
+    draws = np.asarray([row.sampler.draw() if row.draw is None else row.draw for row in rows])
     return _inverse_transform(scores, on_device(draws, scores.device))
 
 
@@ -195,7 +211,7 @@ def _context(rows: Sequence[RowToChoose], sampler: Sampler, device: torch.device
     """Returns the tokens of rows as processors take them, (g, anything): what is repeated counts once for them."""
     if all(type(processor) in _BY_SCORES for processor in sampler.processors):
         return torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-    seen = [row.sampler.seen(row.prompt, row.generated) for row in rows]
+    seen = [row.seen for row in rows]
     table = np.empty((len(rows), max(len(ids) for ids in seen)), dtype=np.int64)
     for line, ids in zip(table, seen, strict=True):
         line[: len(ids)], line[len(ids) :] = ids, ids[-1]

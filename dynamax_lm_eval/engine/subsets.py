@@ -8,6 +8,7 @@ R rows, N tokens of the vocabulary for each, t evaluated tokens of the text, D h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ class SubsetReader:
         size = len(known[0].ids)
         #: Logits that are read for a token.
         self.width = self._first + len(others)
+        self._vocabularies = vocabularies
         self._columns: Tensor | None = None
         if self.width > size:
             columns = np.zeros((len(vocabularies), size), dtype=np.int64)
@@ -47,3 +49,18 @@ class SubsetReader:
         if self._columns is None:  # all rows look at the same
             return logits
         return logits.gather(1, self._columns[on_device(row_of, logits.device)])
+
+    def of_all(self, logits: Tensor, row_of: IntArray) -> Tensor:
+        """Returns logits (t, N) of the own tokens of rows (t,) as those of all (t, V), -inf where nothing was read."""
+        ids = np.stack([vocabulary.ids for row in row_of if (vocabulary := self._vocabularies[row]) is not None])
+        spread = logits.new_full((len(logits), self._backbone.vocab_size), -math.inf)
+        return spread.scatter_(1, on_device(ids, logits.device), logits)
+
+
+def rows_of_one_size(vocabularies: Sequence[RowVocabulary | None]) -> list[list[int]]:
+    """Returns the rows that look at anything, those together that look at equally many tokens."""
+    by_size: dict[int, list[int]] = {}
+    for row, vocabulary in enumerate(vocabularies):
+        if vocabulary is not None:
+            by_size.setdefault(vocabulary.first + len(vocabulary.others), []).append(row)
+    return list(by_size.values())

@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval.compute.cost import EvaluationCost, ExitCost
-from dynamax_lm_eval.exits.confidences import Confidence, resolve_confidence
+from dynamax_lm_eval.exits.confidences import Confidence, LogitsConfidence, resolve_confidence
 from dynamax_lm_eval.exits.vocabulary import RowVocabulary, row_vocabulary
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, ExitScope, PruneScope, StateMode
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
 NEVER = math.inf
+
+#: Tokens that a row drafts at most.
+DEFAULT_VERIFY_TOKENS = 8
 
 #: Prompt tokens that warm a recurrent classifier: as many as help (docs/search.md).
 DEFAULT_WARMUP = 16
@@ -55,10 +58,12 @@ class ExitPolicy:
     prompt_exit_keep: int = DEFAULT_WARMUP
     #: Read-outs at exits go through the adapters of the trained exits (``none`` where they have none).
     adapter: str = "none"
-    #: Logits that give the confidence are those of so many tokens; None: of all.
+    #: Logits that give the confidence are those of so many tokens, and drafts are chosen from these; None: of all.
     vocab_subset: int | None = None
     #: A token exits where its confidence is above the threshold, not where it reaches it.
     above_threshold: bool = False
+    #: Tokens that left are drafts, at most so many at a time, which the full model verifies; None: they stand.
+    verify_tokens: int | None = None
     #: What the user should know of how the policy came about; decides nothing.
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -72,7 +77,10 @@ class ExitPolicy:
         # Prompt tokens that left would owe states to blocks that the others of their prompt run.
         leaves_prompt = self.exit_scope == "all" or self.prompt_exit_layer is not None
         assert self.prune_scope == "all" or not leaves_prompt
-        assert self.vocab_subset is None or self.confidence in ("softmax", "entropy")
+        assert self.vocab_subset is None or self.confidence in ("softmax", "entropy") or self.verify_tokens is not None
+        # What is verified is the full model's, from its prompt on.
+        assert self.verify_tokens is None or (self.exit_scope == "generated" and not self.pruned_blocks)
+        assert self.verify_tokens is None or (self.prompt_exit_layer is None and not self.final_block)
         assert (self.classifier is None) or self.confidence == "classifier"
 
     @cached_property
@@ -117,6 +125,16 @@ class ExitPolicy:
     def first_pruned_position(self, prompt_length: int) -> int:
         """Position of the first token that does not run the pruned blocks."""
         return 0 if self.prune_scope == "all" else prompt_length
+
+    @cached_property
+    def drafts(self) -> bool:
+        """Whether tokens that leave are drafts, which are verified."""
+        return self.verify_tokens is not None and bool(self.active_exits)
+
+    @property
+    def for_scores(self) -> ExitPolicy:
+        """The policy under which texts are scored: the full model, where what is drafted is verified."""
+        return self if self.verify_tokens is None else ExitPolicy(self.num_layers)
 
     def for_prefixes(self) -> ExitPolicy:
         """All of the policy that decides what prompt tokens leave in the states; equal where rows can share them."""
@@ -180,12 +198,13 @@ class ExitPolicy:
         evaluation_costs: Mapping[int, EvaluationCost] | None = None,
         adapter_macs: Mapping[int, int] | None = None,
         state_map_macs: tuple[int, ...] = (),
+        lm_head: int = 0,
     ) -> ExitCost:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
 
         ``evaluation_costs``: of one evaluation of the confidence at each exit layer, where it costs anything;
         ``adapter_macs``: MACs of the adapter there, where read-outs have one; ``state_map_macs``: of a learned state
-        beyond a recomputed one, by block.
+        beyond a recomputed one, by block; ``lm_head``: MACs of a read of the LM head for one token.
         """
         first = self.first_eligible_position(prompt_length)
         costs = [(evaluation_costs or {}).get(layer, EvaluationCost()) for layer in self.active_exits]
@@ -198,8 +217,9 @@ class ExitPolicy:
             adapter_macs=tuple((adapter_macs or {}).get(layer, 0) for layer in self.active_exits),
             warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
             final_block=self.final_block,
+            draft_read_macs=self._draft_read_macs(lm_head) if self.drafts else 0,
             reads_lm_head=confidence is not None and confidence.reads_lm_head,
-            recomputes_state=self.state_mode in ("recompute", "learned"),
+            recomputes_state=self.state_mode in ("recompute", "learned") and not self.drafts,
             state_map_macs=state_map_macs if self.state_mode == "learned" else (),
             pruned_blocks=self.pruned_blocks,
             prunes_eligible_only=self.prune_scope == "generated",
@@ -207,12 +227,23 @@ class ExitPolicy:
             prompt_exit=(self.num_leaving_prompt(prompt_length), self.prompt_exit_layer or 0),
         )
 
+    def _draft_read_macs(self, lm_head: int) -> int:
+        """MACs of the read that gives a draft, where no evaluation has read what it is chosen from."""
+        if isinstance(self.resolved_confidence, LogitsConfidence):
+            return 0
+        return lm_head
+
     def describe(self) -> dict[str, Any]:
         """Every setting as JSON data, for result files and cache identities."""
         description = asdict(self)
         del description["notes"]
         # What was described before there were these settings is still the same.
-        for name, value in {"vocab_subset": None, "prune_scope": "all", "above_threshold": False}.items():
+        for name, value in {
+            "vocab_subset": None,
+            "prune_scope": "all",
+            "above_threshold": False,
+            "verify_tokens": None,
+        }.items():
             if description[name] == value:
                 del description[name]
         description["exit_layers"] = list(self.exit_layers)

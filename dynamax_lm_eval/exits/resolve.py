@@ -15,7 +15,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
 from dynamax_lm_eval.exits.confidences import CONFIDENCES, LogitsConfidence
-from dynamax_lm_eval.exits.policy import DEFAULT_WARMUP, ExitPolicy
+from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Preset, StateMode
@@ -79,6 +79,7 @@ def resolve_policy(
         adapter=exits.adapter if exits is not None else "none",
         vocab_subset=_vocab_subset(args, confidence),
         above_threshold=args.preset == "thesis",
+        verify_tokens=_verify_tokens(args, final_block),
         notes=notes,
     )
     _check_active(policy, exits, recurrent_backbone)
@@ -226,12 +227,24 @@ def _prompt_exit_layer(args: DynamaxArgs, num_layers: int, final_block: bool) ->
     return layer
 
 
+def _verify_tokens(args: DynamaxArgs, final_block: bool) -> int | None:
+    if not args.verify:
+        return None
+    if final_block:
+        raise UserError(
+            "verify is not possible with exits that were trained with a final block: what such an exit reads out is no "
+            "hidden state that the blocks could go on from; choose other exits"
+        )
+    return DEFAULT_VERIFY_TOKENS if args.verify_tokens is None else args.verify_tokens
+
+
 def _vocab_subset(args: DynamaxArgs, confidence: ConfidenceName) -> int | None:
     if args.vocab_subset is None or all(threshold >= 1 for threshold in args.threshold):
         return None
-    if not issubclass(CONFIDENCES[confidence], LogitsConfidence):
+    if not args.verify and not issubclass(CONFIDENCES[confidence], LogitsConfidence):
         raise UserError(
-            f"vocab_subset needs confidence=softmax or entropy, which read the LM head; this run uses {confidence}"
+            f"vocab_subset needs confidence=softmax or entropy, which read the LM head, or verify=true; this run uses "
+            f"{confidence}"
         )
     return args.vocab_subset
 
@@ -242,6 +255,8 @@ def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig |
             "state_mode=learned needs exits with state maps, and these have none; train them: dynamax-lm-eval train "
             "--states linear, or use state_mode=recompute"
         )
+    if args.verify:
+        return "recompute"  # of no effect: no token leaves for good
     if args.state_mode is not None:
         return args.state_mode
     return preset_state_mode(args.preset, recurrent_backbone) or default_state_mode(exits)

@@ -6,6 +6,8 @@ them; knows no policies.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,7 @@ from dynamax_lm_eval.backbones.base import BoolArray, IntArray
 from dynamax_lm_eval.backbones.mamba import kernels
 from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.snapshots import Snapshots
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -53,6 +56,11 @@ class ClassifierStates:
         self._free: list[int] = []
         self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
+        self._snapshots = Snapshots(self._allocate_line, self._free.append)
+        #: Numbers of the drafted tokens that rows feed now, of those that may be taken back, by slot.
+        self.drafted: Mapping[int, int] = {}
+        # Which of a row's snapshots a table has: a token that left earlier never got to the classifiers behind.
+        self._kept_before: dict[tuple[str, int], dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         # The exits of a pass mostly see the same rows.
         self._last: _Rows | None = None
 
@@ -76,7 +84,20 @@ class ClassifierStates:
 
     def free_row(self, slot: int) -> None:
         """Frees the line of a row that has ended."""
-        self._free.append(self._line_of.pop(slot))
+        self.settle(slot, None)
+        line = self._line_of.pop(slot)
+        self._snapshots.free(line)
+        self._free.append(line)
+
+    def settle(self, slot: int, kept: int | None) -> None:
+        """Takes a row back to after the first ``kept`` of its drafted tokens, or keeps all; none are drafts then."""
+        line = self._line_of[slot]
+        for key, tables in self._kept_before.items():
+            numbers = sorted(tables.pop(line, ()))
+            # What no later token has touched is as it was.
+            first = next((number for number in numbers if kept is not None and number >= kept), None)
+            if first is not None:
+                copy_line([self._tables[key]], self._snapshots.after(line, first), line)
 
     def keep(self, slot: int, num_tokens: int) -> None:
         """Keeps the states of a row, which has seen ``num_tokens`` tokens, for later rows that begin with them."""
@@ -111,6 +132,8 @@ class ClassifierStates:
                 logits, _ = classifier(hidden)
                 return logits
             rows = self._rows(slots, hidden.device)
+            if self.drafted:
+                self._keep(kind, layer, rows, slots)
             table = self._table(kind, layer, hidden.device)
             if isinstance(classifier, MixerClassifier) and (scan := self._kernels_for(hidden)) is not None:
                 in_place = rows.in_place(table.begin(rows.numbers))
@@ -119,6 +142,19 @@ class ClassifierStates:
             assert after is not None
             table.write(rows.lines, after)
             return logits
+
+    def _keep(self, kind: str, layer: int, rows: _Rows, slots: IntArray) -> None:
+        """Keeps the states of rows before their drafted tokens (T,), each of which is alone in its row."""
+        drafted = np.asarray([self.drafted.get(slot, 0) for slot in slots.tolist()], dtype=np.int64)
+        if not drafted.any():
+            return
+        lines = np.asarray([self._line_of[slot] for slot in slots.tolist()], dtype=np.int64)
+        kept_in = self._snapshots.lines(lines, drafted)
+        table, known = self._table(kind, layer, rows.rows.device), self._kept_before[kind, layer]
+        keeps = kept_in >= 0
+        table.copy_lines(lines[keeps], kept_in[keeps])
+        for line, number in zip(lines[keeps].tolist(), drafted[keeps].tolist(), strict=True):
+            known[line].add(number)
 
     def _kernels_for(self, hidden: Tensor) -> kernels.ScanKernels | None:
         """Returns the kernels that run on these hidden states, if there are any."""

@@ -198,6 +198,7 @@ class Responder:
         part of what must be equal.
         """
         lm = self._lm
+        policies = [policy.for_scores for policy in policies]
         groups: dict[Any, list[int]] = {}
         texts: list[tuple[list[int], int, ExitPolicy]] = []
         for index, (policy, (context, continuation)) in enumerate(zip(policies, pairs, strict=True)):

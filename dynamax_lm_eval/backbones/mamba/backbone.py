@@ -28,6 +28,7 @@ from dynamax_lm_eval.backbones.mamba.mixers import Mixer, make_mixer
 from dynamax_lm_eval.backbones.mamba.plan import NOTHING_LEFT, LeftPlaces, RecurrentPlan, new_rows
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.segments import MOST_LEFT, Advance, MambaSegment, StepsOfRows
+from dynamax_lm_eval.backbones.mamba.snapshots import Snapshots
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line
 from dynamax_lm_eval.backbones.segments import StaticCall, StaticSegments
@@ -117,6 +118,7 @@ class MambaBackbone(DecoderBackbone):
 
     rung = "mamba"
     resumes = True
+    takes_back = True
 
     def __init__(self, model: Any, mamba_kernels: MambaKernels = "auto") -> None:
         """
@@ -192,6 +194,7 @@ class MambaStates(KeptInRows):
         ]
         self._free: list[int] = []
         self._num_lines = 0
+        self.snapshots = Snapshots(self._new_line, self._free.append)
         #: A line of no row, where there is one.
         self.scratch_line = -1
 
@@ -201,6 +204,9 @@ class MambaStates(KeptInRows):
 
     def allocate_row(self, capacity: int) -> int | None:
         """Returns a line, which is the same in every table; states do not grow with the row, so there always is one."""
+        return self._new_line()
+
+    def _new_line(self) -> int:
         line = self._free.pop() if self._free else self._num_lines
         self._num_lines = max(self._num_lines, line + 1)
         clear_line(self._tables, line)
@@ -208,7 +214,12 @@ class MambaStates(KeptInRows):
 
     def free_row(self, slot: int) -> None:
         self.deferred.free_row(slot)
+        self.snapshots.free(slot)
         self._free.append(slot)
+
+    def settle(self, slot: int, kept: int | None) -> None:
+        if kept is not None:
+            copy_line(self._tables, self.snapshots.after(slot, kept), slot)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         assert source not in self.deferred.slots, "what is copied ran in a pass that defers nothing"
@@ -258,7 +269,8 @@ class MambaPass(DeferringPass):
         if len(tokens) + len(left.rows) == 0:
             return hidden
         plan = self._plan = RecurrentPlan.of(
-            tokens, left, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan
+            *(tokens, left, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan),
+            snapshots=self._states.snapshots,
         )
         table = self._states.table(block)
 
@@ -275,6 +287,8 @@ class MambaPass(DeferringPass):
     def _static_call(
         self, blocks: tuple[int, ...], tokens: IntArray, left: IntArray, rows: IntArray, like: Tensor
     ) -> StaticCall | str:
+        if self._layout.drafted is not None and self._layout.drafted[tokens].any():
+            return "drafts, before which states are kept"
         in_flight = self._layout.row_of[tokens]
         columns, positions = np.searchsorted(in_flight, rows), self._deferred.positions[left]
         steps = StepsOfRows.of(self._slots[in_flight], left, columns, positions, self._states.scratch_line)

@@ -6,7 +6,7 @@ N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout, on_de
 from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
+from dynamax_lm_eval.backbones.mamba.snapshots import Snapshots
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
 from dynamax_lm_eval.models.placement import moved
 
@@ -103,6 +104,8 @@ class RecurrentPlan:
     positions: IntArray  # (n + m,) in order
     order: Tensor | None  # (n + m,) in flight, then left, to the order of the rows; None: they are in order
     in_flight: Tensor | None  # (n,) indices of the tokens in flight in that order; None: they are all, in order
+    #: (n + m,) lines in which the states before each token are kept, in order; -1: they are not. None: of no token.
+    kept_in: IntArray | None = None
 
     @classmethod
     def of(
@@ -114,6 +117,7 @@ class RecurrentPlan:
         is_new: BoolArray,
         device: torch.device,
         last: RecurrentPlan | None,
+        snapshots: Snapshots | None = None,
     ) -> RecurrentPlan:
         """Returns the plan for tokens in flight (n,) and m tokens that left.
 
@@ -125,6 +129,7 @@ class RecurrentPlan:
             is_new: as of :func:`new_rows`.
             device: where the states are.
             last: the plan before, which is returned if it is for the same tokens.
+            snapshots: where states are kept before drafted tokens, of which none left.
         """
         is_same = last is not None and last.tokens is tokens and last.rows.device == device
         if last is not None and is_same and last.left.equals(left):
@@ -138,6 +143,11 @@ class RecurrentPlan:
         if len(row_of) == len(rows):
             by_line = np.argsort(numbers)
             order, numbers, rows = order[by_line], numbers[by_line], rows[by_line]
+        kept_in = None
+        if layout.drafted is not None and (drafted := layout.drafted[tokens]).any():
+            assert snapshots is not None, "backbones that take rows back have them"
+            kept_in = snapshots.lines(np.asarray(lines, dtype=np.int64)[layout.row_of[tokens]], drafted)
+            kept_in = np.append(kept_in, np.full(len(left.rows), -1))[order]
         is_reordered = not np.array_equal(order, np.arange(len(order)))
         rank = np.empty(len(order), dtype=np.int64)
         rank[order] = np.arange(len(order))
@@ -151,6 +161,7 @@ class RecurrentPlan:
             positions=positions[order],
             order=on_device(order, device) if is_reordered else None,
             in_flight=on_device(rank[: len(tokens)], device) if is_reordered or len(left.rows) else None,
+            kept_in=kept_in,
         )
 
     @property
@@ -170,6 +181,56 @@ class RecurrentPlan:
         """
         if self.order is not None:
             update = update.index_select(0, self.order)
+        if self.kept_in is None:
+            return self._advance(mixer, table, update)
+        read: Tensor | None = None
+        for step in self.steps:
+            if len(step.kept):
+                table.copy_lines(step.kept, step.kept_in)
+            part = step.plan._advance(mixer, table, update if step.tokens is None else update[step.tokens])
+            if step.tokens is None:
+                return part
+            read = part.new_empty(len(update), *part.shape[1:]) if read is None else read
+            read[step.tokens] = part
+        assert read is not None, "there are tokens"
+        return read
+
+    @cached_property
+    def steps(self) -> list[KeepingStep]:
+        """The plan in steps before each of which states are kept: of rows with several drafted tokens one at a time."""
+        assert self.kept_in is not None
+        row_of = np.repeat(np.arange(len(self.numbers)), self.rows.lengths)
+        keeps = np.flatnonzero(self.kept_in >= 0)
+        if (self.rows.lengths[row_of[keeps]] == 1).all():
+            return [KeepingStep(self, None, self.numbers[row_of[keeps]], self.kept_in[keeps])]
+        is_drafting = np.zeros(len(self.numbers), dtype=np.bool_)
+        is_drafting[row_of[keeps]] = True
+        rank = np.arange(len(row_of)) - np.repeat(np.cumsum(self.rows.lengths) - self.rows.lengths, self.rows.lengths)
+        step_of = np.where(is_drafting[row_of], rank, -1)  # rows without drafts before all others, at once
+        return [self._step(np.flatnonzero(step_of == number), row_of) for number in np.unique(step_of)]
+
+    def _step(self, tokens: IntArray, row_of: IntArray) -> KeepingStep:
+        """Returns the part of the plan for some of its tokens (t,), all of which are of rows (n + m,)."""
+        assert self.kept_in is not None
+        rows, lengths = np.unique(row_of[tokens], return_counts=True)
+        numbers, device = self.numbers[rows], self.rows.device
+        part = replace(
+            self,
+            rows=RaggedRows(lengths.tolist(), device),
+            numbers=numbers,
+            lines=lines_of(numbers, device),
+            # A row that is in an earlier step has a state now, and one with drafts has had one before.
+            is_new=self.is_new[rows],
+            positions=self.positions[tokens],
+            order=None,
+            in_flight=None,
+            kept_in=None,
+        )
+        keeps = tokens[self.kept_in[tokens] >= 0]
+        return KeepingStep(part, on_device(tokens, device), self.numbers[row_of[keeps]], self.kept_in[keeps])
+
+    def _advance(self, mixer: Mixer, table: StateTable, update: Tensor) -> Tensor:
+        """Does what :meth:`advance` does, for updates in the order of the rows."""
         if mixer.runs_on_kernels(update):
             return mixer.advance_in_place(update, self.kernel_rows, table.all)
         if mixer.moves_lines_on(update, self.rows):
@@ -186,3 +247,12 @@ class RecurrentPlan:
     def of_tokens_in_flight(self, values: Tensor) -> Tensor:
         """Returns the values (n, ...) of the tokens in flight, of all (n + m, ...) in the order of the rows."""
         return values if self.in_flight is None else values.index_select(0, self.in_flight)
+
+
+class KeepingStep(NamedTuple):
+    """A part of a plan, and what is kept before it runs."""
+
+    plan: RecurrentPlan
+    tokens: Tensor | None  # (t,) of the whole plan, in order; None: all
+    kept: IntArray  # lines that are kept
+    kept_in: IntArray  # and where

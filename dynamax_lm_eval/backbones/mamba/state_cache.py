@@ -34,6 +34,15 @@ class StateTable:
         """Gives a line what another holds, which is nothing where none has run."""
         copy_line([self], source, line)
 
+    def copy_lines(self, sources: IntArray, lines: IntArray) -> None:
+        """Gives lines (R,) what others (R,) hold; the table has all of them."""
+        self.has_begun[lines] = self.has_begun[sources]
+        for part in self.all:
+            if len(lines) == 1:
+                part[int(lines[0])] = part[int(sources[0])]
+            else:
+                part.index_copy_(0, on_device(lines, part.device), part[on_device(sources, part.device)])
+
     @property
     def num_lines(self) -> int:
         """How many lines the table has; it lies in other memory where that has changed."""

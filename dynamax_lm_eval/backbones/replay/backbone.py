@@ -74,7 +74,10 @@ class ReplayBackbone(ModelBackbone):
         self.rung = "row modules" if attention_by_row else "mixed" if self.mixers else "flat"
         self._mixer_arities: dict[FlatMixer, int | None] = found.mixer_arities
         self._direct_readout = setup.direct_readout(self)
-        self.resumes = not self.takes_tokens_in_order and setup.takes_nothing_from_other_blocks(self)
+        by_themselves = setup.takes_nothing_from_other_blocks(self)
+        self.resumes = not self.takes_tokens_in_order and by_themselves
+        # States that grow with a row, in caches of the family's own, are not cut.
+        self.takes_back = by_themselves and all(mixer.is_recurrent for mixer in self.mixers)
         if self.device.type == "meta":
             return  # policies are checked, nothing is run
         setup.find_stops(self)

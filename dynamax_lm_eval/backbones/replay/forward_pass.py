@@ -251,7 +251,8 @@ class ReplayPass(AttentionPass):
         return hidden
 
     def _recurrent_plan(self, tokens: IntArray, left: LeftPlaces, device: torch.device) -> RecurrentPlan:
-        return RecurrentPlan.of(tokens, left, self._layout, self._lines, self._is_new, device, self._plan)
+        found = self._layout, self._lines, self._is_new, device, self._plan
+        return RecurrentPlan.of(tokens, left, *found, snapshots=self._states.snapshots)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,9 @@ class RowMixer(FlatMixer):
         """Returns the outputs (1, r, D) of one token in each of r rows, which run as a batch."""
         if len(tokens) < len(plan.positions):
             call = self._axes.select(call, on_device(tokens, call.hidden.device))
+        if plan.kept_in is not None:
+            for number, kept_in in zip(numbers.tolist(), plan.kept_in[tokens].tolist(), strict=True):
+                _keep(table, number, kept_in)
         with table.opened(numbers, past=1) as cache:
             output = self.called(self._axes.by_row(call), cache)
         return output.transpose(0, 1)
@@ -153,7 +156,9 @@ class RowMixer(FlatMixer):
     ) -> Tensor:
         """Returns the outputs (1, t, D) of the tokens of one row."""
         is_new = bool(plan.is_new[row])
-        at_once = end - start if is_new or self.continues else 1
+        kept_in = None if plan.kept_in is None else plan.kept_in[start:end].tolist()
+        keeps = kept_in is not None and max(kept_in) >= 0
+        at_once = end - start if is_new or (self.continues and not keeps) else 1
         outputs = []
         for first in range(start, end, at_once):
             last = min(end, first + at_once)
@@ -162,6 +167,8 @@ class RowMixer(FlatMixer):
                 part = self._axes.map(call, lambda tensor, axis, a=first, b=last: tensor.narrow(axis, a, b - a))
             numbers, positions = plan.numbers[row : row + 1], plan.positions[first:last]
             past = 0 if is_new and first == start else int(positions[0])
+            if keeps and kept_in is not None:
+                _keep(table, int(numbers[0]), kept_in[first - start])
             with table.opened(numbers, past) as cache:
                 if isinstance(table, RowTable):
                     part = self._with_masks(part, positions, table.seen(int(numbers[0]), positions))
@@ -184,3 +191,9 @@ class RowMixer(FlatMixer):
         with eager, replaced_forwards([(self.module, self._model.own_forward(self.module))]):
             output: Tensor = parts_of(self.module(*args, **kwargs))[0]
         return output
+
+
+def _keep(table: StackedTable | RowTable, line: int, kept_in: int) -> None:
+    """Keeps what a line holds in another, unless that is -1."""
+    if kept_in >= 0:
+        table.copy(line, kept_in)

@@ -264,7 +264,7 @@ def takes_nothing_from_other_blocks(backbone: ReplayBackbone) -> bool:
     given = [value for call in calls for value in (*call.args, *call.kwargs.values())]
     written = [layer for block in backbone.blocks for layer in block.kv_layers]
     return (
-        all(block.kv_layers for block in backbone.blocks)
+        all(block.kv_layers or block.mixers for block in backbone.blocks)
         and len(set(written)) == len(written)
         and not any(isinstance(value, dict | list | set) for value in given)
     )

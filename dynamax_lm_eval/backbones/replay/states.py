@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.mamba.snapshots import Snapshots
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
 from dynamax_lm_eval.backbones.transformer.kv_cache import AttentionStates
@@ -37,6 +38,7 @@ class ReplayStates(AttentionStates):
         self.line_of: dict[int, int] = {}
         self._free_lines: list[int] = []
         self._num_lines = 0
+        self.snapshots = Snapshots(self._new_line, self._free_line)
         self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
 
     def table(self, mixer: FlatMixer) -> Any:
@@ -54,7 +56,14 @@ class ReplayStates(AttentionStates):
 
     def free_row(self, slot: int) -> None:
         super().free_row(slot)
-        self._free_line(self.line_of.pop(slot))
+        line = self.line_of.pop(slot)
+        self.snapshots.free(line)
+        self._free_line(line)
+
+    def settle(self, slot: int, kept: int | None) -> None:
+        if kept is not None and self._tables:
+            line = self.line_of[slot]
+            self._copy_line(self.snapshots.after(line, kept), line)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         super().copy_row(source, slot, num_tokens)

@@ -39,6 +39,7 @@ class TransformerBackbone(DecoderBackbone):
 
     rung = "fused"
     resumes = True
+    takes_back = True
 
     def __init__(self, model: Any, max_length: int | None = None) -> None:
         """
