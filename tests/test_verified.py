@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
-from dynamax_lm_eval.engine.parity import checked_engine
+from dynamax_lm_eval.engine.parity import check_drafts, check_policy, checked_engine
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
 from dynamax_lm_eval.engine.rows import VerifiedRow
 from dynamax_lm_eval.engine.sampling import Sampler
@@ -165,7 +165,7 @@ def test_every_architecture_verifies_or_refuses(group: str) -> None:
         with pytest.raises(UserError, match=r"verify is not possible on \w+, whose blocks cannot go on"):
             engine.check_policy(drafting())
         return
-    engine.check_policy(drafting())
+    check_policy(engine, drafting())
     drafts, _ = rates(assert_full_text(engine, drafting(0.01)))
     assert drafts > 0
 
@@ -207,3 +207,11 @@ def scripted(full: list[int], wrong: int) -> Any:
         return take(row, chosen)
 
     return scripted_take
+
+
+def test_a_model_whose_drafts_go_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_drafts(engine_for("mamba2"))
+    # Nothing is taken back.
+    monkeypatch.setattr("dynamax_lm_eval.backbones.mamba.backbone.MambaStates.settle", lambda *args: None)
+    with pytest.raises(UserError, match="verify is not possible on Mamba2ForCausalLM: the logits of tokens that go on"):
+        check_drafts(engine_for("mamba2"))

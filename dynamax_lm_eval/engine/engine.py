@@ -118,6 +118,8 @@ class Engine:
         self._autocast_dtype = autocast_dtype
         #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
+        #: Whether drafts were seen to go on as the blocks want it.
+        self.verifies = False
         #: How passes in which every row has one token run in segments; None: their blocks run one by one.
         self.segments: SegmentUse | None = None
 

@@ -20,6 +20,7 @@ from dynamax_lm_eval.backbones import SLOW_RUNGS, WholeRowBackbone, make_backbon
 from dynamax_lm_eval.backbones.base import Backbone, IntArray
 from dynamax_lm_eval.backbones.compare import differences, is_close
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
+from dynamax_lm_eval.engine.draft_check import drafted_logits
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -126,8 +127,17 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
     engine.check_policy(policy)
     if policy.pruned_blocks:
         check_pruning(engine, policy)
+    if policy.drafts and not engine.verifies:
+        with _naming_model(engine.backbone.name, "with verify=true"), engine.autocast():
+            check_drafts(engine)
+        engine.verifies = True
     # Learned states go the same way through a block as recomputed ones, so their way is checked with these.
-    if policy.used_exits and policy.state_mode in ("recompute", "learned") and not engine.recomputes_states:
+    if (
+        policy.used_exits
+        and not policy.drafts
+        and policy.state_mode in ("recompute", "learned")
+        and not engine.recomputes_states
+    ):
         what = "with state_mode=recompute (skip and copy may work)"
         with _naming_model(engine.backbone.name, what), engine.autocast():
             check_state_recompute(engine)
@@ -238,6 +248,26 @@ def check_state_recompute(engine: Engine) -> None:
                 f"{backbone.name}: with state_mode=recompute (fed {what}), logits after exits differ from those of its "
                 f"own blocks by {largest:.1e} of their largest and {mean:.1e} of their mean value; use state_mode=skip"
             )
+
+
+@torch.no_grad()
+def check_drafts(engine: Engine) -> None:
+    """Checks what ``verify=true`` needs: tokens go on after exits, and rows are taken back to before wrong drafts.
+
+    Raises:
+        UserError: the logits of any token differ by more than rounding from those of a text that is fed at once.
+    """
+    backbone = engine.backbone
+    known = min(backbone.vocab_size, backbone.num_embeddings)
+    text = torch.randint(0, known, (_SHORT,), generator=torch.Generator().manual_seed(2)).tolist()
+    theirs, ours = _fed(engine, [text], [_all_at_once([text])]), drafted_logits(engine, text, _PREFILL_OF_SECOND)
+    dtype = backbone.embed(torch.tensor([0], device=backbone.device)).dtype
+    if not is_close(ours, theirs[_PREFILL_OF_SECOND - 1 :], dtype):
+        largest, mean = differences(ours, theirs[_PREFILL_OF_SECOND - 1 :])
+        raise UserError(
+            f"verify is not possible on {backbone.name}: the logits of tokens that go on after an exit differ from the "
+            f"model's by {largest:.1e} of their largest and {mean:.1e} of their mean value; leave it out"
+        )
 
 
 @contextmanager
