@@ -37,8 +37,8 @@ def drafting(threshold: float = 0.1, **changes: Any) -> ExitPolicy:
 
 def run(engine: Engine, policy: ExitPolicy, max_rows: int = 1, **request: Any) -> list[Generation]:
     """Generates for all prompts; ``sampler``: makes the sampler of a prompt, by its number."""
-    sampler = request.pop("sampler", lambda number: Sampler())
-    settings = {"max_new_tokens": NEW_TOKENS, "is_finished": lambda generated: False, **request}
+    sampler = request.pop("sampler", lambda _: Sampler())
+    settings = {"max_new_tokens": NEW_TOKENS, "is_finished": lambda _: False, **request}
     requests = [
         GenerationRequest(prompt, policy=policy, sampler=sampler(number), **settings)
         for number, prompt in enumerate(PROMPTS)
@@ -212,6 +212,6 @@ def scripted(full: list[int], wrong: int) -> Any:
 def test_a_model_whose_drafts_go_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_drafts(engine_for("mamba2"))
     # Nothing is taken back.
-    monkeypatch.setattr("dynamax_lm_eval.backbones.mamba.backbone.MambaStates.settle", lambda *args: None)
+    monkeypatch.setattr("dynamax_lm_eval.backbones.mamba.backbone.MambaStates.settle", lambda *_: None)
     with pytest.raises(UserError, match="verify is not possible on Mamba2ForCausalLM: the logits of tokens that go on"):
         check_drafts(engine_for("mamba2"))

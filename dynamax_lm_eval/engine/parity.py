@@ -132,12 +132,8 @@ def check_policy(engine: Engine, policy: ExitPolicy) -> None:
             check_drafts(engine)
         engine.verifies = True
     # Learned states go the same way through a block as recomputed ones, so their way is checked with these.
-    if (
-        policy.used_exits
-        and not policy.drafts
-        and policy.state_mode in ("recompute", "learned")
-        and not engine.recomputes_states
-    ):
+    makes_states = policy.used_exits and not policy.drafts and policy.state_mode in ("recompute", "learned")
+    if makes_states and not engine.recomputes_states:
         what = "with state_mode=recompute (skip and copy may work)"
         with _naming_model(engine.backbone.name, what), engine.autocast():
             check_state_recompute(engine)
