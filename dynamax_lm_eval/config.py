@@ -21,6 +21,7 @@ from dynamax_lm_eval.types import (
     Preset,
     PruneScope,
     PruneStrategy,
+    RooflineDevice,
     StateMode,
 )
 
@@ -259,6 +260,13 @@ class DynamaxArgs:
         "most tokens that a row drafts before the full model verifies them",
         shown="8",
         vary=True,
+    )
+    roofline: RooflineDevice | None = values.argument(
+        None,
+        values.choice(RooflineDevice),
+        "adds the least seconds that a GPU of this kind needs for the generations, one after the other, from the "
+        f"weights that they read: {_words(RooflineDevice)}",
+        shown="none",
     )
     degenerate_ngram: int = values.argument(
         8,

@@ -32,3 +32,4 @@ PruneStrategy = Literal["deepest", "angular"]
 
 
 BudgetStrategy = Literal["online", "two_pass"]
+RooflineDevice = Literal["a100", "h100", "h200", "l40s", "rtx4090"]

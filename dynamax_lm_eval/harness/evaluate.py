@@ -32,6 +32,7 @@ from dynamax_lm_eval.harness.cache import check_database
 from dynamax_lm_eval.harness.describe import thesis_formula
 from dynamax_lm_eval.harness.ledger import ResponseLedger, request_keys
 from dynamax_lm_eval.harness.results import RankReport, RecordsByDocument, add_compute
+from dynamax_lm_eval.harness.roofline import bytes_per_weight
 
 logger = logging.getLogger(__name__)
 
@@ -176,6 +177,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 energy=lm.responder.energy.to_json(0),
                 peak_memory=_peak_memory(lm.engine.backbone.device),
                 batching=(lm.batch_size, lm.args.rows_in_flight),
+                bytes_per_weight=bytes_per_weight(lm.engine.backbone.model),
+                roofline=lm.args.roofline,
             ),
             dst=0,
         )

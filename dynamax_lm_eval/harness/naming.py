@@ -15,13 +15,15 @@ from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
-from dynamax_lm_eval.exits.policy import DEFAULT_WARMUP, ExitPolicy
+from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.resolve import default_exit_layers, resolve_pruned_blocks
 from dynamax_lm_eval.files import checksum
 from dynamax_lm_eval.models import aliases
 
 #: The label of a run in which no token leaves and no block is pruned.
 FULL = "full"
+#: What a label says of exits that are drafts, in place of a state mode.
+VERIFY = "verify"
 #: Hex digits of a checksum in a label.
 _DIGITS = 6
 #: What a label says in words.
@@ -33,7 +35,8 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
 
     It says the confidence, the state mode and the thresholds (or the budget), then what else is unusual: the layer at
     which prompts leave, how many blocks are pruned, and, where anything differs from a run that names nothing more, a
-    checksum of that: ``mamba-recompute-0.8``, ``prune4``, ``calm-learned-0.9-prompt18-1f2e3d``.
+    checksum of that: ``mamba-recompute-0.8``, ``calm-verify-0.6``, ``prune4``,
+    ``calm-learned-0.9-prompt18-1f2e3d``.
 
     Args:
         policy: of the run.
@@ -45,7 +48,7 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
     target = next((f"{name[7:]}{value:g}" for name, value in _targets(args).items() if value is not None), None)
     if policy.active_exits or target is not None:
         values = policy.thresholds[:1] if len(set(policy.thresholds)) == 1 else policy.thresholds
-        parts += [policy.classifier or policy.confidence, policy.state_mode]
+        parts += [policy.classifier or policy.confidence, VERIFY if policy.drafts else policy.state_mode]
         parts.append(target or "+".join(f"{value:g}" for value in values))
     if policy.prompt_exit_layer is not None:
         parts += [*([] if parts else [policy.state_mode]), f"prompt{policy.prompt_exit_layer}"]
@@ -78,6 +81,7 @@ def _unusual(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None) ->
         pruned_blocks=deepest,
         final_block=exits is not None and exits.final_block,
         adapter=exits.adapter if exits is not None and not exits.final_block else "none",
+        verify_tokens=DEFAULT_VERIFY_TOKENS if policy.drafts else None,
     ).describe()
     if policy.prompt_exit_layer is not None:
         usual["prompt_exit_keep"] = DEFAULT_WARMUP
@@ -86,7 +90,7 @@ def _unusual(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None) ->
         found["pruned_blocks"] = sorted(policy.pruned_blocks)
     if not policy.active_exits:
         # Nothing is evaluated, so it does not matter where and how.
-        for name in ("exit_layers", "adapter", "final_block", "classifier_warmup", "threshold_decay"):
+        for name in ("exit_layers", "adapter", "final_block", "classifier_warmup", "threshold_decay", "verify_tokens"):
             found.pop(name, None)
         found.pop("above_threshold", None)
     if args.repetition_penalty is not None:

@@ -21,8 +21,9 @@ from dynamax_lm_eval.compute.accounting import (
     total_reduction_stderr,
 )
 from dynamax_lm_eval.compute.thesis import ThesisFormula
-from dynamax_lm_eval.harness import latency
+from dynamax_lm_eval.harness import latency, roofline
 from dynamax_lm_eval.harness.latency import Latency
+from dynamax_lm_eval.types import RooflineDevice
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class RankReport:
         energy: what it drew, as :meth:`EnergyMeter.to_json` says; without tokens.
         peak_memory: most bytes of GPU memory; None on a CPU.
         batching: rows of a batch, and requests that may have begun where that was said.
+        bytes_per_weight: of the backbone.
+        roofline: the device whose least time is asked for.
     """
 
     records: RecordsByDocument
@@ -62,6 +65,8 @@ class RankReport:
     energy: dict[str, Any]
     peak_memory: int | None
     batching: tuple[Any, int | None]
+    bytes_per_weight: float
+    roofline: RooflineDevice | None
 
 
 def add_compute(
@@ -121,10 +126,13 @@ def add_compute(
                 "total_full": total.full_total_macs,
                 "total": total.total_macs,
             }
+            if total.generations:
+                sample["weights"] = {"full": total.full_weights_read, "read": total.weights_read}
             sample["degenerate"] = total.degenerate
             sample["exit_layers"] = [layers for record in responses for layers in record.exit_layers]
 
     all_records = [record for documents in per_document.values() for record in documents]
+    generations = ComputeRecord.sum(record for record in all_records if record.generations)
     results["compute"] = {
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
@@ -133,6 +141,8 @@ def add_compute(
             **_breakdown(all_records, thesis),
             **_timing(sum(rank.fed_tokens for rank in gathered), seconds),
             "physical": ExecutedCompute.sum(rank.executed for rank in gathered).to_json(),
+            "weights": roofline.weights(generations, gathered[0].bytes_per_weight),
+            "roofline": roofline.roofline(generations, gathered[0].bytes_per_weight, gathered[0].roofline),
             "latency": latency.summary(latencies, *gathered[0].batching),
             "energy": _energy(gathered),
             "peak_memory_bytes": [rank.peak_memory for rank in gathered],
@@ -202,6 +212,7 @@ def _breakdown(documents: list[ComputeRecord], thesis: ThesisFormula | None) -> 
             "total": total.total_macs,
         },
         "paper_units": {"full": total.paper_full, "spent": total.paper_spent},
+        "drafts": roofline.drafts(total),
     }
 
 

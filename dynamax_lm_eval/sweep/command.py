@@ -73,6 +73,8 @@ _FREE = frozenset(
         "prune",
         "prune_scope",
         "prune_profile",
+        "verify_tokens",
+        "verify_at",
         "include_path",
     ]
 )

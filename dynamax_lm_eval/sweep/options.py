@@ -18,6 +18,7 @@ from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, preset_state_mode
+from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, PruneScope, StateMode
 
@@ -50,8 +51,14 @@ class SweepOptions:
     )
     state_modes: str = _option(
         AUTO,
-        "separated by commas: learned, recompute, copy, copy_previous, skip; auto: what a preset among --model_args "
-        "says, else learned where the exits have maps of states",
+        "separated by commas: learned, recompute, copy, copy_previous, skip; verify: exits are drafts that the full "
+        "model verifies; auto: what a preset among --model_args says, else learned where the exits have maps of states",
+    )
+    verify_tokens: int | None = _option(None, "tokens that a row drafts at most, of points that verify; default: 8")
+    verify_at: str = _option(
+        "",
+        "exit layers, separated by commas: every token is drafted there, and the full model verifies; a family of its "
+        "own, without decisions",
     )
     prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
     prune_scope: str | None = _option(
@@ -85,6 +92,12 @@ class SweepOptions:
             raise UserError(f"--prune_scope must be all or generated, got {self.prune_scope!r}")
         if self.prune_scope is not None and not self.prune:
             raise UserError("--prune_scope has no effect without --prune; add it, or remove --prune_scope")
+        if self.verify_tokens is not None and self.verify_tokens < 1:
+            raise UserError(f"--verify_tokens must be at least 1, got {self.verify_tokens}")
+        if self.verify_tokens is not None and VERIFY not in _items(self.state_modes) and not self.verify_at:
+            raise UserError(
+                "--verify_tokens has no effect without --state_modes verify or --verify_at; add one of them"
+            )
         given = self.shared_arguments
         if clash := sorted(_DECIDED & set(given)):
             raise UserError(f"--model_args must not set {', '.join(clash)}: the sweep decides them")
@@ -154,9 +167,9 @@ class Point:
 
     Attributes:
         name: of its folder; tells it from all others of the sweep.
-        kind: ``full``, ``exits`` or ``pruning``.
+        kind: ``full``, ``exits``, ``verified`` or ``pruning``.
         series: points of one series differ in one number only and are joined in plots.
-        x: that number: the threshold (the mean of several), or how many blocks are pruned.
+        x: that number: the threshold (the mean of several), the exit layer, or how many blocks are pruned.
         args: the model arguments that it stands for.
         tasks: those that are answered under it, as ``--tasks`` names them.
     """
@@ -228,9 +241,10 @@ def grid(
     points = [Point("full", "full", "full model", 1.0, full, every_task)]
     confidences = confidences_of(options, () if exits is None else exits.classifiers)
     modes = _items(options.state_modes)
+    verified = {"verify": True, "verify_tokens": options.verify_tokens}
     for what, names, choices in (
         ("confidences", confidences, CONFIDENCES),
-        ("state_modes", modes, (*get_args(StateMode), AUTO)),
+        ("state_modes", modes, (*get_args(StateMode), VERIFY, AUTO)),
     ):
         wrong = [name for name in names if name not in choices]
         if wrong or not names:
@@ -249,11 +263,18 @@ def grid(
         series = f"{confidence}, {mode}"
         for threshold, tasks in options.thresholds_by_task().items():
             changed: dict[str, Any] = {**arguments, "state_mode": mode, "threshold": threshold}
+            if mode == VERIFY:
+                changed |= {"state_mode": None, **verified}
             name = f"{confidence}-{mode}-{name_of(threshold)}"
             own_series = series if len(threshold) == 1 else f"{series}, per exit"
-            points.append(Point(name, "exits", own_series, mean(threshold), replace(full, **changed), tasks))
+            kind = "verified" if mode == VERIFY else "exits"
+            points.append(Point(name, kind, own_series, mean(threshold), replace(full, **changed), tasks))
+    for layer in sorted({_whole("verify_at", text) for text in _items(options.verify_at)}):
+        changed = {"exit_layers": (layer,), "threshold": (0.0,), "confidence": "state", **verified}
+        args = replace(full, **changed)
+        points.append(Point(f"verify-at-{layer}", "verified", "drafts at one exit", layer, args, every_task))
     scope = full.prune_scope if options.prune_scope is None else cast(PruneScope, options.prune_scope)
-    counts = [_whole(text) for text in _items(options.prune)]
+    counts = [_whole("prune", text) for text in _items(options.prune)]
     strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]
     if options.prune_profile is not None:
         if not counts:
@@ -286,7 +307,7 @@ def read_yaml(text: str) -> dict[str, Any]:
             value = ",".join(f"{key}={item}" for key, item in value.items())
         elif isinstance(value, (list, tuple)):
             value = ",".join(str(item) for item in value)
-        elif name in ("thresholds", "prune", "tasks") and value is not None:
+        elif name in ("thresholds", "prune", "verify_at", "tasks") and value is not None:
             value = str(value)
         options[str(name)] = value
     return options
@@ -296,7 +317,7 @@ def _items(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _whole(text: str) -> int:
+def _whole(option: str, text: str) -> int:
     if not text.isdigit():
-        raise UserError(f"--prune must be whole numbers separated by commas, got {text!r}")
+        raise UserError(f"--{option} must be whole numbers separated by commas, got {text!r}")
     return int(text)
