@@ -1,0 +1,140 @@
+"""Exits as drafts in the harness: scores of the full model, what is counted, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_engine import policy_of
+from helpers_harness import dynamax, evaluate, responses, sweep_options
+from lm_eval.tasks import TaskManager
+
+from dynamax_lm_eval.compute.accounting import Trace, account
+from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
+from dynamax_lm_eval.compute.verified import FedToken, VerifiedTrace
+from dynamax_lm_eval.config import parse_model_args
+from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness.roofline import DEVICES
+from dynamax_lm_eval.sweep.command import sweep
+from dynamax_lm_eval.sweep.files import finished_points
+from dynamax_lm_eval.sweep.results import read
+
+DRAFTING: dict[str, Any] = {"threshold": 0.1, "exit_layers": [2, 4], "verify": True, "verify_tokens": 4}
+TASKS = ("tiny_generate", "tiny_choice", "tiny_rolling")
+
+
+def test_scores_are_those_of_the_full_model(model_folder: Path, manager: TaskManager) -> None:
+    full = evaluate(dynamax(model_folder), manager, *TASKS)
+    drafted = evaluate(dynamax(model_folder, roofline="h100", **DRAFTING), manager, *TASKS)
+    for task in TASKS:
+        assert responses(drafted, task) == responses(full, task)
+        own = {
+            key: value for key, value in full["results"][task].items() if "compute" not in key and "layer" not in key
+        }
+        assert drafted["results"][task].items() >= own.items()
+    compute = drafted["compute"]
+    # Scores need no drafts.
+    assert compute["by_task"]["tiny_choice"]["compute_reduction"] == 1
+    assert compute["by_task"]["tiny_choice"]["drafts"] is None
+    drafts = compute["by_task"]["tiny_generate"]["drafts"]
+    assert 0 < drafts["accepted"] < drafts["drafted"]
+    assert drafts["draft_acceptance"] == drafts["accepted"] / drafts["drafted"]
+    assert drafts["accepted_length"] == 1 + drafts["accepted"] / drafts["verifications"]
+    # Nothing is saved, and what was drafted for nothing is lost.
+    assert compute["by_task"]["tiny_generate"]["compute_reduction"] < 1
+    weights, roofline = compute["overall"]["weights"], compute["overall"]["roofline"]
+    assert weights["reduction"] == pytest.approx(
+        weights["bytes_per_generated_token_full"] / weights["bytes_per_generated_token"]
+    )
+    tokens = compute["by_task"]["tiny_generate"]["tokens"]["generated"]
+    least = weights["bytes_per_generated_token_full"] * tokens / DEVICES["h100"].bytes_per_second
+    assert roofline["seconds_full"] == pytest.approx(least)
+    assert drafted["config"]["dynamax"]["label"].startswith("softmax-verify-0.1-")
+    assert full["compute"]["overall"]["weights"]["reduction"] == 1
+
+
+def test_counted_by_hand() -> None:
+    """Two blocks of 100 weights and two MACs per position in sight; a head of 30; one exit after the first block."""
+    cost = BackboneCost((BlockCost(100, 2, None, 10), BlockCost(100, 2, None, 10)), lm_head=30)
+    terms = ExitCost((1,), (5,), False, False, frozenset(), first_eligible=4, draft_read_macs=7)
+    # A prompt of 4. Token 4 is drafted from, then 5; 6 may not leave. The draft behind 5 is wrong, so 6 was for
+    # nothing. The full model's own token then runs to the end by itself.
+    fed = (
+        FedToken(4, left=1, evaluated=True, stands=True, was_right=True),
+        FedToken(5, left=1, evaluated=True, stands=True, was_right=False),
+        FedToken(6, left=None, evaluated=False, stands=False, was_right=False),
+        FedToken(6, left=None, evaluated=True, stands=True, was_right=False),
+    )
+    passes = ((0, 1), (0, 1), (0, 2), (0, 2))
+    trace = Trace(4, 7, 4, (1, 1, 2), generated=True, verified=VerifiedTrace(fed, passes, verifications=1))
+    record = account(trace, terms, cost)
+
+    def token(position: int) -> int:
+        return 2 * (100 + 2 * (position + 1))
+
+    assert record.full_macs == token(4) + token(5) + token(6)
+    assert record.block_macs == token(4) + token(5) + 2 * token(6)
+    assert record.classifier_macs == 3 * 5
+    # Two drafts are read, and what was said behind the token that does not stand.
+    assert record.lm_head_macs == 2 * 7 + 30
+    prompt = sum(token(position) for position in range(4))
+    assert record.full_total_macs == record.full_macs + prompt + 4 * 30
+    assert record.total_macs == record.spent_macs + prompt + 4 * 30
+    assert record.full_weights_read == 4 * 200 + 4 * 30
+    # The prompt; a block twice; all blocks twice. One read each of the prompt and of the two passes to the end.
+    assert record.weights_read == 200 + 2 * 100 + 2 * 200 + 3 * 30 + 2 * 7 + 3 * 5
+    assert (record.drafted_tokens, record.accepted_drafts, record.verifications) == (2, 1, 1)
+    assert record.exit_layers == [[1, 1, 2]]
+    assert record.paper_spent == pytest.approx(4 * 2 + (2 * 7 + 30) / 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"verify_tokens": 4, "verify": False}, "verify_tokens has no effect without verify=true"),
+        ({"state_mode": "skip"}, "verify=true and state_mode exclude each other"),
+        ({"target_reduction": 1.2}, "verify=true and target_reduction exclude each other"),
+        ({"threshold": "calibrated"}, "verify=true and certificate exclude each other"),
+        ({"prune_layers": 1}, "verify=true and prune_layers exclude each other"),
+        ({"prompt_exit_layer": 3}, "verify=true and prompt_exit_layer exclude each other"),
+        ({"exit_scope": "all"}, "verify=true and exit_scope=all exclude each other"),
+        ({"preset": "paper"}, "verify=true and preset exclude each other"),
+        ({"rows_in_flight": 8, "batch_size": 2}, "verify=true and rows_in_flight exclude each other"),
+        ({"verify_tokens": 0}, "verify_tokens"),
+    ],
+)
+def test_what_goes_against_it_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_model_args({"backbone": "x", "verify": True, **arguments}, ["batch_size"])
+
+
+def test_what_it_resolves_to() -> None:
+    policy = policy_of(None, verify=True, threshold=(0.5,))
+    assert (policy.verify_tokens, policy.state_mode, policy.drafts) == (8, "recompute", True)
+    assert policy_of(None, verify=True, threshold=(1.0,)).drafts is False
+    assert policy_of(None, verify=True, threshold=(0.5,), confidence="state", vocab_subset=7).vocab_subset == 7
+    with pytest.raises(UserError, match="verify is not possible with exits that were trained with a final block"):
+        policy_of(None, verify=True, threshold=(0.5,), final_block=True)
+
+
+def test_a_family_of_sweeps(model_folder: Path, tmp_path: Path) -> None:
+    options = sweep_options(
+        model_folder, tmp_path, state_modes="verify,recompute", verify_at="2,4", verify_tokens=3, prune=""
+    )
+    sweep(options)
+    names = {point["point"] for point in finished_points(tmp_path)}
+    assert names >= {"full", "state-verify-0.3", "state-recompute-0.3", "verify-at-2", "verify-at-4"}
+    for task in read([tmp_path], 1.0):
+        for point in task.points:
+            if point.kind == "verified":
+                assert point.answers == task.full.answers
+                assert point.scores == task.full.scores
+                assert point.policy["verify_tokens"] == 3
+
+
+def test_options_of_sweeps_go_together(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--verify_tokens has no effect without --state_modes verify or --verify_at"):
+        sweep_options(model_folder, tmp_path, verify_tokens=3)
+    with pytest.raises(UserError, match="--verify_tokens must be at least 1"):
+        sweep_options(model_folder, tmp_path, state_modes="verify", verify_tokens=0)
