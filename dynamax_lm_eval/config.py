@@ -261,6 +261,14 @@ class DynamaxArgs:
         shown="8",
         vary=True,
     )
+    measure_speed: bool = values.argument(
+        False,
+        values.flag,
+        "every block of documents is generated for by the full model as well, in turns, and the result file has the "
+        "ratio of the times (`compute.overall.speed`); takes as long as both",
+        shown="false",
+        vary=True,
+    )
     roofline: RooflineDevice | None = values.argument(
         None,
         values.choice(RooflineDevice),

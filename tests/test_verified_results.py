@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_engine import policy_of
+from helpers_engine import drained, policy_of
 from helpers_harness import dynamax, evaluate, responses, sweep_options
 from lm_eval.tasks import TaskManager
 
@@ -14,8 +15,11 @@ from dynamax_lm_eval.compute.accounting import Trace, account
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
 from dynamax_lm_eval.compute.verified import FedToken, VerifiedTrace
 from dynamax_lm_eval.config import parse_model_args
+from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
+from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.roofline import DEVICES
+from dynamax_lm_eval.harness.speed import SpeedLog, paired
 from dynamax_lm_eval.sweep.command import sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.results import read
@@ -116,6 +120,46 @@ def test_what_it_resolves_to() -> None:
     assert policy_of(None, verify=True, threshold=(0.5,), confidence="state", vocab_subset=7).vocab_subset == 7
     with pytest.raises(UserError, match="verify is not possible with exits that were trained with a final block"):
         policy_of(None, verify=True, threshold=(0.5,), final_block=True)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_clock_against_the_full_model(verify: bool, model_folder: Path, manager: TaskManager) -> None:
+    full = evaluate(dynamax(model_folder), manager, "tiny_generate")
+    arguments = {**DRAFTING, "verify": verify, "verify_tokens": 4 if verify else None}
+    results = evaluate(dynamax(model_folder, measure_speed=True, **arguments), manager, "tiny_generate")
+    plain = evaluate(dynamax(model_folder, **arguments), manager, "tiny_generate")
+    assert responses(results, "tiny_generate") == responses(plain, "tiny_generate")
+    speed, overall = results["compute"]["overall"]["speed"], results["compute"]["overall"]
+    texts = zip(responses(plain, "tiny_generate"), responses(full, "tiny_generate"), strict=True)
+    assert speed["same_texts"] == pytest.approx(sum(a == b for a, b in texts) / speed["requests"])
+    assert speed["same_texts"] == 1 or not verify
+    assert speed["realised_speedup"] == pytest.approx(statistics.median(speed["ratios"]))
+    # Three requests run side by side, so they are a block.
+    assert len(speed["ratios"]) == -(-speed["requests"] // 3)
+    assert plain["compute"]["overall"]["speed"] is None
+    assert overall["energy"]["joules"] is None and "full model" in overall["energy"]["reason"]
+
+
+def test_turns_are_taken() -> None:
+    """A clock that stands still but for what runs: the full model takes 3 a request, the run 2."""
+    now, order = [0.0], []
+
+    def run(requests: Any) -> Any:
+        is_full = not requests[0].policy.active_exits
+        order.append(is_full)
+        for index, _ in enumerate(requests):
+            now[0] += 3 if is_full else 2
+            yield index, Generation([index], Trace(1, 1, 1, (), True))
+        return [is_full]
+
+    policy = policy_of(None, threshold=(0.5,))
+    requests = [GenerationRequest([1], 1, policy, Sampler(), lambda _: True) for _ in range(9)]
+    log = SpeedLog()
+    found, prefixes = drained(paired(requests, 2, run, lambda: now[0], log), len(requests))
+    assert len(found) == 9
+    assert prefixes == [False] * 5  # of the run's own, of every block
+    assert order == [False, True, True, False, False, True, True, False, False, True]
+    assert log.to_json() == {"realised_speedup": 1.5, "ratios": [1.5] * 5, "requests": 9, "same_texts": 1.0}
 
 
 def test_a_family_of_sweeps(model_folder: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from torch.utils import collect_env
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.cache import check_database
 from dynamax_lm_eval.harness.describe import thesis_formula
+from dynamax_lm_eval.harness.energy import EnergyMeter
 from dynamax_lm_eval.harness.ledger import ResponseLedger, request_keys
 from dynamax_lm_eval.harness.results import RankReport, RecordsByDocument, add_compute
 from dynamax_lm_eval.harness.roofline import bytes_per_weight
@@ -174,11 +175,12 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 fed_tokens=ledger.fed_tokens,
                 executed=ledger.executed,
                 latencies=dict(ledger.latencies),
-                energy=lm.responder.energy.to_json(0),
+                energy=_energy(lm, ledger),
                 peak_memory=_peak_memory(lm.engine.backbone.device),
                 batching=(lm.batch_size, lm.args.rows_in_flight),
                 bytes_per_weight=bytes_per_weight(lm.engine.backbone.model),
                 roofline=lm.args.roofline,
+                speed=ledger.speed,
             ),
             dst=0,
         )
@@ -187,6 +189,14 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         return results
 
     return evaluate
+
+
+def _energy(lm: Any, ledger: ResponseLedger) -> dict[str, Any]:
+    if ledger.speed.pairs:
+        meter = EnergyMeter(None, "the full model ran as well, to measure the speed")
+        return meter.to_json(0)
+    energy: dict[str, Any] = lm.responder.energy.to_json(0)
+    return energy
 
 
 def _peak_memory(device: torch.device) -> int | None:

@@ -15,6 +15,7 @@ from lm_eval.api.model import hash_args
 from dynamax_lm_eval.compute.accounting import ComputeRecord, ExecutedCompute
 from dynamax_lm_eval.harness.cache import RecordCache
 from dynamax_lm_eval.harness.latency import Latency
+from dynamax_lm_eval.harness.speed import SpeedLog
 
 
 class RequestKey(NamedTuple):
@@ -70,6 +71,8 @@ class ResponseLedger:
         self.executed = ExecutedCompute()
         #: How long each generation took, by task.
         self.latencies: defaultdict[str, list[Latency]] = defaultdict(list)
+        #: The clock against the full model's, where that is measured.
+        self.speed = SpeedLog()
         #: An evaluation is under way that will read the records.
         self.is_followed = False
 
@@ -80,6 +83,7 @@ class ResponseLedger:
         self.fed_tokens = 0
         self.executed = ExecutedCompute()
         self.latencies.clear()
+        self.speed = SpeedLog()
 
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Stores records in the harness's cache from now on.

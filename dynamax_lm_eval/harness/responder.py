@@ -22,7 +22,7 @@ from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
 from dynamax_lm_eval.compute.repetition import ends_in_repetition
 from dynamax_lm_eval.engine.generation import generate
 from dynamax_lm_eval.engine.prefixes import PrefixRun
-from dynamax_lm_eval.engine.requests import Generation, Scoring, ScoringRequest
+from dynamax_lm_eval.engine.requests import Generation, GenerationRequest, Scoring, ScoringRequest
 from dynamax_lm_eval.engine.sampling import request_seed
 from dynamax_lm_eval.engine.scoring import score
 from dynamax_lm_eval.errors import UserError
@@ -34,6 +34,7 @@ from dynamax_lm_eval.harness.energy import EnergyMeter
 from dynamax_lm_eval.harness.latency import Latency
 from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
+from dynamax_lm_eval.harness.speed import paired
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,14 @@ class Responder:
         jobs = [job.request for job in prepared]
         batch = rows.batch_rows(lm, longest)
         in_flight = rows.rows_in_flight(lm, [job.policy for job in jobs], batch, longest)
-        running = generate(lm.engine, jobs, batch, lm.args.prefix_caching, in_flight)
+
+        def run(some: Sequence[GenerationRequest]) -> Generator[tuple[int, Generation], None, list[PrefixRun]]:
+            full = not any(request.policy.active_exits for request in some)
+            return generate(lm.engine, some, batch, lm.args.prefix_caching, batch if full else in_flight)
+
+        running, measured = run(jobs), len(self._ledger.speed.pairs)
+        if lm.args.measure_speed:
+            running = paired(jobs, batch, run, time.perf_counter, self._ledger.speed)
 
         def answer(index: int, generation: Generation) -> Answer:
             job, tokens = prepared[index], generation.tokens
@@ -113,6 +121,8 @@ class Responder:
                 self._ledger.latencies[documents[index][0]].append(latency_of(generation))
                 progress.advance(result.record)
                 yield index, result
+        # What the full model took for comparison is no part of the run.
+        self._ledger.seconds["generate_until"] -= sum(full for _, full in self._ledger.speed.pairs[measured:])
 
     def encode(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[TokenPair]:
         """Returns the token ids of the contexts and continuations of ``loglikelihood`` requests.

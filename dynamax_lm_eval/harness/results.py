@@ -23,6 +23,7 @@ from dynamax_lm_eval.compute.accounting import (
 from dynamax_lm_eval.compute.thesis import ThesisFormula
 from dynamax_lm_eval.harness import latency, roofline
 from dynamax_lm_eval.harness.latency import Latency
+from dynamax_lm_eval.harness.speed import SpeedLog
 from dynamax_lm_eval.types import RooflineDevice
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class RankReport:
         batching: rows of a batch, and requests that may have begun where that was said.
         bytes_per_weight: of the backbone.
         roofline: the device whose least time is asked for.
+        speed: how long the full model took beside it, where that was measured.
     """
 
     records: RecordsByDocument
@@ -67,6 +69,7 @@ class RankReport:
     batching: tuple[Any, int | None]
     bytes_per_weight: float
     roofline: RooflineDevice | None
+    speed: SpeedLog
 
 
 def add_compute(
@@ -142,6 +145,7 @@ def add_compute(
             **_timing(sum(rank.fed_tokens for rank in gathered), seconds),
             "physical": ExecutedCompute.sum(rank.executed for rank in gathered).to_json(),
             "weights": roofline.weights(generations, gathered[0].bytes_per_weight),
+            "speed": _speed([rank.speed for rank in gathered]),
             "roofline": roofline.roofline(generations, gathered[0].bytes_per_weight, gathered[0].roofline),
             "latency": latency.summary(latencies, *gathered[0].batching),
             "energy": _energy(gathered),
@@ -214,6 +218,14 @@ def _breakdown(documents: list[ComputeRecord], thesis: ThesisFormula | None) -> 
         "paper_units": {"full": total.paper_full, "spent": total.paper_spent},
         "drafts": roofline.drafts(total),
     }
+
+
+def _speed(logs: list[SpeedLog]) -> dict[str, Any] | None:
+    """Returns the clock against the full model's, over the blocks of all processes; None where nobody measured it."""
+    pairs = [pair for log in logs for pair in log.pairs]
+    if not pairs:
+        return None
+    return SpeedLog(pairs, sum(log.requests for log in logs), sum(log.same for log in logs)).to_json()
 
 
 def _energy(gathered: list[RankReport]) -> dict[str, Any]:
