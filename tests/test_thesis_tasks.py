@@ -13,9 +13,9 @@ import pytest
 from helpers_engine import exits_config
 from helpers_harness import results_of, save_exits
 from helpers_tasks import HARNESS, SPIDER, STORY, coqa_row, load, prompt, write_csv, write_jsonl
+from jinja2 import Template
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import apply_template
 from test_paper_tasks import Parrot
 
 from dynamax_lm_eval import tasks_dir
@@ -80,7 +80,9 @@ def test_too_few_questions(tmp_path: Path) -> None:
 def test_prompts_are_those_of_the_harness(name: str, data_dir: Path) -> None:
     stock, task = load_yaml(HARNESS / STOCK[name]), load(name, data_dir)
     doc = task.eval_docs[0]
-    assert prompt(task, num_fewshot=0).strip() == apply_template(stock["doc_to_text"], doc)
+    assert prompt(task, num_fewshot=0).strip() == Template(stock["doc_to_text"], keep_trailing_newline=True).render(
+        **doc
+    )
     until = stock.get("generation_kwargs", {}).get("until", ["\n\n"])
     assert task.config.generation_kwargs["until"] == until
 

@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ from typing import Any
 import lm_eval.evaluator
 import torch
 from lm_eval.api.model import CachingLM
-from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.utils import handle_non_serializable, hash_string
 from torch.utils import collect_env
 
@@ -206,7 +206,9 @@ def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> Non
 
 def document_hashes(task: Any, limit: float | None = None, samples: list[int] | None = None) -> list[str]:
     """Returns the harness's ``doc_hash`` of each document of a task that an evaluation with these options takes."""
-    evaluated = task.doc_iterator(limit=get_sample_size(task, limit), samples=samples)
+    # As the harness counts: a share of the documents below 1, else a number of them.
+    number = None if limit is None else math.ceil(len(task.eval_docs) * limit) if limit < 1 else int(limit)
+    evaluated = task.doc_iterator(limit=number, samples=samples)
     return [document_hash(document) for _, document in evaluated]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from jinja2 import Template
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.truthfulqa import utils as harness
-from lm_eval.utils import apply_template
 
 _ONE_SHOT = Path(__file__).resolve().parent.parent / "truthfulqa_gen_1shot" / "utils.py"
 _SPEC = importlib.util.spec_from_file_location("_truthfulqa_gen_1shot", _ONE_SHOT)
@@ -38,5 +38,4 @@ def _template() -> str:
 
 def doc_to_text(doc: Mapping[str, Any]) -> str:
     """The prompt of a question."""
-    text: str = apply_template(_template(), dict(doc))
-    return text
+    return Template(_template(), keep_trailing_newline=True).render(**doc)
