@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,21 @@ def add_post_processor(folder: Path) -> None:
 
 def generation_requests(contexts: list[str], **kwargs: Any) -> list[Instance]:
     options = {"until": ["\n"], "max_gen_toks": 8, **kwargs}
-    return [Instance("generate_until", {}, (context, options), i, ("t", i, 1)) for i, context in enumerate(contexts)]
+    return [instance("generate_until", (context, options), i, ("t", i, 1)) for i, context in enumerate(contexts)]
+
+
+def instance(
+    kind: str, arguments: tuple[Any, ...], index: int = 0, place: tuple[str | None, int | None, int] = (None, None, 1)
+) -> Instance:
+    """A request as the harness makes it; ``place``: its task, the number of its document, and how often it is asked.
+
+    0.5.0.dev1 takes the place in fields of their own.
+    """
+    if any(field.name == "doc_id" and field.kw_only for field in fields(Instance)):
+        task, document, repeats = place
+        apart: Any = {"task_name": task, "doc_id": document, "repeats": repeats}
+        return Instance(kind, {}, arguments, idx=index, **apart)
+    return Instance(kind, {}, arguments, index, place)  # type: ignore[arg-type]
 
 
 def save_exits(model_folder: Path, folder: Path, **changes: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers
 from helpers import TEXT, train_tokenizer
-from helpers_harness import dynamax, generation_requests
+from helpers_harness import dynamax, generation_requests, instance
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -17,7 +17,7 @@ from dynamax_lm_eval.lm import DynamaxLM
 
 
 def pairs(*texts: tuple[str, str]) -> list[Instance]:
-    return [Instance("loglikelihood", {}, text, i, ("t", i, 1)) for i, text in enumerate(texts)]
+    return [instance("loglikelihood", text, i, ("t", i, 1)) for i, text in enumerate(texts)]
 
 
 def scores(lm: Any, *texts: tuple[str, str]) -> list[float]:
@@ -140,7 +140,7 @@ class TestWithoutBosAndEos:
         theirs = HFLM(str(model_folder), tokenizer=tokenizer, prefix_token_id=7, device="cpu", batch_size=1)
         texts = ("The quick", " fox"), ("Paris is ", "the capital")
         assert scores(lm, *texts) == pytest.approx(scores(theirs, *texts), abs=1e-4)
-        assert lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0, ("t", 0, 1))]) == [0.0]
+        assert lm.loglikelihood_rolling([instance("loglikelihood_rolling", ("",), 0, ("t", 0, 1))]) == [0.0]
 
     def test_empty_contexts_and_whole_texts_ask_for_one(self, model_folder: Path, tokenizer: Any) -> None:
         lm = dynamax(model_folder, tokenizer=tokenizer)
@@ -148,9 +148,7 @@ class TestWithoutBosAndEos:
         for pair in (("", "Paris"), (" ", "Paris")):
             with pytest.raises(UserError, match=message):
                 scores(lm, ("The quick", " fox"), pair)
-        rolling = [
-            Instance("loglikelihood_rolling", {}, (text,), i, ("t", i, 1)) for i, text in enumerate(("", "Paris"))
-        ]
+        rolling = [instance("loglikelihood_rolling", (text,), i, ("t", i, 1)) for i, text in enumerate(("", "Paris"))]
         with pytest.raises(UserError, match=message):
             lm.loglikelihood_rolling(rolling, disable_tqdm=True)
         given = dynamax(model_folder, tokenizer=tokenizer, prefix_token_id="7")

@@ -166,7 +166,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             raise
         finally:
             ledger.is_followed = False
-        gathered = lm.gather_object(
+        gathered = gather(
+            lm,
             RankReport(
                 records=_records_by_document(task_dict, ledger, given.get("samples")),
                 seconds=dict(ledger.seconds),
@@ -177,13 +178,24 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 peak_memory=_peak_memory(lm.engine.backbone.device),
                 batching=(lm.batch_size, lm.args.rows_in_flight),
             ),
-            dst=0,
         )
-        if results is not None:
+        if results is not None and gathered is not None:
             add_compute(results, gathered, thesis_formula(lm))
         return results
 
     return evaluate
+
+
+def gather(lm: Any, item: Any) -> list[Any] | None:
+    """Returns the ``item`` of every process to the first one, and None to the others.
+
+    The harness's ``LM.gather_object`` does the same in 0.4.13; 0.5.0.dev1 has none.
+    """
+    if lm.world_size <= 1:
+        return [item]
+    items: list[Any] | None = [None] * lm.world_size if lm.rank == 0 else None
+    torch.distributed.gather_object(item, items, dst=0)
+    return items
 
 
 def _peak_memory(device: torch.device) -> int | None:
