@@ -56,10 +56,12 @@ def instance(
 ) -> Instance:
     """A request as the harness makes it; ``place``: its task, the number of its document, and how often it is asked.
 
-    0.5.0.dev1 takes the place in fields of their own.
+    0.5.0.dev1 takes the place in fields of their own, and an empty context before a whole text.
     """
     if any(field.name == "doc_id" and field.kw_only for field in fields(Instance)):
         task, document, repeats = place
+        if kind == "loglikelihood_rolling":
+            arguments = ("", *arguments)
         apart: Any = {"task_name": task, "doc_id": document, "repeats": repeats}
         return Instance(kind, {}, arguments, idx=index, **apart)
     return Instance(kind, {}, arguments, index, place)  # type: ignore[arg-type]
@@ -76,6 +78,11 @@ def save_exits(model_folder: Path, folder: Path, **changes: Any) -> Path:
 
 def exit_model(folder: Path, **args: Any) -> DynamaxLM:
     return DynamaxLM(str(folder), **{"threshold": 0.6, "batch_size": 3, "device": "cpu", **args})
+
+
+def numbers(answers: Sequence[Any]) -> list[float]:
+    """The log-likelihoods of whole texts; 0.5.0.dev1 gives each with False beside it."""
+    return [answer[0] if isinstance(answer, (list, tuple)) else answer for answer in answers]
 
 
 def sweep_options(model_folder: Path, output: Path, **changed: Any) -> SweepOptions:

@@ -9,7 +9,7 @@ import lm_eval
 import numpy as np
 import pytest
 from helpers import TASKS
-from helpers_harness import instance
+from helpers_harness import instance, numbers
 from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.budget import controller as budgets
@@ -96,8 +96,8 @@ def run(model_folder: Path, exits: Path, task: str = "tiny_generate", **args: An
 def told(results: Any, task: str) -> Any:
     """What must not depend on how a run was batched: texts, or scores up to rounding; exits and thresholds exactly."""
     answers = [response[0] for sample in results["samples"][task] for response in sample["resps"]]
-    if task == "tiny_choice":
-        answers = [answer[0] for answer in answers]
+    if task != "tiny_generate":
+        answers = numbers(answers)
     exits = [sample["exit_layers"] for sample in results["samples"][task]]
     return answers, exits, results["config"]["dynamax"]["budget"], results["results"][task]["compute_reduction,none"]
 
