@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lm_eval._cli.utils import try_parse_json
-from lm_eval.utils import handle_cli_value_string
+from lm_eval._cli.utils import handle_cli_value_string, try_parse_json
 
 from dynamax_lm_eval.errors import UserError
 
