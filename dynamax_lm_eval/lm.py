@@ -94,6 +94,8 @@ class DynamaxLM(HFLM):
         self.AUTO_MODEL_CLASS = loading.auto_class(source.config)
         with loading.naming(f"backbone={self.args.backbone!r}"):
             super().__init__(pretrained=model if model is not None else source.path, **source.options)
+        if not hasattr(self, "enable_thinking"):  # 0.5.0.dev1 keeps it among the arguments of the chat template only
+            self.enable_thinking = self.chat_template_args.get("enable_thinking")
         if hasattr(self, "accelerator"):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
             self._rank = self.accelerator.process_index
@@ -202,13 +204,20 @@ class DynamaxLM(HFLM):
         named = documents if documents is not None else [("", f"request {i}") for i in range(len(requests))]
         return self._respond("loglikelihood", named, [texts for texts, _, _ in requests], answer, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the model's length."""
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """Log-likelihoods of whole texts, in windows of the model's length.
+
+        Requests of 0.4.13 are (text,) and take a number; those of 0.5.0.dev1 are ("", text) and take (number, False).
+        """
 
         def answer(policies: Sequence[ExitPolicy], chosen: Sequence[int], *shown: Any) -> Answers:
-            return self.responder.rolling_scores(policies, [requests[i].args[0] for i in chosen], *shown)
+            scores = self.responder.rolling_scores(policies, [requests[i].args[-1] for i in chosen], *shown)
+            with closing(scores):
+                for index, found in scores:
+                    is_pair = len(requests[chosen[index]].args) > 1
+                    yield index, replace(found, value=(found.value, False)) if is_pair else found
 
-        keys = [request.args[:1] for request in requests]
+        keys = [request.args for request in requests]
         return self._respond("loglikelihood_rolling", documents_of(requests), keys, answer, disable_tqdm)
 
     def _respond(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,23 @@ def add_post_processor(folder: Path) -> None:
 
 def generation_requests(contexts: list[str], **kwargs: Any) -> list[Instance]:
     options = {"until": ["\n"], "max_gen_toks": 8, **kwargs}
-    return [Instance("generate_until", {}, (context, options), i, ("t", i, 1)) for i, context in enumerate(contexts)]
+    return [instance("generate_until", (context, options), i, ("t", i, 1)) for i, context in enumerate(contexts)]
+
+
+def instance(
+    kind: str, arguments: tuple[Any, ...], index: int = 0, place: tuple[str | None, int | None, int] = (None, None, 1)
+) -> Instance:
+    """A request as the harness makes it; ``place``: its task, the number of its document, and how often it is asked.
+
+    0.5.0.dev1 takes the place in fields of their own, and an empty context before a whole text.
+    """
+    if any(field.name == "doc_id" and field.kw_only for field in fields(Instance)):
+        task, document, repeats = place
+        if kind == "loglikelihood_rolling":
+            arguments = ("", *arguments)
+        apart: Any = {"task_name": task, "doc_id": document, "repeats": repeats}
+        return Instance(kind, {}, arguments, idx=index, **apart)
+    return Instance(kind, {}, arguments, index, place)  # type: ignore[arg-type]
 
 
 def save_exits(model_folder: Path, folder: Path, **changes: Any) -> Path:
@@ -62,6 +78,11 @@ def save_exits(model_folder: Path, folder: Path, **changes: Any) -> Path:
 
 def exit_model(folder: Path, **args: Any) -> DynamaxLM:
     return DynamaxLM(str(folder), **{"threshold": 0.6, "batch_size": 3, "device": "cpu", **args})
+
+
+def numbers(answers: Sequence[Any]) -> list[float]:
+    """The log-likelihoods of whole texts; 0.5.0.dev1 gives each with False beside it."""
+    return [answer[0] if isinstance(answer, (list, tuple)) else answer for answer in answers]
 
 
 def sweep_options(model_folder: Path, output: Path, **changed: Any) -> SweepOptions:

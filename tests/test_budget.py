@@ -9,7 +9,7 @@ import lm_eval
 import numpy as np
 import pytest
 from helpers import TASKS
-from lm_eval.api.instance import Instance
+from helpers_harness import instance, numbers
 from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.budget import controller as budgets
@@ -96,8 +96,8 @@ def run(model_folder: Path, exits: Path, task: str = "tiny_generate", **args: An
 def told(results: Any, task: str) -> Any:
     """What must not depend on how a run was batched: texts, or scores up to rounding; exits and thresholds exactly."""
     answers = [response[0] for sample in results["samples"][task] for response in sample["resps"]]
-    if task == "tiny_choice":
-        answers = [answer[0] for answer in answers]
+    if task != "tiny_generate":
+        answers = numbers(answers)
     exits = [sample["exit_layers"] for sample in results["samples"][task]]
     return answers, exits, results["config"]["dynamax"]["budget"], results["results"][task]["compute_reduction,none"]
 
@@ -149,9 +149,7 @@ def test_requests_made_by_hand_are_documents_of_their_own(model_folder: Path, ex
     lm = DynamaxLM(
         backbone=str(model_folder), exits=str(exits_folder), device="cpu", target_reduction=1.1, classifier="calm"
     )
-    lm.generate_until(
-        [Instance("generate_until", {}, (f"The {i}", {"until": [], "max_gen_toks": 8}), 0) for i in range(7)]
-    )
+    lm.generate_until([instance("generate_until", (f"The {i}", {"until": [], "max_gen_toks": 8}), 0) for i in range(7)])
     (trajectory,) = lm.get_model_info()["dynamax"]["budget"]["trajectory"].values()
     assert sum(block["documents"] for block in trajectory) == 7
     assert len(trajectory) > 1
@@ -160,7 +158,7 @@ def test_requests_made_by_hand_are_documents_of_their_own(model_folder: Path, ex
     poisoned = set(lm.tokenizer.encode(texts[5])) - set(lm.tokenizer.encode(texts[0] + " brown is on a"))
     lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
     with pytest.raises(UserError, match="not finite for request 5"):
-        lm.loglikelihood([Instance("loglikelihood", {}, (text, " brown fox"), 0) for text in texts])
+        lm.loglikelihood([instance("loglikelihood", (text, " brown fox"), 0) for text in texts])
 
 
 def test_latency_budget_runs_and_says_that_it_is_of_this_machine(model_folder: Path, exits_folder: Path) -> None:

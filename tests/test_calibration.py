@@ -16,6 +16,7 @@ from dynamax_lm_eval.calibration.testing import (
     Selection,
     betting_p_values,
     conformal_risk_control,
+    empirical_bernstein_p_values,
     fewest_documents,
     hoeffding_bentkus_p_values,
     learn_then_test,
@@ -195,17 +196,12 @@ def test_something_is_chosen_where_there_is_something_to_choose() -> None:
 
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("tolerance", [0.05, 0.3])
-def test_p_values_are_valid_at_the_edge_of_the_hypothesis(bound: str, tolerance: float) -> None:
+def test_p_values_are_valid_at_the_edge_of_the_hypothesis(bound: Any, tolerance: float) -> None:
     generator = np.random.default_rng(0)
     found = []
     for seed in range(DRAWS):
         losses = (generator.random((1, 80)) < tolerance).astype(np.float64)
-        is_betting = bound == "betting"
-        found.append(
-            betting_p_values(losses, tolerance, 0.1, seed=seed)[0]
-            if is_betting
-            else hoeffding_bentkus_p_values(losses, tolerance)[0]
-        )
+        found.append(learn_then_test(losses, tolerance, 0.1, bound, seed=seed).scores[0])
     for level in (0.01, 0.05, 0.1, 0.3):
         assert np.mean(np.asarray(found) <= level) <= level + 3 * math.sqrt(level * (1 - level) / DRAWS)
 
@@ -217,6 +213,36 @@ def test_bentkus_by_hand() -> None:
     entropy = 0.1 * math.log(0.1 / 0.5) + 0.9 * math.log(0.9 / 0.5)
     p_value = min(math.exp(-10 * entropy), math.e * at_most_one)
     assert hoeffding_bentkus_p_values(losses, 0.5) == pytest.approx([p_value])
+
+
+@pytest.mark.parametrize("population", [None, 50, 400])
+def test_empirical_bernstein_by_hand(population: int | None) -> None:
+    """At the probability that is returned the bound is the tolerance, in the papers' own terms."""
+    losses = np.random.default_rng(5).random(40) * 0.1
+    (found,) = empirical_bernstein_p_values(losses[None], 0.6, population=population)
+    assert 0 < found < 1
+    n, mean, variance = 40, losses.mean(), losses.var(ddof=1)
+    x = math.log(2 / found)
+    bounds = [mean + math.sqrt(2 * variance * x / n) + 7 * x / (3 * (n - 1))]
+    if population is not None:
+        rho = {50: (1 - 40 / 50) * (1 + 1 / 40), 400: 1 - 39 / 400}[population]
+        x = math.log(5 / found)
+        bounds.append(mean + math.sqrt(2 * rho * variance * x / n) + (7 / 3 + 3 / math.sqrt(2)) * x / n)
+    assert max(bounds) == pytest.approx(0.6), "the weaker of both decides"
+
+
+def test_empirical_bernstein_at_the_ends() -> None:
+    assert empirical_bernstein_p_values(np.zeros((1, 1)), 0.5).tolist() == [1.0], "one document has no variance"
+    assert empirical_bernstein_p_values(np.full((1, 50), 0.3), 0.3).tolist() == [1.0]
+    assert empirical_bernstein_p_values(np.full((1, 50), 0.9), 0.3).tolist() == [1.0]
+    with pytest.raises(ValueError, match="50 documents cannot be drawn from 49"):
+        empirical_bernstein_p_values(np.zeros((1, 50)), 0.3, population=49)
+
+
+def test_empirical_bernstein_is_the_stronger_one_where_losses_hardly_vary() -> None:
+    """Many documents that each lose nearly the same, close to the tolerance."""
+    losses = np.random.default_rng(0).normal(0.09, 0.005, (1, 2000)).clip(0, 1)
+    assert empirical_bernstein_p_values(losses, 0.1)[0] < 0.001 < hoeffding_bentkus_p_values(losses, 0.1)[0]
 
 
 def test_the_first_candidate_that_fails_is_never_certified() -> None:
@@ -243,6 +269,12 @@ def test_fewest_documents() -> None:
                 else learn_then_test(nothing, 0.05, level, seed=1, population=2 * count)
             )
             assert (found.certified > 0) == passes
+    for bound in BOUNDS:
+        n = fewest_documents(0.05, 0.05, bound)
+        passes = [
+            learn_then_test(np.zeros((1, m)), 0.05, 0.05, bound, seed=0, population=9 * m).certified for m in (n - 1, n)
+        ]
+        assert passes == [0, 1]
     assert fewest_documents(0.05, None) == 19, "(n 0 + 1) / (n + 1) <= 0.05"
 
 

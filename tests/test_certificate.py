@@ -15,8 +15,7 @@ import lm_eval
 import numpy as np
 import pytest
 from helpers import TASKS
-from helpers_harness import add_post_processor, calibrate_options, run_calibrated, save_exits
-from lm_eval.api.instance import Instance
+from helpers_harness import add_post_processor, calibrate_options, instance, run_calibrated, save_exits
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
 
@@ -98,7 +97,7 @@ def test_documents_given_by_position_are_those_that_are_checked(
     with pytest.raises(UserError, match="a certificate cannot be checked where the model is called directly"):
         lm.generate_until(requests)
     with pytest.raises(UserError, match="a certificate cannot be checked where the model is called directly"):
-        lm.loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
+        lm.loglikelihood([instance("loglikelihood", ("a", " b"), 0)])
 
 
 @pytest.mark.parametrize(

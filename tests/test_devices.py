@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from accelerate.hooks import AlignDevicesHook
 from helpers import LAYERS, save_model, tiny_model
-from helpers_harness import generation_requests, sweep_options
-from lm_eval.api.instance import Instance
+from helpers_harness import generation_requests, instance, sweep_options
 from lm_eval.models.huggingface import HFLM
 from torch.utils import backend_registration
 from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ from dynamax_lm_eval.models.fingerprint import model_fingerprints
 EXITS = {"threshold": 0.3, "confidence": "state", "exit_layers": [2, 4], "batch_size": 2, "device": "cpu"}
 REQUESTS = generation_requests(["The quick", "nobody knows where the time goes", "Paris"], until=[])
 PAIRS = [
-    Instance("loglikelihood", {}, pair, i, ("t", i, 1))
+    instance("loglikelihood", pair, i, ("t", i, 1))
     for i, pair in enumerate([("The quick", " fox"), ("nobody", " knows where"), ("", "Paris is")])
 ]
 #: By family: its decoder, embeddings, final norm and rotary embeddings.

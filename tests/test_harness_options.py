@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,16 +157,70 @@ class TestTrackers:
 
         return run
 
+    @staticmethod
+    def rows(folder: Path) -> dict[str, float]:
+        """The rows of the result file that a run wrote, as loggers name them; a filter "none" is left out of a name."""
+        (path,) = folder.rglob("results_*.json")
+        metrics = json.loads(path.read_text(encoding="utf-8"))["results"]["tiny_generate"]
+        return {
+            f"tiny_generate/{key.removesuffix(',none')}": value
+            for key, value in metrics.items()
+            if "," in key and isinstance(value, (int, float))
+        }
+
     def test_wandb_offline(self, run: Any, tmp_path: Path) -> None:
         wandb = pytest.importorskip("wandb", reason="needs wandb")
         assert "compute_reduction" in run("--wandb_args", f"project=tests,mode=offline,dir={tmp_path}")
         wandb.teardown()  # its own process writes the file: this waits until that has ended
         (summary,) = tmp_path.rglob("*.wandb")
-        assert b"compute_reduction" in summary.read_bytes()
+        # Blocks of 32 KiB of records, each behind its checksum (4 bytes), length (2) and type (1); 7 bytes come before.
+        data, content, place = summary.read_bytes(), b"", 7
+        while place + 7 <= len(data):
+            if 32768 - place % 32768 < 7:
+                place += 32768 - place % 32768
+                continue
+            length = int.from_bytes(data[place + 4 : place + 6], "little")
+            content += data[place + 7 : place + 7 + length]
+            place += 7 + length
+        rows = self.rows(tmp_path / "out")
+        assert len(rows) > 8
+        for name, value in rows.items():
+            # A record of the history: the name, and behind it the value as JSON.
+            behind = [re.match(rb"[^\d]{1,4}?(\d[\d.e-]*)", part) for part in content.split(name.encode())[1:]]
+            assert value in [float(found.group(1)) for found in behind if found], name
 
-    def test_trackio(self, run: Any) -> None:
+    def test_trackio(self, run: Any, tmp_path: Path) -> None:
         pytest.importorskip("trackio", reason="needs trackio")
-        assert "compute_reduction" in run("--trackio_args", "project=tests")
+        from trackio.sqlite_storage import SQLiteStorage
+
+        assert "compute_reduction" in run("--trackio_args", "project=rows,name=first")
+        kept: dict[str, Any] = {}
+        for entry in SQLiteStorage.get_logs("rows", "first"):
+            kept |= entry
+        rows = self.rows(tmp_path / "out")
+        assert len(rows) > 8
+        assert {name: kept.get(name) for name in rows} == pytest.approx(rows)
+
+    def test_nemo_evaluator(self, run: Any, tmp_path: Path) -> None:
+        """What NVIDIA's parser of ``results*.json`` asks: one file, numbers, and names that stay apart.
+
+        It takes every key with a comma and without "stderr" for a metric, names it metric__filter (the metric alone
+        where the filter is none), and wants a number as its value, and a number or "N/A" as its standard error.
+        """
+        run()
+        (path,) = (tmp_path / "out").rglob("results*.json")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for metrics in (*data["results"].values(), *data.get("groups", {}).values()):
+            names = [key for key in metrics if "," in key and "stderr" not in key]
+            assert {key.partition(",")[0] for key in names} > {"exact_match", "compute_reduction", "mean_exit_layer"}
+            for key in names:
+                assert key.count(",") == 1
+                assert isinstance(metrics[key], (int, float)) and not isinstance(metrics[key], bool), key
+                metric, _, harness_filter = key.partition(",")
+                stderr = metrics.get(f"{metric}_stderr,{harness_filter}")
+                assert stderr in (None, "N/A") or isinstance(stderr, (int, float)), key
+            shown = [key.removesuffix(",none").replace(",", "__") for key in names]
+            assert len(set(shown)) == len(names)
 
 
 class TestBrokenFiles:

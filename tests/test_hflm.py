@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import train_tokenizer
-from helpers_harness import dynamax, generation_requests
-from lm_eval.api.instance import Instance
+from helpers_harness import dynamax, generation_requests, instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
@@ -78,7 +77,7 @@ REFUSED: dict[str, list[Any]] = {
 }
 REQUESTS = generation_requests(["The quick", "nobody knows where the time goes"], until=[])
 PAIRS = [
-    Instance("loglikelihood", {}, pair, i, ("t", i, 1))
+    instance("loglikelihood", pair, i, ("t", i, 1))
     for i, pair in enumerate([("The quick", " fox"), ("nobody", " knows where"), ("", "Paris is")])
 ]
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from helpers import LAYERS, save_model, tiny_model, train_tokenizer
-from helpers_harness import EXIT_ARGS, dynamax, evaluate, generation_requests, responses
-from lm_eval.api.instance import Instance
+from helpers_harness import EXIT_ARGS, dynamax, evaluate, generation_requests, instance, numbers, responses
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -87,13 +86,13 @@ class TestParity:
     def test_left_truncation_and_windows(self, model_folder: Path) -> None:
         text = "A stitch in time saves nine, and nobody knows where the time goes. " * 3
         requests = generation_requests([text, "The quick"])
-        rolling = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))]
-        pair = [Instance("loglikelihood", {}, (text, " Paris is"), 0, ("t", 0, 1))]
+        rolling = [instance("loglikelihood_rolling", (text,), 0, ("t", 0, 1))]
+        pair = [instance("loglikelihood", (text, " Paris is"), 0, ("t", 0, 1))]
         theirs = HFLM(str(model_folder), device="cpu", batch_size=1, max_length=24)
         ours = dynamax(model_folder, max_length=24)
         assert ours.generate_until(requests, disable_tqdm=True) == theirs.generate_until(requests, disable_tqdm=True)
-        assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(
-            theirs.loglikelihood_rolling(rolling)[0], abs=1e-3
+        assert numbers(ours.loglikelihood_rolling(rolling)) == pytest.approx(
+            numbers(theirs.loglikelihood_rolling(rolling)), abs=1e-3
         )
         assert ours.loglikelihood(pair)[0][0] == pytest.approx(theirs.loglikelihood(pair)[0][0], abs=1e-4)
 
@@ -135,8 +134,8 @@ class TestArguments:
         texts = ["The quick", "on the river"]
         poisoned = set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is"))
         lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
-        pairs = [Instance("loglikelihood", {}, (text, " Paris is"), i, ("t", i, 1)) for i, text in enumerate(texts)]
-        rolling = [Instance("loglikelihood_rolling", {}, (text,), i, ("t", i, 1)) for i, text in enumerate(texts)]
+        pairs = [instance("loglikelihood", (text, " Paris is"), i, ("t", i, 1)) for i, text in enumerate(texts)]
+        rolling = [instance("loglikelihood_rolling", (text,), i, ("t", i, 1)) for i, text in enumerate(texts)]
         for method, requests in (
             ("generate_until", generation_requests(texts)),
             ("loglikelihood", pairs),
@@ -157,14 +156,16 @@ class TestArguments:
         for lm in (dynamax(model_folder), dynamax(model_folder, batch_size=1, prefix_caching=False)):
             for kind, arguments in asked.items():
                 bare = [SimpleNamespace(args=args) for args in arguments]
-                instances = [Instance(kind, {}, args, 0) for args in arguments]  # type: ignore[arg-type]
-                mixed = [*bare[:2], Instance(kind, {}, arguments[2], 2, ("t", 5, 1)), *instances[3:]]  # type: ignore[arg-type]
+                instances = [instance(kind, args, 0) for args in arguments]
+                mixed = [*bare[:2], instance(kind, arguments[2], 2, ("t", 5, 1)), *instances[3:]]
                 expected = getattr(hf, kind)(instances, disable_tqdm=True)
                 for requests in (bare, instances, mixed):
                     found = getattr(lm, kind)(requests, disable_tqdm=True)
                     if kind == "loglikelihood":
                         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
                         found, expected_values = [score for score, _ in found], [score for score, _ in expected]
+                    elif kind == "loglikelihood_rolling":
+                        found, expected_values = numbers(found), numbers(expected)
                     else:
                         expected_values = expected
                     assert found == (expected if kind == "generate_until" else pytest.approx(expected_values, abs=1e-4))
@@ -172,7 +173,7 @@ class TestArguments:
 
     def test_calls_after_one_that_failed(self, model_folder: Path) -> None:
         lm = dynamax(model_folder, logits_cache=False, **EXIT_ARGS)
-        pairs = [Instance("loglikelihood", {}, (text, " is"), i, ("t", i, 1)) for i, text in enumerate("abc")]
+        pairs = [instance("loglikelihood", (text, " is"), i, ("t", i, 1)) for i, text in enumerate("abc")]
         generations = generation_requests(["The quick", "Paris"])
         expected = lm.loglikelihood(pairs), lm.generate_until(generations), lm.loglikelihood(pairs[:1])
         lengths = []
@@ -202,7 +203,7 @@ class TestArguments:
         texts = ["The quick", "on the river", "on the river Seine"]  # the last two share what is broken
         poisoned = set(lm.tokenizer.encode(texts[1])) - set(lm.tokenizer.encode("The quick Paris is"))
         lm.model.get_input_embeddings().weight.data[list(poisoned)] = float("nan")
-        pairs = [Instance("loglikelihood", {}, (text, " Paris is"), i, ("t", i, 1)) for i, text in enumerate(texts)]
+        pairs = [instance("loglikelihood", (text, " Paris is"), i, ("t", i, 1)) for i, text in enumerate(texts)]
         message = f"computed {confidence} confidences at exit layer 3 that are not finite for document [12] of task"
         for method, requests in (("generate_until", generation_requests(texts)), ("loglikelihood", pairs)):
             with pytest.raises(UserError, match=message):

@@ -34,7 +34,6 @@ def test_entry_points_are_declared() -> None:
         for point in importlib.metadata.distribution("dynamax-lm-eval").entry_points
     }
     assert ("lm_eval.models", "dynamax", "dynamax_lm_eval.lm:DynamaxLM") in found
-    assert ("lm_eval.tasks", "dynamax", "dynamax_lm_eval:tasks_dir") in found
     assert ("torch.backends", "dynamax_lm_eval", "_dynamax_lm_eval_autoload:register") in found
 
 
@@ -47,6 +46,19 @@ def test_registered_whatever_is_imported_first(order: str) -> None:
         "print(type(sys.modules['lm_eval.models'].__spec__.loader).__name__)"
     )
     assert output.split() == ["True", "True", "True", "True", "False", "SourceFileLoader"]
+
+
+def test_a_harness_that_discovers_the_entry_point_finds_one_model() -> None:
+    """It enters the entry point where the name is not taken; loading it imports our class, which registers itself."""
+    output = python(
+        "import torch, lm_eval.models, importlib.metadata as m\nfrom lm_eval.api import registry\n"
+        "found = {point.name: point for point in m.entry_points(group='lm_eval.models')}\n"
+        "taken = registry.model_registry._objs['dynamax']\nassert found['dynamax'].value == getattr(taken, 'value', taken)\n"
+        "assert 'dynamax' in registry.model_registry, 'taken, so that discovery leaves it alone'\n"
+        "loaded = found['dynamax'].load()\n"
+        "print(registry.get_model('dynamax') is loaded, sum('dynamax' in name for name in registry.model_registry))"
+    )
+    assert output.split()[-2:] == ["True", "1"]
 
 
 def test_found_by_name_as_the_command_does() -> None:
@@ -119,6 +131,29 @@ def test_the_wheel_carries_tasks_and_types(tmp_path: Path) -> None:
     for file in ("trivia_demo.yaml", "questions.jsonl", "fewshot.jsonl", "utils.py", "README.md"):
         assert f"dynamax_lm_eval/tasks/trivia_demo/{file}" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
+
+
+@pytest.mark.parametrize("kind", ["standard", "editable"])
+def test_the_entry_point_of_tasks_is_a_module_whose_folder_holds_them(kind: str, tmp_path: Path) -> None:
+    """By its place, as a harness would look for it, and loaded; from a wheel and from a checkout."""
+    if kind == "editable":
+        pytest.importorskip("editables", reason="needs editables to build an editable wheel")
+    with zipfile.ZipFile(built(kind, tmp_path)) as wheel:
+        wheel.extractall(tmp_path / "site")
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "import importlib.metadata, importlib.util\n"
+        "(point,) = importlib.metadata.entry_points(group='lm_eval.tasks')\n"
+        "print(list(importlib.util.find_spec(point.module).submodule_search_locations)[0])\n"
+        "print(list(point.load().__path__)[0])\n"
+    )
+    # Isolated: what is installed in this environment is not found.
+    found = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    place, loaded = map(Path, found.stdout.splitlines())
+    assert place == loaded
+    assert (place / "trivia_demo" / "trivia_demo.yaml").is_file()
+    assert place == (ROOT / "tasks" if kind == "editable" else tmp_path / "site" / "dynamax_lm_eval" / "tasks")
 
 
 def test_torch_imports_when_the_checkout_is_gone(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import LAYERS
-from helpers_harness import EXIT_ARGS, dynamax, evaluate, responses
-from lm_eval.api.instance import Instance
+from helpers_harness import EXIT_ARGS, dynamax, evaluate, instance, responses
 from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.harness.ledger import request_keys
@@ -101,7 +100,7 @@ class TestCompute:
         self, model_folder: Path, manager: TaskManager, caplog: pytest.LogCaptureFixture
     ) -> None:
         lm = dynamax(model_folder, **EXIT_ARGS)
-        pairs = [Instance("loglikelihood", {}, ("The quick", text), i, ("t", i, 1)) for i, text in enumerate("ab")]
+        pairs = [instance("loglikelihood", ("The quick", text), i, ("t", i, 1)) for i, text in enumerate("ab")]
         lm.loglikelihood(pairs, disable_tqdm=True)
         record = lm.response_ledger.find(*request_keys([("loglikelihood", pairs[0].args)]))
         assert (record.eligible_tokens, record.compute_reduction) == (0, 1.0)

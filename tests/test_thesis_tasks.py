@@ -58,8 +58,8 @@ def test_the_group(data_dir: Path) -> None:
 def test_evaluates_offline(name: str, data_dir: Path) -> None:
     task = load(name, data_dir)
     assert task.config.generation_kwargs["max_gen_toks"] == 64 and task.config.generation_kwargs["do_sample"] is False
-    manager = TaskManager(include_defaults=False)
-    results = lm_eval.simple_evaluate(Parrot(), tasks=[task], task_manager=manager, limit=2, bootstrap_iters=0)
+    tasks = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    results = lm_eval.evaluate(Parrot(), tasks, limit=2, bootstrap_iters=0)
     metrics = {key.split(",")[0] for key in results["results"][name] if "," in key and "stderr" not in key}
     assert metrics == set(task.higher_is_better())
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 from helpers import LAYERS, tiny_model
 from helpers_engine import EXITS, exits_config
-from helpers_harness import exit_model, save_exits
-from lm_eval.api.instance import Instance
+from helpers_harness import exit_model, instance, save_exits
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 
@@ -75,7 +74,7 @@ def test_damaged_exits_of_this_backbone_are_no_reason_to_do_without(model_folder
 def test_another_policy_with_the_same_exits(model_folder: Path, tmp_path: Path, cache: Path) -> None:
     """What follow() asks for is answered and counted as by a model that was loaded with it."""
     folder = str(save_exits(model_folder, tmp_path / "mine"))
-    requests = [Instance("generate_until", {}, ("The quick", {"until": [], "max_gen_toks": 8}), 0, ("t", 0, 1))]
+    requests = [instance("generate_until", ("The quick", {"until": [], "max_gen_toks": 8}), 0, ("t", 0, 1))]
     lm = exit_model(model_folder, exits=folder, threshold=1)
     other = exit_model(model_folder, exits=folder, classifier="calm", state_mode="skip")
     lm.use_policy(other.args)
@@ -171,7 +170,7 @@ def test_classifiers_that_give_no_number_name_the_document(
     settings = {"until": [], "max_gen_toks": 4}
     arguments = {"generate_until": (settings,), "loglikelihood": (" Paris is",), "loglikelihood_rolling": ()}
     for kind_of_request, rest in arguments.items():
-        asked = [Instance(kind_of_request, {}, (text, *rest), i, ("t", i, 1)) for i, text in enumerate(texts)]  # type: ignore[arg-type, misc]
+        asked = [instance(kind_of_request, (text, *rest), i, ("t", i, 1)) for i, text in enumerate(texts)]
         message = f"{kind} confidences at exit layer {EXITS[1]} that are not finite for document 1 of task 't'"
         with pytest.raises(UserError, match=message):
             getattr(lm, kind_of_request)(asked, disable_tqdm=True)
@@ -225,7 +224,7 @@ def test_backbones_of_the_package_run_with_their_exits(name: str, cache: Path) -
     assert lm.model.num_parameters() < 4e6
     options = {"until": [], "max_gen_toks": 24, "do_sample": False}
     prompts = ["The cell membrane is", "In the nineteenth century, the United States"]
-    requests = [Instance("generate_until", {}, (p, options), i, ("t", i, 1)) for i, p in enumerate(prompts)]
+    requests = [instance("generate_until", (p, options), i, ("t", i, 1)) for i, p in enumerate(prompts)]
     texts = lm.generate_until(requests, disable_tqdm=True)
     assert all(len(text.split()) > 3 for text in texts)
     keys = request_keys(("generate_until", request.args) for request in requests)

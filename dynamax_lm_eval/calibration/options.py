@@ -113,6 +113,7 @@ class CalibrateOptions:
             num_fewshot=self.num_fewshot,
             seed=self.fewshot_seed,
             batch_size=self.batch_size,
+            noise_rows=0,
             device=self.device,
             include_path=self.include_path,
             metadata=self.metadata,

@@ -7,6 +7,8 @@ before any loss was seen, the most conservative first. Knows numbers only. C can
 - Angelopoulos, Bates, Candes, Jordan, Lei 2021, "Learn then Test" (arXiv 2110.01052): fixed-sequence testing, and the
   p-value of Hoeffding and Bentkus.
 - Waudby-Smith, Ramdas 2020, "Estimating means of bounded random variables by betting" (arXiv 2010.09686).
+- Maurer, Pontil 2009, "Empirical Bernstein bounds and sample variance penalization" (arXiv 0907.3740).
+- Bardenet, Maillard 2015, "Concentration inequalities for sampling without replacement" (arXiv 1309.4029).
 - Angelopoulos, Bates, Fisch, Lei, Schuster 2022, "Conformal risk control" (arXiv 2208.02814).
 """
 
@@ -22,7 +24,7 @@ import numpy.typing as npt
 
 from dynamax_lm_eval.errors import UserError
 
-Bound = Literal["betting", "hoeffding-bentkus"]
+Bound = Literal["betting", "hoeffding-bentkus", "empirical-bernstein"]
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
 
 Floats = npt.NDArray[np.float64]
@@ -77,7 +79,8 @@ def learn_then_test(
         level: in (0, 1).
         bound: gives the p-values.
         seed: of the random order of bets; chosen before losses are seen.
-        population: see :func:`betting_p_values`.
+        population: how many documents these were drawn from, see :func:`betting_p_values` and
+            :func:`empirical_bernstein_p_values`.
 
     Raises:
         UserError: a number lies outside its range.
@@ -87,8 +90,10 @@ def learn_then_test(
         raise UserError(f"level must be in (0, 1), got {level:g}")
     if bound == "betting":
         scores = betting_p_values(losses, tolerance, level, seed=seed, population=population)
-    else:
+    elif bound == "hoeffding-bentkus":
         scores = hoeffding_bentkus_p_values(losses, tolerance)
+    else:
+        scores = empirical_bernstein_p_values(losses, tolerance, population=population)
     return _until_first_failure(scores, level)
 
 
@@ -181,6 +186,47 @@ def hoeffding_bentkus_p_values(losses: Floats, tolerance: float) -> Floats:
     return p_values
 
 
+def empirical_bernstein_p_values(losses: Floats, tolerance: float, *, population: int | None = None) -> Floats:
+    """Returns (C,) p-values: the least probability at which an empirical Bernstein bound lies below the tolerance.
+
+    Theorem 4 of Maurer and Pontil, for independent draws: with probability 1 - d the expectation is at most
+    R + sqrt(2 V x / n) + 7 x / (3 (n - 1)), x = ln(2 / d), R the mean loss and V the sample variance.
+
+    Its proof needs independence. For n of N documents that were drawn without replacement, theorem 4.3 of Bardenet and
+    Maillard has R + sqrt(2 rho V x / n) + (7 / 3 + 3 / sqrt(2)) x / n, x = ln(5 / d), rho = 1 - (n - 1) / N up to half
+    of the documents and (1 - n / N) (1 + 1 / n) beyond. (Their V divides by n; the larger one is taken here.)
+
+    Both are quadratic in sqrt(x), so d is found in closed form. The order of documents does not enter.
+
+    Args:
+        losses: (C, n).
+        tolerance: in (0, 1).
+        population: N, if the hypothesis is on the mean over N documents of which these are a random share; None for
+            independent draws. With N the larger of both p-values is returned, which holds for both.
+    """
+    n = losses.shape[1]
+    if population is not None and population < n:
+        raise ValueError(f"{n} documents cannot be drawn from {population}")
+    if n < 2:
+        return np.ones(len(losses))
+    room = tolerance - losses.mean(axis=1)
+    variance = losses.var(axis=1, ddof=1)
+    p_values = _least_probability(room, 2 * variance / n, 7 / (3 * (n - 1)), 2)
+    if population is None:
+        return p_values
+    rho = 1 - (n - 1) / population if 2 * n <= population else (1 - n / population) * (1 + 1 / n)
+    without = _least_probability(room, 2 * rho * variance / n, (7 / 3 + 3 / math.sqrt(2)) / n, 5)
+    return np.maximum(p_values, without)
+
+
+def _least_probability(room: Floats, square: Floats, linear: float, events: int) -> Floats:
+    """Returns the least d with sqrt(square x) + linear x <= room, x = ln(events / d), at most 1; (C,) like room."""
+    room = np.maximum(room, 0.0)
+    root = 2 * room / (np.sqrt(square) + np.sqrt(square + 4 * linear * room) + np.finfo(np.float64).tiny)
+    p_values: Floats = np.minimum(1.0, events * np.exp(-(root**2)))
+    return p_values
+
+
 def fewest_documents(tolerance: float, level: float | None, bound: Bound = "betting") -> int:
     """Returns how many documents are needed for any candidate to pass, were nothing lost on any of them.
 
@@ -192,7 +238,8 @@ def fewest_documents(tolerance: float, level: float | None, bound: Bound = "bett
         selection = (
             conformal_risk_control(nothing, tolerance)
             if level is None
-            else learn_then_test(nothing, tolerance, level, bound, seed=0)  # all orders are one
+            # All orders are one, and how many documents there are besides changes nothing.
+            else learn_then_test(nothing, tolerance, level, bound, seed=0, population=2 * n)
         )
         return selection.certified > 0
 

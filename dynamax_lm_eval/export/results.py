@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.sweep.noise import NOISE
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def read(folder: Path) -> list[ResultFile]:
             raise UserError(f"{path} cannot be read: {error}") from error
         if "backbone_name" not in data.get("config", {}).get("dynamax", {}):
             continue  # of another model, or of a release that gave no names
+        if data["config"]["dynamax"].get("sweep", {}).get("family") == NOISE:
+            continue  # the full model again, which says what is rounding and is no operating point
         found = ResultFile(path, data)
         key = found.name, tuple(sorted(data["results"]))
         if key not in newest or newest[key].data["date"] <= data["date"]:

@@ -168,7 +168,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             raise
         finally:
             ledger.is_followed = False
-        gathered = lm.gather_object(
+        gathered = gather(
+            lm,
             RankReport(
                 records=_records_by_document(task_dict, ledger, given.get("samples")),
                 seconds=dict(ledger.seconds),
@@ -182,9 +183,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
                 roofline=lm.args.roofline,
                 speed=ledger.speed,
             ),
-            dst=0,
         )
-        if results is not None:
+        if results is not None and gathered is not None:
             add_compute(results, gathered, thesis_formula(lm))
         return results
 
@@ -197,6 +197,18 @@ def _energy(lm: Any, ledger: ResponseLedger) -> dict[str, Any]:
         return meter.to_json(0)
     energy: dict[str, Any] = lm.responder.energy.to_json(0)
     return energy
+
+
+def gather(lm: Any, item: Any) -> list[Any] | None:
+    """Returns the ``item`` of every process to the first one, and None to the others.
+
+    The harness's ``LM.gather_object`` does the same in 0.4.13; 0.5.0.dev1 has none.
+    """
+    if lm.world_size <= 1:
+        return [item]
+    items: list[Any] | None = [None] * lm.world_size if lm.rank == 0 else None
+    torch.distributed.gather_object(item, items, dst=0)
+    return items
 
 
 def _peak_memory(device: torch.device) -> int | None:

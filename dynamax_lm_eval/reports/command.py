@@ -11,7 +11,7 @@ import pandas as pd
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
-from dynamax_lm_eval.reports import page, plots, statistics
+from dynamax_lm_eval.reports import noise, page, plots, statistics
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.reports.paired import against_full
 from dynamax_lm_eval.sweep.files import missing_points
@@ -33,6 +33,7 @@ _COLUMNS = (
     "degenerate_rate",
     "consistency_exact",
     "consistency_rouge_l",
+    "within_noise",
     "valid",
 )
 
@@ -77,7 +78,7 @@ def _write(
         }
         for task in results
     }
-    table = _with_pairs(tidy(results), pairs)
+    table = noise.column(results, _with_pairs(tidy(results), pairs))
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
     parts = ["# Early exits: score against compute\n"]
@@ -98,6 +99,7 @@ def _write(
                 "and corrected over these points by Holm's method:\n",
                 _markdown(found),
             ]
+        parts += noise.section(task, metrics[task.task])
         if rounded := [point.name for point in task.points if point.only_rounding]:
             parts.append(
                 f"No token left early under {', '.join(rounded)}, and still some answers are not the full model's: "

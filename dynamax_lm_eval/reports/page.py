@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from dynamax_lm_eval.reports import noise
 from dynamax_lm_eval.reports.plots import COLOURS, coordinates
 from dynamax_lm_eval.reports.statistics import AXES, front
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
@@ -102,6 +103,7 @@ def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
 
 
 def _task(task: TaskResults, metric: str, samples: int, pairs: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    floors = noise.floor(task)
     return {
         "title": task.title,
         "documents": len(task.full.samples),
@@ -110,7 +112,7 @@ def _task(task: TaskResults, metric: str, samples: int, pairs: Mapping[str, pd.D
         "metrics": {name: name.partition(",")[0] for name in task.metrics},
         "higher_is_better": {name: task.higher_is_better(name) for name in task.metrics},
         "lines": [*task.series()],
-        "points": [_point(task, point, samples) for point in task.points],
+        "points": [_point(task, point, samples, floors) for point in task.points],
         "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
         "pairs": {
             name: {row["point"]: row for row in table.to_dict("records")} for name, table in pairs.items() if len(table)
@@ -118,7 +120,8 @@ def _task(task: TaskResults, metric: str, samples: int, pairs: Mapping[str, pd.D
     }
 
 
-def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any]:
+def _point(task: TaskResults, point: PointResult, samples: int, floors: Mapping[str, float]) -> dict[str, Any]:
+    is_compared = floors and point is not task.full
     return {
         "name": point.name,
         "family": point.kind,
@@ -126,6 +129,7 @@ def _point(task: TaskResults, point: PointResult, samples: int) -> dict[str, Any
         "value": point.x,
         "valid": point.valid,
         "only_rounding": point.only_rounding,
+        "within_noise": {name: noise.within(task, floors, point, name) for name in task.metrics} if is_compared else {},
         "scores": point.scores,
         "at": {axis: task.reduction(point, axis) for axis in AXES},
         "degenerate": point.compute["degenerate_rate"],

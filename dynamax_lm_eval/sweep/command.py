@@ -28,6 +28,7 @@ from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
+from dynamax_lm_eval.sweep import noise
 from dynamax_lm_eval.sweep.files import (
     GRID,
     GRID_NAME,
@@ -63,6 +64,7 @@ _FREE = frozenset(
         "backbone",  # the identity of the answers binds its weights, wherever they lie
         "output",
         "batch_size",
+        "noise_rows",
         "device",
         "tasks",
         "limit",
@@ -108,7 +110,12 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     lm = load(options) if lm is None else lm
     exits = None if lm.exits is None else lm.exits.config
     kinds = () if exits is None else exits.classifiers
-    all_points = grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence)
+    dtype = lm.mixed_precision_dtype or lm.model.dtype
+    noise.warn_of_half_precision(dtype, lm.device)
+    noise_rows = noise.rows_of(options, dtype, lm.device)
+    all_points = noise.with_noise(
+        grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence), noise_rows
+    )
     rank, world_size = process()
     own_points = _resolve(lm, all_points, options)[rank::world_size]
     if rank == 0:
@@ -123,6 +130,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
             policy,
             ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity),
             frozenset(name for task in point.tasks for name in documents[task]),
+            noise_rows if point.kind == noise.NOISE else None,
         )
         for point, policy, identity in own_points
     ]
@@ -290,8 +298,13 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     # What ran, and for how long, belongs to all points that were answered together.
     for name in _OF_ALL_POINTS:
         results["compute"]["overall"].pop(name, None)
-    results["config"] |= {"model": "dynamax", "batch_size": options.batch_size, "device": str(lm.device)}
-    results["config"]["dynamax"]["sweep"] = {"point": point.point.name, "family": point.point.kind}
+    rows = options.batch_size if point.rows is None else point.rows
+    results["config"] |= {"model": "dynamax", "batch_size": rows, "device": str(lm.device)}
+    ours = results["config"]["dynamax"]
+    ours |= {"batch_size": rows, "sweep": {"point": point.point.name, "family": point.point.kind}}
+    if point.rows is not None:  # a label is of one operating point, and this is the full model's again
+        ours["label"] = point.point.name
+        results["config"]["model_name"] = f"{ours['backbone_name']}@{ours['label']}"
     return results
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,15 @@ class SweepPoint:
     store: ResponseStore
     #: Names of the tasks that are answered under it, none of them a group.
     tasks: frozenset[str]
+    #: Rows in flight, where it is answered apart from all other points; else None.
+    rows: int | None = None
 
 
 class SweepLM(DynamaxLM):
     """Answers what the harness asks under every point that lacks an answer, then replays the present point's."""
+
+    #: Of HFLM: what it gives as ``batch_size``.
+    batch_size_per_gpu: Any
 
     def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
         super().__init__(pretrained, **kwargs)
@@ -85,13 +90,27 @@ class SweepLM(DynamaxLM):
             for point in self._points
             if name not in point.store and documents[i][0] in point.tasks
         ]
-        chosen = [i for _, i in missing]
-        policies = [point.policy for point, _ in missing]
-        self._store(missing, names, answer_some(policies, chosen, [documents[i] for i in chosen], disable_tqdm))
+        for rows in dict.fromkeys(point.rows for point in self._points):
+            together = [(point, i) for point, i in missing if point.rows == rows]
+            chosen = [i for _, i in together]
+            policies = [point.policy for point, _ in together]
+            with self._in_flight(rows):
+                answers = answer_some(policies, chosen, [documents[i] for i in chosen], disable_tqdm)
+                self._store(together, names, answers)
         responses = [self._present.store[name] for name in names]
         self.response_ledger.keep(kind, zip(keys, (response.record for response in responses), strict=True))
         # JSON knows no tuples.
         return [tuple(r.answer) if isinstance(r.answer, list) else r.answer for r in responses]
+
+    @contextmanager
+    def _in_flight(self, rows: int | None) -> Iterator[None]:
+        """Answers with so many rows in flight; None: as many as the sweep has."""
+        usual = self.batch_size_per_gpu
+        self.batch_size_per_gpu = usual if rows is None else rows
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = usual
 
     def _store(self, missing: Sequence[tuple[SweepPoint, int]], names: Sequence[str], answers: Answers) -> None:
         """Keeps each answer with its point, on disk as soon as it is known."""

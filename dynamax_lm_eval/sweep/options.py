@@ -70,6 +70,11 @@ class SweepOptions:
     samples: str | None = _option(None, 'JSON, or a file of it, with documents by task: {"triviaqa": [0, 7]}')
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
     batch_size: int = _option(32, "rows in flight, whatever policies they belong to")
+    noise_rows: int | None = _option(
+        None,
+        "rows in flight of a second run of the full model, which shows how much is rounding; 0: none; default: half of "
+        "--batch_size (2 where that is 1), and none in float32 on a CPU",
+    )
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     include_path: str | None = _option(None, "folder with tasks of your own")
     metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")
@@ -83,6 +88,11 @@ class SweepOptions:
                 raise UserError(f"--{name} must not be empty")
         if self.batch_size < 1:
             raise UserError(f"--batch_size must be at least 1, got {self.batch_size}")
+        if self.noise_rows is not None and (self.noise_rows < 0 or self.noise_rows == self.batch_size):
+            raise UserError(
+                f"--noise_rows must be 0, or another number of rows than --batch_size {self.batch_size}, "
+                f"got {self.noise_rows}"
+            )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit must be at least 1, got {self.limit}")
         if self.limit is not None and self.samples is not None:
@@ -167,7 +177,7 @@ class Point:
 
     Attributes:
         name: of its folder; tells it from all others of the sweep.
-        kind: ``full``, ``exits``, ``verified`` or ``pruning``.
+        kind: ``full``, ``exits``, ``verified``, ``pruning``, or ``noise`` (the full model once more).
         series: points of one series differ in one number only and are joined in plots.
         x: that number: the threshold (the mean of several), the exit layer, or how many blocks are pruned.
         args: the model arguments that it stands for.

@@ -16,6 +16,7 @@ import pandas as pd
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.ledger import RequestKey, request_keys
 from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points
+from dynamax_lm_eval.sweep.noise import NOISE
 from dynamax_lm_eval.sweep.similarity import consistency
 from dynamax_lm_eval.sweep.store import stored_responses
 
@@ -34,6 +35,8 @@ class PointResult:
     Attributes:
         scores: metric -> (value, standard error or NaN).
         higher_is_better: metric without its filter -> what the task says.
+        dtype: in which the backbone computed, as torch writes it; empty where files of earlier releases do not say.
+        rows: in flight; None where they do not say.
         samples: the harness's samples, in order of document.
         answers: of each document: a text, or the index of the most probable continuation.
         compute: the task's entry in ``compute.by_task``.
@@ -51,6 +54,8 @@ class PointResult:
     answers: list[Any]
     pieces: list[list[str] | None]
     higher_is_better: dict[str, bool] = field(default_factory=dict)
+    dtype: str = ""
+    rows: int | None = None
     #: Similarity to the full model's answers: name -> one number per document.
     similarity: dict[str, list[float]] = field(default_factory=dict)
     valid: bool = True
@@ -86,6 +91,8 @@ class TaskResults:
     backbone: str
     task: str
     points: list[PointResult]
+    #: The full model once more, with other numbers of rows in flight; not among the points.
+    again: list[PointResult] = field(default_factory=list)
 
     @property
     def full(self) -> PointResult:
@@ -165,7 +172,8 @@ def read(
                 len(others) - len(kept),
             )
         _compare(full[0], kept, max_degenerate, max_token_limit(task))
-        tasks.append(TaskResults(backbone, task, [full[0], *kept]))
+        again = [point for point in kept if point.kind == NOISE]
+        tasks.append(TaskResults(backbone, task, [full[0], *(point for point in kept if point.kind != NOISE)], again))
     return tasks
 
 
@@ -236,6 +244,8 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             answers=[_answer(sample) for sample in samples],
             pieces=[pieces.get(_digest(sample)) for sample in samples],
             higher_is_better=data.get("higher_is_better", {}).get(task) or {},
+            dtype=str(data["config"]["dynamax"].get("dtype", "")).removeprefix("torch."),
+            rows=data["config"]["dynamax"].get("batch_size"),
         )
         results.append((_backbone(data["config"]), task, result))
     return results

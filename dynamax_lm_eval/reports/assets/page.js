@@ -102,6 +102,8 @@ function drawTable() {
       number(point.degenerate, 2), number(point.consistency.consistency_exact), number(point.consistency.consistency_rouge_l)];
     row.append(name, ...cells.map((text) => element("td", text)));
     row.classList.toggle("invalid", !point.valid);
+    const within = point.within_noise[metric];
+    if (within) row.title = `no further from the full model than that is from itself, with other rows in flight, in ${within}`;
     if (point.only_rounding) row.title = "no token left early; answers that differ from the full model's do so by rounding";
     if (!point.valid) row.title = "too many of its texts repeat themselves or hit the token limit; left out of the lines";
     return row;
