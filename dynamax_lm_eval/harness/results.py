@@ -92,11 +92,11 @@ def add_compute(
         for name, documents in by_task.items()
     }
     subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
-    of_groups: dict[str, list[ComputeRecord]] = {}
+    of_groups: dict[str, list[list[ComputeRecord]]] = {}
     for name, metrics in results["results"].items():
         leaves = [name] if name in per_document else sorted(_leaves(name, subtasks, per_document))
-        records = [record for leaf in leaves for record in per_document[leaf]]
-        if not records:
+        records = [per_document[leaf] for leaf in leaves]
+        if not any(records):
             continue
         filters = _filters(metrics) or _filters_of(leaves, results["results"]) or ["none"]
         added = _metrics(records, filters)
@@ -125,12 +125,13 @@ def add_compute(
             sample["exit_layers"] = [layers for record in responses for layers in record.exit_layers]
 
     all_records = [record for documents in per_document.values() for record in documents]
+    by_name = {name: [documents] for name, documents in per_document.items()} | of_groups
     results["compute"] = {
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
-        "by_task": {name: _breakdown(found, thesis) for name, found in {**per_document, **of_groups}.items()},
+        "by_task": {name: _breakdown(found, thesis) for name, found in by_name.items()},
         "overall": {
-            **_breakdown(all_records, thesis),
+            **_breakdown([*per_document.values()], thesis),
             **_timing(sum(rank.fed_tokens for rank in gathered), seconds),
             "physical": ExecutedCompute.sum(rank.executed for rank in gathered).to_json(),
             "latency": latency.summary(latencies, *gathered[0].batching),
@@ -145,14 +146,17 @@ def add_compute(
         )
 
 
-def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, Any]:
-    """Returns the rows that stand beside a task's metrics, for each of its filters."""
-    total = ComputeRecord.sum(documents)
+def _metrics(tasks: list[list[ComputeRecord]], filters: list[str]) -> dict[str, Any]:
+    """Returns the rows that stand beside a task's or group's metrics, for each of its filters.
+
+    ``tasks``: the records of each task's documents; of a task itself, one list.
+    """
+    total = ComputeRecord.sum(record for documents in tasks for record in documents)
     values: dict[str, Any] = {
         "compute_reduction": total.compute_reduction,
-        "compute_reduction_stderr": _or_na(reduction_stderr(documents)),
+        "compute_reduction_stderr": _or_na(reduction_stderr(tasks)),
         "compute_reduction_total": total.compute_reduction_total,
-        "compute_reduction_total_stderr": _or_na(total_reduction_stderr(documents)),
+        "compute_reduction_total_stderr": _or_na(total_reduction_stderr(tasks)),
         "compute_reduction_paper": total.compute_reduction_paper,
     }
     if total.mean_exit_layer is not None:
@@ -164,16 +168,16 @@ def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, An
     return {f"{metric},{name}": value for name in filters for metric, value in values.items()}
 
 
-def _breakdown(documents: list[ComputeRecord], thesis: ThesisFormula | None) -> dict[str, Any]:
-    """Returns everything that is known about the compute of some documents, as JSON data."""
-    total = ComputeRecord.sum(documents)
+def _breakdown(tasks: list[list[ComputeRecord]], thesis: ThesisFormula | None) -> dict[str, Any]:
+    """Returns everything that is known about the compute of the documents of some tasks, as JSON data."""
+    total = ComputeRecord.sum(record for documents in tasks for record in documents)
     return {
-        "documents": len(documents),
+        "documents": sum(map(len, tasks)),
         "responses": total.responses,
         "compute_reduction": total.compute_reduction,
-        "compute_reduction_stderr": reduction_stderr(documents),
+        "compute_reduction_stderr": reduction_stderr(tasks),
         "compute_reduction_total": total.compute_reduction_total,
-        "compute_reduction_total_stderr": total_reduction_stderr(documents),
+        "compute_reduction_total_stderr": total_reduction_stderr(tasks),
         "compute_reduction_paper": total.compute_reduction_paper,
         "compute_reduction_thesis": None if thesis is None else thesis.reduction(total.exit_layers),
         "mean_exit_layer": total.mean_exit_layer,
