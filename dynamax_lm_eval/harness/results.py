@@ -17,6 +17,7 @@ from dynamax_lm_eval.compute.accounting import (
     ComputeRecord,
     ExecutedCompute,
     exit_histogram,
+    ratio_stderr,
     reduction_stderr,
     total_reduction_stderr,
 )
@@ -32,6 +33,7 @@ RecordsByDocument = dict[str, dict[int, list[ComputeRecord]]]
 #: Whether more is better, of every row that is added; None where it is neither.
 HIGHER_IS_BETTER = {
     **dict.fromkeys(("compute_reduction", "compute_reduction_total", "compute_reduction_paper"), True),
+    "compute_vs_full": True,
     **dict.fromkeys(("mean_exit_layer", "generated_tokens")),
     **dict.fromkeys(("token_limit_share", "degenerate_rate"), False),
 }
@@ -144,6 +146,34 @@ def add_compute(
             "No token was eligible for an exit (single-token continuations, or nothing generated after the first "
             "token), so compute_reduction is 1; exit_scope=all lets prompt tokens exit too"
         )
+
+
+def document_totals(samples: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], int]:
+    """Returns the MACs of each document of a task, prompts included, by its id and hash; ``samples``: as written."""
+    return {(sample["doc_id"], sample["doc_hash"]): sample["macs"]["total"] for sample in samples}
+
+
+def add_vs_full(results: dict[str, Any], full: Mapping[str, Mapping[tuple[int, str], int]]) -> None:
+    """Puts ``compute_vs_full`` beside the metrics of tasks and groups that the full model answered as well.
+
+    Args:
+        results: with compute and samples.
+        full: of each task, the MACs of its documents in the full model's run, as :func:`document_totals` has them.
+    """
+    own = {name: document_totals(samples) for name, samples in results["samples"].items()}
+    subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
+    for name, metrics in results["results"].items():
+        leaves = [name] if name in own else sorted(_leaves(name, subtasks, own))
+        if not leaves or any(own[leaf].keys() != full.get(leaf, {}).keys() for leaf in leaves):
+            continue
+        pairs = [[(float(full[leaf][key]), float(macs)) for key, macs in own[leaf].items()] for leaf in leaves]
+        sides = [sum(side) for side in zip(*(pair for task in pairs for pair in task), strict=True)]
+        values = {"compute_vs_full": sides[0] / sides[1], "compute_vs_full_stderr": _or_na(ratio_stderr(pairs))}
+        added = {f"{row},{chosen}": value for chosen in _filters(metrics) for row, value in values.items()}
+        metrics.update(added)
+        if name in results.get("groups", {}):
+            results["groups"][name].update(added)
+        results["higher_is_better"][name]["compute_vs_full"] = HIGHER_IS_BETTER["compute_vs_full"]
 
 
 def _metrics(tasks: list[list[ComputeRecord]], filters: list[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.ledger import RequestKey, request_keys
-from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points
+from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points, json_lines
 from dynamax_lm_eval.sweep.similarity import consistency
 from dynamax_lm_eval.sweep.store import Response, stored_responses
 
@@ -243,7 +243,7 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
     pieces, looping = _pieces(responses), _looping(responses)
     results = []
     for task, file in point["samples"].items():
-        samples = _json_lines(folder / file)
+        samples = json_lines(folder / file)
         first_filter = samples[0]["filter"]
         samples = sorted(
             (sample for sample in samples if sample["filter"] == first_filter), key=lambda sample: sample["doc_id"]
@@ -315,11 +315,6 @@ def _looping(responses: Mapping[str, Response]) -> set[str]:
         for key, response in responses.items()
         if response.record.hit_limit or response.record.degenerate
     }
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    # str.splitlines also breaks at separators that texts may hold, U+2028 among them.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _is_full_depth(point: PointResult) -> bool:
