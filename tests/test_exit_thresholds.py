@@ -23,6 +23,7 @@ from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.measure import exit_thresholds
 from dynamax_lm_eval.measure.exit_thresholds import SearchOptions, compared, exit_costs, search
 from dynamax_lm_eval.measure.threshold_search import (
+    FORMAT,
     Recorded,
     ThresholdPath,
     agreement_at,
@@ -158,10 +159,7 @@ def test_the_file_leads_to_a_calibration(
     path = ThresholdPath.load(file)
     assert path.scorer == "calm"
     assert path.documents == 19, "600 tokens, of each document at most a row of 32"
-    earlier = {
-        name: value for name, value in json.loads(file.read_text(encoding="utf-8")).items() if name != "documents"
-    }
-    (tmp_path / "earlier.json").write_text(json.dumps(earlier), encoding="utf-8")
+    FORMAT.write(tmp_path / "earlier.json", {name: getattr(path, name) for name in vars(path) if name != "documents"})
     assert ThresholdPath.load(tmp_path / "earlier.json").documents is None, "files of earlier releases can be read"
     assert all(len(thresholds) == len(path.exit_layers) for thresholds in path.thresholds)
     assert main(["exit-thresholds", *given]) == 2, "it is not written over"

@@ -115,8 +115,8 @@ class HeldOut(NamedTuple):
 
 #: The help of the option that sets ``num_documents``.
 DOCUMENTS_HELP = (
-    "documents that these tokens are of, at least: of each at most one row, or its share of the tokens where that is "
-    "more; tokens of one document are alike, so errors are taken over documents"
+    "of each document at most one row is taken, or its share of the tokens among this many documents if that is more: "
+    "tokens of one document are alike, so errors are over documents; 1: documents whole"
 )
 
 
