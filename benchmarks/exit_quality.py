@@ -136,7 +136,7 @@ def main() -> None:
         table.append(point)
         print(
             f"| {family} | {setting} | {point['compute_reduction']:.3f} | {point['agreement']:.3f} ± "
-            f"{point['agreement_stderr'] or math.nan:.3f} | "
+            f"{math.nan if point['agreement_stderr'] is None else point['agreement_stderr']:.3f} | "
             f"{point['bits_per_byte']:.3f} | {point['mean_exit_layer']:.1f} | {point['continuation_agreement']:.3f} |",
             flush=True,
         )
