@@ -4,10 +4,11 @@
 
 Every token of the text is predicted once, through the engine, with the states that early tokens leave behind;
 all tokens but a row's first may exit. Agreement is the share of tokens whose most probable next token is that
-of the full model; bits per byte are those of the text; compute_reduction counts everything that exits cause.
-Continuations: the first tokens of the rows are prompts, and greedy continuations are compared with the full model's,
-as the share of their tokens before the first that differs. Random exits leave each layer at the rate of the trained
-ones and cost no classifier. Prints a Markdown table; the last line is JSON.
+of the full model, with its standard error over documents; bits per byte are those of the text; compute_reduction
+counts everything that exits cause. Continuations: the first tokens of the rows are prompts, and greedy
+continuations are compared with the full model's, as the share of their tokens before the first that differs. Random
+exits leave each layer at the rate of the trained ones and cost no classifier. Prints a Markdown table; the last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from environment import environment
 from forced_exits import RandomExit, forced, threshold_for
 
-from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.compute.accounting import ComputeRecord, ratio_stderr
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
 from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest
@@ -71,6 +72,13 @@ def common_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
     return float(np.mean(shares)) if shares else math.nan
 
 
+def by_document(agreement: Any, document: Any) -> float | None:
+    """Standard error over documents of the share of tokens that agree; tokens of one document are alike."""
+    _, cluster = np.unique(document, return_inverse=True)
+    sums = np.bincount(cluster, weights=agreement), np.bincount(cluster)
+    return ratio_stderr([list(zip(*(side.tolist() for side in sums), strict=True))])
+
+
 def exit_rates(layers: Any, exits: tuple[int, ...]) -> list[float]:
     """Share of the tokens that reach an exit and leave there."""
     return [float((layers == layer).sum() / max(1, (layers >= layer).sum())) for layer in exits]
@@ -82,6 +90,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="held-out text")
     parser.add_argument("--backbone", default="smollm2-gguf")
     parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--documents", type=int, default=100, help="that the tokens are of, at least")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--prune", type=int, nargs="+", default=[1, 2, 3, 4, 6])
@@ -96,7 +105,9 @@ def main() -> None:
     options = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
     backbone = load_backbone(options)
     documents = text_documents(options.source, backbone.tokenizer)
-    rows, _ = held_out(documents, args.tokens, args.seq_len)
+    text = held_out(documents, args.tokens, args.seq_len, args.documents, ("--tokens", "--documents"))
+    rows = text.rows
+    of_token = np.repeat(text.document, [len(row) - 1 for row in rows])
     trained = ExitCheckpoint.open(args.exits)
     trained.check_fingerprint(backbone.identity.fingerprint)
     classifiers = trained.load(backbone.engine.backbone.device)
@@ -116,7 +127,7 @@ def main() -> None:
             "compute_reduction": measured["compute_reduction"],
             "bits_per_byte": measured["bits"] / num_bytes,
             "agreement": float(agreement.mean()),
-            "agreement_stderr": float(agreement.std() / np.sqrt(len(agreement))),
+            "agreement_stderr": by_document(agreement, of_token),
             "mean_exit_layer": float(measured["layers"].mean()),
             "continuation_agreement": (
                 common_share(continue_rows(engine, policy, rows, args), continued) if policy is not None else math.nan
@@ -124,7 +135,8 @@ def main() -> None:
         }
         table.append(point)
         print(
-            f"| {family} | {setting} | {point['compute_reduction']:.3f} | {point['agreement']:.3f} | "
+            f"| {family} | {setting} | {point['compute_reduction']:.3f} | {point['agreement']:.3f} ± "
+            f"{math.nan if point['agreement_stderr'] is None else point['agreement_stderr']:.3f} | "
             f"{point['bits_per_byte']:.3f} | {point['mean_exit_layer']:.1f} | {point['continuation_agreement']:.3f} |",
             flush=True,
         )
@@ -153,7 +165,7 @@ def main() -> None:
         "exits": trained.fingerprint(),
         "dtype": args.dtype,
     }
-    about |= {"tokens": len(full["greedy"]), "bytes": num_bytes}
+    about |= {"tokens": len(full["greedy"]), "documents": text.documents, "bytes": num_bytes}
     print(json.dumps(about | environment(str(engine.backbone.device)) | {"points": table}))
 
 

@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     options = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype="float32", seq_len=args.seq_len)
     loaded = load_backbone(options)
-    rows, _ = held_out(text_documents(options.source, loaded.tokenizer), args.tokens, args.seq_len)
+    rows, *_ = held_out(text_documents(options.source, loaded.tokenizer), args.tokens, args.seq_len)
     rows = [row for row in rows if len(row) >= args.seq_len // 2 + 2]
     trained = (
         ExitCheckpoint.open(args.exits)

@@ -198,7 +198,7 @@ def main() -> None:
                     log.write(json.dumps({"step": step + 1, "loss": float(loss.detach()), "seconds": seconds}) + "\n")
 
     model.to(torch.bfloat16).float().eval()  # measured as it is saved
-    rows, _ = held_out(text_documents(TextSource(args.held_out), tokenizer), 50_000, SEQ_LEN)
+    rows, *_ = held_out(text_documents(TextSource(args.held_out), tokenizer), 50_000, SEQ_LEN)
     summary = {
         **settings,
         "tokens": steps * args.batch_tokens,

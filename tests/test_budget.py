@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import lm_eval
 import numpy as np
@@ -15,7 +17,10 @@ from lm_eval.tasks import TaskManager
 from dynamax_lm_eval.budget import controller as budgets
 from dynamax_lm_eval.budget import runner as runner
 from dynamax_lm_eval.budget.controller import Curve, LatencyController, Measurement, ThresholdController, blocks_of
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.lm import DynamaxLM
 
 
@@ -119,6 +124,34 @@ def test_batch_size_changes_nothing(model_folder: Path, exits_folder: Path, task
     assert len(trajectory) == (1 if strategy == "two_pass" else -(-documents // 2))
     assert trajectory[-1]["compute_reduction_so_far"] == found[0]["results"][task]["compute_reduction,none"]
     assert found[0]["config"]["dynamax"]["policy"]["thresholds"] is None
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(6, False), (30, True)])
+def test_texts_that_got_longer_than_a_budget_saves_are_told_of(
+    tokens: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Answers at 0.95 and above have 10 tokens; those below it, which the budget chooses, others."""
+
+    class Account:
+        def account(self, _trace: Any, _policy: Any) -> ComputeRecord:
+            return ComputeRecord(full_macs=200, block_macs=100, eligible_tokens=1)
+
+    def answered(jobs: Any) -> Any:
+        for place, (policy, _) in enumerate(jobs):
+            threshold = policy.thresholds[0]
+            count = 10 if threshold >= 0.95 else tokens
+            full, spent = 100 * count, round(count * 100 / (2 - threshold))
+            record = ComputeRecord(full_macs=full, block_macs=spent, eligible_tokens=count, generations=1)
+            record.full_total_macs, record.total_macs = full + 50, spent + 50
+            yield place, SimpleNamespace(record=record)
+
+    args = DynamaxArgs(backbone="b", target_reduction=1.3, budget="two_pass")
+    policy = ExitPolicy(4, (2,), (0.5,))
+    budget = runner.BudgetRunner(args, policy, cast(Any, Account()))
+    with caplog.at_level(logging.WARNING):
+        found = list(budget.answers([("t", i) for i in range(8)], policy, answered))
+    assert len(found) == 8
+    assert any("texts got longer: the 8 documents" in record.message for record in caplog.records) == warned
 
 
 def test_each_block_runs_at_its_threshold(model_folder: Path, exits_folder: Path) -> None:

@@ -254,10 +254,34 @@ def test_stderr_of_the_ratio_agrees_with_resampling() -> None:
         spent = rng.randint(50, 150)
         full = int(spent * rng.uniform(1.0, 2.0))
         records.append(ComputeRecord(full_macs=full, block_macs=spent, eligible_tokens=1))
-    estimate = reduction_stderr(records)
+    estimate = reduction_stderr([records])
     draws = [ComputeRecord.sum(rng.choices(records, k=len(records))).compute_reduction for _ in range(400)]
     assert estimate == pytest.approx(float(np.std(draws)), rel=0.15)
-    assert reduction_stderr(records[:1]) is None
+    assert reduction_stderr([records[:1]]) is None
+
+
+def test_stderr_of_a_group_leaves_out_how_its_tasks_differ() -> None:
+    """Two tasks of unlike levels, 200 documents each, drawn again and again: the spread of the ratio is known."""
+    rng = np.random.default_rng(2)
+    means, n = (1.05, 1.25), 200
+
+    def drawn(times: int) -> tuple[np.ndarray, np.ndarray]:
+        spent = rng.uniform(0.8e6, 1.2e6, (times, 2, n))
+        return spent * rng.normal(np.reshape(means, (2, 1)), 0.05, (times, 2, n)), spent
+
+    full, spent = drawn(4000)
+    spread = float(np.std(full.sum((1, 2)) / spent.sum((1, 2))))
+    estimates = []
+    for full_macs, spent_macs in zip(*drawn(20), strict=True):
+        tasks = [
+            [ComputeRecord(full_macs=int(a), block_macs=int(b)) for a, b in zip(*pair, strict=True)]
+            for pair in zip(full_macs, spent_macs, strict=True)
+        ]
+        estimates.append(reduction_stderr(tasks))
+    assert np.mean(estimates) == pytest.approx(spread, rel=0.05)
+    pooled = reduction_stderr([[*tasks[0], *tasks[1]]])
+    assert pooled is not None and pooled > 1.5 * spread, "documents of all tasks in one heap"
+    assert reduction_stderr([tasks[0], tasks[1][:1]]) is None, "one document says nothing of its task's spread"
 
 
 class TestPolicy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from dynamax_lm_eval.engine.requests import ScoringRequest
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.resolve import policy_of_exits
+from dynamax_lm_eval.measure import exit_thresholds
 from dynamax_lm_eval.measure.exit_thresholds import SearchOptions, compared, exit_costs, search
 from dynamax_lm_eval.measure.threshold_search import (
+    FORMAT,
     Recorded,
     ThresholdPath,
     agreement_at,
@@ -38,7 +41,8 @@ def made(tokens: int, exits: int, seed: int = 0, texts: int = 20) -> Recorded:
     confidence = np.clip(ease + generator.normal(0, 0.2, (exits, tokens)), 0, 0.999)
     right = generator.random((exits, tokens)) < ease * np.linspace(0.7, 1, exits)[:, None]
     agrees = np.vstack([right, np.ones((1, tokens))]).astype(np.float64)
-    return Recorded(confidence, agrees, np.linspace(0.5, 1, exits + 1), np.arange(tokens) * texts // tokens)
+    evaluation = np.full(exits, 0.004)
+    return Recorded(confidence, agrees, np.linspace(0.5, 1, exits + 1), evaluation, np.arange(tokens) * texts // tokens)
 
 
 def test_tokens_leave_at_the_first_exit_that_is_sure_enough() -> None:
@@ -46,12 +50,17 @@ def test_tokens_leave_at_the_first_exit_that_is_sure_enough() -> None:
         np.array([[0.2, 0.8, 0.9], [0.9, 0.8, 0.1]]),
         np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
         np.array([0.5, 0.7, 1.0]),
+        np.array([0.01, 0.02]),
         np.zeros(3, dtype=np.int64),
     )
     assert exits_at(recorded, np.array([0.85, 0.8])).tolist() == [1, 1, 0]
     assert exits_at(recorded, np.array([1.0, 1.0])).tolist() == [2, 2, 2], "1 never exits"
     agreement, fraction = outcome(recorded, np.array([0.85, 0.8]))
-    assert (agreement, fraction) == (pytest.approx(2 / 3), pytest.approx((0.7 + 0.7 + 0.5) / 3))
+    assert (agreement, fraction) == (pytest.approx(2 / 3), pytest.approx((0.73 + 0.73 + 0.51) / 3))
+    assert outcome(recorded, np.array([1.0, 0.8]))[1] == pytest.approx((0.72 + 0.72 + 1.02) / 3), "1 asks nobody"
+    assert outcome(recorded, np.array([1.0, 1.0])) == (1, 1)
+    of_tokens = np.array([[0.85, 1.0, 0.85], [0.8, 0.8, 0.8]])
+    assert outcome(recorded, of_tokens)[1] == pytest.approx((0.73 + 0.72 + 0.51) / 3), "thresholds of each token"
 
 
 @pytest.mark.parametrize("price", [0.2, 1.0, 3.0])
@@ -81,7 +90,7 @@ def test_the_path_is_as_good_as_any_shared_threshold_on_what_was_searched() -> N
         assert np.isnan(best) or best >= agreement - 0.005, "up to the straight lines between points"
 
 
-def test_gains_are_measured_on_other_texts() -> None:
+def test_gains_are_measured_on_other_documents() -> None:
     found = compared(made(6000, 3), seed=0)
     assert found["gains"]
     for gain in found["gains"]:
@@ -97,12 +106,37 @@ def test_costs_are_those_of_the_engine(model_folder: Path, tmp_path: Path) -> No
     assert lm.exits is not None
     engine: Engine = lm.engine
     policy = policy_of_exits(lm.exits.config, "calm", 0.5, exit_scope="all")
-    costs = exit_costs(engine, policy, 12)
+    cost, evaluation = exit_costs(engine, policy, 12)
+    costs = cost + np.append(np.cumsum(evaluation), evaluation.sum())
     forced = policy_of_exits(lm.exits.config, "calm", 0.0, exit_scope="all")
     (scoring,) = score_all(engine, [ScoringRequest(list(range(12)), 1, [[0]] * 12, forced)], 1)
     assert costs[0] == pytest.approx(1 / engine.account(scoring.trace, forced).compute_reduction)
     assert costs[-1] > 1, "classifiers were asked at every exit for nothing"
     assert list(costs) == sorted(costs)
+    # Where a threshold is 1 the engine asks no classifier.
+    later = (1.0, *(0.0 for _ in policy.exit_layers[1:]))
+    forced = replace(forced, thresholds=later)
+    (scoring,) = score_all(engine, [ScoringRequest(list(range(12)), 1, [[0]] * 12, forced)], 1)
+    seen = Recorded(np.ones((len(later), 1)) * 0.9, np.ones((len(later) + 1, 1)), cost, evaluation, np.zeros(1, int))
+    fraction = 1 / engine.account(scoring.trace, forced).compute_reduction
+    assert outcome(seen, np.asarray(later))[1] == pytest.approx(fraction)
+    assert outcome(seen, np.ones(len(later)))[1] == pytest.approx(1)
+
+
+def test_errors_are_over_documents() -> None:
+    """Rows that are cut from few documents are no separate evidence: the whole document agrees, or none of it."""
+    rng = np.random.default_rng(0)
+    errors = []
+    for each in (1, 25):
+        kinds = np.repeat(rng.random(6000 // each) < 0.7, each).astype(np.float64)
+        confidence = np.clip(rng.normal(0.5, 0.2, (1, len(kinds))), 0, 0.999)
+        agrees = np.vstack([kinds, np.ones(len(kinds))])
+        document = np.arange(len(kinds)) // 25
+        found = Recorded(confidence, agrees, np.array([0.5, 1.0]), np.array([0.001]), document)
+        sums = exit_thresholds._by_document(found, np.array([0.5]))
+        assert sums.shape == (3, len(kinds) // 25)
+        errors.append(np.std(sums[1] / sums[0]))
+    assert errors[1] > 3 * errors[0]
 
 
 @pytest.fixture
@@ -124,6 +158,9 @@ def test_the_file_leads_to_a_calibration(
     assert "agreement, per exit" in capsys.readouterr().out
     path = ThresholdPath.load(file)
     assert path.scorer == "calm"
+    assert path.documents == 19, "600 tokens, of each document at most a row of 32"
+    FORMAT.write(tmp_path / "earlier.json", {name: getattr(path, name) for name in vars(path) if name != "documents"})
+    assert ThresholdPath.load(tmp_path / "earlier.json").documents is None, "files of earlier releases can be read"
     assert all(len(thresholds) == len(path.exit_layers) for thresholds in path.thresholds)
     assert main(["exit-thresholds", *given]) == 2, "it is not written over"
 
@@ -148,12 +185,14 @@ def test_the_file_leads_to_a_calibration(
     ("changed", "message"),
     [
         ({"tokens": 3}, "--tokens"),
+        ({"documents": 3}, "--documents must be at least 4"),
+        ({"tokens": 100, "seq_len": 40}, "are of 3 documents"),
         ({"classifier": "guess"}, "--classifier"),
         ({"dtype": "int8"}, "--dtype must be auto, float32, bfloat16 or float16, got .int8"),
         ({"seq_len": 1}, "--seq_len must be at least 2, got 1"),
         ({"state_mode": "forget"}, "--state_mode"),
         ({"output": "no/such/folder/x.json"}, "there is no folder"),
-        ({}, "--tokens=50000"),
+        ({}, "at most 500, by --documents=100.*--tokens=50000 are wanted; lower it or --documents"),
         ({"exits": None}, "no exits"),
     ],
 )

@@ -66,11 +66,18 @@ def test_exits_in_the_cache_that_hide_those_of_the_package_are_announced(
 
 def test_classifiers_that_learned_nothing_are_named() -> None:
     quality: dict[str, Any] = {"macs_per_evaluation": {"2": 1, "3": 1}, "curve": []}
-    measured = {"calm": {**quality, "exits": {"2": {"auroc": 0.52}, "3": {"auroc": 0.7}}}}
-    measured["ffn"] = {**quality, "exits": {"2": {"auroc": None}, "3": {"auroc": 0.549}}}
-    evaluation = {"tokens": 10, "classifiers": measured}
+
+    def exits(*areas: float | None) -> dict[str, Any]:
+        reached = {"0.8": {"share": 0.5, "auroc": None}}
+        pairs = zip(("2", "3"), areas, strict=True)
+        return {layer: {"auroc": area, "auroc_stderr": 0.1, "reaching": reached} for layer, area in pairs}
+
+    measured = {"calm": {**quality, "exits": exits(0.52, 0.7)}, "ffn": {**quality, "exits": exits(None, 0.549)}}
+    evaluation = {"tokens": 10, "documents": 3, "classifiers": measured}
     assert near_chance(evaluation) == ["calm at exit layer 2 (0.520)", "ffn at exit layer 3 (0.549)"]
     options = {"dataset": "d", "classifier": "calm", "prompts": None}
     training = {"tokens": 5, "steps": 1, "seconds": 1.0, "tokens_per_second": 5.0, "hardware": "h", "dtype": "float32"}
     config = exits_config(exit_layers=(2, 3), training={**training, "options": options})
-    assert "Hardly better than chance (AUROC): calm at exit layer 2 (0.520)" in model_card(config, evaluation)
+    card = model_card(config, evaluation)
+    assert "Hardly better than chance (AUROC): calm at exit layer 2 (0.520)" in card
+    assert "10 tokens of 3 documents" in card and "| ffn | - | 0.549 ± 0.100 |" in card and "- (50 %)" in card

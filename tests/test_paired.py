@@ -9,7 +9,8 @@ import pytest
 from helpers_harness import point
 from scipy.stats import binom
 
-from dynamax_lm_eval.reports.paired import against_full, holm
+from dynamax_lm_eval.reports import statistics
+from dynamax_lm_eval.reports.paired import against_full, holm, of_points, without_loops
 from dynamax_lm_eval.sweep.results import TaskResults
 
 
@@ -79,7 +80,44 @@ def test_what_is_there_is_found_and_corrected_over_the_grid() -> None:
 def test_compute_against_the_full_run_has_its_interval() -> None:
     rng = np.random.default_rng(3)
     macs = [rng.uniform(50, 150, 100), rng.uniform(40, 120, 100)]
-    (row,) = against_full(results(np.zeros(100), np.zeros(100), macs=macs), "acc,none", 2000).to_dict("records")
-    assert row["vs_full"] == pytest.approx(macs[0].sum() / macs[1].sum())
-    assert row["vs_full_low"] < row["vs_full"] < row["vs_full_high"]
-    assert row["vs_full_high"] - row["vs_full_low"] == pytest.approx(0.2, abs=0.08)
+    task = results(np.zeros(100), np.zeros(100), macs=macs)
+    row = of_points(task, 2000).set_index("point").loc["p0"]
+    value = task.vs_full(task.points[1])
+    assert row["compute_vs_full_low"] < value < row["compute_vs_full_high"]
+    assert row["compute_vs_full_high"] - row["compute_vs_full_low"] == pytest.approx(0.2, abs=0.08)
+    assert row["median_vs_full"] == pytest.approx(np.median(macs[0] / macs[1]))
+
+
+def test_what_texts_that_loop_hide() -> None:
+    """Two of forty documents loop in one run each; they hold most compute, and all that is saved."""
+    macs = [np.full(40, 100.0), np.full(40, 100.0)]
+    macs[0][0], macs[1][0] = 4000, 400
+    macs[0][1], macs[1][1] = 100, 1000
+    score = np.ones(40)
+    own = score.copy()
+    own[:2] = 0
+    task = results(score, own, score, macs=[*macs, macs[0]])
+    task.full.looping = [True, *[False] * 39]
+    task.points[1].looping = [False, True, *[False] * 38]
+    table = without_loops(task, "acc,none", 200).set_index("point")
+    found, other = table.loc["p0"], table.loc["p1"]
+    assert (found["left_out"], found["documents"]) == (2, 38), "left out whichever of the two runs loops"
+    assert task.vs_full(task.points[1]) > 1.4 and found["vs_full"] == 1 and found["difference"] == 0
+    assert (other["left_out"], other["documents"]) == (1, 39)
+    medians = of_points(task, 0).set_index("point")["median_vs_full"]
+    assert medians["p0"] == 1
+    for one in task.points:
+        one.looping = [True] * 40
+    row = without_loops(task, "acc,none", 20).set_index("point").loc["p0"]
+    assert row["documents"] == 0 and len(without_loops(results(score, own), "acc,none", 20)) == 0
+
+
+def test_report_tables_without_loops_are_differences_on_what_is_left() -> None:
+    score, own = np.tile([1.0, 0.0], 20), np.tile([1.0, 0.0], 20)
+    score[0], own[0], own[2] = 1, 0, 0
+    task = results(score, own)
+    task.full.looping = [True, *[False] * 39]
+    rows = statistics.summary(task, "acc,none", "compute_reduction", 50, without_loops=True).set_index("what")
+    assert rows.loc["difference at 1.5", "value"] == pytest.approx(-1 / 39)
+    whole = statistics.summary(task, "acc,none", "compute_reduction", 50).set_index("what")
+    assert whole.loc["score at 1.5", "value"] == pytest.approx(own.mean())

@@ -165,9 +165,9 @@ class TestCommand:
         text = command._data(options, backbone, (), tmp_path)
         assert sum(len(row) for batch in text.calibration for row in batch) == 128
         trained = [document for document in text.documents(0, 0) if document]
-        held = [*text.held_out, *(row for batch in text.calibration for row in batch)]
+        held = [*text.held_out.rows, *(row for batch in text.calibration for row in batch)]
         assert not any(row == document[i : i + len(row)] for row in held for document in trained for i in range(0, 400))
-        assert not any(row in text.held_out for batch in text.calibration for row in batch)
+        assert not any(row in text.held_out.rows for batch in text.calibration for row in batch)
         off = command._data(training_options(model_folder, texts, calibrate=False), backbone, (), tmp_path)
         assert off.calibration == []
         assert sum(map(bool, off.documents(0, 0))) > len(trained)

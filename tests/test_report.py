@@ -95,6 +95,28 @@ def test_what_is_plotted_is_in_the_result_files(reported: Path) -> None:
             assert point["at"]["compute_vs_full"] == pytest.approx(row["compute_vs_full"])
 
 
+def test_intervals_stand_beside_every_number_that_compares(swept: Path, reported: Path) -> None:
+    table = pd.read_csv(reported / "points.csv")
+    for name in ("compute_vs_full", "consistency_exact"):
+        assert (table[f"{name}_low"] <= table[name] + 1e-9).all() and (
+            table[name] <= table[f"{name}_high"] + 1e-9
+        ).all()
+    texts = table[(table["task"] == "tiny_generate") & (table["family"] != "full")]
+    (task,) = [task for task in collect.read([swept], 0.1) if task.task == "tiny_generate"]
+    left_out = {point.name: int(task.loops(point).sum()) for point in task.points[1:]}
+    assert dict(zip(texts["point"], texts["loops_left_out"], strict=True)) == left_out
+    for point in task.points:
+        limit = round(point.compute["token_limit_share"] * len(point.samples))
+        assert sum(point.looping) >= limit > 0, "the tiny model hardly ever stops by itself"
+    assert table.loc[table["task"] == "tiny_choice", "loops_left_out"].isna().all()
+    text = (reported / "report.md").read_text(encoding="utf-8")
+    assert "in the point's run or in the full model's (`left_out`)" in text
+    assert re.search(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", text)
+    (shown,) = [task for task in page_data(reported)["tasks"] if task["title"].endswith("tiny_generate")]
+    assert shown["intervals"]["full"]["compute_vs_full_low"] == 1
+    assert set(shown["without"]["exact_match,none"]) == {point.name for point in task.points[1:]}
+
+
 def test_files_of_a_report(reported: Path) -> None:
     names = {path.name for path in reported.iterdir()}
     assert {"points.csv", "points.parquet", "report.md", "report.html"} < names

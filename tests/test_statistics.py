@@ -10,24 +10,41 @@ import pytest
 from helpers_harness import made_results
 
 from dynamax_lm_eval.reports import statistics
+from dynamax_lm_eval.reports.statistics import Draws
 from dynamax_lm_eval.sweep.results import TaskResults
 
 
-def test_scores_at_reductions_lie_between_points() -> None:
-    x, y = np.asarray([1.5, 1.0]), np.asarray([0.9, 1.0])
-    assert statistics.at_reduction(x, y, 1.25) == pytest.approx(0.95)
-    assert math.isnan(statistics.at_reduction(x, y, 1.6))
-    assert statistics.mean_until(x, y, 1.5) == pytest.approx(0.95)
-    assert statistics.mean_until(x, y, 1.25) == pytest.approx(0.975)
-    assert math.isnan(statistics.mean_until(x, y, 1.6))
+def line(reductions: list[float], scores: list[float]) -> Draws:
+    """A line in one draw, the full model first."""
+    return Draws(np.asarray(scores)[:, None], np.asarray(reductions)[:, None])
+
+
+def test_scores_at_reductions_lie_between_points_in_the_fraction_of_compute() -> None:
+    two = line([1.0, 1.5], [1.0, 0.9])
+    (found,) = statistics.scores_at(two, 1.2)
+    assert found == pytest.approx(0.95), "1 / 1.2 is halfway between 1 and 1 / 1.5"
+    assert statistics.scores_at(two, 1.5) == pytest.approx([0.9])
+    assert math.isnan(statistics.scores_at(two, 1.6, extend=False)[0])
+    assert statistics.scores_at(two, 2.0) == pytest.approx([0.85]), "straight on from the full model"
+    assert statistics.means_until(two, 1.5) == pytest.approx([0.95])
+    assert statistics.means_until(two, 1.2) == pytest.approx([0.975])
+    assert statistics.means_until(two, 2.0) == pytest.approx([0.925])
+    assert math.isnan(statistics.means_until(two, 1.6, extend=False)[0])
+    # In any order, beside points that cost more than the full model.
+    four = line([1.0, 0.8, 2.0, 1.25], [1.0, 0.2, 0.5, 0.9])
+    assert statistics.scores_at(four, 1 / 0.65) == pytest.approx([0.7])
+    assert statistics.means_until(four, 2.0) == pytest.approx([(0.2 * 0.95 + 0.3 * 0.7) / 0.5])
+    assert statistics.scores_at(line([1.0, 0.9], [0.8, 0.1]), 1.1) == pytest.approx([0.8]), "nothing is saved"
 
 
 def test_summary_and_intervals() -> None:
     found = statistics.summary(made_results(), "acc,none", "compute_reduction", count=2000)
     rows = found.set_index(["line", "what"])
-    assert rows.loc[("calm, skip", "score at 1.2"), "value"] == pytest.approx(1 - 0.1 * 0.4)
-    assert rows.loc[("calm, skip", "mean score up to 1.25"), "value"] == pytest.approx(0.975)
-    assert rows.loc[("pruning, deepest", "mean score up to 1.25"), "value"] == pytest.approx(0.75)
+    assert rows.loc[("calm, skip", "score at 1.2"), "value"] == pytest.approx(0.95)
+    assert rows.loc[("calm, skip", "mean score up to 1.2"), "value"] == pytest.approx(0.975)
+    assert rows.loc[("pruning, deepest", "mean score up to 1.2"), "value"] == pytest.approx(1 - 0.25 * (1 / 6) / 0.2)
+    assert ("pruning, deepest", "score at 1.3") not in rows.index, "it ends at 1.25"
+    assert (found["left_out"] == 0).all() and (found["extended"] == 0).all(), "every document saves the same"
     # At 1.5 the score is a mean of 40 draws with success 0.9: the bootstrap's spread is the binomial one.
     at_end = rows.loc[("calm, skip", "score at 1.5")]
     spread = 1.96 * math.sqrt(0.9 * 0.1 / 40)
@@ -39,7 +56,7 @@ def test_differences_from_pruning_are_paired() -> None:
     (row,) = found.to_dict("records")
     assert row["pruning"] == "p"
     assert row["reduction"] == pytest.approx(1.25)
-    assert row["value"] == pytest.approx(0.95 - 0.5)
+    assert row["value"] == pytest.approx(1 - 0.1 * 0.2 / (1 / 3) - 0.5)
     assert row["low"] < row["value"] < row["high"]
     # The same documents in both: where pruning is the exits themselves, nothing is left to chance.
     task = made_results()
@@ -47,6 +64,17 @@ def test_differences_from_pruning_are_paired() -> None:
     twins = TaskResults("b", "t", [task.points[0], task.points[1], same])
     (row,) = statistics.against_pruning(twins, "acc,none", "compute_reduction", count=200).to_dict("records")
     assert (row["value"], row["low"], row["high"]) == pytest.approx((0, 0, 0))
+
+
+def test_points_less_pruning_at_their_own_compute() -> None:
+    task = made_results()
+    samples = [{**sample, "macs": {**sample["macs"], "total": 100 / 1.2}} for sample in task.points[1].samples]
+    task.points.insert(2, replace(task.points[1], name="near", x=1.2, samples=samples))
+    table = statistics.minus_pruning(task, "acc,none", 400, 0).set_index("point")
+    near = table.loc["near"]
+    assert near["minus_pruning_deepest"] == pytest.approx(0.9 - (1 - 0.5 * (1 / 6) / 0.2))
+    assert near["minus_pruning_deepest_low"] < near["minus_pruning_deepest"] < near["minus_pruning_deepest_high"]
+    assert math.isnan(table.loc["e", "minus_pruning_deepest"]), "no pruned model saves as much as 1.5"
 
 
 def test_metrics_that_are_no_means_have_no_intervals() -> None:

@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from torch.utils import collect_env
 
 from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.compute.accounting import ratio_stderr
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import file_checksum
@@ -65,6 +66,41 @@ def test_points_are_what_direct_runs_give(model_folder: Path, exits_folder: Path
             for metric, value in metrics.items():
                 if isinstance(value, float) and "stderr" not in metric:
                     assert swept[name][task][metric] == pytest.approx(value), (name, task, metric)
+
+
+def test_points_are_compared_with_the_full_model(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = sweep_options(model_folder, tmp_path, tasks="tiny_group", thresholds="0.3", prune="", state_modes="skip")
+    command.sweep(options)
+    found = results_of(tmp_path)
+    samples = {}
+    for point in finished_points(tmp_path):
+        for task, file in point["samples"].items():
+            lines = (point["folder"] / file).read_text(encoding="utf-8").splitlines()
+            samples[point["point"], task] = [json.loads(line)["macs"]["total"] for line in lines]
+    own = found["state-skip-0.3"]
+    both = [samples[name, "tiny_generate"] for name in ("full", "state-skip-0.3")]
+    assert own["tiny_generate"]["compute_vs_full,none"] == pytest.approx(sum(both[0]) / sum(both[1]))
+    alone = ratio_stderr([list(zip(*both, strict=True))])
+    assert own["tiny_generate"]["compute_vs_full_stderr,none"] == pytest.approx(alone)
+    tasks = ("tiny_generate", "tiny_choice")
+    pairs = [list(zip(samples["full", task], samples["state-skip-0.3", task], strict=True)) for task in tasks]
+    group = own["tiny_group"]
+    assert group["compute_vs_full_stderr,none"] == pytest.approx(ratio_stderr(pairs))
+    assert found["full"]["tiny_group"]["compute_vs_full,none"] == 1
+    (task,) = [task for task in collect.read([tmp_path], 0.1) if task.task == "tiny_generate"]
+    assert task.vs_full(task.points[1]) == pytest.approx(own["tiny_generate"]["compute_vs_full,none"])
+    assert not any("compute" in metric for metric in task.metrics)
+    # A point that was finished when the full model was not is made up for, from the answers that are stored.
+    for path in tmp_path.rglob(POINT_NAME):
+        point = POINT.read(path)
+        if point["point"] != "full":
+            POINT.write(path, {**point, "vs_full": False})
+    monkeypatch.setattr(ResponseStore, "add", None)
+    command.sweep(options)
+    assert all(point["vs_full"] for point in finished_points(tmp_path))
+    assert results_of(tmp_path) == found
 
 
 def test_the_environment_is_looked_at_once(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

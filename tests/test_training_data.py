@@ -52,8 +52,9 @@ class TestData:
             assert [next(resumed) for _ in range(25 - start)] == found[start:]
 
     def test_held_out_text_is_never_trained_on(self) -> None:
-        rows, count = data.held_out(self.documents, 20, 10)
+        rows, document, count = data.held_out(self.documents, 20, 10)
         assert sum(map(len, rows)) >= 19
+        assert document == [0, 1, 1]
         kept = data.without_first(self.documents, count)
         assert count == 3
         assert list(kept(0, 0)) == [[], [], [], *self.documents(0, 3)]
@@ -63,6 +64,41 @@ class TestData:
         assert list(same_text(1, 1)) == [[8], []]
         with pytest.raises(UserError, match="all documents would be held out"):
             data.without_first(self.documents, 5)
+
+    def test_held_out_tokens_are_of_many_documents(self) -> None:
+        def documents(epoch: int, first: int) -> Any:
+            return itertools.islice(([100 * i + t for t in range(50 if i % 2 else 12)] for i in range(12)), first, None)
+
+        found = data.held_out(documents, 100, 10, num_documents=5)
+        assert (found.documents, found.read) == (7, 7), "of a document at most 20 tokens, and some have 12"
+        taken = [
+            sum(len(row) for row, number in zip(found.rows, found.document, strict=True) if number == i)
+            for i in range(7)
+        ]
+        assert taken == [12, 20, 12, 20, 12, 20, 4]
+        assert all(row[0] // 100 == number for row, number in zip(found.rows, found.document, strict=True))
+        assert data.held_out(documents, 100, 10, num_documents=100).documents == 10, "a row of each"
+        assert data.held_out(documents, 100, 10).documents == 4, "documents whole"
+        with pytest.raises(
+            UserError, match=r"only 120 tokens of text \(of each document at most 10, .* lower it or --eval_doc"
+        ):
+            data.held_out(documents, 200, 10, num_documents=100)
+
+    def test_the_order_of_training_does_not_decide_what_is_held_out(self, tmp_path: Path) -> None:
+        lines = [json.dumps({"text": chr(ord("a") + i) * (3 + i)}) + "\n" for i in range(20)]
+        (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+
+        def order(seed: int) -> Any:
+            return data.text_documents(TextSource(str(tmp_path), seed=seed), letters)
+
+        held = data.held_out(order(data.HELD_OUT_SEED), 40, 8, 4)
+        left_out = list(itertools.islice(order(data.HELD_OUT_SEED)(0, 0), held.read))
+        kept = data.without_first(order(5), held.read, drawn_from=order(data.HELD_OUT_SEED))
+        for epoch in (0, 1):
+            read = [tokens for tokens in kept(epoch, 0) if tokens]
+            assert len(read) == 20 - held.read and not any(tokens in left_out for tokens in read)
+        with pytest.raises(UserError, match="all documents would be held out"):
+            data.without_first(order(5), 20, drawn_from=order(data.HELD_OUT_SEED))
 
     @pytest.mark.parametrize("buffer", [0, 3, 100])
     @pytest.mark.parametrize("files", [1, 3])

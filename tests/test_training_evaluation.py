@@ -25,6 +25,33 @@ class TestEvaluation:
         assert sum(quality["histogram"]["tokens"]) == 6
         assert evaluation.exit_quality(confidence, np.ones(6, dtype=bool))["auroc"] is None
 
+    def test_errors_of_auroc_are_over_documents(self) -> None:
+        """Against the spread over samples, where tokens of a document are alike in confidence and in label."""
+        rng = np.random.default_rng(0)
+        found, errors, as_tokens = [], [], []
+        for _ in range(300):
+            ease = rng.normal(size=60)
+            document = np.repeat(np.arange(60), rng.integers(5, 30, 60))
+            label = rng.random(len(document)) < 1 / (1 + np.exp(-2 * ease[document]))
+            confidence = label + 1.5 * rng.normal(size=60)[document] + rng.normal(size=len(document))
+            found.append(evaluation.auroc(confidence, label))
+            errors.append(evaluation.auroc_stderr(confidence, label, document))
+            as_tokens.append(evaluation.auroc_stderr(confidence, label, np.arange(len(document))))
+        spread = np.std(np.asarray(found, dtype=float))
+        assert np.mean(np.asarray(errors, dtype=float)) == pytest.approx(spread, rel=0.1)
+        assert np.mean(np.asarray(as_tokens, dtype=float)) < 0.6 * spread
+        assert evaluation.auroc_stderr(confidence, label, np.zeros(len(document))) is None
+        assert evaluation.auroc_stderr(confidence, np.ones(len(document), dtype=bool), document) is None
+
+    def test_later_exits_are_judged_on_the_tokens_that_reach_them(self) -> None:
+        confidences = np.asarray([[0.95, 0.85, 0.2, 0.1, 0.3], [0.9, 0.8, 0.4, 0.6, 0.7]])
+        labels = np.asarray([[True] * 5, [True, True, True, False, True]])
+        assert evaluation.auroc(confidences[1], labels[1]) == pytest.approx(3 / 4)
+        later = evaluation.reaching(confidences, labels, 1)
+        assert later["0.8"] == {"share": pytest.approx(3 / 5), "auroc": pytest.approx(1 / 2)}
+        assert later["0.9"]["share"] == pytest.approx(4 / 5)
+        assert evaluation.reaching(confidences, labels, 0)["0.5"]["share"] == 1, "all tokens come to the first exit"
+
     def test_the_predicted_curve_equals_what_the_engine_does_when_states_do_not_matter(self) -> None:
         """Tokens of a single row that exit where predicted cost what is predicted."""
         config = exits_config(classifiers=("calm",))

@@ -163,14 +163,32 @@ class TestResume:
         loaded = saved.load()
         backbone = load_backbone(training_options(model_folder, texts).reading(run))
         frozen = FrozenPass(backbone.engine.backbone, EXITS, False, 1)
-        rows = command._data(training_options(model_folder, texts), backbone, (), tmp_path).held_out
-        seen = observe(frozen, loaded, rows, 64)
+        held_out = command._data(training_options(model_folder, texts), backbone, (), tmp_path).held_out
+        seen = observe(frozen, loaded, held_out.rows, 64)
         measured = json.loads((tmp_path / "evaluation.json").read_text())
         engine = Engine(backbone.engine.backbone, loaded)
-        curves = measured_curves(engine, rows, saved.config, "recompute", 5_000)
-        again = evaluation.report(seen, saved.config, loaded, engine.backbone.cost, "recompute", curves)
+        curves = measured_curves(engine, held_out, saved.config, "recompute", 5_000)
+        document = held_out.document
+        again = evaluation.report(seen, document, saved.config, loaded, engine.backbone.cost, "recompute", curves)
         assert measured["classifiers"] == again["classifiers"]
+        assert measured["documents"] == held_out.documents > 3
+        assert f"200 tokens of {held_out.documents} documents" in (tmp_path / "README.md").read_text()
+        point = measured["classifiers"]["calm"]["curve"][0]
+        assert point["documents"] == held_out.documents and point["agreement_stderr"] > 0
         assert "\nText: by the authors.\n" in (tmp_path / "README.md").read_text()
+
+
+def test_trainings_that_held_out_whole_documents_go_on_where_that_can_be_done() -> None:
+    """States of earlier releases do not say how many documents the evaluation is of."""
+    before = {"seed": 0, "eval_dataset": None, "eval_tokens": 200}
+    state.check_same(before, {**before, "eval_documents": 1})
+    with pytest.raises(UserError, match=r"eval_documents \(1, now 100\)"):
+        state.check_same(before, {**before, "eval_documents": 100})
+    other = {**before, "seed": 3}
+    with pytest.raises(UserError, match="held out other documents"):
+        state.check_same(other, {**other, "eval_documents": 1})
+    apart = {**other, "eval_dataset": "text.jsonl"}
+    state.check_same(apart, {**apart, "eval_documents": 1})
 
 
 #: The command; the kernel ends its process in the middle of the fourth step.

@@ -198,11 +198,13 @@ class BudgetRunner:
                 curve.measurements.append(Measurement(threshold, total.full_macs, total.spent_macs))
         threshold = curve.threshold_for(1 / self._args.target_reduction)
         logger.info("%s: threshold %.4f, chosen on %d documents", task, threshold, len(sample))
-        final_records = []
+        final_records = {}
         for place, answer in run([(_at(policy, threshold), i) for i in range(len(documents))]):
-            final_records.append(answer.record)
+            final_records[place] = answer.record
             yield place, answer
-        total = ComputeRecord.sum(final_records)
+        total = ComputeRecord.sum(final_records.values())
+        careful = [records[len(records) - len(sampled) + n] for n in range(len(sampled))]
+        _warn_of_longer_texts(task, careful, [final_records[i] for i in sampled], len(sample))
         trajectory = self._trajectories.setdefault(task, [])
         controller = ThresholdController(1 / self._args.target_reduction, curve, len(names), trajectory)
         controller.record(threshold, len(names), total.full_macs, total.spent_macs)
@@ -217,6 +219,28 @@ class BudgetRunner:
         ):
             if target is not None and (reached is None or miss(reached / target - 1) > _MISSED):
                 logger.warning("%s: %s is %s, not the %g that was asked for", task, name, _shown(reached), target)
+
+
+def _warn_of_longer_texts(
+    task: str, careful: Sequence[ComputeRecord], own: Sequence[ComputeRecord], documents: int
+) -> None:
+    """Warns where a budget per token is held, and texts that got longer took more than that saved.
+
+    The full model's run is not known. What comes nearest to it are the ``careful`` answers, at the highest threshold
+    that was tried, with all their tokens at full depth; ``own`` are those of the run to the same requests.
+    """
+    full = sum(record.full_total_macs for record in careful)
+    spent = sum(record.total_macs for record in own)
+    if spent > full > 0:
+        logger.warning(
+            "%s: compute_reduction is per token, and texts got longer: the %d documents that were tried took %.2f "
+            "times the compute of their answers at threshold %g, these at full depth; compare with a run of the full "
+            "model",
+            task,
+            documents,
+            spent / full,
+            SAMPLE_THRESHOLDS[-1],
+        )
 
 
 def cheapest_fraction(policy: ExitPolicy, engine: Engine) -> float:

@@ -26,6 +26,7 @@ from dynamax_lm_eval.calibration.testing import (
     fewest_documents,
     learn_then_test,
 )
+from dynamax_lm_eval.compute.accounting import ratio_stderr
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
@@ -311,10 +312,12 @@ def _tested(kind: LossKind, task: TaskResults, points: Sequence[PointResult]) ->
     (point,) = points
     losses = kind.of(task, point)
     n = len(losses)
+    pairs = list(zip(task.full.macs("total").tolist(), point.macs("total").tolist(), strict=True))
     return {
         "documents": n,
         "mean_loss": float(losses.mean()),
         "mean_loss_stderr": float(losses.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
         "compute_reduction": _reduction(point),
         "compute_vs_full": task.vs_full(point),
+        "compute_vs_full_stderr": ratio_stderr([pairs]),
     }

@@ -303,35 +303,48 @@ class ExecutedCompute:
         return asdict(self)
 
 
-def reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
-    """Returns the standard error of compute_reduction over documents, by the delta method for a ratio of sums.
+def reduction_stderr(tasks: Iterable[Sequence[ComputeRecord]]) -> float | None:
+    """Returns the standard error of compute_reduction over documents; ``tasks``: the documents' records, by task.
 
-    With a_i and b_i the numerator and denominator of document i and R = sum a / sum b it is
-    sqrt(n / (n - 1) * sum (a_i - R b_i)^2) / sum b (Cochran, Sampling Techniques, section 6.3, without
-    finite-population correction). None for fewer than two documents or without eligible tokens.
+    As :func:`ratio_stderr` says; None too where nothing was eligible.
     """
-    return _ratio_stderr([(record.full_macs, record.spent_macs) for record in records])
+    return ratio_stderr([[(record.full_macs, record.spent_macs) for record in records] for records in tasks])
 
 
-def total_reduction_stderr(records: Sequence[ComputeRecord]) -> float | None:
+def total_reduction_stderr(tasks: Iterable[Sequence[ComputeRecord]]) -> float | None:
     """Returns the standard error of compute_reduction_total, as :func:`reduction_stderr`."""
-    return _ratio_stderr([(record.full_total_macs, record.total_macs) for record in records])
+    return ratio_stderr([[(record.full_total_macs, record.total_macs) for record in records] for records in tasks])
+
+
+def ratio_stderr(tasks: Sequence[Sequence[tuple[float, float]]]) -> float | None:
+    """Returns the standard error of a ratio of sums over documents, by the delta method, with tasks as strata.
+
+    With a and b the numerator and denominator of a document, R = sum a / sum b and d = a - R b it is
+    sqrt(sum over tasks of n / (n - 1) * sum (d - mean of the task's d)^2) / sum b (Cochran, Sampling Techniques,
+    section 6.11, the combined ratio estimate, without finite-population correction): a group always has the same
+    tasks, so how these differ is no chance. For one task the mean of d is 0. None where a task has fewer than two
+    documents, or the denominator is 0.
+
+    Args:
+        tasks: (a, b) of each document, by task.
+    """
+    tasks = [pairs for pairs in tasks if pairs]
+    denominator = sum(b for pairs in tasks for _, b in pairs)
+    if denominator == 0 or any(len(pairs) < 2 for pairs in tasks):
+        return None
+    ratio = sum(a for pairs in tasks for a, _ in pairs) / denominator
+    variance = 0.0
+    for pairs in tasks:
+        residuals = [a - ratio * b for a, b in pairs]
+        mean = math.fsum(residuals) / len(residuals)
+        variance += len(pairs) / (len(pairs) - 1) * math.fsum((residual - mean) ** 2 for residual in residuals)
+    return math.sqrt(variance) / denominator
 
 
 def exit_histogram(record: ComputeRecord) -> dict[str, int]:
     """Returns the number of eligible tokens by the layer at which they left, in order of layer."""
     counts = Counter(layer for response in record.exit_layers for layer in response)
     return {str(layer): counts[layer] for layer in sorted(counts)}
-
-
-def _ratio_stderr(pairs: Sequence[tuple[int, int]]) -> float | None:
-    n = len(pairs)
-    denominator = sum(b for _, b in pairs)
-    if n < 2 or denominator == 0:
-        return None
-    ratio = sum(a for a, _ in pairs) / denominator
-    residual = math.fsum((a - ratio * b) ** 2 for a, b in pairs)
-    return math.sqrt(n / (n - 1) * residual) / denominator
 
 
 def _ratio(numerator: float, denominator: float) -> float:

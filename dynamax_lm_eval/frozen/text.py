@@ -1,7 +1,7 @@
 """Text as documents of token ids that can be continued from any point, and rows of held-out text.
 
 Documents come from the Hub or from files. Their order follows from the seed and the epoch alone; each row is cut from
-one document.
+one document. What is held out is drawn in an order of its own, the same for all seeds of a training.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.frozen.options import DEFAULT_DATASET, DEFAULT_DATASET_CONFIG, TextSource
 
 #: How the files of each ending are read by ``datasets``.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+#: The seed of the order in which documents are held out, whatever the seed of the training.
+HELD_OUT_SEED = 0
 
 #: A function that gives the documents of an epoch as token ids, from the n-th on.
 Documents = Callable[[int, int], Iterator[list[int]]]
@@ -91,33 +94,72 @@ def _naming(rows: Iterable[Any], dataset: str) -> Iterator[Any]:
         yield row
 
 
+class HeldOut(NamedTuple):
+    """Rows of text that nothing is trained on.
+
+    Attributes:
+        rows: token ids.
+        document: of each row, which document it is cut from; numbered as they come, from 0.
+        read: how many documents of the stream were read for them, empty ones included.
+    """
+
+    rows: list[list[int]]
+    document: list[int]
+    read: int
+
+    @property
+    def documents(self) -> int:
+        """How many documents the rows are cut from."""
+        return len(set(self.document))
+
+
+#: The help of the option that sets ``num_documents``.
+DOCUMENTS_HELP = (
+    "of each document at most one row is taken, or its share of the tokens among this many documents if that is more: "
+    "tokens of one document are alike, so errors are over documents; 1: documents whole"
+)
+
+
 def held_out(
-    documents: Documents, num_tokens: int, seq_len: int, option: str = "--eval_tokens"
-) -> tuple[list[list[int]], int]:
-    """Returns rows of ``num_tokens`` tokens (or one less) of the first documents, and how many documents these are.
+    documents: Documents,
+    num_tokens: int,
+    seq_len: int,
+    num_documents: int = 1,
+    options: tuple[str, str] = ("--eval_tokens", "--eval_documents"),
+) -> HeldOut:
+    """Returns rows of ``num_tokens`` tokens (or one less) of the first documents.
 
     Args:
         documents: what is read, in the order of the first epoch.
         num_tokens: tokens of all rows together.
         seq_len: tokens of the longest row.
-        option: the user's name for ``num_tokens``.
+        num_documents: of each document at most its share of the tokens is taken, but always a whole row; 1: documents
+            whole.
+        options: the user's names for ``num_tokens`` and ``num_documents``.
 
     Raises:
         UserError: there is less text than that.
     """
+    most = max(seq_len, -(-num_tokens // num_documents))
     rows: list[list[int]] = []
+    document: list[int] = []
     total = 0
-    stream = documents(0, 0)
-    for count, tokens in enumerate(stream, 1):
-        for start in range(0, len(tokens), seq_len):
-            row = tokens[start : start + min(seq_len, num_tokens - total)]
+    for read, tokens in enumerate(documents(0, 0), 1):
+        own = tokens[:most]
+        number = document[-1] + 1 if document else 0
+        for start in range(0, len(own), seq_len):
+            row = own[start : start + min(seq_len, num_tokens - total)]
             if len(row) > 1:
                 rows.append(row)
+                document.append(number)
                 total += len(row)
             if total >= num_tokens - 1:
-                return rows, count
+                return HeldOut(rows, document, read)
+    of_each = f" (of each document at most {most}, by {options[1]}={num_documents})" if num_documents > 1 else ""
+    lower = f"lower it or {options[1]}" if num_documents > 1 else "lower it"
     raise UserError(
-        f"there are only {total} tokens of text, and {option}={num_tokens} are wanted; lower it, or give more text"
+        f"there are only {total} tokens of text{of_each}, and {options[0]}={num_tokens} are wanted; {lower}, or give "
+        "more text"
     )
 
 
@@ -126,17 +168,25 @@ def without_first(
     count: int,
     remedy: str = "give held-out text by --eval_dataset, lower --eval_tokens, or split the text into more documents",
     purpose: str = "the evaluation",
+    drawn_from: Documents | None = None,
 ) -> Documents:
     """Returns the documents without the first ``count`` of the first epoch's order and without copies of these.
 
-    Later epochs have another order, so the documents are recognised by their tokens. They count as empty, so that
+    Other epochs have another order, so the documents are recognised by their tokens. They count as empty, so that
     places in the data keep their numbers.
 
+    Args:
+        documents: what is read.
+        count: how many are left out.
+        remedy: ends the message of the error.
+        purpose: what they are held out for, in that message.
+        drawn_from: the documents in the order in which the first are left out; default: ``documents``.
+
     Raises:
-        UserError: nothing would be left for training; ``remedy`` ends the message, which says for what ``purpose``.
+        UserError: nothing would be left for training.
     """
-    left_out = {tuple(tokens) for tokens in itertools.islice(documents(0, 0), count)}
-    if next(documents(0, count), None) is None:
+    left_out = {tuple(tokens) for tokens in itertools.islice((drawn_from or documents)(0, 0), count)}
+    if all(not tokens or tuple(tokens) in left_out for tokens in documents(0, 0)):
         raise UserError(f"all documents would be held out for {purpose}; {remedy}")
 
     def read(epoch: int, first: int) -> Iterator[list[int]]:

@@ -17,6 +17,7 @@ from dynamax_lm_eval.compute.accounting import (
     ComputeRecord,
     ExecutedCompute,
     exit_histogram,
+    ratio_stderr,
     reduction_stderr,
     total_reduction_stderr,
 )
@@ -34,6 +35,7 @@ RecordsByDocument = dict[str, dict[int, list[ComputeRecord]]]
 #: Whether more is better, of every row that is added; None where it is neither.
 HIGHER_IS_BETTER = {
     **dict.fromkeys(("compute_reduction", "compute_reduction_total", "compute_reduction_paper"), True),
+    "compute_vs_full": True,
     **dict.fromkeys(("mean_exit_layer", "generated_tokens")),
     **dict.fromkeys(("token_limit_share", "degenerate_rate"), False),
 }
@@ -100,11 +102,11 @@ def add_compute(
         for name, documents in by_task.items()
     }
     subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
-    of_groups: dict[str, list[ComputeRecord]] = {}
+    of_groups: dict[str, list[list[ComputeRecord]]] = {}
     for name, metrics in results["results"].items():
         leaves = [name] if name in per_document else sorted(_leaves(name, subtasks, per_document))
-        records = [record for leaf in leaves for record in per_document[leaf]]
-        if not records:
+        records = [per_document[leaf] for leaf in leaves]
+        if not any(records):
             continue
         filters = _filters(metrics) or _filters_of(leaves, results["results"]) or ["none"]
         added = _metrics(records, filters)
@@ -136,12 +138,13 @@ def add_compute(
 
     all_records = [record for documents in per_document.values() for record in documents]
     generations = ComputeRecord.sum(record for record in all_records if record.generations)
+    by_name = {name: [documents] for name, documents in per_document.items()} | of_groups
     results["compute"] = {
         "schema_version": SCHEMA_VERSION,
         "accounting": ACCOUNTING,
-        "by_task": {name: _breakdown(found, thesis) for name, found in {**per_document, **of_groups}.items()},
+        "by_task": {name: _breakdown(found, thesis) for name, found in by_name.items()},
         "overall": {
-            **_breakdown(all_records, thesis),
+            **_breakdown([*per_document.values()], thesis),
             **_timing(sum(rank.fed_tokens for rank in gathered), seconds),
             "physical": ExecutedCompute.sum(rank.executed for rank in gathered).to_json(),
             "weights": roofline.weights(generations, gathered[0].bytes_per_weight),
@@ -159,14 +162,45 @@ def add_compute(
         )
 
 
-def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, Any]:
-    """Returns the rows that stand beside a task's metrics, for each of its filters."""
-    total = ComputeRecord.sum(documents)
+def document_totals(samples: Iterable[Mapping[str, Any]]) -> dict[tuple[int, str], int]:
+    """Returns the MACs of each document of a task, prompts included, by its id and hash; ``samples``: as written."""
+    return {(sample["doc_id"], sample["doc_hash"]): sample["macs"]["total"] for sample in samples}
+
+
+def add_vs_full(results: dict[str, Any], full: Mapping[str, Mapping[tuple[int, str], int]]) -> None:
+    """Puts ``compute_vs_full`` beside the metrics of tasks and groups that the full model answered as well.
+
+    Args:
+        results: with compute and samples.
+        full: of each task, the MACs of its documents in the full model's run, as :func:`document_totals` has them.
+    """
+    own = {name: document_totals(samples) for name, samples in results["samples"].items()}
+    subtasks: Mapping[str, list[str]] = results.get("group_subtasks", {})
+    for name, metrics in results["results"].items():
+        leaves = [name] if name in own else sorted(_leaves(name, subtasks, own))
+        if not leaves or any(own[leaf].keys() != full.get(leaf, {}).keys() for leaf in leaves):
+            continue
+        pairs = [[(float(full[leaf][key]), float(macs)) for key, macs in own[leaf].items()] for leaf in leaves]
+        sides = [sum(side) for side in zip(*(pair for task in pairs for pair in task), strict=True)]
+        values = {"compute_vs_full": sides[0] / sides[1], "compute_vs_full_stderr": _or_na(ratio_stderr(pairs))}
+        added = {f"{row},{chosen}": value for chosen in _filters(metrics) for row, value in values.items()}
+        metrics.update(added)
+        if name in results.get("groups", {}):
+            results["groups"][name].update(added)
+        results["higher_is_better"][name]["compute_vs_full"] = HIGHER_IS_BETTER["compute_vs_full"]
+
+
+def _metrics(tasks: list[list[ComputeRecord]], filters: list[str]) -> dict[str, Any]:
+    """Returns the rows that stand beside a task's or group's metrics, for each of its filters.
+
+    ``tasks``: the records of each task's documents; of a task itself, one list.
+    """
+    total = ComputeRecord.sum(record for documents in tasks for record in documents)
     values: dict[str, Any] = {
         "compute_reduction": total.compute_reduction,
-        "compute_reduction_stderr": _or_na(reduction_stderr(documents)),
+        "compute_reduction_stderr": _or_na(reduction_stderr(tasks)),
         "compute_reduction_total": total.compute_reduction_total,
-        "compute_reduction_total_stderr": _or_na(total_reduction_stderr(documents)),
+        "compute_reduction_total_stderr": _or_na(total_reduction_stderr(tasks)),
         "compute_reduction_paper": total.compute_reduction_paper,
     }
     if total.mean_exit_layer is not None:
@@ -178,16 +212,16 @@ def _metrics(documents: list[ComputeRecord], filters: list[str]) -> dict[str, An
     return {f"{metric},{name}": value for name in filters for metric, value in values.items()}
 
 
-def _breakdown(documents: list[ComputeRecord], thesis: ThesisFormula | None) -> dict[str, Any]:
-    """Returns everything that is known about the compute of some documents, as JSON data."""
-    total = ComputeRecord.sum(documents)
+def _breakdown(tasks: list[list[ComputeRecord]], thesis: ThesisFormula | None) -> dict[str, Any]:
+    """Returns everything that is known about the compute of the documents of some tasks, as JSON data."""
+    total = ComputeRecord.sum(record for documents in tasks for record in documents)
     return {
-        "documents": len(documents),
+        "documents": sum(map(len, tasks)),
         "responses": total.responses,
         "compute_reduction": total.compute_reduction,
-        "compute_reduction_stderr": reduction_stderr(documents),
+        "compute_reduction_stderr": reduction_stderr(tasks),
         "compute_reduction_total": total.compute_reduction_total,
-        "compute_reduction_total_stderr": total_reduction_stderr(documents),
+        "compute_reduction_total_stderr": total_reduction_stderr(tasks),
         "compute_reduction_paper": total.compute_reduction_paper,
         "compute_reduction_thesis": None if thesis is None else thesis.reduction(total.exit_layers),
         "mean_exit_layer": total.mean_exit_layer,

@@ -82,12 +82,14 @@ def rows_of(lm: Any, manager: Any, options: HeadroomOptions) -> tuple[list[Row],
 
 def _rows_of_text(lm: Any, options: HeadroomOptions) -> tuple[list[Row], list[Row]]:
     documents = text_documents(options.source, lm.tokenizer)
-    texts, count = held_out(documents, options.tokens, options.seq_len, "--tokens")
+    texts, _, count = held_out(documents, options.tokens, options.seq_len, options=("--tokens", ""))
     more: list[list[int]] = []
     if options.fit_adapters:
         remedy = "give more text for --fit_adapters, lower --tokens, or split the text into more documents"
         others = without_first(documents, count, remedy)
-        more, _ = held_out(lambda epoch, _: others(epoch, count), options.fit_tokens, options.seq_len, "--fit_tokens")
+        more = held_out(
+            lambda epoch, _: others(epoch, count), options.fit_tokens, options.seq_len, options=("--fit_tokens", "")
+        ).rows
     for ids in (*texts, *more):
         lm.engine.backbone.check_ids(ids)
     return [Row(ids, 1) for ids in texts], [Row(ids, 1) for ids in more]

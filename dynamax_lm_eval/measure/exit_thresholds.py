@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -21,7 +21,7 @@ from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import FrozenOptions, check_at_least, frozen_option, option
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.text import held_out, text_documents
+from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, HeldOut, held_out, text_documents
 from dynamax_lm_eval.measure.output import check_output
 from dynamax_lm_eval.measure.threshold_search import (
     Floats,
@@ -41,6 +41,8 @@ SHARED = (*(round(0.02 * i, 2) for i in range(1, 50)), 0.985, 0.99, 0.995)
 #: Reductions at which both are compared.
 REDUCTIONS = (1.05, 1.1, 1.15, 1.2, 1.3, 1.5)
 _DRAWS = 200
+#: Documents that can be halved and drawn from.
+_FEWEST = 4
 #: Tokens that run through the backbone at once.
 _AT_ONCE = 2048
 
@@ -65,16 +67,17 @@ class SearchOptions:
     dataset_config: str | None = frozen_option("dataset_config")
     dataset_split: str = frozen_option("dataset_split")
     text_column: str = frozen_option("text_column")
-    tokens: int = option(50_000, "tokens to record; half are searched, half measure")
+    tokens: int = option(50_000, "tokens to record; half of their documents are searched, half measure")
+    documents: int = option(100, DOCUMENTS_HELP)
     seq_len: int = frozen_option("seq_len")
     dtype: str = frozen_option("dtype")
     device: str = frozen_option("device")
-    seed: int = option(0, "of the split of texts")
+    seed: int = option(0, "of the split of documents")
     trust_remote_code: bool = frozen_option("trust_remote_code")
     overwrite: bool = option(False, "write over an existing file")
 
     def __post_init__(self) -> None:
-        check_at_least(self, {"tokens": 100})
+        check_at_least(self, {"tokens": 100, "documents": 4})
         for name, choices in (("state_mode", (AUTO, *get_args(StateMode))), ("classifier", get_args(ClassifierKind))):
             given = getattr(self, name)
             if given is not None and given not in choices:
@@ -109,7 +112,12 @@ def search(options: SearchOptions) -> ThresholdPath:
             f"--classifier {kind} is not among these exits, which have {', '.join(exits.config.classifiers)}"
         )
     documents = text_documents(reading.source, loaded.tokenizer)
-    rows, _ = held_out(documents, options.tokens, options.seq_len, "--tokens")
+    text = held_out(documents, options.tokens, options.seq_len, options.documents, ("--tokens", "--documents"))
+    if text.documents < _FEWEST:
+        raise UserError(
+            f"--tokens={options.tokens} tokens are of {text.documents} documents, and thresholds are searched in one "
+            f"half of them and measured on the other; raise --tokens, or lower --seq_len"
+        )
     backbone = loaded.engine.backbone
     state_mode = default_state_mode(exits.config) if options.state_mode == AUTO else cast(StateMode, options.state_mode)
     backbone.check_state_mode(state_mode, exits.config.exit_layers)
@@ -120,7 +128,7 @@ def search(options: SearchOptions) -> ThresholdPath:
         backbone, config.exit_layers, config.final_block, config.top_k, config.label, config.label_final_block
     )
     policy = policy_of_exits(exits.config, kind, 0.5, state_mode=state_mode, exit_scope="all")
-    recorded = record(frozen, Engine(backbone, classifiers), rows, policy)
+    recorded = record(frozen, Engine(backbone, classifiers), text, policy)
     result = ThresholdPath(
         backbone=identity.id,
         fingerprint=identity.fingerprint,
@@ -129,6 +137,7 @@ def search(options: SearchOptions) -> ThresholdPath:
         exit_layers=list(exits.config.exit_layers),
         tokens=recorded.confidence.shape[1],
         dataset=options.dataset,
+        documents=text.documents,
         **compared(recorded, options.seed),
     )
     result.save(output)
@@ -150,34 +159,44 @@ def _open_exits(options: SearchOptions, loaded: FrozenBackbone) -> ExitCheckpoin
     return exits
 
 
-def record(frozen: FrozenPass, engine: Engine, rows: Sequence[Sequence[int]], policy: ExitPolicy) -> Recorded:
+def record(frozen: FrozenPass, engine: Engine, text: HeldOut, policy: ExitPolicy) -> Recorded:
     """Returns confidences and agreement of all tokens but each row's first, which may not leave."""
     assert engine.classifiers is not None and policy.classifier is not None
-    seen = observe(frozen, engine.classifiers, rows, _AT_ONCE)
+    seen = observe(frozen, engine.classifiers, text.rows, _AT_ONCE)
     tokens = seen.may_exit
+    cost, evaluation = exit_costs(engine, policy, int(np.median(seen.lengths)))
     return Recorded(
-        seen.confidences[policy.classifier][:, tokens],
-        seen.agrees_or_stays[:, tokens].astype(np.float64),
-        exit_costs(engine, policy, int(np.median(seen.lengths))),
-        seen.row[tokens],
+        confidence=seen.confidences[policy.classifier][:, tokens],
+        agrees=seen.agrees_or_stays[:, tokens].astype(np.float64),
+        cost=cost,
+        evaluation=evaluation,
+        document=np.asarray(text.document, dtype=np.int64)[seen.row[tokens]],
     )
 
 
-def exit_costs(engine: Engine, policy: ExitPolicy, length: int) -> Floats:
-    """Returns the fraction of compute (E + 1,) of a token that leaves at each exit, or at none, averaged over a row."""
-    fractions = []
-    for layer in (*policy.exit_layers, policy.num_layers):
+def exit_costs(engine: Engine, policy: ExitPolicy, length: int) -> tuple[Floats, Floats]:
+    """Returns (cost, evaluation) of :class:`Recorded`, averaged over the tokens of a row of this length."""
+    exits = len(policy.exit_layers)
+
+    def fraction(layer: int, thresholds: tuple[float, ...]) -> float:
         trace = Trace(1, length, length, (layer,) * (length - 1), generated=False)
-        fractions.append(1 / engine.account(trace, policy).compute_reduction)
-    return np.asarray(fractions)
+        return 1 / engine.account(trace, replace(policy, thresholds=thresholds)).compute_reduction
+
+    everywhere = (0.5,) * exits
+    stays = fraction(policy.num_layers, everywhere)
+    but_one = [fraction(policy.num_layers, (*everywhere[:e], 1.0, *everywhere[e + 1 :])) for e in range(exits)]
+    evaluation = stays - np.asarray(but_one)
+    asked = np.cumsum(evaluation)
+    fractions = [fraction(layer, everywhere) for layer in (*policy.exit_layers, policy.num_layers)]
+    return np.asarray(fractions) - np.append(asked, asked[-1]), evaluation
 
 
 def compared(recorded: Recorded, seed: int) -> dict[str, Any]:
     """Returns the path, the curve of shared thresholds and the gains, as :class:`ThresholdPath` has them."""
-    texts = int(recorded.row.max()) + 1
-    searched = np.zeros(texts, dtype=np.bool_)
-    searched[np.random.default_rng(seed).permutation(texts)[: texts // 2]] = True
-    train, test = recorded.of_rows(searched), recorded.of_rows(~searched)
+    documents = int(recorded.document.max()) + 1
+    searched = np.zeros(documents, dtype=np.bool_)
+    searched[np.random.default_rng(seed).permutation(documents)[: documents // 2]] = True
+    train, test = recorded.of_documents(searched), recorded.of_documents(~searched)
     path = best_path(train, PRICES)
     count = len(recorded.confidence)
     shared = [(threshold,) * count for threshold in sorted(SHARED, reverse=True)]
@@ -195,11 +214,13 @@ def _point(recorded: Recorded, thresholds: Sequence[float]) -> dict[str, Any]:
 
 
 def _gains(recorded: Recorded, path: Any, shared: Any, seed: int) -> list[dict[str, float]]:
-    """Returns the agreement of both curves at fixed reductions, with a standard error of the difference over texts."""
-    sums = [np.stack([_by_text(recorded, np.asarray(thresholds)) for thresholds in curve]) for curve in (path, shared)]
-    texts = sums[0].shape[2]
+    """Returns the agreement of both curves at fixed reductions, and the standard error of the gain over documents."""
+    sums = [
+        np.stack([_by_document(recorded, np.asarray(thresholds)) for thresholds in curve]) for curve in (path, shared)
+    ]
+    documents = sums[0].shape[2]
     generator = np.random.default_rng(seed)
-    draws = [np.ones(texts), *generator.multinomial(texts, np.full(texts, 1 / texts), size=_DRAWS)]
+    draws = [np.ones(documents), *generator.multinomial(documents, np.full(documents, 1 / documents), size=_DRAWS)]
     rows = []
     agreements = np.empty((len(draws), 2, len(REDUCTIONS)))
     for i, weights in enumerate(draws):
@@ -222,17 +243,19 @@ def _gains(recorded: Recorded, path: Any, shared: Any, seed: int) -> list[dict[s
     return rows
 
 
-def _by_text(recorded: Recorded, thresholds: Floats) -> Floats:
-    """Returns (3, texts): the tokens of every text, how many of them agree, and their compute."""
+def _by_document(recorded: Recorded, thresholds: Floats) -> Floats:
+    """Returns (3, documents): the tokens of every document, how many of them agree, and their compute."""
     left = exits_at(recorded, thresholds)
     right = recorded.agrees[left, np.arange(len(left))]
-    parts = (np.ones(len(left)), right, recorded.cost[left])
-    return np.stack([np.bincount(recorded.row, weights=part) for part in parts])
+    parts = (np.ones(len(left)), right, recorded.cost_of(left, thresholds))
+    _, document = np.unique(recorded.document, return_inverse=True)
+    return np.stack([np.bincount(document, weights=part) for part in parts])
 
 
 def table(result: ThresholdPath) -> str:
-    """Returns what thresholds per exit gain over one for all, on texts that were not searched."""
+    """Returns what thresholds per exit gain over one for all, on documents that were not searched."""
     headers = ["compute_reduction", "agreement, per exit", "agreement, shared", "gain", "standard error"]
     rows = [list(gain.values()) for gain in result.gains]
     text = tabulate(rows, headers, tablefmt="github", floatfmt=("g", ".4f", ".4f", ".4f", ".4f"))
-    return f"{text}\n"
+    searched = "" if result.documents is None else f" of {result.documents} documents, of which one half was searched"
+    return f"{text}\n{result.tokens} tokens{searched}; standard errors are over documents of the other half\n"

@@ -8,7 +8,7 @@ Knows numbers and the file that holds the result. E exits, N tokens; index E sta
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,42 @@ class Recorded:
     Attributes:
         confidence: (E, N).
         agrees: (E + 1, N) in {0, 1}; the last row is 1.
-        cost: (E + 1,) fraction of the full model's compute for a token that leaves there.
-        row: (N,) the text that each token belongs to.
+        cost: (E + 1,) fraction of the full model's compute for a token that leaves there, without evaluations.
+        evaluation: (E,) what an evaluation adds at each exit, for every token that reaches it where some may leave.
+        document: (N,) the document that each token belongs to.
     """
 
     confidence: Floats
     agrees: Floats
     cost: Floats
-    row: npt.NDArray[np.int64]
+    evaluation: Floats
+    document: npt.NDArray[np.int64]
 
-    def of_rows(self, rows: npt.NDArray[np.bool_]) -> Recorded:
-        """Returns the tokens of some texts only."""
-        tokens = rows[self.row]
-        return Recorded(self.confidence[:, tokens], self.agrees[:, tokens], self.cost, self.row[tokens])
+    def of_documents(self, documents: npt.NDArray[np.bool_]) -> Recorded:
+        """Returns the tokens of some documents only."""
+        tokens = documents[self.document]
+        return replace(
+            self,
+            confidence=self.confidence[:, tokens],
+            agrees=self.agrees[:, tokens],
+            document=self.document[tokens],
+        )
+
+    def costs(self, thresholds: Floats) -> Floats:
+        """Returns the fraction of compute (E + 1,) of a token that leaves at each exit, or (E + 1, N) per token.
+
+        Nothing is evaluated where the threshold is 1.
+        """
+        shape = (-1, *(1,) * (thresholds.ndim - 1))
+        evaluated = np.cumsum((thresholds < 1) * self.evaluation.reshape(shape), axis=0)
+        spent: Floats = self.cost.reshape(shape) + np.concatenate([evaluated, evaluated[-1:]])
+        return spent
+
+    def cost_of(self, left: npt.NDArray[np.int64], thresholds: Floats) -> Floats:
+        """Returns the fraction of compute (N,) of each token, which leaves at the exit ``left``."""
+        costs = self.costs(thresholds)
+        spent: Floats = costs[left] if costs.ndim == 1 else costs[left, np.arange(len(left))]
+        return spent
 
 
 def exits_at(recorded: Recorded, thresholds: Floats) -> npt.NDArray[np.int64]:
@@ -65,18 +88,19 @@ def exits_at(recorded: Recorded, thresholds: Floats) -> npt.NDArray[np.int64]:
 def outcome(recorded: Recorded, thresholds: Floats) -> tuple[float, float]:
     """Returns (agreement, fraction of compute), means over tokens."""
     left = exits_at(recorded, thresholds)
-    return float(recorded.agrees[left, np.arange(len(left))].mean()), float(recorded.cost[left].mean())
+    agreement = recorded.agrees[left, np.arange(len(left))].mean()
+    return float(agreement), float(recorded.cost_of(left, thresholds).mean())
 
 
 def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
     """Returns thresholds (E,) that no change of a single one makes better in agreement - price * fraction.
 
     Given the others, the best threshold of one exit is found exactly: tokens that reach it gain by leaving there
-    instead of later, and the sum of gains above a threshold is largest at one of the multiples of 1 / STEPS.
+    instead of later, and the sum of gains above a threshold is largest at one of the multiples of 1 / STEPS. A
+    threshold below 1 costs an evaluation of every token that reaches the exit.
     """
     exits = len(recorded.confidence)
     bins = np.minimum((recorded.confidence * STEPS).astype(np.int64), STEPS - 1)
-    value = recorded.agrees - price * recorded.cost[:, None]  # (E + 1, N)
     best: Floats = thresholds.copy()
     for _ in range(_MOST_ROUNDS):
         before = best.copy()
@@ -85,9 +109,11 @@ def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
             others[e] = 1.0  # nobody leaves here
             later = exits_at(recorded, others)
             reach = later > e
+            value = recorded.agrees - price * recorded.costs(others)[:, None]  # (E + 1, N)
             gain = value[e, reach] - value[later[reach], np.flatnonzero(reach)]
             by_bin = np.bincount(bins[e, reach], weights=gain, minlength=STEPS)
-            above = np.append(np.cumsum(by_bin[::-1])[::-1], 0.0)  # gains of threshold k / STEPS; the last: never
+            above = np.cumsum(by_bin[::-1])[::-1] - price * recorded.evaluation[e] * reach.sum()
+            above = np.append(above, 0.0)  # gains of threshold k / STEPS; the last: never
             best[e] = (STEPS - np.argmax(above[::-1])) / STEPS  # the highest of equals
         if np.array_equal(best, before):
             break
@@ -123,11 +149,13 @@ class ThresholdPath:
         backbone: as the user named it.
         scorer: kind of classifier.
         exit_layers: the exits.
-        path: a dict for each: ``thresholds``, ``agreement`` and ``compute_reduction`` on texts that were not searched.
+        path: a dict for each: ``thresholds``, ``agreement`` and ``compute_reduction`` on documents that
+            were not searched.
         shared: the same for one threshold at all exits.
-        gains: agreement of both at some reductions, their difference and its standard error over texts.
+        gains: agreement of both at some reductions, their difference and its standard error over documents.
         tokens: of the texts, searched and not.
         dataset: where they are from.
+        documents: how many they are; None in files of releases that did not count them.
     """
 
     backbone: str
@@ -140,6 +168,7 @@ class ThresholdPath:
     gains: list[dict[str, float]]
     tokens: int
     dataset: str
+    documents: int | None = None
 
     @property
     def thresholds(self) -> list[tuple[float, ...]]:

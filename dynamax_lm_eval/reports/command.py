@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +13,14 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import noise, page, plots, statistics
 from dynamax_lm_eval.reports.options import ReportOptions
-from dynamax_lm_eval.reports.paired import against_full
+from dynamax_lm_eval.reports.tables import (
+    TaskNumbers,
+    against_full_shown,
+    intervals,
+    markdown,
+    with_intervals,
+    with_numbers,
+)
 from dynamax_lm_eval.sweep.files import missing_points
 from dynamax_lm_eval.sweep.results import TaskResults, read, tidy
 
@@ -28,6 +35,7 @@ _COLUMNS = (
     "score_stderr",
     "compute_reduction",
     "compute_vs_full",
+    "median_vs_full",
     "mean_exit_layer",
     "generated_tokens",
     "degenerate_rate",
@@ -72,13 +80,8 @@ def _write(
     options: ReportOptions,
     missing: Sequence[str],
 ) -> None:
-    pairs = {
-        (task.backbone, task.task): {
-            metric: against_full(task, metric, options.draws, options.seed) for metric in task.metrics
-        }
-        for task in results
-    }
-    table = noise.column(results, _with_pairs(tidy(results), pairs))
+    numbers = {(task.backbone, task.task): TaskNumbers.of(task, options.draws, options.seed) for task in results}
+    table = noise.column(results, with_numbers(tidy(results), numbers))
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
     parts = ["# Early exits: score against compute\n"]
@@ -91,14 +94,7 @@ def _write(
                 files = plots.plot(task, metric, output / plots.file_stem(task, metric))
                 logger.info("%s: %s", task.title, files[0])
                 parts += _figure(task, metric, files[0].name, options)
-        found = pairs[task.backbone, task.task][metrics[task.task]]
-        if len(found):
-            parts += [
-                f"### Against the full model, {metrics[task.task].partition(',')[0]}\n",
-                "On the same documents, with 95 % intervals; p-values by McNemar's exact test or a paired bootstrap, "
-                "and corrected over these points by Holm's method:\n",
-                _markdown(found),
-            ]
+        parts += against_full_shown(task, metrics[task.task], numbers[task.backbone, task.task])
         parts += noise.section(task, metrics[task.task])
         if rounded := [point.name for point in task.points if point.only_rounding]:
             parts.append(
@@ -106,25 +102,9 @@ def _write(
                 "that is rounding, which depends on what else is in a batch, and how far other points can be told from "
                 "the full model. `dtype=float32` makes it small.\n"
             )
-        parts += ["### All points\n", _markdown(_points(task, metrics[task.task], table))]
+        parts += ["### All points\n", markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
-    write_text(output / "report.html", page.render(results, metrics, options.samples, missing, pairs))
-
-
-def _with_pairs(table: pd.DataFrame, pairs: Mapping[tuple[str, str], Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
-    """Returns the table of points with the comparisons against the full model beside each score."""
-    found = [
-        one.assign(backbone=backbone, task=task, metric=metric.partition(",")[0], filter=metric.partition(",")[2])
-        for (backbone, task), of_task in pairs.items()
-        for metric, one in of_task.items()
-        if len(one)
-    ]
-    if not found:
-        return table
-    names = {"difference": "score_difference", "low": "difference_low", "high": "difference_high"}
-    names |= {"vs_full_low": "compute_vs_full_low", "vs_full_high": "compute_vs_full_high"}
-    joined = pd.concat(found).drop(columns="vs_full").rename(columns=names)
-    return table.merge(joined, how="left", on=["backbone", "task", "point", "metric", "filter"])
+    write_text(output / "report.html", page.render(results, metrics, options.samples, missing, numbers))
 
 
 def _token_limits(text: str | None) -> dict[str, float]:
@@ -165,13 +145,18 @@ def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions)
     """Returns a plot and the numbers that belong to it, as Markdown."""
     name = metric.partition(",")[0]
     parts = [f"### {name}, {len(task.full.samples)} documents\n", f"![{task.title}, {name}]({figure})\n"]
+    left_out = any(task.loops(point).any() for point in task.points)
     for axis, label in statistics.AXES.items():
-        summary = statistics.summary(task, metric, axis, options.bootstrap, options.seed)
-        if len(summary):
-            parts += [f"Against {label}, with 95 % intervals over documents:\n", _markdown(summary)]
-        paired = statistics.against_pruning(task, metric, axis, options.bootstrap, options.seed)
-        if len(paired):
-            parts += [f"Score minus that of a pruned model at its {label}, paired over documents:\n", _markdown(paired)]
+        for without in (False, True) if left_out else (False,):
+            given = (task, metric, axis, options.bootstrap, options.seed, without)
+            note = ", without texts that loop, as differences from the full model" if without else ""
+            summary, paired = statistics.summary(*given), statistics.against_pruning(*given)
+            if len(summary):
+                text = f"Against {label}{note}, with 95 % intervals over documents:\n"
+                parts += [text, markdown(intervals(summary))]
+            if len(paired):
+                text = f"Score minus that of a pruned model at its {label}{note}, paired over documents:\n"
+                parts += [text, markdown(intervals(paired))]
     return parts
 
 
@@ -183,8 +168,5 @@ def _points(task: TaskResults, metric: str, table: pd.DataFrame) -> pd.DataFrame
         shown = of_task.drop_duplicates("point")
     else:
         shown = of_task[(of_task["metric"] == name) & (of_task["filter"] == harness_filter)]
-    return shown[[column for column in _COLUMNS if column in shown and not shown[column].isna().all()]]
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    return str(table.to_markdown(index=False, floatfmt=".3f", missingval="")) + "\n"
+    columns = [column for column in _COLUMNS if column in shown and not shown[column].isna().all()]
+    return with_intervals(shown, ("compute_vs_full", "consistency_exact", "consistency_rouge_l"))[columns]

@@ -30,7 +30,7 @@ class ReportOptions:
         },
     )
     draws: int = field(
-        default=10_000, metadata={"help": "draws of documents for comparisons with the full model; 0 leaves these out"}
+        default=10_000, metadata={"help": "draws of documents for comparisons with the full model; 0: no intervals"}
     )
     bootstrap: int = field(default=1000, metadata={"help": "draws of documents for intervals"})
     seed: int = field(default=0, metadata={"help": "of these draws"})

@@ -13,10 +13,9 @@ import pandas as pd
 from dynamax_lm_eval.reports import noise
 from dynamax_lm_eval.reports.plots import COLOURS, coordinates
 from dynamax_lm_eval.reports.statistics import AXES, front
+from dynamax_lm_eval.reports.tables import TaskNumbers
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
-#: By backbone and task, then by metric.
-Pairs = Mapping[tuple[str, str], Mapping[str, pd.DataFrame]]
 _ASSETS = Path(__file__).parent / "assets"
 #: Characters of a prompt's end that are shown.
 _PROMPT_SHOWN = 300
@@ -27,7 +26,7 @@ def render(
     first_metrics: Mapping[str, str],
     samples: int,
     missing: Sequence[str] = (),
-    pairs: Pairs | None = None,
+    numbers: Mapping[tuple[str, str], TaskNumbers] | None = None,
 ) -> str:
     """Returns the page as a text.
 
@@ -36,7 +35,7 @@ def render(
         first_metrics: the metric that each task begins with.
         samples: documents shown per point.
         missing: names of points that are not finished.
-        pairs: by backbone and task, then by metric: comparisons with the full model.
+        numbers: by backbone and task: intervals, and comparisons with the full model.
     """
     from plotly.offline import get_plotlyjs
 
@@ -45,7 +44,7 @@ def render(
         "colours": COLOURS,
         "missing": list(missing),
         "tasks": [
-            _task(task, first_metrics[task.task], samples, (pairs or {}).get((task.backbone, task.task), {}))
+            _task(task, first_metrics[task.task], samples, (numbers or {}).get((task.backbone, task.task)))
             for task in results
         ],
     }
@@ -102,7 +101,7 @@ def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
     return list(zip(pieces, by_token, strict=True))
 
 
-def _task(task: TaskResults, metric: str, samples: int, pairs: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def _task(task: TaskResults, metric: str, samples: int, numbers: TaskNumbers | None) -> dict[str, Any]:
     floors = noise.floor(task)
     return {
         "title": task.title,
@@ -114,10 +113,15 @@ def _task(task: TaskResults, metric: str, samples: int, pairs: Mapping[str, pd.D
         "lines": [*task.series()],
         "points": [_point(task, point, samples, floors) for point in task.points],
         "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
-        "pairs": {
-            name: {row["point"]: row for row in table.to_dict("records")} for name, table in pairs.items() if len(table)
-        },
+        "pairs": {} if numbers is None else {name: _by_point(table) for name, table in numbers.pairs.items()},
+        "without": {} if numbers is None else {name: _by_point(table) for name, table in numbers.without.items()},
+        "intervals": {} if numbers is None else _by_point(numbers.points),
     }
+
+
+def _by_point(table: pd.DataFrame) -> dict[str, Any]:
+    """Returns the rows of a table by the name of their point."""
+    return {str(row["point"]): row for row in table.to_dict("records")}
 
 
 def _point(task: TaskResults, point: PointResult, samples: int, floors: Mapping[str, float]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from dynamax_lm_eval.files import checksum, file_checksum, short_name
 from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
+from dynamax_lm_eval.harness.results import add_vs_full, document_totals
 from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep import noise
 from dynamax_lm_eval.sweep.files import (
+    FULL_NAME,
     GRID,
     GRID_NAME,
     POINT,
@@ -37,6 +39,7 @@ from dynamax_lm_eval.sweep.files import (
     RESPONSES_NAME,
     SWEEP_NAME,
     check_results,
+    full_totals,
     point_folder,
     read_options,
     write_options,
@@ -141,7 +144,8 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     lm.start(waiting)
     for number, point in enumerate(waiting, start=1):
         results = _evaluate(lm, point, options, tasks)
-        _save(folder, point, options, results, lm.run_settings, asked[point.point.name])
+        compared = _compare(results, point, folder)
+        _save(folder, point, options, results, {"run": lm.run_settings, **compared}, asked[point.point.name])
         logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, _summary(results))
     for point in points:
         point.store.close()
@@ -220,6 +224,8 @@ def _is_done(folder: Path, point: SweepPoint, asked: dict[str, Any]) -> bool:
         if done["asked"] != asked:
             return False
         check_results(path.parent, done["checksums"])
+        if not done.get("vs_full") and (point_folder(folder, FULL_NAME) / POINT_NAME).is_file():
+            return False  # the full model was not finished before it, or an earlier release did not compare
     except UserError as error:
         logger.warning("Point %s is made anew: %s", point.point.name, str(error).removesuffix(f"; {POINT.remedy}"))
         return False
@@ -308,17 +314,35 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
     return results
 
 
+def _compare(results: dict[str, Any], point: SweepPoint, folder: Path) -> dict[str, bool]:
+    """Puts compute against the full model's run into the results of a point; says whether that was known.
+
+    Another process may be answering the full model still; a sweep that is started again makes up for it.
+    """
+    if point.point.name == FULL_NAME:
+        full = {name: document_totals(samples) for name, samples in results["samples"].items()}
+    else:
+        try:
+            full = full_totals(folder) or {}
+        except UserError as error:  # another process makes it anew
+            logger.warning("Point %s is not compared with the full model yet: %s", point.point.name, error)
+            full = {}
+    add_vs_full(results, full)
+    return {"vs_full": bool(full)}
+
+
 def _save(
     folder: Path,
     point: SweepPoint,
     options: SweepOptions,
     results: dict[str, Any],
-    run: dict[str, Any],
+    known: dict[str, Any],
     asked: dict[str, Any],
 ) -> None:
     """Writes the harness's own files, then ``point.json``, which says that they are whole.
 
-    ``run``: settings of the tasks, as certificates bind them; ``asked``: as :func:`_asked` returns it.
+    ``known``: settings of the tasks, as certificates bind them, and whether the full model's run was known; ``asked``:
+    as :func:`_asked` returns it.
     """
     directory = point_folder(folder, point.point.name)
     samples = results.pop("samples")
@@ -351,7 +375,7 @@ def _save(
         "value": point.point.x,
         "policy": point.policy.describe(),
         "asked": asked,
-        "run": run,
+        **known,
         "results": summary,
         "samples": files,
         "checksums": {name: file_checksum(directory / name) for name in (summary, *files.values())},

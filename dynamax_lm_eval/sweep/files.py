@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import yaml
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import JsonFormat, checksum, file_checksum, naming, short_name, write_text
+from dynamax_lm_eval.harness.results import document_totals
 
 logger = logging.getLogger(__name__)
 
+#: Of the full model's point.
+FULL_NAME = "full"
 #: Of a finished point: what it was and which files hold its results; written last.
 POINT_NAME = "point.json"
 #: Of a point: its answers, as they come.
@@ -72,6 +76,26 @@ def missing_points(folder: Path) -> list[str]:
         begun = (path.parent for path in folder.rglob(RESPONSES_NAME))
         missing = sorted(path.name for path in begun if not (path / POINT_NAME).is_file())
     return missing
+
+
+def full_totals(folder: Path) -> dict[str, dict[tuple[int, str], int]] | None:
+    """Returns the MACs of each document of each task in the full model's run; None where that is not finished.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    directory = point_folder(folder, FULL_NAME)
+    if not (directory / POINT_NAME).is_file():
+        return None
+    point = POINT.read(directory / POINT_NAME)
+    check_results(directory, point["checksums"])
+    return {task: document_totals(json_lines(directory / file)) for task, file in point["samples"].items()}
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines."""
+    # str.splitlines also breaks at separators that texts may hold, U+2028 among them.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def check_results(directory: Path, checksums: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,26 @@ import pandas as pd
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.ledger import RequestKey, request_keys
-from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points
+from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points, json_lines
 from dynamax_lm_eval.sweep.noise import NOISE
 from dynamax_lm_eval.sweep.similarity import consistency
-from dynamax_lm_eval.sweep.store import stored_responses
+from dynamax_lm_eval.sweep.store import Response, stored_responses
 
 logger = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float64]
 
+Booleans = npt.NDArray[np.bool_]
+
 #: Rows of a result that say something of compute, not of quality.
-_COMPUTE = ("compute_reduction", "mean_exit_layer", "generated_tokens", "token_limit_share", "degenerate_rate")
+_COMPUTE = (
+    "compute_reduction",
+    "compute_vs_full",
+    "mean_exit_layer",
+    "generated_tokens",
+    "token_limit_share",
+    "degenerate_rate",
+)
 
 
 @dataclass
@@ -62,6 +71,8 @@ class PointResult:
     #: No token left early and no block was pruned, and still some answers are not the full model's: what other rows in
     #: a batch do to rounding.
     only_rounding: bool = False
+    #: Of each document, whether a text ended at the token limit or in repetition; empty: none did.
+    looping: list[bool] = field(default_factory=list)
 
     @property
     def consistency(self) -> dict[str, float]:
@@ -130,6 +141,18 @@ class TaskResults:
     def vs_full(self, point: PointResult) -> float:
         """Returns the MACs of the full model's run over those of this one, prompts included."""
         return float(self.full.macs("total").sum() / point.macs("total").sum())
+
+    def loops(self, point: PointResult) -> Booleans:
+        """Returns of each document (n,) whether its text ended at the token limit or in repetition, in either run.
+
+        Such texts hold most tokens, so they decide what a ratio of sums is. Where one run alone decided who is left
+        out, loops that the other run has would stay.
+        """
+        either = np.zeros(len(point.samples), dtype=np.bool_)
+        for run in (self.full, point):
+            if run.looping:
+                either |= np.asarray(run.looping)
+        return either
 
 
 def read(
@@ -224,10 +247,11 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
     folder: Path = point["folder"]
     check_results(folder, point["checksums"])
     data = json.loads((folder / point["results"]).read_text(encoding="utf-8"))
-    pieces = _pieces(folder / RESPONSES_NAME, point["answers"])
+    responses = stored_responses(folder / RESPONSES_NAME, point["answers"])
+    pieces, looping = _pieces(responses), _looping(responses)
     results = []
     for task, file in point["samples"].items():
-        samples = _json_lines(folder / file)
+        samples = json_lines(folder / file)
         first_filter = samples[0]["filter"]
         samples = sorted(
             (sample for sample in samples if sample["filter"] == first_filter), key=lambda sample: sample["doc_id"]
@@ -246,6 +270,7 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             higher_is_better=data.get("higher_is_better", {}).get(task) or {},
             dtype=str(data["config"]["dynamax"].get("dtype", "")).removeprefix("torch."),
             rows=data["config"]["dynamax"].get("batch_size"),
+            looping=[_digest(sample) in looping for sample in samples],
         )
         results.append((_backbone(data["config"]), task, result))
     return results
@@ -284,18 +309,22 @@ def _digest(sample: dict[str, Any]) -> str:
     return key.digest
 
 
-def _pieces(path: Path, count: int) -> dict[str, list[str]]:
+def _pieces(responses: Mapping[str, Response]) -> dict[str, list[str]]:
     """Returns the token texts of a point's generations, by the digests of their requests."""
     pieces: dict[str, list[str]] = {}
-    for key, response in stored_responses(path, count).items():
+    for key, response in responses.items():
         if response.pieces is not None:
             pieces.setdefault(RequestKey.digest_in(key), response.pieces)
     return pieces
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    # str.splitlines also breaks at separators that texts may hold, U+2028 among them.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _looping(responses: Mapping[str, Response]) -> set[str]:
+    """Returns the digests of the requests of which some text ended at the token limit or in repetition."""
+    return {
+        RequestKey.digest_in(key)
+        for key, response in responses.items()
+        if response.record.hit_limit or response.record.degenerate
+    }
 
 
 def _is_full_depth(point: PointResult) -> bool:

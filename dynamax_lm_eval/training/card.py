@@ -52,22 +52,36 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         "",
         "## Held-out quality",
         "",
-        f'On {evaluation["tokens"]:,} tokens that were not trained on. AUROC of "exit" against the label:',
+        f"On {evaluation['tokens']:,} tokens of {evaluation['documents']:,} documents that were not trained on. AUROC "
+        'of "exit" against the label, with its standard error over documents:',
         "",
         "| kind | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " | MACs per evaluation |",
         "| --- |" + " --- |" * (len(config.exit_layers) + 1),
     ]
     for kind, measured in evaluation["classifiers"].items():
-        cells = " | ".join(_number(quality["auroc"]) for quality in measured["exits"].values())
+        cells = " | ".join(_number(found["auroc"], found["auroc_stderr"]) for found in measured["exits"].values())
         macs = ", ".join(f"{value:,}" for value in sorted(set(measured["macs_per_evaluation"].values())))
         lines.append(f"| {kind} | {cells} | {macs} |")
     if poor := near_chance(evaluation):
         lines += ["", f"Hardly better than chance (AUROC): {', '.join(poor)}."]
     lines += [
+        "",
+        "The same among the tokens that reach an exit where the threshold is 0.8, with the share of tokens that do:",
+        "",
+        "| kind | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " |",
+        "| --- |" + " --- |" * len(config.exit_layers),
+    ]
+    for kind, measured in evaluation["classifiers"].items():
+        reached = [found["reaching"]["0.8"] for found in measured["exits"].values()]
+        cells = " | ".join(f"{_number(some['auroc'])} ({100 * some['share']:.0f} %)" for some in reached)
+        lines.append(f"| {kind} | {cells} |")
+    curves = [point for measured in evaluation["classifiers"].values() for point in measured["curve"]]
+    documents = max((point["documents"] for point in curves), default=0)
+    lines += [
         *_calibration(config, evaluation),
         "",
-        "What a threshold does to that text, run by the engine (agreement: share of tokens whose best token is that of "
-        "the full model):",
+        f"What a threshold does to {documents:,} of these documents, run by the engine (agreement: share of tokens "
+        "whose best token is that of the full model, with its standard error over documents):",
         "",
         "| kind | threshold | tokens that exit | agreement | compute_reduction |",
         "| --- | --- | --- | --- | --- |",
@@ -76,7 +90,8 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         for point in measured["curve"]:
             if point["threshold"] in (0.5, 0.7, 0.8, 0.9, 0.95):
                 lines.append(
-                    f"| {kind} | {point['threshold']} | {point['share_exiting']:.3f} | {point['agreement']:.3f} | "
+                    f"| {kind} | {point['threshold']} | {point['share_exiting']:.3f} | "
+                    f"{_number(point['agreement'], point['agreement_stderr'])} | "
                     f"{point['compute_reduction']:.3f} |"
                 )
     return "\n".join(lines) + "\n"
@@ -155,5 +170,7 @@ def _label(config: ExitConfig) -> str:
     return text if config.label_final_block else f"{text}, whose read-out leaves the last block out"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _number(value: float | None, stderr: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"

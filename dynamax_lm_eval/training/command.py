@@ -28,10 +28,17 @@ from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone, read_con
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents, without_first
+from dynamax_lm_eval.frozen.text import (
+    HELD_OUT_SEED,
+    Documents,
+    HeldOut,
+    held_out,
+    text_documents,
+    without_first,
+)
 from dynamax_lm_eval.training import evaluation, hub, lora, platt, state, state_maps
 from dynamax_lm_eval.training.answers import Prompt, answers, documents_used, mixed, pool_documents
-from dynamax_lm_eval.training.batches import MicroBatches, Position
+from dynamax_lm_eval.training.batches import Answer, MicroBatches
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.curve import measured_curves
 from dynamax_lm_eval.training.generated import generated_documents
@@ -112,7 +119,7 @@ def _train(
     if options.lora is not None:
         frozen = FrozenPass(backbone.engine.backbone, exit_layers, options.final_block, options.top_k)
         if accelerator.is_main_process:
-            original = read_outs(frozen, text.held_out, options.micro_batch_tokens)
+            original = read_outs(frozen, text.held_out.rows, options.micro_batch_tokens)
         identity = _identity(options, backbone, accelerator)
         tuning = lora.LoraTrainer(frozen, options, processes)
         tuned = lora.tune(tuning, text.documents, run, folder, identity, accelerator.is_main_process)
@@ -141,15 +148,17 @@ def _train(
     with torch.no_grad():
         for parameter in classifiers.parameters():
             parameter.copy_(parameter.to(dtype))
-    measured = observe(frozen, classifiers.eval(), text.held_out, options.micro_batch_tokens)
+    measured = observe(frozen, classifiers.eval(), text.held_out.rows, options.micro_batch_tokens)
     engine, mode = Engine(backbone.engine.backbone, classifiers), default_state_mode(exits)
     curves = measured_curves(engine, text.held_out, exits, mode, options.curve_tokens)
-    results = evaluation.report(measured, exits, classifiers, engine.backbone.cost, mode, curves)
+    results = evaluation.report(
+        measured, text.held_out.document, exits, classifiers, engine.backbone.cost, mode, curves
+    )
     if original is not None:
-        after = read_outs(frozen, text.held_out, options.micro_batch_tokens)
-        results["lora"] = lora_report(original, after, exit_layers, text.held_out, backbone.tokenizer)
+        after = read_outs(frozen, text.held_out.rows, options.micro_batch_tokens)
+        results["lora"] = lora_report(original, after, exit_layers, text.held_out.rows, backbone.tokenizer)
     if exits.states is not None:
-        results["states"] = state_maps.explained(frozen, classifiers, text.held_out)
+        results["states"] = state_maps.explained(frozen, classifiers, text.held_out.rows)
     if scalings is not None:
         results["calibration"] = platt.report(scalings, measured, exit_layers)
     if poor := near_chance(results):
@@ -254,7 +263,7 @@ class _Text(NamedTuple):
     """The text of a training."""
 
     documents: Documents  # to train on
-    held_out: list[list[int]]  # rows of the evaluation
+    held_out: HeldOut  # of the evaluation
     calibration: list[list[list[int]]]  # batches of rows that are in neither
     used: list[str]  # documents of tasks that are among what is trained on
 
@@ -263,29 +272,35 @@ def _data(options: TrainingOptions, backbone: FrozenBackbone, prompts: Sequence[
     """Returns the text to train on, to calibrate on and to evaluate on."""
     used: list[str] = []
 
-    def read(source: TextSource) -> Documents:
+    def read(source: TextSource, seed: int) -> Documents:
         if source.dataset == SELF_DATASET:
-            return generated_documents(backbone.engine, backbone.tokenizer, options)
+            return generated_documents(backbone.engine, backbone.tokenizer, replace(options, seed=seed))
         return text_documents(source, backbone.tokenizer)
 
+    pool: Sequence[Answer] = ()
     if options.writes_answers:
         state_folder, identity = folder / STATE_NAME, backbone.identity.fingerprint
         pool = answers(state_folder, backbone.engine, backbone.tokenizer, options, prompts, identity)
         used = documents_used(pool, prompts, options.seed)
-        documents = pool_documents(pool, options.seed)
-        if options.self_share < 1:
-            documents = mixed(documents, read(options.source), options.self_share, options.seq_len)
-    else:
-        documents = read(options.source)
+
+    def in_order_of(seed: int) -> Documents:
+        source = replace(options.source, seed=seed)
+        if not options.writes_answers:
+            return read(source, seed)
+        own = pool_documents(pool, seed)
+        return mixed(own, read(source, seed), options.self_share, options.seq_len) if options.self_share < 1 else own
+
+    documents = in_order_of(options.seed)
+    asked = (options.eval_tokens, options.seq_len, options.eval_documents)
     if options.eval_source is not None:
-        rows, _ = held_out(read(options.eval_source), options.eval_tokens, options.seq_len)
-        count = 0
+        evaluated = held_out(read(options.eval_source, HELD_OUT_SEED), *asked)
     else:
-        rows, count = held_out(documents, options.eval_tokens, options.seq_len)
-        documents = without_first(documents, count)
+        order = in_order_of(HELD_OUT_SEED)
+        evaluated = held_out(order, *asked)
+        documents = without_first(documents, evaluated.read, drawn_from=order)
     if not options.calibrate:
-        return _Text(documents, rows, [], used)
-    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len, Position(document=count))
+        return _Text(documents, evaluated, [], used)
+    batches = MicroBatches(documents, options.micro_batch_tokens, options.seq_len)
     calibration = list(itertools.islice(batches, options.calibrate_micro_batches))
     remedy = "lower --calibrate_tokens, or add --calibrate false"
     if batches.position.epoch:
@@ -294,7 +309,7 @@ def _data(options: TrainingOptions, backbone: FrozenBackbone, prompts: Sequence[
             f"evaluation; {remedy}"
         )
     documents = without_first(documents, batches.position.document + 1, remedy, "the evaluation and the calibration")
-    return _Text(documents, rows, calibration, used)
+    return _Text(documents, evaluated, calibration, used)
 
 
 def _accelerator(run: RunOptions) -> Any:

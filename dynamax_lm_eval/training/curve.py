@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.compute.accounting import ComputeRecord, ratio_stderr
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.requests import ScoringRequest
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
+from dynamax_lm_eval.frozen.text import HeldOut
 from dynamax_lm_eval.types import StateMode
 
 #: The thresholds at which text is run.
@@ -23,33 +24,40 @@ _ROWS_AT_ONCE = 8
 
 
 def measured_curves(
-    engine: Engine, rows: Sequence[Sequence[int]], config: ExitConfig, state_mode: StateMode, num_tokens: int
-) -> dict[str, list[dict[str, float]]]:
+    engine: Engine, held_out: HeldOut, config: ExitConfig, state_mode: StateMode, num_tokens: int
+) -> dict[str, list[dict[str, Any]]]:
     """Returns, for each kind of classifier, what each threshold does to the first ``num_tokens`` tokens of rows.
 
     All tokens but the first of a row may leave. ``agreement`` is the share of them whose best next token is that of the
-    full model.
+    full model, ``agreement_stderr`` its standard error over ``documents``; None for a single one.
     """
     texts: list[Sequence[int]] = []
-    for row in rows:
+    number: list[int] = []
+    for row, document in zip(held_out.rows, held_out.document, strict=True):
         if sum(map(len, texts)) >= num_tokens:
             break
         if len(row) > 2:
             texts.append(row)
+            number.append(document)
     full, _ = _run(engine, texts, ExitPolicy(config.backbone.num_layers))
-    curves: dict[str, list[dict[str, float]]] = {}
+    _, of_token = np.unique(np.repeat(number, [len(row) - 2 for row in texts]), return_inverse=True)
+    tokens = np.bincount(of_token)
+    curves: dict[str, list[dict[str, Any]]] = {}
     for kind in tqdm(config.classifiers, desc="curves"):
         curves[kind] = []
         for threshold in THRESHOLDS:
             policy = policy_of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")
             best, record = _run(engine, texts, policy)
             layers = np.asarray([layer for response in record.exit_layers for layer in response])
+            agrees = np.bincount(of_token, weights=best == full)
             curves[kind].append(
                 {
                     "threshold": threshold,
                     "share_exiting": float((layers < config.backbone.num_layers).mean()),
                     "mean_exit_layer": float(layers.mean()),
                     "agreement": float((best == full).mean()),
+                    "agreement_stderr": ratio_stderr([list(zip(agrees.tolist(), tokens.tolist(), strict=True))]),
+                    "documents": len(tokens),
                     "compute_reduction": record.compute_reduction,
                 }
             )

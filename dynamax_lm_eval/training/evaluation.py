@@ -7,7 +7,7 @@ with the states of the full model; ``curve`` is what the engine does (:mod:`dyna
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _STYLES = (("-", "o"), ("-.", "D"), ("--", "s"), (":", "^"))
 
 def report(
     seen: Observations,
+    documents: Sequence[int],
     config: ExitConfig,
     classifiers: ExitClassifiers,
     cost: Any,
@@ -40,13 +41,20 @@ def report(
 ) -> dict[str, Any]:
     """Returns everything measured, as JSON data: per kind and exit, and the curve of each kind.
 
-    ``cost`` is the backbone's ``BackboneCost``, ``curves`` what the engine measured.
+    ``documents``: the document that each row is cut from; ``cost`` is the backbone's ``BackboneCost``, ``curves`` what
+    the engine measured.
     """
+    document = np.asarray(documents, dtype=np.int64)[seen.row]
     by_kind = {}
     for kind, confidences in seen.confidences.items():
         by_kind[kind] = {
             "exits": {
-                str(layer): exit_quality(confidences[i], seen.within_k[i]) for i, layer in enumerate(config.exit_layers)
+                str(layer): {
+                    **exit_quality(confidences[i], seen.within_k[i]),
+                    "auroc_stderr": auroc_stderr(confidences[i], seen.within_k[i], document),
+                    "reaching": reaching(confidences, seen.within_k, i),
+                }
+                for i, layer in enumerate(config.exit_layers)
             },
             "macs_per_evaluation": {str(layer): cost.macs for layer, cost in classifiers.costs(kind).items()},
             "curve": curves[kind],
@@ -57,6 +65,7 @@ def report(
         }
     return {
         "tokens": int(seen.agrees.shape[1]),
+        "documents": len(np.unique(document)),
         "top_k": config.top_k,
         "label": config.label,
         "adapter": config.adapter,
@@ -75,9 +84,6 @@ def exit_quality(confidence: FloatArray, label: BoolArray) -> dict[str, Any]:
 
     AUROC is None where all labels are equal; precision is None where nothing exits.
     """
-    from sklearn.metrics import roc_auc_score
-
-    both = 0 < label.sum() < len(label)
     bins = _bins(confidence)
     counts = np.bincount(bins, minlength=_BINS)
     positives = np.bincount(bins, weights=label, minlength=_BINS)
@@ -91,12 +97,57 @@ def exit_quality(confidence: FloatArray, label: BoolArray) -> dict[str, Any]:
             "share": float(exits.mean()),
         }
     return {
-        "auroc": float(roc_auc_score(label, confidence)) if both else None,
+        "auroc": auroc(confidence, label),
         "label_share": float(label.mean()),
         "expected_calibration_error": calibration_error(confidence, label),
         "thresholds": points,
         "histogram": {"edges": _EDGES.tolist(), "tokens": counts.tolist(), "label_1": positives.astype(int).tolist()},
     }
+
+
+def reaching(confidences: FloatArray, labels: BoolArray, exit_index: int) -> dict[str, dict[str, Any]]:
+    """Returns, by threshold, the share of tokens that no earlier exit lets go, and the AUROC among these.
+
+    Later exits never see the tokens that are easy to tell, which AUROC over all tokens counts. States are the full
+    model's. ``confidences`` and ``labels`` are (E, T).
+    """
+    found = {}
+    for threshold in OPERATING_POINTS:
+        left = (confidences[:exit_index] < threshold).all(axis=0)
+        found[str(threshold)] = {
+            "share": float(left.mean()),
+            "auroc": auroc(confidences[exit_index, left], labels[exit_index, left]),
+        }
+    return found
+
+
+def auroc(confidence: FloatArray, label: BoolArray) -> float | None:
+    """Returns the area under the ROC curve of (T,) confidences; None where all labels are equal."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(label, confidence)) if 0 < label.sum() < len(label) else None
+
+
+def auroc_stderr(confidence: FloatArray, label: BoolArray, document: IntArray) -> float | None:
+    """Returns the standard error of AUROC over documents; None for one document, or where all labels are equal.
+
+    The variance of clustered ROC areas (Obuchowski 1997, equations 4 to 7) from the placements of each token among
+    those of the other label, summed by document.
+    """
+    from scipy.stats import rankdata
+
+    _, cluster = np.unique(document, return_inverse=True)
+    clusters, counts = int(cluster.max()) + 1, (int(label.sum()), int((~label).sum()))
+    if clusters < 2 or not all(counts):
+        return None
+    ranks = rankdata(confidence)
+    placed = np.empty(len(label))
+    placed[label] = (ranks[label] - rankdata(confidence[label])) / counts[1]  # share of label 0 below
+    placed[~label] = 1 - (ranks[~label] - rankdata(confidence[~label])) / counts[0]  # share of label 1 above
+    area = placed[label].mean()
+    scaled = (placed - area) / np.where(label, *counts)
+    sums = np.bincount(cluster, weights=scaled)
+    return float(np.sqrt(clusters / (clusters - 1) * (sums**2).sum()))
 
 
 def calibration_error(confidence: FloatArray, label: BoolArray) -> float:

@@ -10,6 +10,7 @@ from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
 from dynamax_lm_eval.exits.state_maps import check_state_maps
 from dynamax_lm_eval.frozen.options import TEMPLATES, check_at_least, check_dtype
+from dynamax_lm_eval.frozen.text import HELD_OUT_SEED
 from dynamax_lm_eval.training.optimizers import check_optimizer
 from dynamax_lm_eval.types import LabelKind
 
@@ -46,7 +47,7 @@ def check(options: TrainingOptions) -> None:
 def _check_numbers(options: TrainingOptions) -> None:
     counts = {"max_tokens": 1, "seq_len": 2, "batch_tokens": 2, "micro_batch_tokens": 2, "top_k": 1, "self_tokens": 1}
     counts |= {"shuffle_buffer": 0, "eval_tokens": 2, "curve_tokens": 3, "weight_decay": 0, "seed": 0}
-    check_at_least(options, {**counts, "states_tokens": 1, "calibrate_tokens": 1})
+    check_at_least(options, {**counts, "states_tokens": 1, "calibrate_tokens": 1, "eval_documents": 1})
     if options.max_documents is not None:
         check_at_least(options, {"max_documents": 1})
     for name in ("label_share", "learning_rate", "clip"):
@@ -69,7 +70,7 @@ def _check_numbers(options: TrainingOptions) -> None:
 
 
 def _check_text(options: TrainingOptions) -> None:
-    if options.eval_source == options.source:
+    if options.eval_source == dataclasses.replace(options.source, seed=HELD_OUT_SEED):
         raise UserError("--eval_dataset is the text that is trained on; leave it out to hold some of that text out")
     about = ("prompts_documents", "prompts_include_path", "prompts_metadata")
     if options.prompts is None and (given := [name for name in about if getattr(options, name) is not None]):

@@ -19,6 +19,7 @@ from dynamax_lm_eval.frozen.options import (
     frozen_option,
     option,
 )
+from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, HELD_OUT_SEED
 from dynamax_lm_eval.training import option_rules
 from dynamax_lm_eval.training.option_rules import SELF_DATASET
 from dynamax_lm_eval.types import ClassifierKind
@@ -206,11 +207,13 @@ class TrainingOptions:
     )
     calibrate_tokens: int = option(20_000, "tokens that they are fitted to, in whole micro-batches of --dataset")
     eval_dataset: str | None = option(
-        None, "held-out text, given as --dataset; default: the first documents of the stream are held out"
+        None,
+        "held-out text, given as --dataset; default: some of --dataset are held out, the same ones whatever the seed",
     )
     eval_config: str | None = option(None, "configuration of a held-out Hub data set")
     eval_split: str = option("train", "split of a held-out Hub data set")
     eval_tokens: int = option(50_000, "tokens to evaluate on at the end")
+    eval_documents: int = option(100, DOCUMENTS_HELP)
     curve_tokens: int = option(5_000, "tokens of these that are run at every threshold, for the curve")
 
     def __post_init__(self) -> None:
@@ -257,7 +260,12 @@ class TrainingOptions:
         if self.eval_dataset is None:
             return None
         return replace(
-            self.source, dataset=self.eval_dataset, config=self.eval_config, split=self.eval_split, documents=None
+            self.source,
+            dataset=self.eval_dataset,
+            config=self.eval_config,
+            split=self.eval_split,
+            documents=None,
+            seed=HELD_OUT_SEED,
         )
 
     @property

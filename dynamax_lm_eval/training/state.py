@@ -19,6 +19,7 @@ from torch import nn
 
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
+from dynamax_lm_eval.frozen.text import HELD_OUT_SEED
 from dynamax_lm_eval.training.optimizers import optimizer_tensors, restore_optimizer
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,14 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses, with a UserError, that a training would go on with other options than it began with."""
+    if "eval_documents" not in stored:
+        # Earlier releases held out the first documents whole, in the order of the training.
+        stored = {**stored, "eval_documents": 1}
+        if stored.get("seed", HELD_OUT_SEED) != HELD_OUT_SEED and stored.get("eval_dataset") is None:
+            raise UserError(
+                "--resume: this training began with a release that held out other documents, which would be trained "
+                "on now; finish it with that release, or start anew with --overwrite"
+            )
     if changed := changed_settings(stored, now):
         raise UserError(
             f"--resume: this training began with other options: {changed}; give the same ones, or start anew with "

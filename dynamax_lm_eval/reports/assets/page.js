@@ -18,6 +18,8 @@ const fill = (select, pairs, value) => {
   select.replaceChildren(...pairs.map(([key, text]) => element("option", text, { value: key })));
   if (value !== undefined) select.value = value;
 };
+const interval = (value, low, high) =>
+  low === null || low === undefined || value === null || value === undefined ? number(value) : `${number(value)} [${number(low)}, ${number(high)}]`;
 const setting = (point) =>
   point.family === "exits" ? `threshold ${point.value}` : point.family === "pruning" ? `${point.value} blocks` : "";
 
@@ -84,8 +86,8 @@ function nameLines(ends, traces) {
 
 function drawTable() {
   const shown = task(), metric = byId("metric").value;
-  const pairs = shown.pairs[metric] ?? {};
-  const columns = ["point", shown.metrics[metric], "±", "minus full model", "p (Holm)", ...Object.values(data.axes), "mean exit layer", "tokens", "repeating",
+  const pairs = shown.pairs[metric] ?? {}, without = shown.without[metric] ?? {};
+  const columns = ["point", shown.metrics[metric], "±", "minus full model", "p (Holm)", ...Object.values(data.axes), "without loops", "left out", "mean exit layer", "tokens", "repeating",
     "same texts", "ROUGE-L"];
   const head = element("tr");
   head.append(...columns.map((text) => element("th", text, { scope: "col" })));
@@ -96,10 +98,14 @@ function drawTable() {
     button.addEventListener("click", () => choose(point.name));
     name.append(button);
     const pair = pairs[point.name];
-    const difference = pair ? `${number(pair.difference)} [${number(pair.low)}, ${number(pair.high)}]` : "";
+    const difference = pair ? interval(pair.difference, pair.low, pair.high) : "";
+    const kept = without[point.name], known = shown.intervals[point.name] ?? {};
+    const of = (name, value) => interval(value, known[`${name}_low`], known[`${name}_high`]);
     const cells = [number(point.scores[metric][0]), number(point.scores[metric][1]), difference, pair ? number(pair.p_holm) : "",
-      ...Object.keys(data.axes).map((axis) => number(point.at[axis])), number(point.mean_exit_layer, 1), number(point.tokens, 1),
-      number(point.degenerate, 2), number(point.consistency.consistency_exact), number(point.consistency.consistency_rouge_l)];
+      ...Object.keys(data.axes).map((axis) => of(axis, point.at[axis])),
+      kept ? interval(kept.vs_full, kept.vs_full_low, kept.vs_full_high) : "", kept ? String(kept.left_out) : "", number(point.mean_exit_layer, 1), number(point.tokens, 1),
+      number(point.degenerate, 2), of("consistency_exact", point.consistency.consistency_exact),
+      of("consistency_rouge_l", point.consistency.consistency_rouge_l)];
     row.append(name, ...cells.map((text) => element("td", text)));
     row.classList.toggle("invalid", !point.valid);
     const within = point.within_noise[metric];
