@@ -53,7 +53,8 @@ def test_a_harness_that_discovers_the_entry_point_finds_one_model() -> None:
     output = python(
         "import torch, lm_eval.models, importlib.metadata as m\nfrom lm_eval.api import registry\n"
         "found = {point.name: point for point in m.entry_points(group='lm_eval.models')}\n"
-        "taken = registry.model_registry._objs['dynamax']\nassert found['dynamax'].value == getattr(taken, 'value', taken)\n"
+        "taken = registry.model_registry._objs['dynamax']\n"
+        "assert found['dynamax'].value == getattr(taken, 'value', taken)\n"
         "assert 'dynamax' in registry.model_registry, 'taken, so that discovery leaves it alone'\n"
         "loaded = found['dynamax'].load()\n"
         "print(registry.get_model('dynamax') is loaded, sum('dynamax' in name for name in registry.model_registry))"
