@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -52,9 +53,11 @@ def prompts_of(options: TrainingOptions) -> list[Prompt]:
 def _prompts(name: str, task: Any, options: TrainingOptions) -> Iterator[Prompt]:
     task.set_fewshot_seed(seed=options.seed)
     documents = _documents(name, task, options.prompts_documents)
+    by_field = "doc_id" in inspect.signature(task.construct_requests).parameters  # in 0.5.0.dev1
+    place: dict[str, Any] = {"doc_id": 0} if by_field else {"metadata": (name, 0, 1)}
     for document in documents:
         context = task.fewshot_context(document, int(task.get_config("num_fewshot") or 0))
-        requests = task.construct_requests(doc=document, ctx=context, metadata=(name, 0, 1), apply_chat_template=False)
+        requests = task.construct_requests(doc=document, ctx=context, apply_chat_template=False, **place)
         request = requests[0] if isinstance(requests, list) else requests
         settings = request.args[1] if request.request_type == "generate_until" else {}
         until = settings.get("until") or []

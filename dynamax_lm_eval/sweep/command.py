@@ -132,7 +132,8 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
             point,
             policy,
             ResponseStore(point_folder(folder, point.name) / RESPONSES_NAME, identity),
-            frozenset(name for task in point.tasks for name in documents[task]),
+            # 0.5.0.dev1 loads GROUP::TASK; its requests, too, say TASK.
+            frozenset(name.rpartition("::")[2] for task in point.tasks for name in documents[task]),
             noise_rows if point.kind == noise.NOISE else None,
         )
         for point, policy, identity in own_points
