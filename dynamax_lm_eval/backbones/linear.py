@@ -13,6 +13,11 @@ from dynamax_lm_eval.models.placement import is_only_placed
 
 #: Numbers of tokens for which W x^T was faster than x W^T on a CPU, in float32 and in bfloat16: up to twice.
 _FEW = range(4, 97)
+#: In float32 W x^T takes twice as long as for one token from the first token on, so x W^T is faster for up to 5 tokens,
+#: and with weights of up to so many elements for up to 15.
+_FEW_IN_FLOAT32 = range(6, 97)
+_FEW_WITH_SMALL_WEIGHTS = range(16, 97)
+_SMALL_WEIGHTS = 2**21
 
 
 def is_changed(attributes: Mapping[str, Any]) -> bool:
@@ -43,12 +48,19 @@ def linear(module: Any, x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns x W^T and the bias (out,), if any, for x (1, n, in) or (n, in) and W (out, in), as :func:`linear`."""
-    if x.shape[-2] not in _FEW or x.device.type != "cpu" or (x.ndim == 3 and len(x) > 1):
+    if x.device.type != "cpu" or (x.ndim == 3 and len(x) > 1) or x.shape[-2] not in _few(weight):
         return F.linear(x, weight, bias)
     output = torch.mm(weight, (x if x.ndim == 2 else x[0]).t()).t()
     if bias is not None:
         output = output + bias
     return output if x.ndim == 2 else output.unsqueeze(0)
+
+
+def _few(weight: Tensor) -> range:
+    """Returns the numbers of tokens for which W x^T is faster."""
+    if weight.dtype != torch.float32:
+        return _FEW
+    return _FEW_WITH_SMALL_WEIGHTS if weight.numel() <= _SMALL_WEIGHTS else _FEW_IN_FLOAT32
 
 
 class StackedLinear:
