@@ -10,6 +10,9 @@ from typing import Any
 
 from dynamax_lm_eval.errors import UserError
 
+#: What the user wrote for arguments that have other names here.
+_AS_GIVEN = {"fastest": "threshold=speed"}
+
 
 def check_given(parsed: Mapping[str, Any], passed_on: Mapping[str, Any]) -> None:
     """Raises UserError where arguments that the user gave exclude each other, or one has no effect beside the others.
@@ -79,6 +82,10 @@ def _check_pruning(strategy: str | None, profile: str | None, layers: int | tupl
 
 def _check_verify(parsed: Mapping[str, Any]) -> None:
     """What is verified is the full model's text, so nothing may change that, and nothing can be lost by it."""
+    if parsed.get("fastest") and not parsed.get("verify"):
+        raise UserError("threshold=speed needs verify=true: without it a lower threshold is always faster, and worse")
+    if parsed.get("fastest") and parsed.get("measure_speed"):
+        raise UserError("threshold=speed and measure_speed exclude each other: what is tried is timed already")
     if not parsed.get("verify"):
         if "verify_tokens" in parsed:
             raise UserError("verify_tokens has no effect without verify=true; add it, or remove verify_tokens")
@@ -121,8 +128,8 @@ def _check_rows_in_flight(parsed: Mapping[str, Any], batch_size: Any) -> None:
 
 def _check_threshold_source(parsed: Mapping[str, Any]) -> None:
     """Thresholds come from one place: the user, a certificate, or a budget."""
-    sources = ("threshold", "certificate", "target_reduction", "target_latency_ms")
-    given = [name for name in sources if name in parsed]
+    sources = ("threshold", "certificate", "target_reduction", "target_latency_ms", "fastest")
+    given = [_AS_GIVEN.get(name, name) for name in sources if name in parsed]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each decide the threshold; give one of them")
     if parsed.get("certificate_any_task") and "certificate" not in parsed:

@@ -55,7 +55,8 @@ class DynamaxArgs:
         values.numbers(0, 1, hint="1 never exits, 0 always does"),
         "`calibrated` or the file of a certificate ([docs/calibration.md](docs/calibration.md)), or numbers: a token "
         "exits at the first exit layer with confidence >= threshold. One number in [0, 1], or one per exit layer "
-        "(`[0.7,0.8,1]` or `0.7+0.8+1`). 1 never exits and evaluates nothing",
+        "(`[0.7,0.8,1]` or `0.7+0.8+1`). 1 never exits and evaluates nothing. With `verify`, `speed`: whichever is "
+        "fastest on 32 documents of a task",
         shown="0.8",
         vary=True,
     )
@@ -75,6 +76,8 @@ class DynamaxArgs:
     )
     #: The certificate that ``threshold`` named: a file, or ``calibrated``.
     certificate: str | None = values.argument(None, None, "", vary=True)
+    #: ``threshold`` is ``speed``.
+    fastest: bool = values.argument(False, None, "", vary=True)
     confidence: ConfidenceName | None = values.argument(
         None,
         values.choice(ConfidenceName),
@@ -298,6 +301,8 @@ class DynamaxArgs:
 
 #: In place of a file: the certificate that fits.
 CALIBRATED = "calibrated"
+#: In place of a threshold: the one at which drafts are fastest.
+SPEED = "speed"
 
 #: What a preset sets where the user does not; its state mode depends on the backbone. The paper names no value for its
 #: repetition penalty.
@@ -344,6 +349,8 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     parsed: dict[str, Any] = {"backbone": backbone}
     if _names_certificate(own.get("threshold")):
         parsed["certificate"] = own.pop("threshold")
+    elif own.get("threshold") == SPEED:
+        parsed["fastest"] = bool(own.pop("threshold"))
     for name, value in own.items():
         if value is not None:
             parsed[name] = _ROWS[name].metadata["parse"](name, value)

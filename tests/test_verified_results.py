@@ -11,6 +11,7 @@ from helpers_engine import drained, policy_of
 from helpers_harness import dynamax, evaluate, responses, sweep_options
 from lm_eval.tasks import TaskManager
 
+from dynamax_lm_eval.budget.fastest import find_fastest
 from dynamax_lm_eval.compute.accounting import Trace, account
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
 from dynamax_lm_eval.compute.verified import FedToken, VerifiedTrace
@@ -106,6 +107,9 @@ def test_counted_by_hand() -> None:
         ({"preset": "paper"}, "verify=true and preset exclude each other"),
         ({"rows_in_flight": 8, "batch_size": 2}, "verify=true and rows_in_flight exclude each other"),
         ({"verify_tokens": 0}, "verify_tokens"),
+        ({"threshold": "speed", "verify": False}, "threshold=speed needs verify=true"),
+        ({"threshold": "speed", "measure_speed": True}, "threshold=speed and measure_speed exclude each other"),
+        ({"threshold": "speed", "target_reduction": 1.2}, "target_reduction and threshold=speed each decide"),
     ],
 )
 def test_what_goes_against_it_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -160,6 +164,39 @@ def test_turns_are_taken() -> None:
     assert prefixes == [False] * 5  # of the run's own, of every block
     assert order == [False, True, True, False, False, True, True, False, False, True]
     assert log.to_json() == {"realised_speedup": 1.5, "ratios": [1.5] * 5, "requests": 9, "same_texts": 1.0}
+
+
+def test_the_fastest_threshold_is_found() -> None:
+    """A clock on which a request takes 1 at full depth, and less the nearer a threshold is to 0.8."""
+    now, blocks = [0.0], []
+
+    def run(threshold: float, requests: Any) -> None:
+        blocks.append((threshold, tuple(requests)))
+        now[0] += len(requests) * (1 if threshold == 1 else 0.9 + abs(threshold - 0.8))
+
+    documents = [f"document {i // 2}" for i in range(40)]  # two requests of each
+    found = find_fastest(documents, run, lambda: now[0])
+    assert (found.threshold, found.documents) == (0.8, 20)
+    assert found.speedups[0.8] == pytest.approx(1 / 0.9)
+    tried = [requests for threshold, requests in blocks if threshold == 0.6]
+    assert sorted(i for requests in tried for i in requests) == list(range(40))
+    # Nothing is gained where a draft costs more than it saves.
+    slow = find_fastest(documents, lambda threshold, _: now.append(now.pop() + 2 - threshold), lambda: now[-1])
+    assert slow.threshold == 1
+
+
+def test_a_run_at_the_fastest_threshold(model_folder: Path, manager: TaskManager) -> None:
+    arguments = {**DRAFTING, "threshold": "speed"}
+    results = evaluate(dynamax(model_folder, **arguments), manager, "tiny_generate", "tiny_choice")
+    full = evaluate(dynamax(model_folder), manager, "tiny_generate", "tiny_choice")
+    for task in ("tiny_generate", "tiny_choice"):
+        assert responses(results, task) == responses(full, task)
+    section = results["config"]["dynamax"]
+    # Scores are made at once, so there is nothing to choose.
+    assert list(section["budget"]["by_task"]) == ["tiny_generate"]
+    assert set(section["budget"]["by_task"]["tiny_generate"]["speedups"]) == {"0.5", "0.6", "0.7", "0.8", "0.9", "0.95"}
+    assert section["label"].startswith("softmax-verify-speed-")
+    assert section["policy"]["thresholds"] is None
 
 
 def test_a_family_of_sweeps(model_folder: Path, tmp_path: Path) -> None:

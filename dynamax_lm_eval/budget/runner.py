@@ -23,6 +23,7 @@ from dynamax_lm_eval.budget.controller import (
     ThresholdController,
     blocks_of,
 )
+from dynamax_lm_eval.budget.fastest import OFF, Fastest, find_fastest
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
@@ -59,16 +60,20 @@ class BudgetRunner:
             UserError: no threshold can hold the budget, or several processes share the documents.
         """
         self._args = args
+        self._is_trying = False
+        self._fastest: dict[str, Fastest] = {}
         self._trajectories: dict[str, list[dict[str, Any]]] = {}
         if not self.has_budget:
             return
         if num_processes > 1:
             raise UserError(
-                "target_reduction and target_latency_ms follow one sequence of documents and cannot be shared by "
-                f"{num_processes} processes; run one"
+                "target_reduction, target_latency_ms and threshold=speed follow one sequence of documents, not "
+                f"that of {num_processes} processes; run one"
             )
         if not policy.exit_layers:
             raise UserError("a budget needs exits, and this policy has none")
+        if args.fastest:
+            return
         self._cheapest = cheapest_fraction(policy, engine)
         most = 1 / self._cheapest
         if args.target_reduction is not None and args.target_reduction > most:
@@ -85,19 +90,21 @@ class BudgetRunner:
     @staticmethod
     def is_asked_for(args: DynamaxArgs) -> bool:
         """Says whether these arguments name a budget."""
-        return args.target_reduction is not None or args.target_latency_ms is not None
+        return args.target_reduction is not None or args.target_latency_ms is not None or args.fastest
 
     def check_no_cache(self) -> None:
         """Refuses a cache of answers (UserError) where answers depend on what ran before them."""
         if self.has_budget:
             raise UserError(
-                "--use_cache and target_reduction or target_latency_ms exclude each other: an answer depends on "
-                "what ran before it"
+                "--use_cache and target_reduction, target_latency_ms or threshold=speed exclude each other: an answer, "
+                "or what it cost, depends on what ran before it"
             )
 
     @property
     def in_blocks(self) -> bool:
         """Says whether requests run in several calls, each too short for a progress bar of its own."""
+        if self._args.fastest:
+            return self._is_trying
         return self.has_budget and self._args.budget != "two_pass"
 
     def describe(self) -> dict[str, Any] | None:
@@ -105,6 +112,8 @@ class BudgetRunner:
         if not self.has_budget:
             return None
         args = self._args
+        if args.fastest:
+            return {"chosen_for": "speed", "by_task": {task: found.to_json() for task, found in self._fastest.items()}}
         return {
             "target_reduction": args.target_reduction,
             "target_latency_ms": args.target_latency_ms,
@@ -116,6 +125,7 @@ class BudgetRunner:
     def start_run(self) -> None:
         """Forgets earlier evaluations."""
         self._trajectories = {}
+        self._fastest = {}
 
     def answers(
         self,
@@ -146,12 +156,38 @@ class BudgetRunner:
             ) -> Iterator[tuple[int, AnyAnswer]]:
                 return run([(job_policy, indices[i]) for job_policy, i in jobs])
 
-            if self._args.budget == "two_pass":
+            if self._args.fastest:
+                answers = self._at_fastest(task, own, policy, run_task)
+            elif self._args.budget == "two_pass":
                 answers = self._two_passes(task, own, policy, run_task)
             else:
                 answers = self._blocks(task, own, policy, run_task, disable_tqdm)
             for place, answer in answers:
                 yield indices[place], answer
+
+    def _at_fastest(
+        self, task: str, documents: Sequence[Any], policy: ExitPolicy, run: Run[AnyAnswer]
+    ) -> Iterator[tuple[int, AnyAnswer]]:
+        """Runs a task at the threshold that is fastest on some of its documents; scores need none."""
+
+        def tried(threshold: float, places: Sequence[int]) -> None:
+            for _, answer in run([(_at(policy, threshold), i) for i in places]):
+                if not answer.record.generations:
+                    raise _NothingGenerated
+
+        threshold, self._is_trying = OFF, True
+        try:
+            found = self._fastest[task] = find_fastest(documents, tried)
+            threshold = found.threshold
+            shown = ", ".join(f"{value:g} {speedup:.3f}" for value, speedup in found.speedups.items())
+            logger.info("%s: speed against the full model on %d documents: %s", task, found.documents, shown)
+            if threshold == OFF:
+                logger.warning("%s: no threshold that was tried is faster than the full model, which runs", task)
+        except _NothingGenerated:
+            pass
+        finally:
+            self._is_trying = False
+        yield from run([(_at(policy, threshold), i) for i in range(len(documents))])
 
     def _blocks(
         self, task: str, documents: Sequence[Any], policy: ExitPolicy, run: Run[AnyAnswer], disable_tqdm: bool
@@ -241,6 +277,10 @@ def _warn_of_longer_texts(
             spent / full,
             SAMPLE_THRESHOLDS[-1],
         )
+
+
+class _NothingGenerated(Exception):  # noqa: N818 (a signal)
+    """A task asks for scores."""
 
 
 def cheapest_fraction(policy: ExitPolicy, engine: Engine) -> float:

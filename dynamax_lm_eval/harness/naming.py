@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 
-from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.config import SPEED, DynamaxArgs
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.resolve import default_exit_layers, resolve_pruned_blocks
@@ -46,6 +46,7 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
     """
     parts: list[str] = []
     target = next((f"{name[7:]}{value:g}" for name, value in _targets(args).items() if value is not None), None)
+    target = SPEED if args.fastest else target
     if policy.active_exits or target is not None:
         values = policy.thresholds[:1] if len(set(policy.thresholds)) == 1 else policy.thresholds
         parts += [policy.classifier or policy.confidence, VERIFY if policy.drafts else policy.state_mode]
