@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import time
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from dynamax_lm_eval.compute.accounting import ComputeRecord
 from dynamax_lm_eval.config import DynamaxArgs, parse_model_args
 from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.harness.pairs import json_or_pairs
+from dynamax_lm_eval.harness.roofline import drafts
 from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.lm import DynamaxLM
 
@@ -63,7 +63,6 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     texts: dict[str, list[str]] = {name: [] for name in cases}
     records: dict[str, list[ComputeRecord]] = {name: [] for name in cases}
-    left: dict[str, Counter[int]] = {name: Counter() for name in cases}
     for case in cases.values():  # a first run of each is not timed
         lm.use_policy(case)
         lm.generate_until(blocks[0][:1], disable_tqdm=True)
@@ -77,7 +76,6 @@ def main() -> None:
             keys = request_keys(("generate_until", request.args) for request in block)
             found = [lm.response_ledger.find(key) for key in keys]
             records[name] += found
-            left[name].update(layer for record in found for layer in record.exit_layers[0])
     table = []
     for name in cases:
         total = ComputeRecord.sum(records[name])
@@ -91,7 +89,7 @@ def main() -> None:
             "tokens_per_verification": total.generated_tokens / max(total.verifications, 1),
             "weights_read": total.weights_read / total.full_weights_read,
             "compute_reduction": total.compute_reduction,
-            "exit_layers": dict(sorted(left[name].items())),
+            "by_exit": (drafts(total) or {}).get("by_exit"),
         }
         table.append(row)
         cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]

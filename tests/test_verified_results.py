@@ -45,6 +45,7 @@ def test_scores_are_those_of_the_full_model(model_folder: Path, manager: TaskMan
     drafts = compute["by_task"]["tiny_generate"]["drafts"]
     assert 0 < drafts["accepted"] < drafts["drafted"]
     assert drafts["draft_acceptance"] == drafts["accepted"] / drafts["drafted"]
+    assert sum(found["drafted"] for found in drafts["by_exit"].values()) == drafts["drafted"]
     assert drafts["accepted_length"] == 1 + drafts["accepted"] / drafts["verifications"]
     # Nothing is saved, and what was drafted for nothing is lost.
     assert compute["by_task"]["tiny_generate"]["compute_reduction"] < 1
@@ -89,7 +90,7 @@ def test_counted_by_hand() -> None:
     assert record.full_weights_read == 4 * 200 + 4 * 30
     # The prompt; a block twice; all blocks twice. One read each of the prompt and of the two passes to the end.
     assert record.weights_read == 200 + 2 * 100 + 2 * 200 + 3 * 30 + 2 * 7 + 3 * 5
-    assert (record.drafted_tokens, record.accepted_drafts, record.verifications) == (2, 1, 1)
+    assert (record.drafts, record.right_drafts, record.verifications) == ([[1, 1]], [[1]], 1)
     assert record.exit_layers == [[1, 1, 2]]
     assert record.paper_spent == pytest.approx(4 * 2 + (2 * 7 + 30) / 100)
 

@@ -77,15 +77,26 @@ class ComputeRecord:
     #: The eligible tokens in the paper's unit of one block.
     paper_full: float = 0.0
     paper_spent: float = 0.0
-    #: Tokens that exits drafted, those of them that stand, and how often the full model verified some.
-    drafted_tokens: int = 0
-    accepted_drafts: int = 0
+    #: How often the full model verified drafts.
     verifications: int = 0
     #: Weights of blocks and read-outs that generations would read alone: theirs, and the full model's.
     weights_read: int = 0
     full_weights_read: int = 0
     #: Exit layer of every eligible token, one list per response.
     exit_layers: list[list[int]] = field(default_factory=list)
+    #: Exits that drafted, one list per response that has any; and those of them whose drafts stand.
+    drafts: list[list[int]] = field(default_factory=list)
+    right_drafts: list[list[int]] = field(default_factory=list)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """How many tokens exits drafted."""
+        return sum(map(len, self.drafts))
+
+    @property
+    def accepted_drafts(self) -> int:
+        """How many of them stand."""
+        return sum(map(len, self.right_drafts))
 
     @property
     def exit_macs(self) -> int:
@@ -125,8 +136,8 @@ class ComputeRecord:
         records = list(records)
         total = cls()
         for item in fields(cls):
-            if item.name == "exit_layers":
-                total.exit_layers = [layers for record in records for layers in record.exit_layers]
+            if item.name in ("exit_layers", "drafts", "right_drafts"):
+                setattr(total, item.name, [layers for record in records for layers in getattr(record, item.name)])
             else:
                 setattr(total, item.name, sum(getattr(record, item.name) for record in records))
         return total
@@ -267,8 +278,9 @@ def _account_verified(trace: Trace, verified: VerifiedTrace, exit_cost: ExitCost
     record.total_macs += record.spent_macs - record.full_macs
     overhead = spent.paper_weights + record.adapter_macs + record.lm_head_macs
     record.paper_spent = depth * len(verified.fed) + overhead / cost.mean_block_weights
-    record.drafted_tokens, record.verifications = verified.drafts, verified.verifications
-    record.accepted_drafts = verified.accepted
+    record.verifications = verified.verifications
+    if verified.drafts:
+        record.drafts, record.right_drafts = [list(verified.drafts)], [list(verified.right_drafts)]
     prompt = sum(block.weights for block in cost.blocks) + cost.lm_head
     record.weights_read = prompt + spent.weights_read
     return record

@@ -43,14 +43,14 @@ class VerifiedTrace:
     verifications: int
 
     @property
-    def drafts(self) -> int:
-        """How many tokens were drafted."""
-        return sum(token.left is not None for token in self.fed)
+    def drafts(self) -> tuple[int, ...]:
+        """The exits that drafted."""
+        return tuple(token.left for token in self.fed if token.left is not None)
 
     @property
-    def accepted(self) -> int:
-        """How many drafts are part of the text."""
-        return sum(token.was_right for token in self.fed)
+    def right_drafts(self) -> tuple[int, ...]:
+        """Those of them whose drafts are part of the text."""
+        return tuple(token.left for token in self.fed if token.left is not None and token.was_right)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def cost_of(verified: VerifiedTrace, exit_cost: ExitCost, cost: BackboneCost) ->
     seen = np.where(evaluated, evaluations, every)
     partial = exit_cost.classifier_total(exit_cost.partial_read_macs, evaluations)
     reads = int(evaluations.sum()) * cost.lm_head if exit_cost.reads_lm_head else partial
-    drafts = [token.left for token in fed if token.left is not None]
+    drafts = verified.drafts
     reads += len(drafts) * exit_cost.draft_read_macs
     taken_back = sum(not token.stands for token in fed) * cost.lm_head
     classifiers = exit_cost.classifier_total(exit_cost.classifier_macs, seen)

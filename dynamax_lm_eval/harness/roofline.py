@@ -6,6 +6,7 @@ is counted as if each request ran alone, token by token, so that it does not dep
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -86,12 +87,19 @@ def roofline(total: ComputeRecord, size: float, name: RooflineDevice | None) -> 
 
 def drafts(total: ComputeRecord) -> dict[str, Any] | None:
     """Returns what became of exits that were drafts; None where there were none."""
-    if not total.drafted_tokens:
+    drafted, right = (
+        Counter(layer for response in responses for layer in response)
+        for responses in (total.drafts, total.right_drafts)
+    )
+    if not drafted:
         return None
     return {
         "drafted": total.drafted_tokens,
         "accepted": total.accepted_drafts,
         "draft_acceptance": total.accepted_drafts / total.drafted_tokens,
+        "by_exit": {
+            str(layer): {"drafted": count, "accepted": right[layer]} for layer, count in sorted(drafted.items())
+        },
         "verifications": total.verifications,
         # The full model's own token behind the drafts is one as well.
         "accepted_length": 1 + total.accepted_drafts / total.verifications,
