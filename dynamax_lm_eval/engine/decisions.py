@@ -241,7 +241,8 @@ class ExitDecisions:
             else:
                 corrected = evaluation.corrected[on_device(needed[exiting], evaluation.corrected.device)]
             for part, waiting in ((~drafted, self._unread), (drafted, self._partly_unread)):
-                waiting.add(tokens[read[exiting[part]]], select(corrected.unsqueeze(0), np.flatnonzero(part)))
+                if part.any():
+                    waiting.add(tokens[read[exiting[part]]], select(corrected.unsqueeze(0), np.flatnonzero(part)))
 
     def _drafted_from_part(self, tokens: IntArray) -> BoolArray:
         """Returns which of tokens (t,) are drafted from a part of the vocabulary."""

@@ -88,8 +88,11 @@ class Drafts:
         stops: BoolArray = leaves | stopping[self._row_of[tokens]]
         return stops
 
-    def stop(self, block: int, tokens: IntArray, hidden: Tensor) -> None:
-        """Keeps those of tokens (t,), hidden states (1, t, D), whose rows draft."""
-        drafts = np.flatnonzero(self._batch.drafts[self._row_of[tokens]])
-        if len(drafts):
-            self.stopped.append(StoppedTokens(block, tokens[drafts], select(hidden, drafts)))
+    def stop(self, block: int, tokens: IntArray, hidden: Tensor) -> tuple[IntArray, Tensor]:
+        """Keeps those of tokens (t,), hidden states (1, t, D), whose rows draft; returns the others."""
+        are_drafts = self._batch.drafts[self._row_of[tokens]]
+        if not are_drafts.any():
+            return tokens, hidden
+        drafts, others = np.flatnonzero(are_drafts), np.flatnonzero(~are_drafts)
+        self.stopped.append(StoppedTokens(block, tokens[drafts], select(hidden, drafts)))
+        return tokens[others], select(hidden, others)

@@ -261,10 +261,9 @@ class Engine:
                     leaves = drafts.with_followers(tokens, leaves)
                     exiting, staying = np.flatnonzero(leaves), np.flatnonzero(~leaves)
                     layer_of[tokens[exiting]] = block
-                    drafts.stop(block, tokens[exiting], select(hidden, exiting))
-                    for_good = exiting[~batch.drafts[batch.layout.row_of[tokens[exiting]]]]
+                    for_good, left = drafts.stop(block, tokens[exiting], select(hidden, exiting))
                     if len(for_good):
-                        run.exit_tokens(tokens[for_good], select(hidden, for_good), block)
+                        run.exit_tokens(for_good, left, block)
                     for_last = exiting[batch.has_final_block(tokens[exiting])]
                     returning.add(tokens[for_last], select(hidden, for_last))
                     tokens, hidden = tokens[staying], select(hidden, staying)

@@ -56,7 +56,7 @@ class ClassifierStates:
         self._free: list[int] = []
         self._num_lines = 0
         self._tables: dict[tuple[str, int], StateTable] = {}
-        self._snapshots = Snapshots(self._allocate_line, self._free.append)
+        self._snapshots = Snapshots()
         #: Numbers of the drafted tokens that rows feed now, of those that may be taken back, by slot.
         self.drafted: Mapping[int, int] = {}
         # Which of a row's snapshots a table has: a token that left earlier never got to the classifiers behind.
@@ -86,8 +86,7 @@ class ClassifierStates:
         """Frees the line of a row that has ended."""
         self.settle(slot, None)
         line = self._line_of.pop(slot)
-        self._snapshots.free(line)
-        self._free.append(line)
+        self._free += [line, *self._snapshots.pop(line)]
 
     def settle(self, slot: int, kept: int | None) -> None:
         """Takes a row back to after the first ``kept`` of its drafted tokens, or keeps all; none are drafts then."""
@@ -149,7 +148,7 @@ class ClassifierStates:
         if not drafted.any():
             return
         lines = np.asarray([self._line_of[slot] for slot in slots.tolist()], dtype=np.int64)
-        kept_in = self._snapshots.lines(lines, drafted)
+        kept_in = self._snapshots.lines(lines, drafted, self._allocate_line)
         table, known = self._table(kind, layer, rows.rows.device), self._kept_before[kind, layer]
         keeps = kept_in >= 0
         table.copy_lines(lines[keeps], kept_in[keeps])

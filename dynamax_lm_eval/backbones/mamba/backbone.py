@@ -194,7 +194,7 @@ class MambaStates(KeptInRows):
         ]
         self._free: list[int] = []
         self._num_lines = 0
-        self.snapshots = Snapshots(self._new_line, self._free.append)
+        self._snapshots = Snapshots()
         #: A line of no row, where there is one.
         self.scratch_line = -1
 
@@ -214,12 +214,15 @@ class MambaStates(KeptInRows):
 
     def free_row(self, slot: int) -> None:
         self.deferred.free_row(slot)
-        self.snapshots.free(slot)
-        self._free.append(slot)
+        self._free += [slot, *self._snapshots.pop(slot)]
 
     def settle(self, slot: int, kept: int | None) -> None:
         if kept is not None:
-            copy_line(self._tables, self.snapshots.after(slot, kept), slot)
+            copy_line(self._tables, self._snapshots.after(slot, kept), slot)
+
+    def snapshot_lines(self, of_rows: IntArray, drafted: IntArray) -> IntArray:
+        """Returns the lines in which states are kept before drafted tokens, as :meth:`Snapshots.lines` does."""
+        return self._snapshots.lines(of_rows, drafted, self._new_line)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         assert source not in self.deferred.slots, "what is copied ran in a pass that defers nothing"
@@ -270,7 +273,7 @@ class MambaPass(DeferringPass):
             return hidden
         plan = self._plan = RecurrentPlan.of(
             *(tokens, left, self._layout, self._layout.slots, self._is_new, hidden.device, self._plan),
-            snapshots=self._states.snapshots,
+            snapshots=self._states.snapshot_lines,
         )
         table = self._states.table(block)
 

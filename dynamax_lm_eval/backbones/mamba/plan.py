@@ -5,7 +5,7 @@ N tokens of a flat batch, n in flight, m that left, R rows, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,9 +18,11 @@ from dynamax_lm_eval.backbones.base import BoolArray, IntArray, RowLayout, on_de
 from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.mixers import Mixer
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
-from dynamax_lm_eval.backbones.mamba.snapshots import Snapshots
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, lines_of
 from dynamax_lm_eval.models.placement import moved
+
+#: Of tokens' rows (n,), by line, and numbers of drafts (n,): the lines (n,) that keep the states before them, or -1.
+SnapshotLines = Callable[[IntArray, IntArray], IntArray]
 
 
 def new_rows(layout: RowLayout) -> BoolArray:
@@ -117,7 +119,7 @@ class RecurrentPlan:
         is_new: BoolArray,
         device: torch.device,
         last: RecurrentPlan | None,
-        snapshots: Snapshots | None = None,
+        snapshots: SnapshotLines | None = None,
     ) -> RecurrentPlan:
         """Returns the plan for tokens in flight (n,) and m tokens that left.
 
@@ -129,7 +131,7 @@ class RecurrentPlan:
             is_new: as of :func:`new_rows`.
             device: where the states are.
             last: the plan before, which is returned if it is for the same tokens.
-            snapshots: where states are kept before drafted tokens, of which none left.
+            snapshots: gives the lines in which states are kept before drafted tokens, of which none left.
         """
         is_same = last is not None and last.tokens is tokens and last.rows.device == device
         if last is not None and is_same and last.left.equals(left):
@@ -146,7 +148,7 @@ class RecurrentPlan:
         kept_in = None
         if layout.drafted is not None and (drafted := layout.drafted[tokens]).any():
             assert snapshots is not None, "backbones that take rows back have them"
-            kept_in = snapshots.lines(np.asarray(lines, dtype=np.int64)[layout.row_of[tokens]], drafted)
+            kept_in = snapshots(np.asarray(lines, dtype=np.int64)[layout.row_of[tokens]], drafted)
             kept_in = np.append(kept_in, np.full(len(left.rows), -1))[order]
         is_reordered = not np.array_equal(order, np.arange(len(order)))
         rank = np.empty(len(order), dtype=np.int64)

@@ -16,28 +16,22 @@ from dynamax_lm_eval.backbones.base import IntArray
 class Snapshots:
     """Which lines hold what rows were before their drafted tokens."""
 
-    def __init__(self, new_line: Callable[[], int], free_line: Callable[[int], None]) -> None:
-        """
-        Args:
-            new_line: allocates a line, the same in every table.
-            free_line: frees one.
-        """
-        self._new_line = new_line
-        self._free_line = free_line
+    def __init__(self) -> None:
         self._lines: dict[int, list[int]] = {}  # line of a row -> those of its snapshots
 
-    def lines(self, of_rows: IntArray, drafted: IntArray) -> IntArray:
+    def lines(self, of_rows: IntArray, drafted: IntArray, new_line: Callable[[], int]) -> IntArray:
         """Returns the lines (n,) in which states are to be kept before tokens; -1 where none are.
 
         Args:
             of_rows: (n,) lines of the tokens' rows.
             drafted: (n,) their numbers.
+            new_line: allocates a line, the same in every table.
         """
         found = np.full(len(drafted), -1, dtype=np.int64)
         for i in np.flatnonzero(drafted > 0).tolist():
             own = self._lines.setdefault(int(of_rows[i]), [])
             while len(own) < drafted[i]:
-                own.append(self._new_line())
+                own.append(new_line())
             found[i] = own[drafted[i] - 1]
         return found
 
@@ -45,7 +39,6 @@ class Snapshots:
         """Returns the line that holds what a row was after the first ``kept`` drafted tokens."""
         return self._lines[line][kept - 1]
 
-    def free(self, line: int) -> None:
-        """Frees the lines of a row that has ended."""
-        for own in self._lines.pop(line, ()):
-            self._free_line(own)
+    def pop(self, line: int) -> list[int]:
+        """Returns the lines of a row that has ended, which are free now."""
+        return self._lines.pop(line, [])

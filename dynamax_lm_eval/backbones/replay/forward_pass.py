@@ -252,7 +252,7 @@ class ReplayPass(AttentionPass):
 
     def _recurrent_plan(self, tokens: IntArray, left: LeftPlaces, device: torch.device) -> RecurrentPlan:
         found = self._layout, self._lines, self._is_new, device, self._plan
-        return RecurrentPlan.of(tokens, left, *found, snapshots=self._states.snapshots)
+        return RecurrentPlan.of(tokens, left, *found, snapshots=self._states.snapshot_lines)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.backbones.mamba.snapshots import Snapshots
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable
 from dynamax_lm_eval.backbones.replay.mixers import FlatMixer
@@ -38,7 +39,7 @@ class ReplayStates(AttentionStates):
         self.line_of: dict[int, int] = {}
         self._free_lines: list[int] = []
         self._num_lines = 0
-        self.snapshots = Snapshots(self._new_line, self._free_line)
+        self._snapshots = Snapshots()
         self._kept: dict[int, int] = {}  # tokens of a kept prefix -> line
 
     def table(self, mixer: FlatMixer) -> Any:
@@ -57,13 +58,17 @@ class ReplayStates(AttentionStates):
     def free_row(self, slot: int) -> None:
         super().free_row(slot)
         line = self.line_of.pop(slot)
-        self.snapshots.free(line)
-        self._free_line(line)
+        for own in (line, *self._snapshots.pop(line)):
+            self._free_line(own)
 
     def settle(self, slot: int, kept: int | None) -> None:
         if kept is not None and self._tables:
             line = self.line_of[slot]
-            self._copy_line(self.snapshots.after(line, kept), line)
+            self._copy_line(self._snapshots.after(line, kept), line)
+
+    def snapshot_lines(self, of_rows: IntArray, drafted: IntArray) -> IntArray:
+        """Returns the lines in which states are kept before drafted tokens, as :meth:`Snapshots.lines` does."""
+        return self._snapshots.lines(of_rows, drafted, self._new_line)
 
     def copy_row(self, source: int, slot: int, num_tokens: int) -> None:
         super().copy_row(source, slot, num_tokens)
