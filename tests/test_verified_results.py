@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from helpers_engine import drained, policy_of
 from helpers_harness import dynamax, evaluate, responses, sweep_options
@@ -21,6 +22,8 @@ from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.roofline import DEVICES
 from dynamax_lm_eval.harness.speed import SpeedLog, paired
+from dynamax_lm_eval.reports.command import report
+from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.sweep.command import sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.results import read
@@ -213,6 +216,17 @@ def test_a_family_of_sweeps(model_folder: Path, tmp_path: Path) -> None:
                 assert point.answers == task.full.answers
                 assert point.scores == task.full.scores
                 assert point.policy["verify_tokens"] == 3
+    report(ReportOptions([str(tmp_path)], draws=50, bootstrap=20))
+    table = pd.read_csv(tmp_path / "report" / "points.csv")
+    drafted = table[(table["family"] == "verified") & (table["task"] == "tiny_generate")]
+    assert len(drafted) == 4
+    assert (drafted["accepted_length"] >= 1).all()
+    assert table[table["point"] == "full"]["weights_reduction"].dropna().tolist() == [1.0]
+    text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    section = text[text.index("### Exits as drafts") :].partition("###")[0] + text
+    assert "verify-at-2" in section and "weights_reduction" in section
+    # They save nothing, so they are on no line.
+    assert "drafts at one exit" not in [name for task in read([tmp_path], 1.0) for name in task.series()]
 
 
 def test_options_of_sweeps_go_together(model_folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, PruneScope, St
 CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(ConfidenceName) if name != "classifier"))
 
 
+#: The family of points whose exits are drafts.
+VERIFIED = "verified"
 #: Arguments of a run that a sweep decides.
 _DECIDED = VARIED_ARGUMENTS | {"pretrained", "batch_size", "device"}
 
@@ -277,12 +279,12 @@ def grid(
                 changed |= {"state_mode": None, **verified}
             name = f"{confidence}-{mode}-{name_of(threshold)}"
             own_series = series if len(threshold) == 1 else f"{series}, per exit"
-            kind = "verified" if mode == VERIFY else "exits"
+            kind = VERIFIED if mode == VERIFY else "exits"
             points.append(Point(name, kind, own_series, mean(threshold), replace(full, **changed), tasks))
     for layer in sorted({_whole("verify_at", text) for text in _items(options.verify_at)}):
         changed = {"exit_layers": (layer,), "threshold": (0.0,), "confidence": "state", **verified}
         args = replace(full, **changed)
-        points.append(Point(f"verify-at-{layer}", "verified", "drafts at one exit", layer, args, every_task))
+        points.append(Point(f"verify-at-{layer}", VERIFIED, "drafts at one exit", layer, args, every_task))
     scope = full.prune_scope if options.prune_scope is None else cast(PruneScope, options.prune_scope)
     counts = [_whole("prune", text) for text in _items(options.prune)]
     strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]

@@ -17,6 +17,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.ledger import RequestKey, request_keys
 from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points, json_lines
 from dynamax_lm_eval.sweep.noise import NOISE
+from dynamax_lm_eval.sweep.options import VERIFIED
 from dynamax_lm_eval.sweep.similarity import consistency
 from dynamax_lm_eval.sweep.store import Response, stored_responses
 
@@ -123,10 +124,11 @@ class TaskResults:
         return self.full.higher_is_better.get(metric.partition(",")[0], True)
 
     def series(self) -> dict[str, list[PointResult]]:
-        """Returns the points of each series, in order of ``x``."""
+        """Returns the points of each series, in order of ``x``; those that verify save nothing and are in none."""
         series: dict[str, list[PointResult]] = {}
         for point in self.points[1:]:
-            series.setdefault(point.series, []).append(point)
+            if point.kind != VERIFIED:
+                series.setdefault(point.series, []).append(point)
         return {name: sorted(points, key=lambda point: point.x) for name, points in series.items()}
 
     def valid_series(self) -> dict[str, list[PointResult]]:
