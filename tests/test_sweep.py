@@ -30,6 +30,7 @@ from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
+from dynamax_lm_eval.sweep.drawing import with_drawn_documents
 from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, grid, parse_thresholds, read_yaml
@@ -464,3 +465,22 @@ def test_command_reads_a_file(model_folder: Path, tmp_path: Path) -> None:
     assert stored["limit"] == 1
     assert stored["confidences"] == "state"
     assert SweepOptions(**stored).task_names == ["tiny_generate"]
+
+
+def test_documents_are_drawn_by_a_seed(manager: TaskManager) -> None:
+    def drawn(limit: int, seed: int) -> dict[str, list[int]]:
+        options = SweepOptions(backbone="x", tasks="tiny_generate,tiny_choice", output="out", limit=limit, draw=seed)
+        resolved = with_drawn_documents(options, manager)
+        assert resolved.limit is None
+        assert resolved.samples_given is not None
+        return resolved.samples_given
+
+    some, more = drawn(2, 1), drawn(3, 1)
+    assert [len(documents) for documents in some.values()] == [2, 2]
+    assert all(set(some[task]) < set(more[task]) for task in some)
+    assert drawn(2, 1) == some
+    assert any(drawn(2, seed) != some for seed in range(2, 9))
+    with pytest.raises(UserError, match="--draw takes documents of tasks, and tiny_group is a group of tiny_"):
+        with_drawn_documents(SweepOptions("x", "tiny_group", "out", limit=2, draw=0), manager)
+    with pytest.raises(UserError, match="--draw is a seed of at least 0, and needs --limit"):
+        SweepOptions("x", "tiny_generate", "out", draw=0)

@@ -30,6 +30,7 @@ from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
 from dynamax_lm_eval.sweep import noise
+from dynamax_lm_eval.sweep.drawing import with_drawn_documents
 from dynamax_lm_eval.sweep.files import (
     FULL_NAME,
     GRID,
@@ -71,6 +72,7 @@ _FREE = frozenset(
         "device",
         "tasks",
         "limit",
+        "draw",
         "samples",
         "thresholds",
         "confidences",
@@ -97,6 +99,7 @@ def sweep(options: SweepOptions, lm: SweepLM | None = None) -> Path:
     """
     folder = Path(options.output).expanduser()
     tasks = load_tasks(options)
+    options = with_drawn_documents(options, tasks)
     # The processes of one launcher share the lock of the first.
     with locked(folder) if process()[0] == 0 else nullcontext():
         _sweep(options, lm, folder, tasks)

@@ -69,6 +69,10 @@ class SweepOptions:
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
     model_args: str = _option("", "further model arguments for all points: exit_scope=all,repetition_penalty=1.1,...")
     limit: int | None = _option(None, "documents of each task; default: all")
+    draw: int | None = _option(
+        None,
+        "a seed: takes --limit documents of each task at random, not its first ones, which may be alike",
+    )
     samples: str | None = _option(None, 'JSON, or a file of it, with documents by task: {"triviaqa": [0, 7]}')
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
     batch_size: int = _option(32, "rows in flight, whatever policies they belong to")
@@ -99,6 +103,8 @@ class SweepOptions:
             raise UserError(f"--limit must be at least 1, got {self.limit}")
         if self.limit is not None and self.samples is not None:
             raise UserError("--limit and --samples both choose documents; give one")
+        if self.draw is not None and (self.limit is None or self.draw < 0):
+            raise UserError("--draw is a seed of at least 0, and needs --limit: how many documents of each task")
         self.thresholds_by_task()  # refuses names that are none
         if self.prune_scope is not None and self.prune_scope not in get_args(PruneScope):
             raise UserError(f"--prune_scope must be all or generated, got {self.prune_scope!r}")
