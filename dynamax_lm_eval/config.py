@@ -83,8 +83,17 @@ class DynamaxArgs:
         values.choice(ConfidenceName),
         '`classifier`: a trained network\'s probability of "exit"; `softmax`: probability of the best token less that '
         "of the second; `entropy`: 1 - normalised entropy; `state`: cosine of the hidden state before and after the "
-        "block at the exit. `softmax` and `entropy` read the LM head at every exit; `state` costs nothing",
+        "block at the exit. `softmax` and `entropy` read the LM head at every exit; `state` costs nothing. `cascade`: "
+        "the probability of the best token, read out where a trained classifier reaches `propose`; the read that "
+        "confirms gives the token, so only refused proposals cost one",
         shown="`classifier` with trained exits, else `softmax`",
+        vary=True,
+    )
+    propose: float | None = values.argument(
+        None,
+        values.number(0, hint="the classifier's confidence"),
+        "with `confidence=cascade`: the classifier's confidence from which on a token is read out to be confirmed",
+        shown="0.5",
         vary=True,
     )
     vocab_subset: int | None = values.argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-ConfidenceName = Literal["classifier", "softmax", "entropy", "state"]
+ConfidenceName = Literal["classifier", "softmax", "entropy", "state", "cascade"]
 
 
 ClassifierKind = Literal["calm", "ffn", "mamba", "hybrid"]

@@ -32,6 +32,7 @@ class Row:
     logits: list[Tensor] = field(default_factory=list)  # of every token
     confidences: list[float] = field(default_factory=list)  # all that were compared, less their threshold
     block_calls: int = 0
+    refused: list[int] = field(default_factory=list)  # exits at which a read did not confirm
 
 
 class _ListCache:
@@ -86,9 +87,15 @@ class Decisions:
         if policy.threshold_decay is not None:
             threshold = 0.9 * threshold + 0.1 * math.exp(-policy.threshold_decay * step / self.max_steps)
             threshold = min(max(threshold, 0.0), 1.0)
-        if policy.confidence == "classifier":
+        if policy.confidence in ("classifier", "cascade"):
             seen = self.seen[block] if policy.classifier in RECURRENT else [after.flatten()]
             confidence = float(slow_classifier(self.classifiers.at(policy.classifier, block), seen).softmax(-1)[1])
+            if policy.propose is not None:
+                self.row.confidences.append(confidence - policy.propose)
+                if confidence < policy.propose:
+                    return False
+                confidence = float(self._looked_at(self._readout(self._adapted(after, block))).softmax(-1).max())
+                self.row.refused += [block] if confidence < threshold else []
         elif policy.confidence == "state":
             a, b = before.flatten(), after.flatten()
             confidence = max(0.0, float(a @ b / (a.norm() * b.norm())))

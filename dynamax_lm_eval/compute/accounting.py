@@ -45,7 +45,14 @@ class Trace:
     exit_layers: tuple[int, ...]
     generated: bool
     hit_limit: bool = False
+    #: For each eligible token the exits at which a read refused to confirm, as bits in their order; empty: at none.
+    refused: tuple[int, ...] = ()
     verified: VerifiedTrace | None = None
+
+
+def if_any(refused: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns what traces say of tokens that were refused; nothing where none was."""
+    return refused if any(refused) else ()
 
 
 @dataclass
@@ -190,6 +197,11 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
                 np.asarray(exit_cost.adapter_macs)[np.searchsorted(exit_cost.evaluated_layers, read_out)].sum()
             )
 
+    refused_reads, refused_adapters = exit_cost.refused_macs(np.asarray(trace.refused, dtype=np.int64))
+    if exit_cost.reads_to_confirm_alone:
+        refused_reads += int((layers < depth).sum()) * exit_cost.confirm_read_macs
+    partial_reads, adapter = partial_reads + refused_reads, adapter + refused_adapters
+
     runs_last = exit_cost.final_block and depth not in pruned
     recompute, recompute_units, recompute_of_others = 0, 0.0, 0
     if exit_cost.recomputes_state:
@@ -270,7 +282,7 @@ def _account_verified(trace: Trace, verified: VerifiedTrace, exit_cost: ExitCost
     """Returns what a row cost whose exits are drafts: the full model's row, with what was spent on its tokens."""
     depth = cost.num_layers
     nothing = ExitCost((), (), False, False, frozenset(), exit_cost.first_eligible)
-    full = replace(trace, exit_layers=(depth,) * len(trace.exit_layers), verified=None)
+    full = replace(trace, exit_layers=(depth,) * len(trace.exit_layers), refused=(), verified=None)
     record, spent = account(full, nothing, cost), cost_of(verified, exit_cost, cost)
     record.exit_layers = [list(trace.exit_layers)]
     record.block_macs, record.classifier_macs = spent.block_macs, spent.classifier_macs

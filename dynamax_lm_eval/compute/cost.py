@@ -141,6 +141,10 @@ class ExitCost:
     state_map_macs: tuple[int, ...] = ()
     #: MACs of the adapter of a read-out, for each of these layers.
     adapter_macs: tuple[int, ...] = ()
+    #: MACs of the read that confirms what a classifier proposes; 0: nothing is confirmed.
+    confirm_read_macs: int = 0
+    #: The read that confirms gives no token, because it is of a part of the vocabulary.
+    reads_to_confirm_alone: bool = False
     #: MACs of the read that gives a draft, beyond what its evaluation read.
     draft_read_macs: int = 0
     #: Warm-up tokens: tokens that may not exit and that a recurrent classifier sees at every one of these layers.
@@ -158,6 +162,15 @@ class ExitCost:
     def evaluations(self, layers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns how many exits were evaluated for eligible tokens that left at ``layers`` (T,)."""
         return np.searchsorted(np.asarray(self.evaluated_layers, dtype=np.int64), layers, side="right")
+
+    def refused_macs(self, refused: npt.NDArray[np.int64]) -> tuple[int, int]:
+        """Returns the MACs of reads that refused to confirm, and of their adapters.
+
+        ``refused``: (T,) bits, one for each of ``evaluated_layers``.
+        """
+        counts = [int(((refused >> i) & 1).sum()) for i in range(len(self.evaluated_layers))]
+        adapters = sum(count * macs for count, macs in zip(counts, self.adapter_macs or [0] * len(counts), strict=True))
+        return sum(counts) * self.confirm_read_macs, adapters
 
     def classifier_total(self, per_layer: tuple[int, ...], evaluations: npt.NDArray[np.int64]) -> int:
         """Returns the sum of ``per_layer`` over all evaluations, those on warm-up tokens included."""

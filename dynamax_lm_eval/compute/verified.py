@@ -26,6 +26,8 @@ class FedToken(NamedTuple):
     stands: bool
     #: Whether what it drafted is.
     was_right: bool
+    #: Exits at which a read refused to confirm, as bits.
+    refused: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,11 @@ def cost_of(verified: VerifiedTrace, exit_cost: ExitCost, cost: BackboneCost) ->
     partial = exit_cost.classifier_total(exit_cost.partial_read_macs, evaluations)
     reads = int(evaluations.sum()) * cost.lm_head if exit_cost.reads_lm_head else partial
     drafts = verified.drafts
-    reads += len(drafts) * exit_cost.draft_read_macs
+    refused_reads, refused_adapters = exit_cost.refused_macs(np.asarray([t.refused for t in fed], dtype=np.int64))
+    reads += len(drafts) * exit_cost.draft_read_macs + refused_reads
     taken_back = sum(not token.stands for token in fed) * cost.lm_head
     classifiers = exit_cost.classifier_total(exit_cost.classifier_macs, seen)
-    adapters = _adapter_macs(exit_cost, evaluations, drafts)
+    adapters = _adapter_macs(exit_cost, evaluations, drafts) + refused_adapters
     # Verified together, the tokens of a pass are read out with one read of the LM head's weights.
     full_reads = sum(last == depth for _, last in verified.passes) * cost.lm_head
     running = np.cumsum([0, *(block.weights for block in cost.blocks)])

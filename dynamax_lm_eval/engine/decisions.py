@@ -19,7 +19,7 @@ from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import NotFiniteError
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
-from dynamax_lm_eval.exits.confidences import Confidence, ExitInputs
+from dynamax_lm_eval.exits.confidences import CascadeConfidence, Confidence, ExitInputs
 from dynamax_lm_eval.exits.policy import NEVER
 from dynamax_lm_eval.exits.states import ClassifierStates
 from dynamax_lm_eval.models.placement import moved
@@ -81,6 +81,8 @@ class ExitDecisions:
         #: Drafts that are chosen from a part of the vocabulary.
         self._partly_unread = WaitingTokens()
         self._subsets: dict[ConfidenceInUse, SubsetReader] = {}
+        #: For each token (N,) the exits at which a read refused to confirm a proposal, as bits in their policy's order.
+        self.refused = np.zeros(len(batch), dtype=np.int64)
 
     def leaving(self, block: int, tokens: IntArray, before: Tensor, hidden: Tensor) -> BoolArray | None:
         """Returns which of the tokens in flight exit after ``block``, (n,); None where none may.
@@ -113,8 +115,16 @@ class ExitDecisions:
         leaves = np.zeros(len(tokens), dtype=np.bool_) if forced is None else forced[tokens]
         leaves[indices] |= scores >= self._batch.thresholds[block][tokens[indices]]
         for evaluation in evaluations:
+            if isinstance(evaluation.use.confidence, CascadeConfidence):
+                self._note_refused(block, tokens[evaluation.indices[~leaves[evaluation.indices]]])
             self._keep_logits(evaluation, leaves, tokens, hidden)
         return leaves
+
+    def _note_refused(self, block: int, tokens: IntArray) -> None:
+        """Notes the tokens (t,) that were read out at an exit and stay."""
+        for token in tokens.tolist():
+            policy = self._batch.policies[self._batch.layout.row_of[token]]
+            self.refused[token] |= 1 << policy.active_exits.index(block)
 
     def read_out(self, tokens: IntArray, hidden: Tensor) -> None:
         """Reads out what the decisions did not: tokens (n,) at the end of the pass, and those that left unread."""
@@ -170,10 +180,14 @@ class ExitDecisions:
         before = moved(select(before, indices)[0], after.device) if use.confidence.reads_before else after
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
+        if isinstance(use.confidence, CascadeConfidence):
+            proposed = self._proposed(use.confidence, inputs, own)
+            own, indices, after = own[proposed], indices[proposed], select(after.unsqueeze(0), proposed)[0]
+            inputs = ExitInputs(block, after, after, self._slots[own], self._states)
         corrected: Tensor | None = None
         reduced: Sequence[Tensor] = ()
         looked_at: Tensor | None = None
-        if use.confidence.reads_lm_head:
+        if use.confidence.reads_lm_head or _confirms_by_all(use.confidence):
             scores, reduced = self._score_logits(use.confidence, inputs, own, adapter)
         elif use.confidence.vocab_subset is not None:
             corrected = _adapted(after, adapter)
@@ -182,12 +196,27 @@ class ExitDecisions:
             scores = use.confidence.score(inputs)
         return _Evaluation(use, indices, scores, adapter, corrected, reduced, looked_at)
 
+    def _proposed(self, cascade: CascadeConfidence, inputs: ExitInputs, tokens: IntArray) -> IntArray:
+        """Returns which of tokens (t,) a classifier proposes to let leave, and which may; it sees all of them.
+
+        Raises:
+            NotFiniteError: one of its confidences is no number.
+        """
+        sure = cascade.classifier.score(inputs).cpu().numpy()
+        if len(broken := np.flatnonzero(~np.isfinite(sure))):
+            row = int(self._batch.layout.row_of[tokens[broken[0]]])
+            raise NotFiniteError(row, f"{cascade.classifier.name} confidences at exit layer {inputs.layer}")
+        may_leave = self._batch.thresholds[inputs.layer][tokens] < NEVER
+        return np.flatnonzero((sure >= np.float32(cascade.propose)) & may_leave)
+
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """Returns confidences (t,) that come from logits, and what is kept of those: the read serves the exit too."""
         scores, reduced = [], []
         is_read = self._read_at_exit(tokens)
+        if len(tokens) == 0:
+            return torch.empty(0, device=inputs.after.device), ()
         for part, logits in self._logits(_adapted(inputs.after, adapter)):
             scores.append(confidence.score(inputs.part(part, logits)))
             needed = np.flatnonzero(is_read[part])
@@ -204,6 +233,8 @@ class ExitDecisions:
         With them come these logits (t, N), where some row drafts from them.
         """
         batch = self._batch
+        if len(tokens) == 0:
+            return torch.empty(0, device=read.device), None
         if use not in self._subsets:
             own = (batch.confidence_of_row == batch.confidences.index(use)).tolist()
             looked_at = [looked if it_is else None for looked, it_is in zip(batch.vocabularies, own, strict=True)]
@@ -260,6 +291,11 @@ class ExitDecisions:
         """Yields the logits (T, V) of hidden states (t, D), in parts of bounded size."""
         for part in _parts(len(hidden), self._backbone.vocab_size):
             yield part, self._backbone.readout(hidden[part])
+
+
+def _confirms_by_all(confidence: Confidence) -> bool:
+    """Returns whether proposals are read out from all of the vocabulary, which gives the token as well."""
+    return isinstance(confidence, CascadeConfidence) and confidence.vocab_subset is None
 
 
 def _parts(num_tokens: int, width: int) -> list[slice]:

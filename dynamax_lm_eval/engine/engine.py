@@ -88,6 +88,7 @@ class PassResult(NamedTuple):
     """What became of the tokens of a pass."""
 
     layers: IntArray  # (N,) the number of blocks that each ran through, so far
+    refused: IntArray  # (N,) exits at which a read refused to confirm, as bits in the order of the policy's
     held: HeldTokens | None
     #: Tokens of rows that draft, which stopped after some blocks.
     stopped: Sequence[StoppedTokens]
@@ -187,25 +188,22 @@ class Engine:
         adapters = exits.adapter_macs() if exits is not None else {}
         state_maps = exits.state_map_macs() if exits is not None else ()
         lm_head = self.backbone.cost.lm_head
-        if policy.drafts and policy.vocab_subset is not None:
+        if policy.vocab_subset is not None:
             lm_head = self.backbone.hidden_size * policy.vocab_subset
         terms = policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps, lm_head)
         return account(trace, terms, self.backbone.cost)
 
     def forward(
         self, batch: FlatBatch, states: RowStates, collector: LogitsCollector, materialize_all: bool = False
-    ) -> IntArray:
+    ) -> PassResult:
         """Feeds a batch and hands the logits of the tokens that need them to ``collector``.
 
         ``materialize_all``: no states are deferred, so that every block has those of all tokens and rows may be copied.
 
-        Returns:
-            (N,) the number of blocks that each token ran through; the backbone's depth without an exit.
-
         Raises:
             NotFiniteError: a confidence is no number; its ``index`` is that of the row.
         """
-        return self.advance(batch, states, collector, materialize_all=materialize_all).layers
+        return self.advance(batch, states, collector, materialize_all=materialize_all)
 
     @torch.inference_mode()
     def advance(
@@ -275,9 +273,9 @@ class Engine:
             runner.count()
             layer_of[drafts.waiting] = batch.resumed[drafts.waiting]
             if holds is not None:
-                return PassResult(layer_of, held, drafts.stopped, decisions.unread(tokens, hidden))
+                return PassResult(layer_of, decisions.refused, held, drafts.stopped, decisions.unread(tokens, hidden))
             decisions.read_out(tokens, hidden)
-        return PassResult(layer_of, held, drafts.stopped, None)
+        return PassResult(layer_of, decisions.refused, held, drafts.stopped, None)
 
     def _runner(self, run: ForwardPass, batch: FlatBatch, states: RowStates, materialize_all: bool) -> BlockRunner:
         """Returns what runs the blocks of a pass."""

@@ -165,11 +165,13 @@ def _run(
     for layer, tokens, states_there in result.stopped:
         for token, state in zip(tokens.tolist(), states_there.split(1, dim=1), strict=True):
             stopped[int(batch.layout.row_of[token])][int(number_of[token])] = layer, state
-    for i, layers in enumerate(batch.by_row(result.layers)):
+    for i, (layers, refused) in enumerate(zip(batch.by_row(result.layers), batch.by_row(result.refused), strict=True)):
         if batch.drafts[i]:
-            rows[i].stop(stopped[i])
-        elif result.held is None or i not in result.held.tokens:
-            rows[i].layers += layers
+            rows[i].stop(stopped[i], refused)
+        elif result.held is not None and i in result.held.tokens:
+            rows[i].refused_so_far |= refused[-1]
+        else:
+            rows[i].note(layers, refused)
     if result.held is not None:
         wait(*result.held)
     if result.unread is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.accounting import Trace, if_any
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.decisions import NoLogits
 from dynamax_lm_eval.engine.engine import Engine, RowStates
@@ -57,10 +57,11 @@ class Prefix:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """The prefix that a row has a copy of: its length, and how many blocks its tokens that may exit ran through."""
+    """The prefix that a row has a copy of: its length, and how its tokens ran that may exit, as traces have it."""
 
     tokens: int = 0
     layers: tuple[int, ...] = ()
+    refused: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class _Ran:
 
     prefix: Prefix
     layers: tuple[int, ...]  # of those of its tokens that may exit
+    refused: tuple[int, ...]  # of the same
     uses: int = 0
 
 
@@ -237,6 +239,7 @@ class PrefixStore:
                     num_output_tokens=0,
                     exit_layers=ran.layers,
                     generated=False,
+                    refused=if_any(ran.refused),
                 ),
                 ran.uses,
             )
@@ -285,7 +288,9 @@ class PrefixStore:
                 if prefix in still_needed and self._states.keep(source, prefix.length):
                     self._kept[prefix] = ran[prefix]
         return [
-            SharedPrefix(prefix.length, ran[prefix].layers) if prefix is not None else SharedPrefix()
+            SharedPrefix(prefix.length, ran[prefix].layers, ran[prefix].refused)
+            if prefix is not None
+            else SharedPrefix()
             for prefix in longest
         ]
 
@@ -332,14 +337,15 @@ class PrefixStore:
                     policy=prefix.policy,
                 )
             )
-        layers: list[list[int]] = []
+        own: list[tuple[list[int], list[int]]] = []
         for inputs in passes:
             batch = FlatBatch.build(inputs)
-            with naming_request(range(len(layers), len(layers) + len(inputs))):
-                layers += batch.by_row(self._engine.forward(batch, self._states, NoLogits(), materialize_all=True))
-        ran = {
-            prefix: _Ran(prefix, (*(before[prefix.parent].layers if prefix.parent is not None else ()), *own_layers))
-            for (prefix, _), own_layers in zip(prefixes, layers, strict=True)
-        }
+            with naming_request(range(len(own), len(own) + len(inputs))):
+                result = self._engine.forward(batch, self._states, NoLogits(), materialize_all=True)
+            own += zip(batch.by_row(result.layers), batch.by_row(result.refused), strict=True)
+        ran: dict[Prefix, _Ran] = {}
+        for (prefix, _), (layers, refused) in zip(prefixes, own, strict=True):
+            parent = before[prefix.parent] if prefix.parent is not None else _Ran(prefix, (), ())
+            ran[prefix] = _Ran(prefix, (*parent.layers, *layers), (*parent.refused, *refused))
         self._all += ran.values()
         return ran

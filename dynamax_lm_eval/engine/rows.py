@@ -15,7 +15,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.accounting import Trace, if_any
 from dynamax_lm_eval.compute.verified import FedToken, VerifiedTrace
 from dynamax_lm_eval.engine.batch import RowInput
 from dynamax_lm_eval.engine.prefixes import SharedPrefix
@@ -35,6 +35,9 @@ class Row:
     began: float
     generated: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+    #: Of the token that waits at an exit, as far as it has run.
+    refused_so_far: int = 0
     first_token: float = 0.0
 
     @cached_property
@@ -78,8 +81,18 @@ class Row:
         """Returns what the token behind token ``number`` of its input is chosen with."""
         return RowToChoose(self.request.sampler, self.request.prompt, self.generated)
 
-    def stop(self, stopped: Mapping[int, tuple[int, Tensor]]) -> None:
-        """Notes the tokens of its input that stopped, with the blocks that they ran and hidden states (1, 1, D)."""
+    def note(self, layers: Sequence[int], refused: Sequence[int]) -> None:
+        """Notes how tokens of its input ran that may exit, as :class:`Trace` has it."""
+        self.layers += layers
+        if refused:
+            self.refused += [*refused[:-1], refused[-1] | self.refused_so_far]
+        self.refused_so_far = 0
+
+    def stop(self, stopped: Mapping[int, tuple[int, Tensor]], refused: Sequence[int]) -> None:
+        """Notes the tokens of its input that stopped, with the blocks that they ran and hidden states (1, 1, D).
+
+        ``refused``: of the tokens that may exit, as :class:`Trace` has it.
+        """
         assert not stopped, "plain rows do not draft"
 
     def take(self, chosen: Mapping[int, int]) -> tuple[list[int], int | None]:
@@ -100,6 +113,7 @@ class Row:
             exit_layers=(*self.shared_prefix.layers, *self.layers),
             generated=True,
             hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
+            refused=if_any((*self.shared_prefix.refused, *self.refused)),
             verified=self._verified,
         )
         times = self.began, self.first_token, now
@@ -117,6 +131,7 @@ class _Draft:
     first_layer: int  # at which it left
     layer: int  # blocks that it has run since
     hidden: Tensor  # (1, 1, D) after them
+    refused: int  # exits at which it was refused before
     proposal: int | None = None  # what it says comes next
 
 
@@ -135,6 +150,7 @@ class VerifiedRow(Row):
     fed: list[FedToken] = field(default_factory=list)
     passes: list[tuple[int, int]] = field(default_factory=list)
     verifications: int = 0
+    refused_of_new: int = 0
 
     @property
     def resumed(self) -> Sequence[Tensor]:
@@ -171,10 +187,11 @@ class VerifiedRow(Row):
         draw = self.draws[len(context)] if sampler.do_sample else None
         return RowToChoose(sampler, self.request.prompt, context, draw, has_grown=False)
 
-    def stop(self, stopped: Mapping[int, tuple[int, Tensor]]) -> None:
+    def stop(self, stopped: Mapping[int, tuple[int, Tensor]], refused: Sequence[int]) -> None:
         if not self.generated:
             return
         new = len(self.drafts)
+        self.refused_of_new = 0 if self.is_drafted_to_end else refused[-1]
         first = min((draft.layer for draft in self.drafts), default=0) if self.is_drafted_to_end else 0
         last = stopped[new][0] if new in stopped else self.request.policy.num_layers
         self.passes.append((first, last))
@@ -182,7 +199,7 @@ class VerifiedRow(Row):
             if number < new:
                 self.drafts[number].layer, self.drafts[number].hidden = layer, hidden
             else:
-                self.drafts.append(_Draft(layer, layer, hidden))
+                self.drafts.append(_Draft(layer, layer, hidden, self.refused_of_new))
 
     def take(self, chosen: Mapping[int, int]) -> tuple[list[int], int | None]:
         if not self.generated:
@@ -205,9 +222,11 @@ class VerifiedRow(Row):
         position = len(self.request.prompt) + len(self.generated) - 1
         depth, may_exit = self.request.policy.num_layers, self._may_exit
         for number in range(num_fed):
-            left = self.drafts[number].first_layer if number < len(self.drafts) else None
+            is_draft = number < len(self.drafts)
+            left = self.drafts[number].first_layer if is_draft else None
+            refused = self.drafts[number].refused if is_draft else self.refused_of_new
             evaluated = left is not None or may_exit
-            self.fed.append(FedToken(position + number, left, evaluated, number < kept, number < accepted))
+            self.fed.append(FedToken(position + number, left, evaluated, number < kept, number < accepted, refused))
             if number < kept:
                 self.layers.append(depth if left is None else left)
         self.verifications += bool(proposals)

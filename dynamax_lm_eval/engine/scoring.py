@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.accounting import Trace, if_any
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.generation import MAX_TOKENS_PER_PASS
@@ -59,9 +59,10 @@ def score(
         targets, device = [requests[i].targets for i in members], engine.backbone.output_device
         collector = _TargetScores(batch, targets, device, softmax_dtype)
         with naming_request(members):
-            layers = engine.forward(batch, states, collector)
-        results = zip(members, slots, shared_prefixes, collector.by_row(), batch.by_row(layers), strict=True)
-        for i, slot, shared_prefix, scores, row_layers in results:
+            ran = engine.forward(batch, states, collector)
+        scored, layers, refused = collector.by_row(), batch.by_row(ran.layers), batch.by_row(ran.refused)
+        for row, (i, slot, shared_prefix) in enumerate(zip(members, slots, shared_prefixes, strict=True)):
+            scores = scored[row]
             states.free_row(slot)
             if any(math.isnan(value) for line in scores[0] for value in line):
                 raise NotFiniteError(i)
@@ -69,8 +70,9 @@ def score(
                 prompt_tokens=requests[i].context_length,
                 fed_tokens=len(requests[i].ids),
                 num_output_tokens=len(requests[i].targets),
-                exit_layers=(*shared_prefix.layers, *row_layers),
+                exit_layers=(*shared_prefix.layers, *layers[row]),
                 generated=False,
+                refused=if_any((*shared_prefix.refused, *refused[row])),
             )
             yield i, Scoring(*scores, trace, shared_prefix.tokens)
     return prefixes.runs

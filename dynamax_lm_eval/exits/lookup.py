@@ -127,7 +127,7 @@ def for_run(
 
 def may_use_exits(args: DynamaxArgs) -> bool:
     """Returns whether a run could use trained exits: not with another confidence, nor where nothing exits."""
-    if args.exits is not None or args.classifier is not None or args.confidence == "classifier":
+    if args.exits is not None or args.classifier is not None or args.confidence in ("classifier", "cascade"):
         return True
     never_exits = len(args.threshold) == 1 and args.threshold[0] >= 1 and args.prompt_exit_layer is None
     return args.confidence is None and not never_exits

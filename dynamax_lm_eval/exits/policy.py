@@ -22,6 +22,8 @@ from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, ExitScope, Pru
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
 NEVER = math.inf
 
+#: The classifier's confidence from which on a cascade reads out.
+DEFAULT_PROPOSE = 0.5
 #: Tokens that a row drafts at most.
 DEFAULT_VERIFY_TOKENS = 8
 
@@ -62,6 +64,8 @@ class ExitPolicy:
     vocab_subset: int | None = None
     #: A token exits where its confidence is above the threshold, not where it reaches it.
     above_threshold: bool = False
+    #: The classifier's confidence from which on a cascade reads out; None: it is none.
+    propose: float | None = None
     #: Tokens that left are drafts, at most so many at a time, which the full model verifies; None: they stand.
     verify_tokens: int | None = None
     #: What the user should know of how the policy came about; decides nothing.
@@ -77,11 +81,15 @@ class ExitPolicy:
         # Prompt tokens that left would owe states to blocks that the others of their prompt run.
         leaves_prompt = self.exit_scope == "all" or self.prompt_exit_layer is not None
         assert self.prune_scope == "all" or not leaves_prompt
-        assert self.vocab_subset is None or self.confidence in ("softmax", "entropy") or self.verify_tokens is not None
+        of_logits = self.confidence in ("softmax", "entropy", "cascade")
+        assert self.vocab_subset is None or of_logits or self.verify_tokens is not None
         # What is verified is the full model's, from its prompt on.
         assert self.verify_tokens is None or (self.exit_scope == "generated" and not self.pruned_blocks)
         assert self.verify_tokens is None or (self.prompt_exit_layer is None and not self.final_block)
-        assert (self.classifier is None) or self.confidence == "classifier"
+        assert (self.classifier is None) or self.confidence in ("classifier", "cascade")
+        assert (self.propose is None) == (self.confidence != "cascade")
+        # The read that confirms gives the token.
+        assert self.confidence != "cascade" or not self.final_block
 
     @cached_property
     def active_exits(self) -> tuple[int, ...]:
@@ -102,9 +110,9 @@ class ExitPolicy:
     @cached_property
     def resolved_confidence(self) -> Confidence | None:
         """What gives the confidence; None where that would be a classifier and there is none."""
-        if self.confidence == "classifier" and self.classifier is None:
+        if self.confidence in ("classifier", "cascade") and self.classifier is None:
             return None
-        return resolve_confidence(self.confidence, self.classifier, self.vocab_subset)
+        return resolve_confidence(self.confidence, self.classifier, self.vocab_subset, self.propose)
 
     @property
     def is_recurrent(self) -> bool:
@@ -217,6 +225,8 @@ class ExitPolicy:
             adapter_macs=tuple((adapter_macs or {}).get(layer, 0) for layer in self.active_exits),
             warmed_tokens=max(0, first - self.first_warmed_position(prompt_length)) if self.is_recurrent else 0,
             final_block=self.final_block,
+            confirm_read_macs=lm_head if self.confidence == "cascade" else 0,
+            reads_to_confirm_alone=self.vocab_subset is not None,
             draft_read_macs=self._draft_read_macs(lm_head) if self.drafts else 0,
             reads_lm_head=confidence is not None and confidence.reads_lm_head,
             recomputes_state=self.state_mode in ("recompute", "learned") and not self.drafts,
@@ -243,6 +253,7 @@ class ExitPolicy:
             "prune_scope": "all",
             "above_threshold": False,
             "verify_tokens": None,
+            "propose": None,
         }.items():
             if description[name] == value:
                 del description[name]

@@ -14,8 +14,8 @@ from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
-from dynamax_lm_eval.exits.confidences import CONFIDENCES, LogitsConfidence
-from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
+from dynamax_lm_eval.exits.confidences import CONFIDENCES, CascadeConfidence, LogitsConfidence
+from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE, DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Preset, StateMode
@@ -78,6 +78,7 @@ def resolve_policy(
         prompt_exit_keep=DEFAULT_WARMUP if args.prompt_exit_keep is None else args.prompt_exit_keep,
         adapter=exits.adapter if exits is not None else "none",
         vocab_subset=_vocab_subset(args, confidence),
+        propose=_propose(args, confidence, final_block),
         above_threshold=args.preset == "thesis",
         verify_tokens=_verify_tokens(args, final_block),
         notes=notes,
@@ -191,7 +192,7 @@ def _resolve_exits(
 ) -> tuple[ClassifierKind | None, bool]:
     """Returns the kind of classifier, if one gives the confidence, and whether block L runs after an exit."""
     final_block = bool(args.final_block)
-    if confidence == "classifier" and exits is not None:
+    if confidence in ("classifier", "cascade") and exits is not None:
         classifier = _choose_classifier(args, exits)
         _check_final_block(args, exits)
         _check_trained_layers(args, exits)
@@ -201,7 +202,7 @@ def _resolve_exits(
     if args.classifier is not None or args.classifier_warmup is not None:
         name = "classifier" if args.classifier is not None else "classifier_warmup"
         raise UserError(f"{name} needs confidence=classifier and trained exits; this run uses {confidence}")
-    if args.exits is not None and confidence != "classifier":
+    if args.exits is not None and confidence not in ("classifier", "cascade"):
         if exits is None or not exits.serves_every_confidence:
             raise UserError(
                 f"exits={args.exits!r} has no effect with confidence={confidence}: these exits have no adapters and no "
@@ -238,13 +239,25 @@ def _verify_tokens(args: DynamaxArgs, final_block: bool) -> int | None:
     return DEFAULT_VERIFY_TOKENS if args.verify_tokens is None else args.verify_tokens
 
 
+def _propose(args: DynamaxArgs, confidence: ConfidenceName, final_block: bool) -> float | None:
+    if confidence != "cascade":
+        if args.propose is not None:
+            raise UserError(f"propose needs confidence=cascade; this run uses {confidence}")
+        return None
+    if final_block:
+        raise UserError(
+            "cascade and final_block exclude each other: what confirms an exit there is not what gives its token"
+        )
+    return DEFAULT_PROPOSE if args.propose is None else args.propose
+
+
 def _vocab_subset(args: DynamaxArgs, confidence: ConfidenceName) -> int | None:
     if args.vocab_subset is None or all(threshold >= 1 for threshold in args.threshold):
         return None
-    if not args.verify and not issubclass(CONFIDENCES[confidence], LogitsConfidence):
+    if not args.verify and not issubclass(CONFIDENCES[confidence], LogitsConfidence | CascadeConfidence):
         raise UserError(
-            f"vocab_subset needs confidence=softmax or entropy, which read the LM head, or verify=true; this run uses "
-            f"{confidence}"
+            "vocab_subset needs confidence=softmax, entropy or cascade, which read the LM head, or verify=true; this "
+            f"run uses {confidence}"
         )
     return args.vocab_subset
 
@@ -317,10 +330,10 @@ def _check_active(policy: ExitPolicy, exits: ExitConfig | None, recurrent_backbo
                 f"state_mode=learned: these exits have maps for states after {list(exits.exit_layers)} blocks and none "
                 f"after {unknown}; choose one of theirs, or add state_mode=recompute"
             )
-    if policy.active_exits and policy.confidence == "classifier" and exits is None:
+    if policy.active_exits and policy.confidence in ("classifier", "cascade") and exits is None:
         raise UserError(
-            "confidence=classifier needs exits that were trained for this backbone, and none are known; name them "
-            "with exits=, or train them: dynamax-lm-eval train --backbone ..."
+            f"confidence={policy.confidence} needs exits that were trained for this backbone, and none are known; name "
+            "them with exits=, or train them: dynamax-lm-eval train --backbone ..."
         )
     at_pruned = sorted(policy.pruned_blocks.intersection(policy.used_exits))
     if at_pruned:

@@ -27,7 +27,9 @@ VERIFY = "verify"
 #: Hex digits of a checksum in a label.
 _DIGITS = 6
 #: What a label says in words.
-_SAID = frozenset({"thresholds", "confidence", "classifier", "state_mode", "pruned_blocks", "prompt_exit_layer"})
+_SAID = frozenset(
+    {"thresholds", "confidence", "classifier", "propose", "state_mode", "pruned_blocks", "prompt_exit_layer"}
+)
 
 
 def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits_fingerprint: str | None) -> str:
@@ -49,7 +51,7 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
     target = SPEED if args.fastest else target
     if policy.active_exits or target is not None:
         values = policy.thresholds[:1] if len(set(policy.thresholds)) == 1 else policy.thresholds
-        parts += [policy.classifier or policy.confidence, VERIFY if policy.drafts else policy.state_mode]
+        parts += [_confidence(policy), VERIFY if policy.drafts else policy.state_mode]
         parts.append(target or "+".join(f"{value:g}" for value in values))
     if policy.prompt_exit_layer is not None:
         parts += [*([] if parts else [policy.state_mode]), f"prompt{policy.prompt_exit_layer}"]
@@ -62,6 +64,12 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
     if args.exits is not None and exits is not None:
         unusual["exits"] = exits_fingerprint
     return "-".join([*parts, checksum(unusual)[:_DIGITS]] if unusual else parts)
+
+
+def _confidence(policy: ExitPolicy) -> str:
+    if policy.propose is None:
+        return policy.classifier or policy.confidence
+    return f"{policy.confidence}-{policy.classifier}-{policy.propose:g}"
 
 
 def _targets(args: DynamaxArgs) -> dict[str, float | None]:
@@ -78,6 +86,7 @@ def _unusual(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None) ->
         thresholds=(policy.thresholds[0] if policy.thresholds else 1.0,) * len(layers),
         confidence=policy.confidence,
         classifier=policy.classifier,
+        propose=policy.propose,
         state_mode=policy.state_mode,
         pruned_blocks=deepest,
         final_block=exits is not None and exits.final_block,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lm_eval
 import torch
@@ -46,9 +46,8 @@ from dynamax_lm_eval.sweep.files import (
     write_options,
 )
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
-from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid
+from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid, uses_classifiers
 from dynamax_lm_eval.sweep.store import ResponseStore
-from dynamax_lm_eval.types import ClassifierKind
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ _FREE = frozenset(
         "samples",
         "thresholds",
         "confidences",
+        "propose",
         "state_modes",
         "prune",
         "prune_scope",
@@ -166,7 +166,7 @@ def load(options: SweepOptions) -> SweepLM:
         "batch_size": options.batch_size,
         "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
-    if options.confidences is None or set(confidences_of(options, ())).intersection(get_args(ClassifierKind)):
+    if options.confidences is None or uses_classifiers(confidences_of(options, ())):
         # Exits are looked up where something may exit; the grid decides what does.
         arguments = {**arguments, "threshold": 0.5}
     return SweepLM(**arguments)

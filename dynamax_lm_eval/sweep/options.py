@@ -23,7 +23,10 @@ from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, PruneScope, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
-CONFIDENCES = (*get_args(ClassifierKind), *(name for name in get_args(ConfidenceName) if name != "classifier"))
+_KINDS = get_args(ClassifierKind)
+_CASCADE = "cascade"
+_TRAINING_FREE = tuple(name for name in get_args(ConfidenceName) if name not in ("classifier", _CASCADE))
+CONFIDENCES = (*_KINDS, *_TRAINING_FREE, *(f"{_CASCADE}:{kind}" for kind in _KINDS))
 
 
 #: The family of points whose exits are drafts.
@@ -50,6 +53,10 @@ class SweepOptions:
     )
     confidences: str | None = _option(
         None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
+    )
+    propose: str = _option(
+        "0.5",
+        "of cascades: the classifier's confidence from which on a token is read out; several, separated by commas",
     )
     state_modes: str = _option(
         AUTO,
@@ -234,6 +241,11 @@ def name_of(thresholds: Sequence[float]) -> str:
     return "+".join(f"{threshold:g}" for threshold in thresholds)
 
 
+def uses_classifiers(confidences: Sequence[str]) -> bool:
+    """Says whether some of these confidences need trained classifiers."""
+    return any(name.partition(":")[0] in (*_KINDS, _CASCADE) for name in confidences)
+
+
 def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
     """Returns the confidences that are named, else all ``kinds`` of the trained exits, else ``softmax``."""
     if options.confidences is None:
@@ -267,11 +279,13 @@ def grid(
         wrong = [name for name in names if name not in choices]
         if wrong or not names:
             raise UserError(f"--{what} must name some of {', '.join(choices)}, got {', '.join(wrong) or 'none'}")
-    for confidence, mode in product(confidences, modes):
-        is_kind = confidence in get_args(ClassifierKind)
-        arguments: dict[str, Any] = {"confidence": "classifier" if is_kind else confidence}
+    for (confidence, propose), mode in product(_proposing(confidences, options.propose), modes):
+        name, _, kind = confidence.partition(":")
+        is_kind = name in (*_KINDS, _CASCADE)
+        arguments: dict[str, Any] = {"confidence": "classifier" if name in _KINDS else name}
         if is_kind:
-            arguments["classifier"] = confidence
+            arguments |= {"classifier": kind or name, "propose": propose}
+            confidence = confidence.replace(":", "-") if propose is None else f"{name}-{kind}-{propose:g}"
         elif exits is None or full.exits is None or not exits.serves_every_confidence:
             arguments["exits"] = None
         uses_exits = is_kind or arguments.get("exits", full.exits) is not None
@@ -306,6 +320,20 @@ def grid(
             args = replace(full, prune_layers=count, prune_scope=scope, **changed)
             points.append(Point(name, "pruning", series, count, args, every_task))
     return points
+
+
+def _proposing(confidences: Sequence[str], propose: str) -> list[tuple[str, float | None]]:
+    """Returns confidences, those that are cascades with each of the values of ``--propose``."""
+    try:
+        values = [float(text) for text in _items(propose)]
+    except ValueError:
+        values = []
+    if not values or not all(0 <= value <= 1 for value in values):
+        raise UserError(f"--propose must be numbers in [0, 1], separated by commas, got {propose!r}")
+    pairs: list[tuple[str, float | None]] = []
+    for confidence in confidences:
+        pairs += [(confidence, value) for value in values] if confidence.startswith(_CASCADE) else [(confidence, None)]
+    return pairs
 
 
 def read_yaml(text: str) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import functools
 from collections.abc import Mapping
 
 from dynamax_lm_eval.exits.confidences.base import Confidence, ExitInputs, LogitsConfidence
+from dynamax_lm_eval.exits.confidences.cascade import CascadeConfidence
 from dynamax_lm_eval.exits.confidences.entropy import EntropyConfidence
 from dynamax_lm_eval.exits.confidences.softmax import SoftmaxConfidence
 from dynamax_lm_eval.exits.confidences.state import StateConfidence
 from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName
 
-__all__ = ["CONFIDENCES", "Confidence", "ExitInputs", "LogitsConfidence", "resolve_confidence"]
+__all__ = ["CONFIDENCES", "CascadeConfidence", "Confidence", "ExitInputs", "LogitsConfidence", "resolve_confidence"]
 
 #: Every confidence by the name that a policy gives it.
 CONFIDENCES: Mapping[ConfidenceName, type[Confidence]] = {
@@ -24,12 +25,22 @@ CONFIDENCES: Mapping[ConfidenceName, type[Confidence]] = {
     "softmax": SoftmaxConfidence,
     "entropy": EntropyConfidence,
     "state": StateConfidence,
+    "cascade": CascadeConfidence,
 }
 
 
 @functools.cache
 def resolve_confidence(
-    name: ConfidenceName, classifier: ClassifierKind | None = None, vocab_subset: int | None = None
+    name: ConfidenceName,
+    classifier: ClassifierKind | None = None,
+    vocab_subset: int | None = None,
+    propose: float | None = None,
 ) -> Confidence:
-    """The confidence that a policy names, the same object every time; the rest is as in :meth:`Confidence.make`."""
+    """The confidence that a policy names, the same object every time; the rest is as in :meth:`Confidence.make`.
+
+    ``propose``: of a cascade, the classifier's confidence from which on a token is read out.
+    """
+    if name == "cascade":
+        assert classifier is not None and propose is not None, "a cascade has both"
+        return CascadeConfidence(classifier, propose, vocab_subset)
     return CONFIDENCES[name].make(classifier, vocab_subset)
