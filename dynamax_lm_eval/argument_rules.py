@@ -24,6 +24,8 @@ def check_given(parsed: Mapping[str, Any], passed_on: Mapping[str, Any]) -> None
     _check_threshold_source(parsed)
     if passed_on.get("tp_plan") is not None and "target_latency_ms" in parsed:
         raise UserError("tp_plan and target_latency_ms exclude each other: processes would measure different times")
+    if passed_on.get("tp_plan") is not None and parsed.get("fastest"):
+        raise UserError("tp_plan and threshold=speed exclude each other: processes would measure different times")
     _check_prompt_exit(parsed)
     _check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
     if parsed.get("prune_scope") == "generated" and not parsed.get("prune_layers"):

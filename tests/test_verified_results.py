@@ -112,13 +112,14 @@ def test_counted_by_hand() -> None:
         ({"rows_in_flight": 8, "batch_size": 2}, "verify=true and rows_in_flight exclude each other"),
         ({"verify_tokens": 0}, "verify_tokens"),
         ({"threshold": "speed", "verify": False}, "threshold=speed needs verify=true"),
+        ({"threshold": "speed", "tp_plan": "auto"}, "tp_plan and threshold=speed exclude each other"),
         ({"threshold": "speed", "measure_speed": True}, "threshold=speed and measure_speed exclude each other"),
         ({"threshold": "speed", "target_reduction": 1.2}, "target_reduction and threshold=speed each decide"),
     ],
 )
 def test_what_goes_against_it_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse_model_args({"backbone": "x", "verify": True, **arguments}, ["batch_size"])
+        parse_model_args({"backbone": "x", "verify": True, **arguments}, ["batch_size", "tp_plan"])
 
 
 def test_what_it_resolves_to() -> None:
