@@ -10,6 +10,7 @@ import gc
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate
 from dynamax_lm_eval.engine.requests import GenerationRequest
 from dynamax_lm_eval.engine.sampling import Sampler
+from dynamax_lm_eval.exits.policy import ExitPolicy
 
 
 @pytest.fixture
@@ -296,3 +298,22 @@ def test_graphs_of_a_gpu(family: str, dtype: torch.dtype, monkeypatch: pytest.Mo
     assert [record.message for record in caplog.records] == []
     if dtype == torch.float32:
         assert found == expected
+
+
+@pytest.mark.parametrize(("family", "kernels"), [("llama", False), ("mamba2", True), ("mamba", True)])
+@pytest.mark.parametrize("confidence", ["state", "mamba"])
+def test_drafts_are_verified_as_on_the_cpu(
+    family: str, kernels: bool, confidence: str, graphs: type[ReplayedGraphs]
+) -> None:
+    """On what says it is a GPU, in segments where rows feed one token, and by stand-ins for kernels."""
+    policy = replace(policy_of(confidence, "recompute"), verify_tokens=3)
+    plain = Engine(make_backbone(tiny_model(family), max_length=256), CLASSIFIERS)
+    expected = run_generate(plain, [policy] * len(PROMPTS), PROMPTS, 3)
+    with cuda_like():
+        engine = engine_of(family, on_gpu=True, kernels=kernels)
+        found = run_generate(engine, [policy] * len(PROMPTS), PROMPTS, 3)
+    full = run_generate(plain, [ExitPolicy(LAYERS)] * len(PROMPTS), PROMPTS, 3)
+    assert [r.tokens for r in found] == [r.tokens for r in expected] == [r.tokens for r in full]
+    assert any(result.trace.verified and result.trace.verified.drafts for result in found)
+    assert [result.trace for result in found] == [result.trace for result in expected]
+    assert passes_of(engine)["static"]
