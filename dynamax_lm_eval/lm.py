@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -22,7 +24,7 @@ from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.parity import check_policy, checked_engine, engine_without_weights
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import lookup, pruning
+from dynamax_lm_eval.exits import lookup, prune_adapters, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
@@ -71,7 +73,8 @@ class DynamaxLM(HFLM):
         if self.is_tensor_parallel:
             devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
-        if lookup.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
+        prunes_by_file = self.args.prune_profile or self.args.prune_adapter
+        if lookup.may_use_exits(self.args) or self.args.certificate or prunes_by_file:
             source.read_fingerprints()
         known = source.fingerprints
         hidden_size = draft.backbone.hidden_size if draft is not None else None
@@ -85,7 +88,7 @@ class DynamaxLM(HFLM):
         if draft is not None:
             draft.check_policy(self.policy)
             rows.check(self.args, draft.backbone)
-        pruning.check_profile(self.args.prune_profile, known)
+        pruning.check_files(self.args.prune_profile, self.args.prune_adapter, known)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
         #: Documents of each of its tasks that the exits were trained on.
@@ -100,8 +103,6 @@ class DynamaxLM(HFLM):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-        if self.args.prune_profile is not None:
-            pruning.check_profile(self.args.prune_profile, source.fingerprints_of(self.model))
         classifiers, self.exits_fingerprint = None, None
         if self.exits is not None:
             known = source.fingerprints_of(self.model)  # the weights may not have been on this machine before
@@ -111,6 +112,7 @@ class DynamaxLM(HFLM):
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
         self._use_segments()
+        self._use_pruning(self.args, self.policy)
         if self.exits is not None and classifiers is not None:
             classifiers.narrow(self.model.dtype)
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
@@ -151,13 +153,14 @@ class DynamaxLM(HFLM):
         for name in ("backbone", "exits", "mamba_kernels"):
             if name == "exits" and args.exits is None and not lookup.may_use_exits(args):
                 continue  # it uses none
+            if name == "exits" and self.exits is not None and args.exits == str(self.exits.path):
+                continue  # found by the backbone, and named now
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
         rows.check(args, self.engine.backbone)
         policy = self._policy_for(args)
         check_policy(self.engine, policy)
-        if args.prune_profile is not None:
-            pruning.check_profile(args.prune_profile, self._source.fingerprints_of(self.model))
+        self._use_pruning(args, policy)
         is_changed = args.static_segments != self.args.static_segments
         self.args, self.policy = args, policy
         if is_changed:
@@ -165,6 +168,15 @@ class DynamaxLM(HFLM):
         self.certified, self.budget = None, BudgetRunner(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
+
+    def _use_pruning(self, args: DynamaxArgs, policy: ExitPolicy) -> None:
+        """Loads the read-out of a pruned model; raises UserError where its files are of other weights than these."""
+        if args.prune_profile is not None or args.prune_adapter is not None:
+            pruning.check_files(args.prune_profile, args.prune_adapter, self._source.fingerprints_of(self.model))
+        if args.prune_adapter is not None and policy.prune_adapter is not None:
+            path = Path(args.prune_adapter).expanduser()
+            load = partial(prune_adapters.load, path, policy.pruned_blocks)
+            self.engine.add_prune_adapter(policy.prune_adapter, load)
 
     def _use_segments(self) -> None:
         against = "blocks that several processes share" if self.is_tensor_parallel else None
