@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_policy, checked_engine, engine_without_weights
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup, prune_adapters, pruning
@@ -35,7 +36,7 @@ from dynamax_lm_eval.harness.ledger import ResponseLedger
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.harness.responder import Answer, Answers, Responder
 from dynamax_lm_eval.models import aliases, devices, loading
-from dynamax_lm_eval.models.fingerprint import weights_fingerprint
+from dynamax_lm_eval.models.fingerprint import Fingerprints, weights_fingerprint
 from dynamax_lm_eval.models.identity import tokenizer_fingerprint
 from dynamax_lm_eval.models.source import ModelSource
 
@@ -112,7 +113,7 @@ class DynamaxLM(HFLM):
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
         self._use_segments()
-        self._use_pruning(self.args, self.policy)
+        _use_pruning(self.engine, self.args, self.policy, lambda: source.fingerprints_of(self.model))
         if self.exits is not None and classifiers is not None:
             classifiers.narrow(self.model.dtype)
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
@@ -160,7 +161,7 @@ class DynamaxLM(HFLM):
         rows.check(args, self.engine.backbone)
         policy = self._policy_for(args)
         check_policy(self.engine, policy)
-        self._use_pruning(args, policy)
+        _use_pruning(self.engine, args, policy, lambda: self._source.fingerprints_of(self.model))
         is_changed = args.static_segments != self.args.static_segments
         self.args, self.policy = args, policy
         if is_changed:
@@ -168,15 +169,6 @@ class DynamaxLM(HFLM):
         self.certified, self.budget = None, BudgetRunner(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
-
-    def _use_pruning(self, args: DynamaxArgs, policy: ExitPolicy) -> None:
-        """Loads the read-out of a pruned model; raises UserError where its files are of other weights than these."""
-        if args.prune_profile is not None or args.prune_adapter is not None:
-            pruning.check_files(args.prune_profile, args.prune_adapter, self._source.fingerprints_of(self.model))
-        if args.prune_adapter is not None and policy.prune_adapter is not None:
-            path = Path(args.prune_adapter).expanduser()
-            load = partial(prune_adapters.load, path, policy.pruned_blocks)
-            self.engine.add_prune_adapter(policy.prune_adapter, load)
 
     def _use_segments(self) -> None:
         against = "blocks that several processes share" if self.is_tensor_parallel else None
@@ -335,3 +327,14 @@ class DynamaxLM(HFLM):
         info |= {"model_name": name, "model_args": given, "dynamax": settings}
         shown: dict[str, Any] = naming.without_home(info)
         return shown
+
+
+def _use_pruning(
+    engine: Engine, args: DynamaxArgs, policy: ExitPolicy, fingerprints: Callable[[], Fingerprints]
+) -> None:
+    """Loads the read-out of a pruned model; raises UserError where files that it needs are of other weights."""
+    if args.prune_profile is not None or args.prune_adapter is not None:
+        pruning.check_files(args.prune_profile, args.prune_adapter, fingerprints())
+    if args.prune_adapter is not None and policy.prune_adapter is not None:
+        load = partial(prune_adapters.load, Path(args.prune_adapter).expanduser(), policy.pruned_blocks)
+        engine.add_prune_adapter(policy.prune_adapter, load)

@@ -73,7 +73,8 @@ def test_static_exits_are_compared_with_as_pruned_models_are() -> None:
     task.points.append(static)
     rows = statistics.against_pruning(task, "acc,none", "compute_vs_full", count=50).set_index("pruning")
     assert rows.loc["s", "value"] == rows.loc["p", "value"]
-    task.points[1] = replace(task.points[1], samples=pruned.samples)
+    pairs = zip(task.points[1].samples, pruned.samples, strict=True)
+    task.points[1] = replace(task.points[1], samples=[{**own, "macs": other["macs"]} for own, other in pairs])
     (row,) = statistics.minus_pruning(task, "acc,none", 50, 0).to_dict("records")
     assert row["minus_static_exit_skip"] == row["minus_pruning_deepest"]
 

@@ -104,9 +104,9 @@ def profile(options: ProfileOptions) -> str:
     loaded = load_backbone(frozen)
     deepest = [resolve_pruned_blocks(count, loaded.identity.num_layers) for count in options.counts]
     documents = text_documents(frozen.source, loaded.tokenizer)
-    rows: tuple[list[list[int]], ...] = ()
+    fitting, kept = list[list[int]](), list[list[int]]()
     if options.counts:  # whether the text is enough is seen before anything is measured
-        rows = split(held_out(documents, options.fit_tokens, options.seq_len, options=("--fit_tokens", "")))
+        fitting, kept = split(held_out(documents, options.fit_tokens, options.seq_len, options=("--fit_tokens", "")))
     measured = _save_distances(options, loaded, documents)
     text = f"{table(measured)}{output}\n"
     if not options.counts:
@@ -114,7 +114,7 @@ def profile(options: ProfileOptions) -> str:
     sets = list(dict.fromkeys([*deepest, *(measured.blocks(count) for count in options.counts)]))
     for blocks in sets:
         check_policy(loaded.engine, ExitPolicy(loaded.identity.num_layers, pruned_blocks=blocks))
-    fits = fit(loaded.engine.backbone, *rows, sets, options.ridge)
+    fits = fit(loaded.engine.backbone, fitting, kept, sets, options.ridge)
     _save_fits(options, loaded, fits)
     return f"{text}{fit_table(fits)}{adapters}\n"
 
