@@ -28,6 +28,8 @@ def check_given(parsed: Mapping[str, Any], passed_on: Mapping[str, Any]) -> None
         raise UserError("tp_plan and threshold=speed exclude each other: processes would measure different times")
     _check_prompt_exit(parsed)
     _check_pruning(parsed.get("prune_strategy"), parsed.get("prune_profile"), parsed.get("prune_layers", 0))
+    if parsed.get("prune_adapter") is not None and not parsed.get("prune_layers"):
+        raise UserError("prune_adapter has no effect without prune_layers; add it, or remove prune_adapter")
     if parsed.get("prune_scope") == "generated" and not parsed.get("prune_layers"):
         raise UserError("prune_scope=generated has no effect without prune_layers; add it, or remove prune_scope")
     _check_rows_in_flight(parsed, passed_on.get("batch_size", 1))

@@ -132,11 +132,12 @@ On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or
         "sweep.command:command",
         "evaluate many policies in one run",
         """\
-Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, and always the full
-model. The backbone is loaded once, prompts run once, and points decode together. Each point gets the harness's own
-result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was stopped goes on when
-it is started again. Options may come from a YAML file: --config sweep.yaml; those on the command line win. Several
-processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ... Pictures:
+Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, static exits, and
+always the full model. The backbone is loaded once, prompts run once, and points decode together. Each point gets
+the harness's own result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was
+stopped goes on when it is started again. Options may come from a YAML file: --config sweep.yaml; those on the
+command line win. Several processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ...
+Pictures:
 dynamax-lm-eval report.""",
         prepare=_with_config,
     ),
@@ -176,7 +177,8 @@ package. Every operating point is an entry of its own, and its policy and comput
         "measure which blocks to prune",
         """\
 Measure how much blocks in a row turn the hidden state (angular distance, Gromov et al. 2024), on text. The file that
-this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps.""",
+this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps. With
+--fit_adapters 1,2,4 models without so many blocks get a read-out each, for prune_adapter=FILE and for sweeps.""",
     ),
     "exit-thresholds": Command(
         ("measure.exit_thresholds:SearchOptions",),

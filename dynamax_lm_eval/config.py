@@ -167,6 +167,14 @@ class DynamaxArgs:
         shown="none",
         vary=True,
     )
+    prune_adapter: str | None = values.argument(
+        None,
+        values.text("a file of dynamax-lm-eval prune-profile --fit_adapters"),
+        "reads a pruned model out through the affine map that `dynamax-lm-eval prune-profile --fit_adapters` fitted "
+        "for these blocks ([docs/sweeps.md](docs/sweeps.md#a-read-out-for-pruned-models)); needs `threshold=1`",
+        shown="none",
+        vary=True,
+    )
     certificate_any_task: bool = values.argument(
         False,
         values.flag,

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -20,9 +22,10 @@ from lm_eval.models.huggingface import HFLM
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.parity import check_policy, checked_engine, engine_without_weights
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits import lookup, pruning
+from dynamax_lm_eval.exits import lookup, prune_adapters, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.harness import certificate as certificates
@@ -33,7 +36,7 @@ from dynamax_lm_eval.harness.ledger import ResponseLedger
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.harness.responder import Answer, Answers, Responder
 from dynamax_lm_eval.models import aliases, devices, loading
-from dynamax_lm_eval.models.fingerprint import weights_fingerprint
+from dynamax_lm_eval.models.fingerprint import Fingerprints, weights_fingerprint
 from dynamax_lm_eval.models.identity import tokenizer_fingerprint
 from dynamax_lm_eval.models.source import ModelSource
 
@@ -71,7 +74,8 @@ class DynamaxLM(HFLM):
         if self.is_tensor_parallel:
             devices.check_tensor_parallel(source.config, draft.backbone.rung if draft is not None else None)
         # Runs without exits need not read the weights twice.
-        if lookup.may_use_exits(self.args) or self.args.certificate or self.args.prune_profile:
+        prunes_by_file = self.args.prune_profile or self.args.prune_adapter
+        if lookup.may_use_exits(self.args) or self.args.certificate or prunes_by_file:
             source.read_fingerprints()
         known = source.fingerprints
         hidden_size = draft.backbone.hidden_size if draft is not None else None
@@ -85,7 +89,7 @@ class DynamaxLM(HFLM):
         if draft is not None:
             draft.check_policy(self.policy)
             rows.check(self.args, draft.backbone)
-        pruning.check_profile(self.args.prune_profile, known)
+        pruning.check_files(self.args.prune_profile, self.args.prune_adapter, known)
         #: Settings of the tasks of the present evaluation, as certificates bind them.
         self.run_settings: dict[str, dict[str, Any]] = {}
         #: Documents of each of its tasks that the exits were trained on.
@@ -100,8 +104,6 @@ class DynamaxLM(HFLM):
             # HFLM sets these on GPUs only; without them every process would do all the work as rank 0 of 1.
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
-        if self.args.prune_profile is not None:
-            pruning.check_profile(self.args.prune_profile, source.fingerprints_of(self.model))
         classifiers, self.exits_fingerprint = None, None
         if self.exits is not None:
             known = source.fingerprints_of(self.model)  # the weights may not have been on this machine before
@@ -111,6 +113,7 @@ class DynamaxLM(HFLM):
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
         self._use_segments()
+        _use_pruning(self.engine, self.args, self.policy, lambda: source.fingerprints_of(self.model))
         if self.exits is not None and classifiers is not None:
             classifiers.narrow(self.model.dtype)
             self.exits.check_fits(source.config.model_type, self.engine.backbone.hidden_size, self.policy.num_layers)
@@ -151,13 +154,14 @@ class DynamaxLM(HFLM):
         for name in ("backbone", "exits", "mamba_kernels"):
             if name == "exits" and args.exits is None and not lookup.may_use_exits(args):
                 continue  # it uses none
+            if name == "exits" and self.exits is not None and args.exits == str(self.exits.path):
+                continue  # found by the backbone, and named now
             if getattr(args, name) != getattr(self._loaded, name):
                 raise UserError(f"{name} is loaded already and cannot change: {getattr(self._loaded, name)!r}")
         rows.check(args, self.engine.backbone)
         policy = self._policy_for(args)
         check_policy(self.engine, policy)
-        if args.prune_profile is not None:
-            pruning.check_profile(args.prune_profile, self._source.fingerprints_of(self.model))
+        _use_pruning(self.engine, args, policy, lambda: self._source.fingerprints_of(self.model))
         is_changed = args.static_segments != self.args.static_segments
         self.args, self.policy = args, policy
         if is_changed:
@@ -323,3 +327,14 @@ class DynamaxLM(HFLM):
         info |= {"model_name": name, "model_args": given, "dynamax": settings}
         shown: dict[str, Any] = naming.without_home(info)
         return shown
+
+
+def _use_pruning(
+    engine: Engine, args: DynamaxArgs, policy: ExitPolicy, fingerprints: Callable[[], Fingerprints]
+) -> None:
+    """Loads the read-out of a pruned model; raises UserError where files that it needs are of other weights."""
+    if args.prune_profile is not None or args.prune_adapter is not None:
+        pruning.check_files(args.prune_profile, args.prune_adapter, fingerprints())
+    if args.prune_adapter is not None and policy.prune_adapter is not None:
+        load = partial(prune_adapters.load, Path(args.prune_adapter).expanduser(), policy.pruned_blocks)
+        engine.add_prune_adapter(policy.prune_adapter, load)

@@ -66,6 +66,19 @@ def test_differences_from_pruning_are_paired() -> None:
     assert (row["value"], row["low"], row["high"]) == pytest.approx((0, 0, 0))
 
 
+def test_static_exits_are_compared_with_as_pruned_models_are() -> None:
+    task = made_results()
+    pruned = next(point for point in task.points if point.kind == "pruning")
+    static = replace(pruned, name="s", kind="static", series="static exit, skip")
+    task.points.append(static)
+    rows = statistics.against_pruning(task, "acc,none", "compute_vs_full", count=50).set_index("pruning")
+    assert rows.loc["s", "value"] == rows.loc["p", "value"]
+    pairs = zip(task.points[1].samples, pruned.samples, strict=True)
+    task.points[1] = replace(task.points[1], samples=[{**own, "macs": other["macs"]} for own, other in pairs])
+    (row,) = statistics.minus_pruning(task, "acc,none", 50, 0).to_dict("records")
+    assert row["minus_static_exit_skip"] == row["minus_pruning_deepest"]
+
+
 def test_points_less_pruning_at_their_own_compute() -> None:
     task = made_results()
     samples = [{**sample, "macs": {**sample["macs"], "total": 100 / 1.2}} for sample in task.points[1].samples]

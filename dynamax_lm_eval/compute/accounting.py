@@ -201,6 +201,11 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     if exit_cost.reads_to_confirm_alone:
         refused_reads += int((layers < depth).sum()) * exit_cost.confirm_read_macs
     partial_reads, adapter = partial_reads + refused_reads, adapter + refused_adapters
+    # Where pruned blocks run for the prompt, its last token, which gives the first logits, is read out as it is.
+    through_adapter = int((positions >= trace.prompt_tokens - 1).sum())
+    adapter += through_adapter * exit_cost.prune_adapter_macs
+    of_prompt = 0 if exit_cost.prunes_eligible_only else trace.num_output_tokens - through_adapter
+    adapter_of_prompt = of_prompt * exit_cost.prune_adapter_macs
 
     runs_last = exit_cost.final_block and depth not in pruned
     recompute, recompute_units, recompute_of_others = 0, 0.0, 0
@@ -237,6 +242,7 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     others_full = int(cost.block_macs(others, np.full_like(others, depth), frozenset()).sum())
     pruned_for_others = frozenset[int]() if exit_cost.prunes_eligible_only else pruned
     others_spent = int(cost.block_macs(others, others_depth, pruned_for_others).sum()) + recompute_of_others
+    others_spent += adapter_of_prompt
     record.full_total_macs = record.full_macs + others_full + output_reads
     record.total_macs = record.spent_macs + others_spent + output_reads
 
@@ -249,6 +255,7 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
     record.paper_spent = ran + recompute_units + overhead / cost.mean_block_weights
     if trace.generated:
         _add_weights(record, trace, exit_cost, cost, positions, layers)
+        record.weights_read += adapter_of_prompt
     return record
 
 

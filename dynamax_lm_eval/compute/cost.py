@@ -151,6 +151,8 @@ class ExitCost:
     warmed_tokens: int = 0
     #: Block L runs for tokens that left, too.
     final_block: bool = False
+    #: MACs of the adapter that tokens which do without the pruned blocks are read out through.
+    prune_adapter_macs: int = 0
     #: Pruned blocks run for the tokens that may not exit.
     prunes_eligible_only: bool = False
 

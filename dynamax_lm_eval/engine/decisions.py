@@ -5,7 +5,7 @@ N tokens of the batch, n in flight, t of them evaluated, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -69,8 +69,10 @@ class ExitDecisions:
         exits: ExitClassifiers | None,
         states: ClassifierStates,
         collector: LogitsCollector,
+        prune_adapters: Mapping[str, Adapter],
     ) -> None:
         self._batch = batch
+        self._prune_adapters = prune_adapters
         self._backbone = backbone
         self._exits = exits
         self._states = states
@@ -138,12 +140,29 @@ class ExitDecisions:
         """Returns what :meth:`read_out` would read: tokens (u,) in order and hidden states (1, u, D); None: nothing."""
         self._read_partly()
         needs_logits = np.flatnonzero(self._batch.needs_logits[tokens])
-        self._unread.add(tokens[needs_logits], select(hidden, needs_logits))
+        tokens, hidden = tokens[needs_logits], select(hidden, needs_logits)
+        self._unread.add(tokens, self._healed(tokens, hidden))
         if not self._unread:
             return None
         tokens, hidden = self._unread.in_order()
         # Exits may be on several devices, and those that wait to be read are read together.
         return tokens, moved(hidden, self._backbone.places[-1].device)
+
+    def _healed(self, tokens: IntArray, hidden: Tensor) -> Tensor:
+        """Returns what is read out of tokens (n,) that ran to the end, (1, n, D): through adapters of pruned models."""
+        keys = [policy.prune_adapter for policy in self._batch.policies]
+        if len(tokens) == 0 or not any(keys):
+            return hidden
+        layout = self._batch.layout
+        rows = layout.row_of[tokens]
+        is_pruned = layout.positions[tokens] >= layout.prunes_from[rows]
+        hidden = moved(hidden, self._backbone.places[-1].device)
+        for key in dict.fromkeys(key for key in keys if key is not None):
+            own = np.flatnonzero(is_pruned & np.asarray([name == key for name in keys])[rows])
+            if len(own):
+                indices = on_device(own, hidden.device)
+                hidden = hidden.index_copy(1, indices, self._prune_adapters[key](hidden[0, indices]).unsqueeze(0))
+        return hidden
 
     def _read_partly(self) -> None:
         """Reads out the drafts that are chosen from a part of the vocabulary, which no decision has read."""

@@ -24,6 +24,7 @@ from dynamax_lm_eval.engine.drafts import Drafts, StoppedTokens
 from dynamax_lm_eval.engine.running import BlockRunner, SegmentRunner
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.states import ClassifierStates
@@ -117,6 +118,7 @@ class Engine:
             classifiers.place([place.device for place in backbone.places])
         self._state_maps = {} if classifiers is None else classifiers.maps_by_exit_and_block()
         self._autocast_dtype = autocast_dtype
+        self._prune_adapters: dict[str, Adapter] = {}
         #: Whether state recompute was seen to make the states that the blocks make.
         self.recomputes_states = False
         #: Whether drafts were seen to go on as the blocks want it.
@@ -135,6 +137,14 @@ class Engine:
         if self._autocast_dtype is not None:
             against = "autocast"
         self.segments = SegmentUse(everywhere=choice is True, against=against) if is_used else None
+
+    def add_prune_adapter(self, fingerprint: str, load: Callable[[], Adapter]) -> None:
+        """Keeps the adapter of a pruned model's read-out, which policies name by its fingerprint.
+
+        ``load``: gives it, and is asked where it is not here yet.
+        """
+        if fingerprint not in self._prune_adapters:
+            self._prune_adapters[fingerprint] = load().to(self.backbone.places[-1].device)
 
     def autocast(self) -> torch.autocast:
         """Returns the autocast context that blocks run in."""
@@ -190,7 +200,8 @@ class Engine:
         lm_head = self.backbone.cost.lm_head
         if policy.vocab_subset is not None:
             lm_head = self.backbone.hidden_size * policy.vocab_subset
-        terms = policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps, lm_head)
+        healed = 0 if policy.prune_adapter is None else self._prune_adapters[policy.prune_adapter].macs
+        terms = policy.cost_terms(trace.prompt_tokens, costs, adapters, state_maps, lm_head, healed)
         return account(trace, terms, self.backbone.cost)
 
     def forward(
@@ -236,7 +247,9 @@ class Engine:
         with self.autocast(), backbone.running():
             run = backbone.start_pass(states.backbone, batch.layout, materialize_all)
             run.state_maps = self._state_maps
-            decisions = ExitDecisions(batch, backbone, self.classifiers, states.classifiers, collector)
+            decisions = ExitDecisions(
+                batch, backbone, self.classifiers, states.classifiers, collector, self._prune_adapters
+            )
             first, hidden = 0, run.embed(on_device(batch.ids, backbone.device))  # (1, N, D)
             if start is not None:
                 first, hidden = start

@@ -68,6 +68,8 @@ class ExitPolicy:
     propose: float | None = None
     #: Tokens that left are drafts, at most so many at a time, which the full model verifies; None: they stand.
     verify_tokens: int | None = None
+    #: The fingerprint of the adapter that tokens which do without the pruned blocks are read out through; None: none.
+    prune_adapter: str | None = None
     #: What the user should know of how the policy came about; decides nothing.
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -86,6 +88,7 @@ class ExitPolicy:
         # What is verified is the full model's, from its prompt on.
         assert self.verify_tokens is None or (self.exit_scope == "generated" and not self.pruned_blocks)
         assert self.verify_tokens is None or (self.prompt_exit_layer is None and not self.final_block)
+        assert self.prune_adapter is None or (self.pruned_blocks and not self.used_exits)
         assert (self.classifier is None) or self.confidence in ("classifier", "cascade")
         assert (self.propose is None) == (self.confidence != "cascade")
         # The read that confirms gives the token.
@@ -207,12 +210,14 @@ class ExitPolicy:
         adapter_macs: Mapping[int, int] | None = None,
         state_map_macs: tuple[int, ...] = (),
         lm_head: int = 0,
+        prune_adapter_macs: int = 0,
     ) -> ExitCost:
         """What of this policy matters for the cost of a row with ``prompt_length`` prompt tokens.
 
         ``evaluation_costs``: of one evaluation of the confidence at each exit layer, where it costs anything;
         ``adapter_macs``: MACs of the adapter there, where read-outs have one; ``state_map_macs``: of a learned state
-        beyond a recomputed one, by block; ``lm_head``: MACs of a read of the LM head for one token.
+        beyond a recomputed one, by block; ``lm_head``: MACs of a read of the LM head for one token;
+        ``prune_adapter_macs``: of the adapter of a pruned model's read-out.
         """
         first = self.first_eligible_position(prompt_length)
         costs = [(evaluation_costs or {}).get(layer, EvaluationCost()) for layer in self.active_exits]
@@ -232,6 +237,7 @@ class ExitPolicy:
             recomputes_state=self.state_mode in ("recompute", "learned") and not self.drafts,
             state_map_macs=state_map_macs if self.state_mode == "learned" else (),
             pruned_blocks=self.pruned_blocks,
+            prune_adapter_macs=prune_adapter_macs,
             prunes_eligible_only=self.prune_scope == "generated",
             first_eligible=first,
             prompt_exit=(self.num_leaving_prompt(prompt_length), self.prompt_exit_layer or 0),
@@ -254,6 +260,7 @@ class ExitPolicy:
             "above_threshold": False,
             "verify_tokens": None,
             "propose": None,
+            "prune_adapter": None,
         }.items():
             if description[name] == value:
                 del description[name]

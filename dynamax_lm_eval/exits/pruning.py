@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.prune_adapters import check_adapters
 from dynamax_lm_eval.files import JsonFormat
 from dynamax_lm_eval.models.fingerprint import Fingerprints
 
@@ -80,6 +81,12 @@ class PruneProfile:
             raise ValueError(f"distances must have {self.num_layers} to 2 entries, row by row, and have {lengths}")
         if not all(isinstance(d, int | float) and math.isfinite(d) for row in self.distances for d in row):
             raise ValueError("distances must be finite numbers")
+
+
+def check_files(profile: str | None, adapters: str | None, fingerprints: Fingerprints | None) -> None:
+    """Raises UserError where one of the files that a run prunes by is of other weights; None: none, or not known."""
+    check_profile(profile, fingerprints)
+    check_adapters(adapters, fingerprints)
 
 
 def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:

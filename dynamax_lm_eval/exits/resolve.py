@@ -16,6 +16,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
 from dynamax_lm_eval.exits.confidences import CONFIDENCES, CascadeConfidence, LogitsConfidence
 from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE, DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
+from dynamax_lm_eval.exits.prune_adapters import PruneAdapters
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Preset, StateMode
@@ -69,6 +70,7 @@ def resolve_policy(
         state_mode=state_mode,
         pruned_blocks=pruned,
         prune_scope=args.prune_scope if pruned else "all",
+        prune_adapter=_prune_adapter(args, num_layers, pruned),
         exit_scope=args.exit_scope,
         threshold_decay=args.threshold_decay,
         classifier=classifier,
@@ -164,6 +166,25 @@ def pruned_blocks(args: DynamaxArgs, num_layers: int) -> frozenset[int]:
             f"backbone has {num_layers}; make one: dynamax-lm-eval prune-profile --backbone ..."
         )
     return profile.blocks(args.prune_layers)
+
+
+def _prune_adapter(args: DynamaxArgs, num_layers: int, pruned: frozenset[int]) -> str | None:
+    """Returns the fingerprint of the adapter that a pruned model is read out through, if it has one."""
+    if args.prune_adapter is None:
+        return None
+    if args.prompt_exit_layer is not None or any(threshold < 1 for threshold in args.threshold):
+        raise UserError(
+            "prune_adapter and early exits exclude each other: it is fitted to models all of whose tokens run to the "
+            "end; add threshold=1, or remove prune_adapter"
+        )
+    path = Path(args.prune_adapter).expanduser()
+    fitted = PruneAdapters.open(path)
+    if fitted.num_layers != num_layers:
+        raise UserError(
+            f"prune_adapter={args.prune_adapter!r} is of {fitted.backbone!r} with {fitted.num_layers} blocks; this "
+            f"backbone has {num_layers}; fit one: dynamax-lm-eval prune-profile --backbone ... --fit_adapters N"
+        )
+    return fitted.fingerprint_for(pruned, path)
 
 
 def resolve_pruned_blocks(requested: int | tuple[int, ...], num_layers: int) -> frozenset[int]:

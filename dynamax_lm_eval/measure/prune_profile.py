@@ -1,7 +1,8 @@
-"""``dynamax-lm-eval prune-profile``: how much runs of blocks turn the hidden state, measured on text."""
+"""``dynamax-lm-eval prune-profile``: how much runs of blocks turn the hidden state, and read-outs without them."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import Backbone
+from dynamax_lm_eval.engine.parity import check_policy
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.exits.prune_adapters import PruneAdapters, blocks_name, save
 from dynamax_lm_eval.exits.pruning import PruneProfile
-from dynamax_lm_eval.frozen.model import load_backbone
+from dynamax_lm_eval.exits.resolve import resolve_pruned_blocks
+from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.options import FrozenOptions, check_at_least, frozen_option, option
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.text import Documents, text_documents
+from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents
 from dynamax_lm_eval.measure.output import check_output
+from dynamax_lm_eval.measure.prune_adapters import Blocks, Fit, fit, split
 
 #: Texts that run together.
 _AT_ONCE = 8
@@ -40,35 +46,82 @@ class ProfileOptions:
     device: str = frozen_option("device")
     trust_remote_code: bool = frozen_option("trust_remote_code")
     overwrite: bool = option(False, "write over an existing file")
+    fit_adapters: str = option(
+        "",
+        "numbers of blocks, separated by commas: fits the read-out of models without so many, the deepest and those of "
+        "the least distance, and writes them beside --output, as .safetensors",
+    )
+    fit_tokens: int = option(30_000, "tokens of text for that fit; a fifth of its documents is measured on")
+    ridge: float = option(0.01, "of that fit: its penalty, in mean variances of a coordinate of the hidden state")
 
     def __post_init__(self) -> None:
-        check_at_least(self, {"texts": 1})
+        check_at_least(self, {"texts": 1, "fit_tokens": 2})
+        if not (math.isfinite(self.ridge) and self.ridge >= 0):
+            raise UserError(f"--ridge must be a number of at least 0, got {self.ridge}")
+        for name in ("fit_tokens", "ridge"):
+            if not self.counts and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name} has no effect without --fit_adapters; add it, or remove --{name}")
         FrozenOptions.of(self)  # checks the others
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of blocks of ``--fit_adapters``, rising."""
+        items = [item.strip() for item in str(self.fit_adapters).split(",") if item.strip()]
+        if not all(item.isdigit() and int(item) > 0 for item in items):
+            raise UserError(
+                f"--fit_adapters must be numbers of blocks separated by commas, from 1, got {self.fit_adapters!r}"
+            )
+        return tuple(sorted({int(item) for item in items}))
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """Where the profile, its plot and the adapters go."""
+        output = Path(self.output).expanduser()
+        return output, output.with_suffix(".png"), output.with_suffix(".safetensors")
 
 
 def command(options: ProfileOptions) -> str:
-    """Measures block distances and writes them; returns which blocks they prune, and the file, as text.
+    """Measures and writes what is asked for; returns as text what that gave, and the files.
 
     Raises:
         UserError: as :func:`profile` does.
     """
-    return f"{table(profile(options))}{options.output}\n"
+    return profile(options)
 
 
-def profile(options: ProfileOptions) -> PruneProfile:
-    """Measures block distances and writes them.
+def profile(options: ProfileOptions) -> str:
+    """Measures block distances, fits the read-outs that are asked for, and writes both; returns the text for it.
 
     Raises:
-        UserError: an option cannot be honoured, there is too little text, or the file exists.
+        UserError: an option cannot be honoured, there is too little text, or a file exists.
     """
-    output = Path(options.output).expanduser()
-    plotted = output.with_suffix(".png")
-    if plotted == output:
-        raise UserError(f"--output {output} is where the plot goes; choose a name that does not end in .png")
-    check_output(output, options.overwrite, plotted)
+    output, plotted, adapters = options.files
+    for path, what in ((plotted, "the plot goes"), (adapters, "adapters go")):
+        if path == output:
+            raise UserError(f"--output {output} is where {what}; choose a name that does not end in {path.suffix}")
+    check_output(output, options.overwrite, plotted, *([adapters] if options.counts else []))
     frozen = FrozenOptions.of(options)
     loaded = load_backbone(frozen)
+    deepest = [resolve_pruned_blocks(count, loaded.identity.num_layers) for count in options.counts]
     documents = text_documents(frozen.source, loaded.tokenizer)
+    fitting, kept = list[list[int]](), list[list[int]]()
+    if options.counts:  # whether the text is enough is seen before anything is measured
+        fitting, kept = split(held_out(documents, options.fit_tokens, options.seq_len, options=("--fit_tokens", "")))
+    measured = _save_distances(options, loaded, documents)
+    text = f"{table(measured)}{output}\n"
+    if not options.counts:
+        return text
+    sets = list(dict.fromkeys([*deepest, *(measured.blocks(count) for count in options.counts)]))
+    for blocks in sets:
+        check_policy(loaded.engine, ExitPolicy(loaded.identity.num_layers, pruned_blocks=blocks))
+    fits = fit(loaded.engine.backbone, fitting, kept, sets, options.ridge)
+    _save_fits(options, loaded, fits)
+    return f"{text}{fit_table(fits)}{adapters}\n"
+
+
+def _save_distances(options: ProfileOptions, loaded: FrozenBackbone, documents: Documents) -> PruneProfile:
+    """Measures block distances and writes them; raises UserError where there is too little text."""
+    output, plotted, _ = options.files
     rows = _rows(documents, options)
     parts = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
     states = torch.cat(
@@ -115,6 +168,40 @@ def table(measured: PruneProfile, counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8)) 
             distance = measured.distances[count - 1][blocks[0] - 1]
             lines.append(f"{count:6d}  {blocks[0]:2d}..{blocks[-1]:<2d}   {distance:.4f}")
     return "\n".join(lines) + "\n"
+
+
+def fit_table(fits: dict[Blocks, Fit]) -> str:
+    """Returns, as text, what read-outs do on text that they were not fitted on."""
+    lines = ["pruned            agreement  with read-out  error   with read-out"]
+    for blocks, found in fits.items():
+        (before, after), (far, near) = found.agreement, found.error
+        lines.append(f"{_span(blocks):16s}  {before:.4f}     {after:.4f}         {far:6.4f}  {near:.4f}")
+    return "\n".join(lines) + "\n"
+
+
+def _span(blocks: Blocks) -> str:
+    return f"{min(blocks)}..{max(blocks)}"
+
+
+def _save_fits(options: ProfileOptions, loaded: FrozenBackbone, fits: dict[Blocks, Fit]) -> None:
+    identity = loaded.identity
+    names = {blocks: blocks_name(blocks) for blocks in fits}
+    fitted = {
+        "dataset": options.dataset,
+        "tokens": options.fit_tokens,
+        "ridge": options.ridge,
+        "agreement": {names[blocks]: list(found.agreement) for blocks, found in fits.items()},
+        "error": {names[blocks]: list(found.error) for blocks, found in fits.items()},
+    }
+    parameters = {blocks: found.adapter.up.state_dict() for blocks, found in fits.items()}
+    tensors = {
+        names[blocks]: {part: tensor.cpu().float() for part, tensor in own.items()}
+        for blocks, own in parameters.items()
+    }
+    content = PruneAdapters(
+        identity.id, identity.fingerprint, identity.num_layers, identity.hidden_size, adapters={}, fitted=fitted
+    )
+    save(options.files[2], content, tensors)
 
 
 def plot(measured: PruneProfile, path: Path) -> None:

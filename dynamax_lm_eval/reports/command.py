@@ -162,7 +162,9 @@ def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions)
                 text = f"Against {label}{note}, with 95 % intervals over documents:\n"
                 parts += [text, markdown(intervals(summary))]
             if len(paired):
-                text = f"Score minus that of a pruned model at its {label}{note}, paired over documents:\n"
+                text = (
+                    f"Score minus that of a pruned model or static exit at its {label}{note}, paired over documents:\n"
+                )
                 parts += [text, markdown(intervals(paired))]
     return parts
 

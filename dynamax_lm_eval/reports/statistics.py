@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from dynamax_lm_eval.reports.resampling import percentile, ratio, sums
+from dynamax_lm_eval.sweep.baselines import PRUNING, STATIC
 from dynamax_lm_eval.sweep.results import Floats, PointResult, TaskResults
 
 #: Compute axes, and what they are called.
@@ -23,6 +24,8 @@ AXES = {"compute_reduction": "compute reduction", "compute_vs_full": "compute ag
 REDUCTIONS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0)
 #: Reductions that differ by less are one.
 _SAME = 1e-9
+#: Families of points that exits are compared with.
+BASELINES = (PRUNING, STATIC)
 
 
 @dataclass(frozen=True)
@@ -146,23 +149,25 @@ def summary(
 def against_pruning(
     task: TaskResults, metric: str, axis: str, count: int = 1000, seed: int = 0, without_loops: bool = False
 ) -> pd.DataFrame:
-    """Returns for each series of exits and each pruned model the difference of scores at the pruned model's compute.
+    """Returns for each series of exits and each baseline the difference of scores at the baseline's compute.
+
+    Baselines are pruned models and static exits.
 
     Columns as in :func:`summary`.
     """
     series = task.valid_series()
-    pruned = [point for points in series.values() for point in points if point.kind == "pruning"]
+    baselines = [point for points in series.values() for point in points if point.kind in BASELINES]
     rows = []
     for name, points in series.items():
-        if not pruned or points[0].kind != "exits":
+        if not baselines or points[0].kind != "exits":
             continue
         try:
-            draws = draw(task, [task.full, *points, *pruned], metric, axis, count, seed, without_loops)
+            draws = draw(task, [task.full, *points, *baselines], metric, axis, count, seed, without_loops)
         except ValueError:
             return pd.DataFrame()
         end = 1 + len(points)
         line = Draws(draws.scores[:end], draws.reductions[:end])
-        for i, point in enumerate(pruned, start=end):
+        for i, point in enumerate(baselines, start=end):
             at = draws.reductions[i]
             if not 1 <= at[0] <= line.reductions[:, 0].max() + _SAME:
                 continue
@@ -174,14 +179,15 @@ def against_pruning(
 
 
 def minus_pruning(task: TaskResults, metric: str, count: int, seed: int) -> pd.DataFrame:
-    """Returns for each point of exits its score minus that of each pruning line at the same ``compute_vs_full``.
+    """Returns for each point of exits its score minus that of each baseline at the same ``compute_vs_full``.
 
-    Columns: ``point``, and for each line ``minus_pruning_NAME`` with ``_low`` and ``_high``; NaN where the line does
-    not reach that far. Empty without exits or pruning, or where the metric is no mean over documents.
+    Columns: ``point``, and for each line of pruned models or static exits ``minus_LINE`` with ``_low`` and ``_high``;
+    NaN where the line does not reach that far. Empty without exits or baselines, or where the metric is no mean over
+    documents.
     """
     series = task.valid_series()
     exits = [point for points in series.values() for point in points if point.kind == "exits"]
-    lines = {name: points for name, points in series.items() if points[0].kind == "pruning"}
+    lines = {name: points for name, points in series.items() if points[0].kind in BASELINES}
     if not exits or not lines or count < 1:
         return pd.DataFrame()
     points = [task.full, *exits, *(point for line in lines.values() for point in line)]

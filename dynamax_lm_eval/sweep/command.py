@@ -77,11 +77,8 @@ _FREE = frozenset(
         "confidences",
         "propose",
         "state_modes",
-        "prune",
-        "prune_scope",
-        "prune_profile",
-        "verify_tokens",
-        "verify_at",
+        *("prune", "prune_scope", "prune_profile", "prune_adapter", "static_exits"),
+        *("verify_tokens", "verify_at"),
         "include_path",
     ]
 )
@@ -120,7 +117,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     noise.warn_of_half_precision(dtype, lm.device)
     noise_rows = noise.rows_of(options, dtype, lm.device)
     all_points = noise.with_noise(
-        grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence), noise_rows
+        grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence, lm.exits_named), noise_rows
     )
     rank, world_size = process()
     own_points = _resolve(lm, all_points, options)[rank::world_size]
@@ -157,16 +154,17 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
 
 def load(options: SweepOptions) -> SweepLM:
     """Loads the backbone with the exits that it has, whatever the full model needs."""
-    if options.prune_profile is not None:
+    if options.prune_profile is not None or options.prune_adapter is not None:
+        # Where the files are not known, points are compared with the loaded weights.
         fingerprints = files_fingerprints(aliases.resolve_backbone(options.backbone), options.shared_arguments)
-        if fingerprints is not None:  # else points are compared with the loaded weights
-            pruning.check_profile(options.prune_profile, fingerprints)
+        pruning.check_files(options.prune_profile, options.prune_adapter, fingerprints)
     arguments: dict[str, Any] = {"backbone": options.backbone, "threshold": 1.0, **options.shared_arguments}
     arguments |= {
         "batch_size": options.batch_size,
         "device": options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     }
-    if options.confidences is None or uses_classifiers(confidences_of(options, ())):
+    uses = uses_classifiers(confidences_of(options, ())) or bool(options.static_exits)
+    if options.confidences is None or uses:
         # Exits are looked up where something may exit; the grid decides what does.
         arguments = {**arguments, "threshold": 0.5}
     return SweepLM(**arguments)

@@ -64,6 +64,11 @@ class SweepLM(DynamaxLM):
         """Whether some blocks keep a recurrent state."""
         return self._source.has_recurrence
 
+    @property
+    def exits_named(self) -> str | None:
+        """The exits at hand as an argument would name them, found by the backbone or named; None without any."""
+        return None if self.exits is None else self._loaded.exits or str(self.exits.path)
+
     def start(self, points: Sequence[SweepPoint]) -> None:
         """Answers requests that come from now on under these points."""
         self._points = list(points)

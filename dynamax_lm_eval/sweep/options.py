@@ -20,6 +20,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, preset_state_mode
 from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
+from dynamax_lm_eval.sweep import baselines
 from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, PruneScope, StateMode
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
@@ -69,11 +70,19 @@ class SweepOptions:
         "exit layers, separated by commas: every token is drafted there, and the full model verifies; a family of its "
         "own, without decisions",
     )
+    static_exits: str = _option(
+        "",
+        "exit layers, separated by commas: every token leaves there, without a decision, through the adapter of the "
+        "exits at hand; a family of its own for each state mode",
+    )
     prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
     prune_scope: str | None = _option(
         None, "which tokens do without pruned blocks: all, or generated; default: what a preset says, else all"
     )
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
+    prune_adapter: str | None = _option(
+        None, "file of prune-profile --fit_adapters: adds the same pruned models with a fitted read-out"
+    )
     model_args: str = _option("", "further model arguments for all points: exit_scope=all,repetition_penalty=1.1,...")
     limit: int | None = _option(None, "documents of each task; default: all")
     draw: int | None = _option(
@@ -192,7 +201,7 @@ class Point:
 
     Attributes:
         name: of its folder; tells it from all others of the sweep.
-        kind: ``full``, ``exits``, ``verified``, ``pruning``, or ``noise`` (the full model once more).
+        kind: ``full``, ``exits``, ``static``, ``verified``, ``pruning``, or ``noise`` (the full model once more).
         series: points of one series differ in one number only and are joined in plots.
         x: that number: the threshold (the mean of several), the exit layer, or how many blocks are pruned.
         args: the model arguments that it stands for.
@@ -254,7 +263,11 @@ def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
 
 
 def grid(
-    options: SweepOptions, full: DynamaxArgs, exits: ExitConfig | None, recurrent_backbone: bool = False
+    options: SweepOptions,
+    full: DynamaxArgs,
+    exits: ExitConfig | None,
+    recurrent_backbone: bool = False,
+    folder: str | None = None,
 ) -> list[Point]:
     """Returns all points, the full model first.
 
@@ -263,6 +276,7 @@ def grid(
         full: the arguments of the full model, with everything that all points share.
         exits: the trained exits at hand, if any.
         recurrent_backbone: some blocks keep a recurrent state.
+        folder: of these exits, by which static exits name them; None: static exits use none.
 
     Raises:
         UserError: an option names something that does not exist.
@@ -305,20 +319,22 @@ def grid(
         changed = {"exit_layers": (layer,), "threshold": (0.0,), "confidence": "state", **verified}
         args = replace(full, **changed)
         points.append(Point(f"verify-at-{layer}", VERIFIED, "drafts at one exit", layer, args, every_task))
+    static_layers = [_whole("static_exits", text) for text in _items(options.static_exits)]
+    served = folder is not None and exits is not None and exits.serves_every_confidence
+    usual = preset_state_mode(full.preset, recurrent_backbone) or default_state_mode(exits if served else None)
+    states = [usual if mode == AUTO else cast(StateMode, mode) for mode in modes if mode != VERIFY]
+    if static_layers and not states:
+        raise UserError("--static_exits leave states behind, so --state_modes needs another one beside verify")
     scope = full.prune_scope if options.prune_scope is None else cast(PruneScope, options.prune_scope)
     counts = [_whole("prune", text) for text in _items(options.prune)]
-    strategies: list[tuple[str, dict[str, Any]]] = [("pruning, deepest", {})]
-    if options.prune_profile is not None:
-        if not counts:
-            raise UserError("--prune_profile has no effect without --prune; add it, or remove --prune_profile")
-        angular = {"prune_strategy": "angular", "prune_profile": options.prune_profile}
-        strategies.append(("pruning, angular", angular))
-    for strategy, changed in strategies:
-        series = strategy if scope == "all" else f"{strategy}, {scope}"
-        for count in sorted(set(counts) - {0}):
-            name = f"{series.replace(', ', '-')}-{count}"
-            args = replace(full, prune_layers=count, prune_scope=scope, **changed)
-            points.append(Point(name, "pruning", series, count, args, every_task))
+    for name in ("prune_profile", "prune_adapter"):
+        if getattr(options, name) is not None and not counts:
+            raise UserError(f"--{name} has no effect without --prune; add it, or remove --{name}")
+    for found in (
+        *baselines.static_exits(full, static_layers, states, folder if served else None),
+        *baselines.pruned_models(full, counts, scope, options.prune_profile, options.prune_adapter),
+    ):
+        points.append(Point(*found, every_task))
     return points
 
 
@@ -353,7 +369,7 @@ def read_yaml(text: str) -> dict[str, Any]:
             value = ",".join(f"{key}={item}" for key, item in value.items())
         elif isinstance(value, (list, tuple)):
             value = ",".join(str(item) for item in value)
-        elif name in ("thresholds", "prune", "verify_at", "tasks") and value is not None:
+        elif name in ("thresholds", "prune", "static_exits", "verify_at", "tasks") and value is not None:
             value = str(value)
         options[str(name)] = value
     return options

@@ -15,6 +15,7 @@ import pandas as pd
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.ledger import RequestKey, request_keys
+from dynamax_lm_eval.sweep.baselines import STATIC
 from dynamax_lm_eval.sweep.files import RESPONSES_NAME, check_results, finished_points, json_lines
 from dynamax_lm_eval.sweep.noise import NOISE
 from dynamax_lm_eval.sweep.options import VERIFIED
@@ -219,7 +220,7 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "family": point.kind,
                 "line": point.series,
                 "value": point.x,
-                "state_mode": point.policy["state_mode"] if point.kind == "exits" else None,
+                "state_mode": point.policy["state_mode"] if point.kind in ("exits", STATIC) else None,
                 "documents": len(point.samples),
                 "valid": point.valid,
                 "only_rounding": point.only_rounding,

@@ -21,7 +21,8 @@ const fill = (select, pairs, value) => {
 const interval = (value, low, high) =>
   low === null || low === undefined || value === null || value === undefined ? number(value) : `${number(value)} [${number(low)}, ${number(high)}]`;
 const setting = (point) =>
-  point.family === "exits" ? `threshold ${point.value}` : point.family === "pruning" ? `${point.value} blocks` : "";
+  point.family === "exits" ? `threshold ${point.value}` : point.family === "pruning" ? `${point.value} blocks` :
+    point.family === "static" ? `exit ${point.value}` : "";
 
 function drawChart() {
   const shown = task(), metric = byId("metric").value, axis = byId("axis").value;
