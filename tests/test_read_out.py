@@ -15,7 +15,7 @@ from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.frozen import read_out as module
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.read_out import read_out
+from dynamax_lm_eval.frozen.read_out import Float32ReadOut
 
 ROWS = [random_ids(200, i) for i in range(4)]
 #: A fused Transformer, a replayed one with a soft-cap, and Mamba.
@@ -54,7 +54,7 @@ def test_labels_in_half_precision_are_those_of_float32_read_outs(family: str) ->
 def test_in_float32_nothing_changes() -> None:
     frozen = FrozenPass(make_backbone(tiny_model("llama"), max_length=256), EXITS, final_block=False, top_k=1)
     hidden = torch.randn(30, 32)
-    assert torch.equal(read_out(frozen.backbone, hidden), frozen.backbone.readout(hidden))
+    assert torch.equal(frozen.read_out(hidden), frozen.backbone.readout(hidden))
 
 
 @torch.no_grad()
@@ -67,11 +67,13 @@ def test_a_soft_cap_is_applied() -> None:
     hidden = 3 * torch.randn(20, 32, dtype=torch.bfloat16)
     norm, head = parts_in_float32(model)
     expected = 0.5 * torch.tanh(head(norm(hidden.float())) / 0.5)
-    torch.testing.assert_close(read_out(backbone, hidden), expected)
+    torch.testing.assert_close(Float32ReadOut(backbone)(hidden), expected)
 
 
-@pytest.mark.parametrize("at_once", [1, 32 * 10])
-def test_parts_of_the_head_give_the_same_logits_and_gradients(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kept", "at_once"), [(2**20, 1), (0, 1), (0, 32 * 10)])
+def test_parts_of_the_head_give_the_same_logits_and_gradients(
+    kept: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, frozen = in_bfloat16("llama")
     adapter = Adapter(32, None)
     torch.manual_seed(1)
@@ -81,8 +83,9 @@ def test_parts_of_the_head_give_the_same_logits_and_gradients(at_once: int, monk
     expected = head(norm(adapter(hidden.float())))
     target = torch.randint(0, expected.shape[1], (12,))
     (gradient,) = torch.autograd.grad(F.cross_entropy(expected, target), [adapter.up.weight])
+    monkeypatch.setattr(module, "KEPT", kept)
     monkeypatch.setattr(module, "WEIGHTS_AT_ONCE", at_once)
-    logits = read_out(frozen.backbone, hidden, adapter)
+    logits = frozen.read_out(hidden, adapter)
     torch.testing.assert_close(logits, expected)
     (own,) = torch.autograd.grad(F.cross_entropy(logits, target), [adapter.up.weight])
     torch.testing.assert_close(own, gradient)
@@ -96,7 +99,7 @@ def test_a_bias_of_the_head_is_added() -> None:
     backbone = make_backbone(model, max_length=256)
     hidden = torch.randn(5, 32).bfloat16()
     norm, head = parts_in_float32(model)
-    torch.testing.assert_close(read_out(backbone, hidden), head(norm(hidden.float())))
+    torch.testing.assert_close(Float32ReadOut(backbone)(hidden), head(norm(hidden.float())))
 
 
 @pytest.mark.parametrize("changed", ["head", "norm", "kind"])
@@ -110,7 +113,7 @@ def test_what_cannot_be_read_by_its_weights_is_called(changed: str) -> None:
         hooked.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     backbone = make_backbone(model, max_length=256)
     hidden = torch.randn(30, 32).bfloat16()
-    found = read_out(backbone, hidden)
+    found = Float32ReadOut(backbone)(hidden)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, backbone.readout(hidden))
 
@@ -123,8 +126,17 @@ def test_adapters_learn_by_float32_read_outs() -> None:
     assert labels.divergence is not None and (labels.divergence > 0).all()
     adapter: Any = exits.adapter(EXITS[0])
     hidden = batch.reads[EXITS[0]][:40]
-    full = read_out(frozen.backbone, batch.last[:40]).log_softmax(-1)
-    own = read_out(frozen.backbone, hidden, adapter).log_softmax(-1)
+    full = frozen.read_out(batch.last[:40]).log_softmax(-1)
+    own = frozen.read_out(hidden, adapter).log_softmax(-1)
     loss = F.kl_div(own, full, log_target=True, reduction="batchmean")
     (gradient,) = torch.autograd.grad(0.5 * loss, [adapter.up.weight])
     torch.testing.assert_close(adapter.up.weight.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+def test_weights_that_change_are_widened_again() -> None:
+    model, frozen = in_bfloat16("llama")
+    hidden = torch.randn(5, 32).bfloat16()
+    before = frozen.read_out(hidden)
+    model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(frozen.read_out(hidden), 2 * before)

@@ -20,36 +20,55 @@ from dynamax_lm_eval.backbones.linear import is_changed, is_plain
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.models.placement import moved
 
-#: Weights of the LM head that are held in float32 at once, in elements: 64 MiB.
+#: Weights of an LM head that are kept in float32, in elements (256 MiB): widening a small one takes as long as a read.
+KEPT = 2**26
+#: Weights of a larger one that are widened at once, in elements: 64 MiB.
 WEIGHTS_AT_ONCE = 2**24
 
 
-def read_out(backbone: Backbone, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
-    """Returns the logits (T, V) of hidden states (T, D), in float32 where norm and head can be read by their weights.
+class Float32ReadOut:
+    """Final norm and LM head of a backbone in float32, where they can be read by their weights.
 
     Where they cannot (quantised, hooked, adapted, split or offloaded weights, a read-out of other parts), or where all
-    of them are in float32 already, they are what :meth:`Backbone.readout` gives, to the bit.
-
-    Args:
-        backbone: has norm and head.
-        hidden: the states, as blocks made them.
-        adapter: corrects them first, then without rounding its result.
+    of them are in float32 already, logits are what :meth:`Backbone.readout` gives, to the bit.
     """
-    parts = backbone.final_parts
-    in_float32 = parts is not None and is_narrow(parts)
-    if in_float32:
-        hidden = hidden.float()
-    if adapter is not None:
-        hidden = adapter(hidden)
-    if parts is None or not in_float32:
-        return backbone.readout(hidden)
-    weights = {name: tensor.float() for name, tensor in parts.norm.state_dict().items()}
-    here = next(iter(weights.values())).device if weights else hidden.device
-    normed: Tensor = torch.func.functional_call(parts.norm, weights, (moved(hidden, here),))
-    head: Any = parts.head
-    logits: Tensor = _HeadProduct.apply(moved(normed.float(), head.weight.device), head.weight, head.bias)  # type: ignore[no-untyped-call]
-    logits = moved(logits, backbone.output_device)
-    return logits if parts.softcap is None else torch.tanh(logits / parts.softcap) * parts.softcap
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._kept: Tensor | None = None
+        self._kept_of: tuple[int, int] | None = None  # place and version of the weights that were widened
+
+    def __call__(self, hidden: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """Returns the logits (T, V) of hidden states (T, D), as blocks made them.
+
+        ``adapter``: corrects them first, then without rounding its result.
+        """
+        parts = self._backbone.final_parts
+        in_float32 = parts is not None and is_narrow(parts)
+        if in_float32:
+            hidden = hidden.float()
+        if adapter is not None:
+            hidden = adapter(hidden)
+        if parts is None or not in_float32:
+            return self._backbone.readout(hidden)
+        weights = {name: tensor.float() for name, tensor in parts.norm.state_dict().items()}
+        here = next(iter(weights.values())).device if weights else hidden.device
+        normed: Tensor = torch.func.functional_call(parts.norm, weights, (moved(hidden, here),))
+        head: Any = parts.head
+        normed = moved(normed.float(), head.weight.device)
+        weight = self._widened(head.weight)
+        logits: Tensor = _HeadProduct.apply(normed, weight, head.bias)  # type: ignore[no-untyped-call]
+        logits = moved(logits, self._backbone.output_device)
+        return logits if parts.softcap is None else torch.tanh(logits / parts.softcap) * parts.softcap
+
+    def _widened(self, weight: Tensor) -> Tensor:
+        """Returns the weights (V, D) in float32, kept for the next time, or as they are where they are many."""
+        if weight.numel() > KEPT:
+            return weight
+        now = (weight.data_ptr(), weight._version)
+        if self._kept is None or self._kept_of != now:
+            self._kept, self._kept_of = weight.detach().float(), now
+        return self._kept
 
 
 def is_narrow(parts: FinalParts) -> bool:
@@ -88,6 +107,8 @@ class _HeadProduct(torch.autograd.Function):
 
 
 def _slices(weight: Tensor) -> list[slice]:
-    """Returns the rows of W (V, D) in parts of at most ``WEIGHTS_AT_ONCE`` elements, or of one row."""
+    """Returns the rows of W (V, D) in parts of at most ``WEIGHTS_AT_ONCE`` elements to widen, or of one row."""
+    if weight.dtype == torch.float32:
+        return [slice(None)]
     size = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
     return [slice(first, first + size) for first in range(0, len(weight), size)]

@@ -27,7 +27,6 @@ from dynamax_lm_eval.engine.parity import engine_without_weights
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import naming
 from dynamax_lm_eval.frozen.passes import FrozenPass, Target, descend
-from dynamax_lm_eval.frozen.read_out import read_out
 from dynamax_lm_eval.frozen.text import Documents
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.blocks import find_blocks
@@ -206,10 +205,10 @@ class LoraTrainer:
         divergences = torch.zeros(len(ends), device=backbone.device)
         for part in torch.arange(len(positions), device=backbone.device).split(self.frozen.read_at_once):
             with torch.no_grad():
-                target = Target.of(read_out(backbone, teacher[part]))
+                target = Target.of(self.frozen.read_out(teacher[part]))
             for i, (end, share) in enumerate(zip(ends, self._shares, strict=True)):
                 with torch.enable_grad():
-                    logits = read_out(backbone, end[part])
+                    logits = self.frozen.read_out(end[part])
                 divergences[i] += descend(logits, target, weight * share / len(positions)) / len(positions)
         torch.autograd.backward(hidden, [end.grad for end in ends])
         return divergences
