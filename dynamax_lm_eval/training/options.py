@@ -97,7 +97,7 @@ class TrainingOptions:
         "thesis: trains as earlier public code of the paper's authors does (docs/text_and_code.md); decides what is "
         "left at its default",
     )
-    classifier: str = option("mamba,ffn,calm", f"kinds to train in one pass, separated by commas: {_KINDS}")
+    classifier: str = option("calm,mamba,ffn", f"kinds to train in one pass, separated by commas: {_KINDS}")
     dataset: str = frozen_option(
         "dataset",
         "text to train on: a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such "
