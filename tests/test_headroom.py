@@ -30,6 +30,7 @@ from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.regression import Moments
 from dynamax_lm_eval.frozen.text import held_out, text_documents
 from dynamax_lm_eval.headroom.command import FORMAT, JSON_NAME, PLOT_NAME, headroom
+from dynamax_lm_eval.headroom.errors import ErrorsByDocument
 from dynamax_lm_eval.headroom.fitting import fitted_adapters
 from dynamax_lm_eval.headroom.forced import forced_policies, measure
 from dynamax_lm_eval.headroom.options import HeadroomOptions
@@ -98,7 +99,7 @@ def test_a_model_whose_later_blocks_change_nothing(half_asleep: Path, texts: Pat
 def lengths_of(result: dict[str, Any], texts: Path) -> list[int]:
     """Lengths of the rows, from the documents in the command's order."""
     documents = text_documents(TextSource(str(texts), seed=result["seed"]), train_tokenizer())
-    return [len(row) for row in held_out(documents, 300, result["text"]["seq_len"])[0]]
+    return [len(row) for row in held_out(documents, 300, result["text"]["seq_len"], 100)[0]]
 
 
 # The oracle.
@@ -292,6 +293,52 @@ def begins_in(ids: list[int], document: list[int]) -> bool:
     return any(document[start : start + len(ids)] == ids for start in range(0, len(document), 32))
 
 
+# Errors.
+
+
+def test_errors_are_those_of_a_ratio_over_documents() -> None:
+    rows = [
+        Row([0] * (count + 1), 1, ("", document)) for document, count in zip((0, 1, 1, 2), (4, 2, 3, 6), strict=True)
+    ]
+    errors = ErrorsByDocument(rows)
+    has = np.asarray([1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1], dtype=bool)
+    assert errors.documents == 3
+    parts = (slice(4), slice(4, 9), slice(9, 15))
+    for among in (np.ones(15, dtype=bool), np.arange(15) % 2 == 0):
+        counts = np.asarray([(has & among)[part].sum() for part in parts])
+        sizes = np.asarray([among[part].sum() for part in parts])
+        residuals = counts - counts.sum() / sizes.sum() * sizes
+        expected = np.sqrt(3 / 2 * (residuals**2).sum()) / sizes.sum()
+        assert errors.stderr(has, among) == pytest.approx(expected)
+        assert expected > 0
+
+
+def test_tokens_of_one_document_are_one_draw() -> None:
+    has = np.arange(20) < 10
+    alike = ErrorsByDocument([Row([0] * 11, 1, ("", 0)), Row([0] * 11, 1, ("", 1))])
+    assert alike.stderr(has) == pytest.approx(0.5), "two documents, one of each"
+    assert ErrorsByDocument([Row([0] * 21, 1)]).stderr(has) is None, "one document says nothing of others"
+    of_tasks = ErrorsByDocument([Row([0] * 6, 1, (task, number)) for task in "ab" for number in range(2)])
+    assert of_tasks.documents == 4
+    assert of_tasks.stderr(has) == 0, "tasks are the same in every draw"
+
+
+@pytest.mark.parametrize("documents", [1, 100])
+def test_of_each_document_at_most_a_row(documents: int, model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    lm = exit_model(model_folder, threshold=1)
+    given = options(model_folder, tmp_path, texts, documents=documents, fit_adapters=True, fit_tokens=300)
+    measured, fitting = rows_of(lm, None, given)
+    for rows in (measured, fitting):
+        assert 298 <= sum(len(row) for row in rows) <= 300
+        number = len({row.document for row in rows})
+        assert (number == len(rows)) == (documents == 100), "whole documents are longer than a row"
+
+
+def test_the_cap_of_documents_is_for_text_alone(model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--documents has no effect without --dataset"):
+        options(model_folder, tmp_path, tasks="tiny_generate", documents=5)
+
+
 # The command.
 
 
@@ -309,6 +356,10 @@ def test_files_tables_and_the_line(
     result = FORMAT.read(output / JSON_NAME)
     assert shown.splitlines()[-1] == result["verdict"]["line"]
     assert f"{result['text']['tokens']} tokens in {result['text']['rows']} rows, recompute" in shown
+    assert f"; {result['text']['documents']} documents (of each at most a row, or 1/100 of the tokens)" in shown
+    assert result["text"]["documents"] > 5 and result["text"]["documents_asked"] == 100
+    errors = result["read_outs"]["none"]["agreement_stderr"]
+    assert f"{result['read_outs']['none']['agreement']['3']:.4f} ({errors['3']:.4f})" in shown
     assert "agree, fitted adapters" in shown
     assert "threshold (calm)" in shown
     assert (output / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
@@ -342,7 +393,7 @@ def test_exits_at_hand_do_what_the_engine_does_with_them(
     assert set(points[1]["exit_histogram"]) == {"2", str(LAYERS)}
     assert result["read_outs"]["exits"]["final_block"] == final_block
     lm = exit_model(model_folder, exits=str(exits), classifier="mamba", threshold=0.4, exit_scope="all")
-    rows = held_out(text_documents(TextSource(str(texts)), lm.tokenizer), 300, 32)[0]
+    rows = held_out(text_documents(TextSource(str(texts)), lm.tokenizer), 300, 32, 100)[0]
     requests = [ScoringRequest(row, 1, [[0]] * len(row), lm.policy) for row in rows]
     scorings = score_all(lm.engine, requests, 2)
     record = ComputeRecord.sum(lm.engine.account(scoring.trace, lm.policy) for scoring in scorings)
@@ -377,6 +428,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seq_len": 1}, "--seq_len must be at least 2"),
     ({"tasks": "t"}, "--tasks and --dataset exclude each other"),
     ({"limit": 3}, "--limit has no effect without --tasks"),
+    ({"documents": 0}, "--documents must be at least 1, got 0"),
     ({"fit_tokens": 500}, "--fit_tokens has no effect without --fit_adapters True"),
     ({"ridge": 0.5}, "--ridge has no effect without --fit_adapters True"),
     ({"ridge": -1.0, "fit_adapters": True}, "--ridge must be a finite number of at least 0"),
@@ -420,9 +472,9 @@ def test_refusals_before_weights(
 def test_refusals_of_what_is_read(
     model_folder: Path, texts: Path, tmp_path: Path, manager: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"only \d+ tokens of text, and --tokens=90000 are wanted"):
+    with pytest.raises(UserError, match=r"only \d+ tokens of text .* by --documents=100\), and --tokens=90000 are"):
         headroom(options(model_folder, tmp_path / "a", texts, tokens=90_000))
-    with pytest.raises(UserError, match=r"only \d+ tokens of text, and --fit_tokens=90000 are wanted"):
+    with pytest.raises(UserError, match=r"only \d+ tokens of text .* by --documents=100\), and --fit_tokens=90000 are"):
         headroom(options(model_folder, tmp_path / "f", texts, fit_adapters=True, fit_tokens=90_000))
     with pytest.raises(UserError, match="--seq_len=999 is more than the model's longest row"):
         headroom(options(model_folder, tmp_path / "b", texts, seq_len=999))

@@ -79,3 +79,12 @@ class TestLoop:
         with pytest.raises(UserError, match="step 1: the gradient of calm is not finite"):
             trainer.step(0, batches)
         assert all(torch.equal(before[name], t) for name, t in trainer.classifiers.state_dict().items())
+
+
+def test_states_do_not_depend_on_which_kind_is_preferred() -> None:
+    """Of releases that wrote ``mamba`` first; the optimiser's tensors are known by their place."""
+    trainer, _ = make_trainer(("calm", "mamba", "hybrid", "ffn"))
+    assert trainer.classifiers.kinds == ("calm", "mamba", "hybrid", "ffn")
+    assert list(trainer.groups) == ["mamba", "hybrid", "ffn", "calm"]
+    sizes = [[p.shape for p in group["params"]] for group in trainer.optimizer.param_groups]
+    assert [shape for group in sizes for shape in group] == [p.shape for g in trainer.groups.values() for p in g]

@@ -125,7 +125,7 @@ class TestOutput:
         (["--classifier", "ffn", "--mamba_state", "8"], "--mamba_state has no effect on --classifier ffn"),
         (["--dataset", "self", "--dataset_split", "test"], "have no effect with --dataset self"),
         (["--classifier", "calm", "--mamba_state", "8"], "add mamba or hybrid, or remove it"),
-        (["--hybrid_expand", "0.5"], "--hybrid_expand has no effect on --classifier mamba,ffn,calm"),
+        (["--hybrid_expand", "0.5"], "--hybrid_expand has no effect on --classifier calm,mamba,ffn"),
         (["--classifier", "hybrid", "--hybrid_expand", "0"], "hybrid_expand must be a finite number above 0"),
         (
             ["--calibrate", "false", "--calibrate_tokens", "5"],

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import random_ids
 from helpers_engine import EXITS, exits_config
 from helpers_training import frozen
 
 from dynamax_lm_eval.exits.classifiers import ClassifierOptions, ExitClassifiers
+from dynamax_lm_eval.frozen.text import HeldOut
 from dynamax_lm_eval.training import evaluation
+from dynamax_lm_eval.training.curve import beginnings
 
 
 class TestEvaluation:
@@ -72,3 +75,27 @@ class TestEvaluation:
         spent = sum(block.at(1) for block in cost.blocks[:2]) + sum(block.at(2) for block in cost.blocks[:3])
         spent += 64 * (1 + 2) + sum(block.state_recompute for block in (*cost.blocks[2:], *cost.blocks[3:]))
         assert point["compute_reduction"] == pytest.approx(full / spent)
+
+
+class TestTokensOfTheCurve:
+    def test_of_many_documents_each_gives_its_beginning(self) -> None:
+        rows = [random_ids(64, i) for i in range(100)]
+        texts, number = beginnings(HeldOut(rows, list(range(100)), 100), 800)
+        assert texts == [row[:20] for row in rows[:40]]
+        assert number == list(range(40))
+
+    def test_of_few_documents_each_gives_more_rows(self) -> None:
+        rows = [random_ids(10, i) for i in range(20)]
+        texts, number = beginnings(HeldOut(rows, [i // 10 for i in range(20)], 2), 50)
+        assert [len(text) for text in texts] == [10, 10, 5, 10, 10, 5]
+        assert number == [0, 0, 0, 1, 1, 1]
+
+    def test_short_documents_are_made_up_for_by_others(self) -> None:
+        rows = [random_ids(2 if i % 2 else 30, i) for i in range(200)]
+        texts, number = beginnings(HeldOut(rows, list(range(200)), 200), 400)
+        assert sum(map(len, texts)) in range(398, 401)
+        assert number == list(range(0, 80, 2)), "rows of two tokens show nothing"
+
+    def test_the_fewest_tokens_are_one_piece(self) -> None:
+        texts, _ = beginnings(HeldOut([random_ids(9, i) for i in range(50)], list(range(50)), 50), 3)
+        assert [len(text) for text in texts] == [3]

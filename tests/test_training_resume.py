@@ -123,7 +123,7 @@ class TestResume:
 
     def test_what_is_written(self, unbroken: ExitCheckpoint) -> None:
         config = unbroken.config
-        assert config.classifiers == ("mamba", "calm")
+        assert config.classifiers == ("calm", "mamba")
         assert config.training["options"]["seed"] == 0
         assert config.training["tokens"] == STEPS * 128
         card = (unbroken.path / "README.md").read_text()

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones.learned import StateMaps, StateProjection
 from dynamax_lm_eval.backbones.segments import SegmentOutput, StaticSegments
@@ -104,6 +104,15 @@ def full_depth_layout(slots: Sequence[int | None], lengths: Sequence[int], num_l
         final_block=np.zeros(len(lengths), dtype=np.bool_),
         prunes_from=np.zeros(len(lengths), dtype=np.int64),
     )
+
+
+class FinalParts(NamedTuple):
+    """What a read-out of hidden states consists of, where it is these and nothing else."""
+
+    norm: nn.Module
+    head: nn.Module
+    #: c of c * tanh(logits / c); None: logits as they are.
+    softcap: float | None = None
 
 
 class States(ABC):
@@ -313,6 +322,11 @@ class Backbone(ABC):
         Only where :meth:`check_readout_of` raises nothing.
         """
         raise NotImplementedError
+
+    @property
+    def final_parts(self) -> FinalParts | None:
+        """What :meth:`readout` consists of; None where that is not known."""
+        return None
 
     def check_readout_of(self) -> None:
         """Raises UserError where logits of some tokens cannot be had without those of all."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones import families
-from dynamax_lm_eval.backbones.base import Backbone
+from dynamax_lm_eval.backbones.base import Backbone, FinalParts
 from dynamax_lm_eval.backbones.linear import is_plain, linear, product
 from dynamax_lm_eval.models.blocks import find_blocks
 from dynamax_lm_eval.models.placement import Place, execution_device, moved
@@ -87,6 +87,10 @@ class DecoderBackbone(ModelBackbone):
     def embed(self, ids: Tensor) -> Tensor:
         hidden: Tensor = self._embeddings(ids.unsqueeze(0))
         return hidden
+
+    @property
+    def final_parts(self) -> FinalParts | None:
+        return FinalParts(self._final_norm, self._lm_head)
 
     def check_readout_of(self) -> None:
         if not self.has_head_rows:

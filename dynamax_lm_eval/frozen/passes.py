@@ -28,6 +28,7 @@ from dynamax_lm_eval.backbones.base import (
 )
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.exits.classifiers import Classifier, ExitClassifiers, exit_probability
+from dynamax_lm_eval.frozen.read_out import Float32ReadOut
 from dynamax_lm_eval.types import LabelKind, StateMode
 
 FloatArray = npt.NDArray[np.float64]
@@ -144,6 +145,7 @@ class FrozenPass:
             label_final_block: labels are made of these read-outs; else, with a final block, of the state at the exit.
         """
         self.backbone = backbone
+        self.read_out = Float32ReadOut(backbone)
         self.dtype = backbone.embed(torch.zeros(1, dtype=torch.int64, device=backbone.device)).dtype
         self.exit_layers = exit_layers
         self.final_block = final_block
@@ -226,7 +228,7 @@ class FrozenPass:
         exits: ExitClassifiers | None = None,
         learn: Sequence[float] | None = None,
     ) -> Labels:
-        """Returns labels at ``positions`` (n,); False at exits that a position does not reach.
+        """Returns labels at ``positions`` (n,), of read-outs in float32; False at exits that a position does not reach.
 
         Args:
             batch: what the backbone computed.
@@ -239,7 +241,7 @@ class FrozenPass:
         within, agrees = [], []
         divergence = torch.zeros(len(self.exit_layers), device=positions.device)
         for part in positions.split(self.read_at_once):
-            full = self.backbone.readout(batch.last[part])  # (t, V)
+            full = self.read_out(batch.last[part])  # (t, V)
             best = best_tokens(full, k_of_full)  # (t, k)
             target = Target.of(full) if learn is not None else None
             right = torch.zeros(len(self.exit_layers), len(part), dtype=torch.bool, device=part.device)
@@ -252,17 +254,17 @@ class FrozenPass:
                 if len(chosen) == 0:
                     continue
                 if adapter is None or target is None or learn is None:
-                    logits = self.backbone.readout(hidden if adapter is None else adapter(hidden))
+                    logits = self.read_out(hidden, adapter)
                 else:
                     with torch.enable_grad():
-                        logits = self.backbone.readout(adapter(hidden))
+                        logits = self.read_out(hidden, adapter)
                     own = target if batch.reached is None else Target.of(full[reached])
                     divergence[i] += descend(logits, own, learn[i] / len(positions)) / len(positions)
                 own_best = best[reached]
                 found = best_tokens(logits.detach(), k_of_exit)  # of those that reach it, (.., k)
                 same[i, reached] = found[:, 0] == own_best[:, 0]
                 if self._labels_at_exit:
-                    found = best_tokens(self.backbone.readout(batch.exits[layer][chosen]), k_of_exit)
+                    found = best_tokens(self.read_out(batch.exits[layer][chosen]), k_of_exit)
                 # One of the two has a single token.
                 right[i, reached] = (found == own_best).any(-1)
             agrees.append(same)

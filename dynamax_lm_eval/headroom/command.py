@@ -20,6 +20,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import default_exit_layers, default_state_mode, policy_of_exits, resolve_thresholds
 from dynamax_lm_eval.files import JsonFormat, check_writable
+from dynamax_lm_eval.headroom.errors import ErrorsByDocument
 from dynamax_lm_eval.headroom.fitting import fitted_adapters
 from dynamax_lm_eval.headroom.forced import Measured, forced_policies, measure
 from dynamax_lm_eval.headroom.options import NO_EXITS, HeadroomOptions
@@ -54,6 +55,7 @@ class _Subject:
     few: tuple[int, ...]  # those of the exits, or else the default ones
     state_mode: StateMode
     rows: list[Row]
+    errors: ErrorsByDocument
 
     @property
     def few_name(self) -> str:
@@ -119,7 +121,7 @@ def _load(options: HeadroomOptions) -> tuple[_Subject, list[Row]]:
         given |= {"exits": str(exits.path)}
     lm = DynamaxLM(backbone=options.backbone, **given)
     rows, fit_rows = rows_of(lm, manager, options)
-    return _Subject(lm, exits, layers, few, lm.policy.state_mode, rows), fit_rows
+    return _Subject(lm, exits, layers, few, lm.policy.state_mode, rows, ErrorsByDocument(rows)), fit_rows
 
 
 def _find_exits(options: HeadroomOptions, source: ModelSource) -> ExitCheckpoint | None:
@@ -182,12 +184,13 @@ def _measured(subject: _Subject, fit_rows: list[Row], options: HeadroomOptions) 
         "seed": options.seed,
         "text": {
             **_text_of(options),
+            "documents": subject.errors.documents,
             "rows": len(rows),
             "tokens": len(reading.best),
             "fitted_on": sum(row.num_eligible for row in fit_rows),
         },
         "exit_layers": {"every": list(subject.layers), subject.few_name: list(subject.few)},
-        "read_outs": {read_out.name: _read_out(read_out, reading) for read_out in read_outs},
+        "read_outs": {read_out.name: _read_out(read_out, reading, subject.errors) for read_out in read_outs},
         "full_model_again": float((again.best == reading.best).mean()),
         "oracles": oracles,
         "exits": None if subject.exits is None else _exits(subject, reading, read_outs[-1], oracles, options),
@@ -196,7 +199,7 @@ def _measured(subject: _Subject, fit_rows: list[Row], options: HeadroomOptions) 
 
 def _text_of(options: HeadroomOptions) -> dict[str, Any]:
     if options.tasks is None:
-        return {"dataset": options.source.dataset, "seq_len": options.seq_len}
+        return {"dataset": options.source.dataset, "seq_len": options.seq_len, "documents_asked": options.documents}
     return {"tasks": options.tasks, "limit": options.limit, "num_fewshot": options.num_fewshot}
 
 
@@ -206,11 +209,12 @@ def _sets(subject: _Subject, read_out: ReadOut) -> list[tuple[str, tuple[int, ..
     return [few] if read_out.name == "exits" else [("every", subject.layers), few]
 
 
-def _read_out(read_out: ReadOut, reading: Reading) -> dict[str, Any]:
+def _read_out(read_out: ReadOut, reading: Reading, errors: ErrorsByDocument) -> dict[str, Any]:
     agrees = reading.agrees[read_out.name]
+    from_there = settled(agrees)
 
-    def by_layer(shares: Any) -> dict[str, float]:
-        return {str(layer): float(share) for layer, share in zip(read_out.layers, shares, strict=True)}
+    def by_layer(values: Any) -> dict[str, Any]:
+        return {str(layer): value for layer, value in zip(read_out.layers, values, strict=True)}
 
     adapters = [read_out.adapter_at(layer) for layer in read_out.layers]
     macs = [0 if adapter is None else adapter.macs for adapter in adapters]
@@ -218,8 +222,10 @@ def _read_out(read_out: ReadOut, reading: Reading) -> dict[str, Any]:
         "adapter": read_out.adapter,
         "final_block": read_out.final_block,
         "adapter_macs": {str(layer): count for layer, count in zip(read_out.layers, macs, strict=True)},
-        "agreement": by_layer(agrees.mean(1)),
-        "settled": by_layer(settled(agrees).mean(1)),
+        "agreement": by_layer(agrees.mean(1).tolist()),
+        "agreement_stderr": by_layer(map(errors.stderr, agrees)),
+        "settled": by_layer(from_there.mean(1).tolist()),
+        "settled_stderr": by_layer(map(errors.stderr, from_there)),
     }
 
 
@@ -262,13 +268,13 @@ def _oracles(
                 "read_out": read_out.name,
                 "exit_layers": name,
                 "agreement_asked": agreement,
-                **_outcome(reading, agrees, left, measured),
+                **_outcome(reading, agrees, left, measured, subject.errors),
             }
         )
     return points
 
 
-def _outcome(reading: Reading, agrees: Any, left: Any, measured: Measured) -> dict[str, Any]:
+def _outcome(reading: Reading, agrees: Any, left: Any, measured: Measured, errors: ErrorsByDocument) -> dict[str, Any]:
     """Returns compute and agreement of tokens that left at exits ``left`` (T,), with both kinds of states."""
     full_depth_states = np.vstack([agrees, np.ones((1, agrees.shape[1]), dtype=np.bool_)])[left, np.arange(len(left))]
     left_behind = measured.best == reading.best
@@ -288,6 +294,12 @@ def _outcome(reading: Reading, agrees: Any, left: Any, measured: Measured) -> di
         },
         "agreement": {"full_depth_states": float(full_depth_states.mean()), "left_behind": float(left_behind.mean())},
         "kept_of_leaving": float(left_behind[right_early].mean()) if right_early.any() else None,
+        "stderr": {
+            "share_leaving": errors.stderr(early),
+            "full_depth_states": errors.stderr(full_depth_states),
+            "left_behind": errors.stderr(left_behind),
+            "kept_of_leaving": errors.stderr(left_behind, right_early),
+        },
     }
 
 
@@ -314,7 +326,7 @@ def _exits(
         shown = f"{kind}, threshold {'+'.join(f'{value:g}' for value in given)}"
         measured = measure(engine, subject.rows, [policy] * len(subject.rows), options.batch_size, shown)
         left = np.searchsorted(layers, measured.layers)
-        point = _outcome(reading, agrees, left, measured)
+        point = _outcome(reading, agrees, left, measured, subject.errors)
         errors = round((1 - point["agreement"]["full_depth_states"]) * len(tokens))
         best = macs[oracle_exits(agrees, macs, errors), tokens].sum()
         saved = 1 - float(best) / point["macs"]["full"]

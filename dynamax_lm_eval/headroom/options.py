@@ -9,6 +9,7 @@ from dynamax_lm_eval import values
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.resolve import resolve_exit_layers
 from dynamax_lm_eval.frozen.options import DEFAULT_DATASET, TextSource, check_at_least, frozen_option, option
+from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP
 from dynamax_lm_eval.sweep.options import SweepOptions, parse_thresholds
 from dynamax_lm_eval.types import ClassifierKind, StateMode
 
@@ -16,7 +17,7 @@ from dynamax_lm_eval.types import ClassifierKind, StateMode
 NO_EXITS = "none"
 #: Options that only act on ``--tasks``, and those that only act on ``--dataset``.
 _OF_TASKS = ("limit", "num_fewshot", "include_path", "metadata", "apply_chat_template")
-_OF_TEXT = ("dataset", "dataset_config", "dataset_split", "text_column", "tokens", "fit_tokens")
+_OF_TEXT = ("dataset", "dataset_config", "dataset_split", "text_column", "tokens", "documents", "fit_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class HeadroomOptions:
     dataset_split: str = frozen_option("dataset_split")
     text_column: str = frozen_option("text_column")
     tokens: int = option(20_000, "tokens of --dataset to measure")
+    documents: int = option(100, DOCUMENTS_HELP)
     fit_tokens: int = option(20_000, "tokens of --dataset, of further documents, to fit adapters on")
     seq_len: int = frozen_option("seq_len", "longest row of text")
     batch_size: int = option(16, "rows in flight")
@@ -75,7 +77,9 @@ class HeadroomOptions:
     overwrite: bool = option(False, "write over existing files")
 
     def __post_init__(self) -> None:
-        check_at_least(self, {"tokens": 100, "fit_tokens": 100, "seq_len": 2, "batch_size": 1, "seed": 0})
+        check_at_least(
+            self, {"tokens": 100, "documents": 1, "fit_tokens": 100, "seq_len": 2, "batch_size": 1, "seed": 0}
+        )
         modes = [mode for mode in get_args(StateMode) if mode != "learned"]
         for name, choices in (("state_mode", modes), ("classifier", get_args(ClassifierKind))):
             given = getattr(self, name)

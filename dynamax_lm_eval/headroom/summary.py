@@ -83,8 +83,12 @@ def table(result: Mapping[str, Any]) -> str:
     read_outs = result["read_outs"]
     layers = list(read_outs["none"]["agreement"])
     agreement = [
-        [layer, *(measured["agreement"].get(layer) for measured in read_outs.values())]
-        + [measured["settled"].get(layer) for measured in read_outs.values()]
+        [layer]
+        + [
+            _share(measured[what].get(layer), measured[f"{what}_stderr"].get(layer))
+            for what in ("agreement", "settled")
+            for measured in read_outs.values()
+        ]
         for layer in layers
     ]
     names = [_NAMES[name] for name in read_outs]
@@ -95,7 +99,7 @@ def table(result: Mapping[str, Any]) -> str:
             point["exit_layers"],
             point["agreement_asked"],
             *_columns(point),
-            point["kept_of_leaving"],
+            _share(point["kept_of_leaving"], point["stderr"]["kept_of_leaving"]),
         ]
         for point in result["oracles"]
     ]
@@ -115,7 +119,13 @@ def table(result: Mapping[str, Any]) -> str:
         ]
         tables.append(_table(rows, [f"threshold ({result['exits']['classifier']})", *measured, "share of an oracle"]))
     text = result["text"]
-    measured_on = f"{result['backbone']}, {text['tokens']} tokens in {text['rows']} rows, {result['state_mode']}"
+    documents = f"{text['documents']} documents"
+    if (asked := text.get("documents_asked", 1)) > 1:
+        documents += f" (of each at most a row, or 1/{asked} of the tokens)"
+    measured_on = (
+        f"{result['backbone']}, {text['tokens']} tokens in {text['rows']} rows, {result['state_mode']}; {documents}, "
+        "and in brackets standard errors over these"
+    )
     return "\n".join([f"{measured_on}\n", *tables])
 
 
@@ -180,14 +190,21 @@ def _kept(point: Mapping[str, Any]) -> float:
     return 1.0 if point["kept_of_leaving"] is None else float(point["kept_of_leaving"])
 
 
-def _columns(point: Mapping[str, Any]) -> list[float]:
-    agreement = point["agreement"]
+def _columns(point: Mapping[str, Any]) -> list[Any]:
+    agreement, error = point["agreement"], point["stderr"]
     return [
         point["compute_reduction"],
-        point["share_leaving"],
-        agreement["full_depth_states"],
-        agreement["left_behind"],
+        _share(point["share_leaving"], error["share_leaving"]),
+        _share(agreement["full_depth_states"], error["full_depth_states"]),
+        _share(agreement["left_behind"], error["left_behind"]),
     ]
+
+
+def _share(share: float | None, stderr: float | None) -> str | None:
+    """Returns a share with its standard error, as far as there are such."""
+    if share is None:
+        return None
+    return f"{share:.4f}" if stderr is None else f"{share:.4f} ({stderr:.4f})"
 
 
 def _shortened(thresholds: Sequence[float]) -> Sequence[float]:

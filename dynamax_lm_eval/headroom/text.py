@@ -18,7 +18,7 @@ from dynamax_lm_eval.engine.requests import GenerationRequest
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.frozen.text import held_out, text_documents, without_first
+from dynamax_lm_eval.frozen.text import HeldOut, held_out, text_documents, without_first
 from dynamax_lm_eval.harness.documents import Document, documents_of, naming_document, naming_tasks, of_document
 from dynamax_lm_eval.harness.encoding import fit
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
@@ -31,6 +31,8 @@ class Row:
 
     ids: list[int]
     prompt_length: int
+    #: What it is cut from; the task is empty where it is a text.
+    document: Document = ("", 0)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,23 +78,31 @@ def rows_of(lm: Any, manager: Any, options: HeadroomOptions) -> tuple[list[Row],
             raise UserError("--fit_adapters needs documents to fit on beside those that are measured; raise --limit")
         order = np.random.default_rng(options.seed).permutation(len(documents))
         fitting = {documents[i] for i in order[: len(documents) // 2].tolist()}
-    measured = [row for document, row in rows if document not in fitting]
-    return measured, [row for document, row in rows if document in fitting]
+    own = [replace(row, document=document) for document, row in rows]
+    return [row for row in own if row.document not in fitting], [row for row in own if row.document in fitting]
 
 
 def _rows_of_text(lm: Any, options: HeadroomOptions) -> tuple[list[Row], list[Row]]:
     documents = text_documents(options.source, lm.tokenizer)
-    texts, _, count = held_out(documents, options.tokens, options.seq_len, options=("--tokens", ""))
-    more: list[list[int]] = []
+    measured = held_out(documents, options.tokens, options.seq_len, options.documents, ("--tokens", "--documents"))
+    fitting = HeldOut([], [], 0)
     if options.fit_adapters:
         remedy = "give more text for --fit_adapters, lower --tokens, or split the text into more documents"
-        others = without_first(documents, count, remedy)
-        more = held_out(
-            lambda epoch, _: others(epoch, count), options.fit_tokens, options.seq_len, options=("--fit_tokens", "")
-        ).rows
-    for ids in (*texts, *more):
+        others = without_first(documents, measured.read, remedy)
+        fitting = held_out(
+            lambda epoch, _: others(epoch, measured.read),
+            options.fit_tokens,
+            options.seq_len,
+            options.documents,
+            ("--fit_tokens", "--documents"),
+        )
+    for ids in (*measured.rows, *fitting.rows):
         lm.engine.backbone.check_ids(ids)
-    return [Row(ids, 1) for ids in texts], [Row(ids, 1) for ids in more]
+    return _rows(measured), _rows(fitting)
+
+
+def _rows(text: HeldOut) -> list[Row]:
+    return [Row(ids, 1, ("", document)) for ids, document in zip(text.rows, text.document, strict=True)]
 
 
 def _rows_of_tasks(lm: Any, manager: Any, options: HeadroomOptions) -> Iterator[tuple[Document, Row]]:

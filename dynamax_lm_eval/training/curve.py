@@ -18,6 +18,8 @@ from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen.text import HeldOut
 from dynamax_lm_eval.types import StateMode
 
+#: Documents that the tokens of the curve are taken from, as far as there are so many.
+DOCUMENTS = 40
 #: The thresholds at which text is run.
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 _ROWS_AT_ONCE = 8
@@ -26,19 +28,13 @@ _ROWS_AT_ONCE = 8
 def measured_curves(
     engine: Engine, held_out: HeldOut, config: ExitConfig, state_mode: StateMode, num_tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns, for each kind of classifier, what each threshold does to the first ``num_tokens`` tokens of rows.
+    """Returns, for each kind of classifier, what each threshold does to ``num_tokens`` tokens of the text.
 
+    They are the beginnings of ``DOCUMENTS`` documents, of all if there are fewer, each with its share of the tokens.
     All tokens but the first of a row may leave. ``agreement`` is the share of them whose best next token is that of the
     full model, ``agreement_stderr`` its standard error over ``documents``; None for a single one.
     """
-    texts: list[Sequence[int]] = []
-    number: list[int] = []
-    for row, document in zip(held_out.rows, held_out.document, strict=True):
-        if sum(map(len, texts)) >= num_tokens:
-            break
-        if len(row) > 2:
-            texts.append(row)
-            number.append(document)
+    texts, number = beginnings(held_out, num_tokens)
     full, _ = _run(engine, texts, ExitPolicy(config.backbone.num_layers))
     _, of_token = np.unique(np.repeat(number, [len(row) - 2 for row in texts]), return_inverse=True)
     tokens = np.bincount(of_token)
@@ -62,6 +58,26 @@ def measured_curves(
                 }
             )
     return curves
+
+
+def beginnings(held_out: HeldOut, num_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Returns rows of about ``num_tokens`` tokens, and the document of each.
+
+    Errors are over documents, and every threshold runs all of these tokens, so a few of many documents say more than
+    whole rows of few. Where some documents are shorter than their share, more than ``DOCUMENTS`` are taken.
+    """
+    share = max(3, -(-num_tokens // min(DOCUMENTS, held_out.documents)))
+    rows: list[list[int]] = []
+    number: list[int] = []
+    taken: dict[int, int] = {}
+    for row, document in zip(held_out.rows, held_out.document, strict=True):
+        left = min(share - taken.get(document, 0), num_tokens - sum(taken.values()))
+        piece = row[: max(0, left)]
+        if len(piece) > 2:  # neither the first nor the last token of a row counts
+            rows.append(piece)
+            number.append(document)
+            taken[document] = taken.get(document, 0) + len(piece)
+    return rows, number
 
 
 def _run(engine: Engine, rows: Sequence[Sequence[int]], policy: ExitPolicy) -> tuple[Any, ComputeRecord]:

@@ -205,10 +205,10 @@ class LoraTrainer:
         divergences = torch.zeros(len(ends), device=backbone.device)
         for part in torch.arange(len(positions), device=backbone.device).split(self.frozen.read_at_once):
             with torch.no_grad():
-                target = Target.of(backbone.readout(teacher[part]))
+                target = Target.of(self.frozen.read_out(teacher[part]))
             for i, (end, share) in enumerate(zip(ends, self._shares, strict=True)):
                 with torch.enable_grad():
-                    logits = backbone.readout(end[part])
+                    logits = self.frozen.read_out(end[part])
                 divergences[i] += descend(logits, target, weight * share / len(positions)) / len(positions)
         torch.autograd.backward(hidden, [end.grad for end in ends])
         return divergences

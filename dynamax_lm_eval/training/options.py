@@ -97,7 +97,7 @@ class TrainingOptions:
         "thesis: trains as earlier public code of the paper's authors does (docs/text_and_code.md); decides what is "
         "left at its default",
     )
-    classifier: str = option("mamba,ffn,calm", f"kinds to train in one pass, separated by commas: {_KINDS}")
+    classifier: str = option("calm,mamba,ffn", f"kinds to train in one pass, separated by commas: {_KINDS}")
     dataset: str = frozen_option(
         "dataset",
         "text to train on: a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such "
@@ -214,7 +214,9 @@ class TrainingOptions:
     eval_split: str = option("train", "split of a held-out Hub data set")
     eval_tokens: int = option(50_000, "tokens to evaluate on at the end")
     eval_documents: int = option(100, DOCUMENTS_HELP)
-    curve_tokens: int = option(5_000, "tokens of these that are run at every threshold, for the curve")
+    curve_tokens: int = option(
+        5_000, "tokens of these that are run at every threshold, for the curve: the beginnings of 40 documents"
+    )
 
     def __post_init__(self) -> None:
         self._apply_preset()

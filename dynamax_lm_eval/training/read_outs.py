@@ -35,10 +35,10 @@ def read_outs(frozen: FrozenPass, rows: Sequence[Sequence[int]], tokens_at_once:
         # The last token of a row predicts nothing.
         following = torch.tensor([token for row in part for token in [*row[1:], -100]], device=backbone.device)
         for places in torch.arange(len(following), device=backbone.device).split(frozen.read_at_once):
-            full = backbone.readout(batch.last[places]).float()
+            full = frozen.read_out(batch.last[places]).float()
             nats = F.cross_entropy(full, following[places], reduction="sum", ignore_index=-100)
             bits += float(nats) / math.log(2)
-            early = [backbone.readout(batch.reads[layer][places]) for layer in frozen.exit_layers]
+            early = [frozen.read_out(batch.reads[layer][places]) for layer in frozen.exit_layers]
             best.append(torch.stack([best_tokens(logits, 1)[:, 0] for logits in (*early, full)]).cpu().numpy())
     return ReadOuts(np.concatenate(best, axis=1), bits, sum(block.weights for block in backbone.cost.blocks))
 

@@ -147,7 +147,9 @@ class Trainer:
         self.classifiers = classifiers
         self.options = options
         self.processes = processes or Processes()
-        self.groups = {kind: list(classifiers.by_kind[kind].parameters()) for kind in classifiers.kinds}
+        #: Not in order of preference: states keep what the optimiser knows by place, and preferences change.
+        self._kinds = sorted(classifiers.kinds, reverse=True)
+        self.groups = {kind: list(classifiers.by_kind[kind].parameters()) for kind in self._kinds}
         if len(classifiers.adapters):
             self.groups[ADAPTERS] = list(classifiers.adapters.parameters())
         self.optimizer = make_optimizer(
@@ -203,7 +205,7 @@ class Trainer:
         drawn = np.random.default_rng([options.seed, number, 1])
         return SimulatedExits(
             self.classifiers,
-            kind=self.classifiers.kinds[number // 2 % len(self.classifiers.kinds)],
+            kind=self._kinds[number // 2 % len(self._kinds)],
             thresholds=drawn.uniform(*_SIMULATED_THRESHOLDS, size=len(rows)),
             first=first_to_leave(rows),
             state_mode="recompute" if self.classifiers.states is None else "learned",

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dynamax_lm_eval.backbones.base import RowLayout, States, full_depth_layout
+from dynamax_lm_eval.backbones.base import FinalParts, RowLayout, States, full_depth_layout
 from dynamax_lm_eval.backbones.decoder import ModelBackbone
 from dynamax_lm_eval.backbones.forwards import replaced_forwards
 from dynamax_lm_eval.backbones.replay import costs, setup
@@ -109,6 +109,11 @@ class ReplayBackbone(ModelBackbone):
         assert self._direct_readout is not None
         readout: FinalReadout = self._direct_readout
         return readout.with_head(lambda normed: self.by_head_rows(normed, first, others))(hidden)
+
+    @property
+    def final_parts(self) -> FinalParts | None:
+        found: FinalReadout | None = self._direct_readout
+        return None if found is None else FinalParts(found.norm, self._lm_head, found.softcap)
 
     def check_readout_of(self) -> None:
         is_direct = self._direct_readout is not None or self.device.type == "meta"  # where that is not known yet
@@ -220,7 +225,7 @@ class ReplayBackbone(ModelBackbone):
 class FinalReadout:
     """A read-out of hidden states (T, D) as logits (T, V) by a norm, a head and a soft-cap."""
 
-    norm: Callable[[Tensor], Tensor]
+    norm: nn.Module
     head: Callable[[Tensor], Tensor]
     softcap: float | None
 

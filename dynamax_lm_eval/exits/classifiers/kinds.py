@@ -13,12 +13,12 @@ from dynamax_lm_eval.exits.classifiers.hybrid import HybridClassifier
 from dynamax_lm_eval.exits.classifiers.mamba import MambaClassifier
 from dynamax_lm_eval.types import ClassifierKind
 
-#: Every kind, in the order in which an evaluation prefers them where exits have several.
+#: Every kind, in the order in which training puts them into a checkpoint, whose first kind an evaluation prefers.
 CLASSIFIERS: Mapping[ClassifierKind, type[Classifier]] = {
+    "calm": CalmClassifier,
     "mamba": MambaClassifier,
     "hybrid": HybridClassifier,
     "ffn": FfnClassifier,
-    "calm": CalmClassifier,
 }
 
 
