@@ -268,7 +268,18 @@ def test_from_the_command_to_a_sweep(
         "--seq_len",
         "24",
     ]
-    line += ["--device", "cpu", "--output", str(output), "--fit_adapters", "1", "--fit_tokens", "1000"]
+    line += [
+        "--device",
+        "cpu",
+        "--output",
+        str(output),
+        "--fit_adapters",
+        "1",
+        "--fit_tokens",
+        "1000",
+        "--fit_documents",
+        "10",
+    ]
     assert main(line) == 0
     assert "with read-out" in capsys.readouterr().out
     angular = PruneProfile.load(output).blocks(1)

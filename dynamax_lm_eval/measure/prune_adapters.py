@@ -56,7 +56,7 @@ def split(text: HeldOut) -> tuple[list[list[int]], list[list[int]]]:
     if not any(kept):
         raise UserError(
             f"--fit_tokens come from {text.documents} documents, and at least {_MEASURED} are needed, of which every "
-            "fifth is kept to measure on; raise --fit_tokens, or give text in more documents"
+            "fifth is kept to measure on; raise --fit_documents, or give text in more documents"
         )
     fitting = [row for row, is_kept in zip(text.rows, kept, strict=True) if not is_kept]
     return fitting, [row for row, is_kept in zip(text.rows, kept, strict=True) if is_kept]

@@ -22,7 +22,7 @@ from dynamax_lm_eval.exits.resolve import resolve_pruned_blocks
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.options import FrozenOptions, check_at_least, frozen_option, option
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents
+from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, Documents, held_out, text_documents
 from dynamax_lm_eval.measure.output import check_output
 from dynamax_lm_eval.measure.prune_adapters import Blocks, Fit, fit, split
 
@@ -52,13 +52,14 @@ class ProfileOptions:
         "the least distance, and writes them beside --output, as .safetensors",
     )
     fit_tokens: int = option(30_000, "tokens of text for that fit; a fifth of its documents is measured on")
+    fit_documents: int = option(100, DOCUMENTS_HELP)
     ridge: float = option(0.01, "of that fit: its penalty, in mean variances of a coordinate of the hidden state")
 
     def __post_init__(self) -> None:
-        check_at_least(self, {"texts": 1, "fit_tokens": 2})
+        check_at_least(self, {"texts": 1, "fit_tokens": 2, "fit_documents": 1})
         if not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise UserError(f"--ridge must be a number of at least 0, got {self.ridge}")
-        for name in ("fit_tokens", "ridge"):
+        for name in ("fit_tokens", "fit_documents", "ridge"):
             if not self.counts and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise UserError(f"--{name} has no effect without --fit_adapters; add it, or remove --{name}")
         FrozenOptions.of(self)  # checks the others
@@ -106,7 +107,8 @@ def profile(options: ProfileOptions) -> str:
     documents = text_documents(frozen.source, loaded.tokenizer)
     fitting, kept = list[list[int]](), list[list[int]]()
     if options.counts:  # whether the text is enough is seen before anything is measured
-        fitting, kept = split(held_out(documents, options.fit_tokens, options.seq_len, options=("--fit_tokens", "")))
+        asked = (options.fit_tokens, options.seq_len, options.fit_documents)
+        fitting, kept = split(held_out(documents, *asked, options=("--fit_tokens", "--fit_documents")))
     measured = _save_distances(options, loaded, documents)
     text = f"{table(measured)}{output}\n"
     if not options.counts:
@@ -189,6 +191,7 @@ def _save_fits(options: ProfileOptions, loaded: FrozenBackbone, fits: dict[Block
     fitted = {
         "dataset": options.dataset,
         "tokens": options.fit_tokens,
+        "documents": options.fit_documents,
         "ridge": options.ridge,
         "agreement": {names[blocks]: list(found.agreement) for blocks, found in fits.items()},
         "error": {names[blocks]: list(found.error) for blocks, found in fits.items()},
