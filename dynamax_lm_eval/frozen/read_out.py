@@ -20,8 +20,8 @@ from dynamax_lm_eval.backbones.linear import is_changed, is_plain
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.models.placement import moved
 
-#: Weights of an LM head that are kept in float32, in elements (256 MiB): widening a small one takes as long as a read.
-KEPT = 2**26
+#: Weights of an LM head that are kept in float32, in elements (512 MiB): widening takes as long as reading few tokens.
+KEPT = 2**27
 #: Weights of a larger one that are widened at once, in elements: 64 MiB.
 WEIGHTS_AT_ONCE = 2**24
 
