@@ -149,3 +149,15 @@ def test_refusals(
     given += ["--include_path", str(TASKS), "--device", "cpu", "--confidence", "state", "--thresholds", "0.5"]
     assert main(["calibrate", *given, *changed]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_cascade_is_calibrated_with_its_proposals(model_folder: Path, own_exits: Path, tmp_path: Path) -> None:
+    options = calibrate_options(
+        model_folder, own_exits, tmp_path / "out", thresholds="0.2,0.4", confidence="cascade:calm", test=False
+    )
+    certificate, _ = command.calibrate(options)
+    policy = certificate.model
+    found = [policy[f"policy.{name}"] for name in ("confidence", "classifier", "propose")]
+    assert found == ["cascade", "calm", 0.5]
+    with pytest.raises(UserError, match="the full model's text loses nothing, so there is nothing to certify"):
+        replace(options, state_mode="verify")

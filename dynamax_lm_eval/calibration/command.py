@@ -186,7 +186,8 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
         )
     policy = certificate.model
     given = [f"backbone={options.backbone}", f"threshold={path}"]
-    given += [f"{name}={policy[f'policy.{name}']}" for name in ("confidence", "classifier", "state_mode")]
+    names = ("confidence", "classifier", "propose", "state_mode")
+    given += [f"{name}={policy.get(f'policy.{name}')}" for name in names]
     arguments = ",".join([*(item for item in given if not item.endswith("=None")), *filter(None, [options.model_args])])
     lines.append(
         f"use it: dynamax-lm-eval run --model_args {arguments} --tasks {certificate.task} "
@@ -294,9 +295,8 @@ def _answered(
     """Runs a sweep; returns its results, and the points of the candidates in their order."""
     (task,) = read([sweep(options, lm)], max_degenerate=1.0)
     by_name = {point.name: point for point in task.points}
-    mode = next(point.policy["state_mode"] for point in task.points if point.kind == "exits")
-    series = f"{options.confidences}-{mode}"
-    return task, [by_name[f"{series}-{name_of(thresholds)}"] for thresholds in candidates]
+    line = next(point.series for point in task.points if point.kind == "exits").removesuffix(", per exit")
+    return task, [by_name[f"{line.replace(', ', '-')}-{name_of(thresholds)}"] for thresholds in candidates]
 
 
 def _binding(lm: SweepLM, points: Sequence[PointResult]) -> dict[str, Any]:

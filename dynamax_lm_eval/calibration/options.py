@@ -9,6 +9,7 @@ from typing import Any
 from dynamax_lm_eval.calibration.testing import BOUNDS, Bound
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.resolve import AUTO
+from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
 
 METHODS = ("ltt", "crc")
@@ -86,6 +87,10 @@ class CalibrateOptions:
         for name in ("confidence", "state_mode"):
             if "," in (getattr(self, name) or ""):
                 raise UserError(f"--{name} must be one, got {getattr(self, name)!r}; calibrate each")
+        if self.state_mode == VERIFY:
+            raise UserError(
+                "--state_mode verify: the full model's text loses nothing, so there is nothing to certify"
+            )
         if self.metric is not None and self.loss != "metric":
             raise UserError("--metric has no effect without --loss metric; add it, or remove --metric")
         if self.likeness is not None and self.loss != "consistency":
