@@ -283,7 +283,9 @@ class TestCommand:
         assert "peft=THIS_FOLDER/lora" in card
         assert f"{found['bits_per_byte']['tuned']:.3f}" in card
 
-    @pytest.mark.parametrize("steps", [1, 3, 5])
+    @pytest.mark.parametrize(
+        "steps", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+    )
     def test_goes_on_as_if_it_had_not_been_killed(
         self,
         trained: tuple[Path, ExitCheckpoint],

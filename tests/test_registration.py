@@ -104,6 +104,7 @@ def test_looking_for_the_module_without_importing_it_keeps_the_hook() -> None:
     assert output.split() == ["True"]
 
 
+@pytest.mark.slow
 def test_run_works_where_torch_loads_no_extensions() -> None:
     """`dynamax-lm-eval run` does not need the bridge."""
     output = python(

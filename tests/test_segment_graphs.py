@@ -300,10 +300,18 @@ def test_graphs_of_a_gpu(family: str, dtype: torch.dtype, monkeypatch: pytest.Mo
         assert found == expected
 
 
-@pytest.mark.parametrize(("family", "kernels"), [("llama", False), ("mamba2", True), ("mamba", True)])
-@pytest.mark.parametrize("confidence", ["state", "mamba"])
+@pytest.mark.parametrize(
+    ("confidence", "family", "kernels"),
+    [
+        ("state", "llama", False),
+        ("mamba", "mamba2", True),
+        pytest.param("mamba", "llama", False, marks=pytest.mark.slow),
+        pytest.param("state", "mamba2", True, marks=pytest.mark.slow),
+        pytest.param("state", "mamba", True, marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_are_verified_as_on_the_cpu(
-    family: str, kernels: bool, confidence: str, graphs: type[ReplayedGraphs]
+    confidence: str, family: str, kernels: bool, graphs: type[ReplayedGraphs]
 ) -> None:
     """On what says it is a GPU, in segments where rows feed one token, and by stand-ins for kernels."""
     policy = replace(policy_of(confidence, "recompute"), verify_tokens=3)

@@ -71,14 +71,14 @@ def test_texts_are_those_of_the_full_model(family: str) -> None:
     assert 0 < right < drafts  # so that some were taken back
 
 
-@pytest.mark.parametrize("group", HYBRIDS)
+@pytest.mark.parametrize("group", [HYBRIDS[0], pytest.param(HYBRIDS[1], marks=pytest.mark.slow)])
 def test_hybrids_too(group: str) -> None:
     engine = Engine(make_backbone(architecture(group), max_length=256))
     drafts, right = rates(assert_full_text(engine, drafting(0.01)))
     assert 0 < right < drafts
 
 
-@pytest.mark.parametrize("verify_tokens", [1, 2, 7])
+@pytest.mark.parametrize("verify_tokens", [1, 2, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["llama", "mamba2"])
 def test_any_number_of_drafts(family: str, verify_tokens: int) -> None:
     # Threshold 0: every token is drafted at the first exit, so that rows are verified when they have as many.
@@ -90,7 +90,9 @@ def test_any_number_of_drafts(family: str, verify_tokens: int) -> None:
         assert 0 < len(trace.drafts) <= trace.verifications * verify_tokens
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind == "hybrid" else ()) for kind in KINDS]
+)
 def test_with_every_classifier(kind: Any) -> None:
     engine = Engine(make_backbone(tiny_model("llama"), max_length=256), CLASSIFIERS)
     policy = drafting(0.5, confidence="classifier", classifier=kind)
@@ -154,7 +156,7 @@ def test_mixed_with_rows_that_exit_for_good() -> None:
 @pytest.mark.parametrize(
     "group",
     [
-        pytest.param(group, marks=[] if group in ("experts", "ALiBi") else [pytest.mark.slow])
+        pytest.param(group, marks=[] if group == "ALiBi" else [pytest.mark.slow])
         for group in ARCHITECTURES
         if group not in HYBRIDS
     ],

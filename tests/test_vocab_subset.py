@@ -213,7 +213,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("confidence", ["state", "classifier"])
     def test_other_confidences(self, confidence: Any) -> None:
-        with pytest.raises(UserError, match=f"vocab_subset needs confidence=softmax or entropy, .* uses {confidence}"):
+        with pytest.raises(UserError, match=f"vocab_subset needs confidence=softmax, entropy or .* uses {confidence}"):
             policy_of(exits_config() if confidence == "classifier" else None, confidence=confidence, vocab_subset=9)
 
     def test_it_is_part_of_the_policy_only_where_it_is_used(self) -> None:

@@ -88,9 +88,7 @@ class CalibrateOptions:
             if "," in (getattr(self, name) or ""):
                 raise UserError(f"--{name} must be one, got {getattr(self, name)!r}; calibrate each")
         if self.state_mode == VERIFY:
-            raise UserError(
-                "--state_mode verify: the full model's text loses nothing, so there is nothing to certify"
-            )
+            raise UserError("--state_mode verify: the full model's text loses nothing, so there is nothing to certify")
         if self.metric is not None and self.loss != "metric":
             raise UserError("--metric has no effect without --loss metric; add it, or remove --metric")
         if self.likeness is not None and self.loss != "consistency":

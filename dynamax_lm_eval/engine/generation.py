@@ -169,7 +169,7 @@ def _run(
         if batch.drafts[i]:
             rows[i].stop(stopped[i], refused)
         elif result.held is not None and i in result.held.tokens:
-            rows[i].refused_so_far |= refused[-1]
+            rows[i].refused_so_far |= refused[-1] if refused else 0  # a prompt of one token cannot leave
         else:
             rows[i].note(layers, refused)
     if result.held is not None:
