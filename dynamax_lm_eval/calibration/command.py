@@ -36,7 +36,7 @@ from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.sweep.command import load, load_tasks, process, sweep
 from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
-from dynamax_lm_eval.sweep.options import SweepOptions, name_of, parse_thresholds
+from dynamax_lm_eval.sweep.options import SweepOptions, name_of, names_of, parse_thresholds
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults, read
 
 logger = logging.getLogger(__name__)
@@ -295,8 +295,11 @@ def _answered(
     """Runs a sweep; returns its results, and the points of the candidates in their order."""
     (task,) = read([sweep(options, lm)], max_degenerate=1.0)
     by_name = {point.name: point for point in task.points}
-    line = next(point.series for point in task.points if point.kind == "exits").removesuffix(", per exit")
-    return task, [by_name[f"{line.replace(', ', '-')}-{name_of(thresholds)}"] for thresholds in candidates]
+    # The folder may hold other lines as well, of confidences that were calibrated before.
+    own = ",".join(names_of(options))
+    line = next(series for point in task.points if (series := point.series).startswith(f"{own}, "))
+    line = line.removesuffix(", per exit").replace(", ", "-")
+    return task, [by_name[f"{line}-{name_of(thresholds)}"] for thresholds in candidates]
 
 
 def _binding(lm: SweepLM, points: Sequence[PointResult]) -> dict[str, Any]:

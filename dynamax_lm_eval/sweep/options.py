@@ -299,7 +299,7 @@ def grid(
         arguments: dict[str, Any] = {"confidence": "classifier" if name in _KINDS else name}
         if is_kind:
             arguments |= {"classifier": kind or name, "propose": propose}
-            confidence = confidence.replace(":", "-") if propose is None else f"{name}-{kind}-{propose:g}"
+            confidence = _shown(confidence, propose)
         elif exits is None or full.exits is None or not exits.serves_every_confidence:
             arguments["exits"] = None
         uses_exits = is_kind or arguments.get("exits", full.exits) is not None
@@ -336,6 +336,16 @@ def grid(
     ):
         points.append(Point(*found, every_task))
     return points
+
+
+def names_of(options: SweepOptions) -> list[str]:
+    """Returns what names and lines of points begin with, for each of the confidences that are named."""
+    return [_shown(*pair) for pair in _proposing(_items(options.confidences or ""), options.propose)]
+
+
+def _shown(confidence: str, propose: float | None) -> str:
+    """Returns what a confidence is called in names and lines of points; ``propose``: of a cascade."""
+    return confidence if propose is None else f"{confidence.replace(':', '-')}-{propose:g}"
 
 
 def _proposing(confidences: Sequence[str], propose: str) -> list[tuple[str, float | None]]:
