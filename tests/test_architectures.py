@@ -52,7 +52,7 @@ MODES = [
     if mode == "recompute" or (group not in ONLY_RECOMPUTE and (mode == "skip" or group not in NO_COPY))
 ]
 #: Of groups whose states are kept alike, all modes but the first are slow.
-QUICK = {"attention and Mamba-2", "linear attention and experts", "soft-caps"}
+QUICK = {"attention and Mamba-2", "soft-caps"}
 MODES_BY_TIME = [
     pytest.param(group, mode, marks=[] if mode == "recompute" or group in QUICK else [pytest.mark.slow])
     for group, mode in MODES

@@ -249,6 +249,7 @@ def test_options_that_make_no_sense(changed: dict[str, Any], message: str) -> No
         ProfileOptions("b", **changed)
 
 
+@pytest.mark.slow
 def test_from_the_command_to_a_sweep(
     model_folder: Path, tmp_path: Path, manager: TaskManager, capsys: pytest.CaptureFixture[str]
 ) -> None:
