@@ -131,12 +131,9 @@ def check_adapters(path: str | None, fingerprints: Fingerprints | None) -> None:
     if path is None or fingerprints is None:
         return
     content = PruneAdapters.open(Path(path).expanduser())
-    if content.fingerprint not in (fingerprints.current, *fingerprints.former):
-        raise UserError(
-            f"{_called(Path(path))} was fitted on other weights ({content.backbone!r}, fingerprint "
-            f"{content.fingerprint[:12]}, here {fingerprints.current[:12]}); fit one for this backbone: "
-            "dynamax-lm-eval prune-profile --backbone ... --fit_adapters N"
-        )
+    made = f"{_called(Path(path))} was fitted on"
+    remedy = "fit one for this backbone: dynamax-lm-eval prune-profile --backbone ... --fit_adapters N"
+    fingerprints.check(content.backbone, content.fingerprint, made, remedy)
 
 
 def _called(path: Path) -> str:

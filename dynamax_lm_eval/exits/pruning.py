@@ -94,9 +94,8 @@ def check_profile(path: str | None, fingerprints: Fingerprints | None) -> None:
     if path is None or fingerprints is None:
         return
     profile = PruneProfile.load(Path(path).expanduser())
-    if profile.fingerprint not in (fingerprints.current, *fingerprints.former):
-        raise UserError(
-            f"prune_profile={path!r} was measured on other weights ({profile.backbone!r}, fingerprint "
-            f"{profile.fingerprint[:12]}, here {fingerprints.current[:12]}); make one for this backbone: "
-            "dynamax-lm-eval prune-profile --backbone ..., or name the blocks: prune_layers=[...]"
-        )
+    remedy = (
+        "make one for this backbone: dynamax-lm-eval prune-profile --backbone ..., or name the blocks: "
+        "prune_layers=[...]"
+    )
+    fingerprints.check(profile.backbone, profile.fingerprint, f"prune_profile={path!r} was measured on", remedy)

@@ -65,6 +65,21 @@ class Fingerprints:
     current: str
     former: tuple[str, ...] = ()
 
+    def check(self, backbone: str, fingerprint: str, made: str, remedy: str) -> None:
+        """Raises UserError where a file belongs to other weights than these.
+
+        Args:
+            backbone: whose weights it belongs to, as its maker named it.
+            fingerprint: of these, by this or an earlier version.
+            made: the file and how it was made: "prune_profile='p.json' was measured on".
+            remedy: what to do about it.
+        """
+        if fingerprint not in (self.current, *self.former):
+            raise UserError(
+                f"{made} other weights ({backbone!r}, fingerprint {fingerprint[:12]}, here {self.current[:12]}); "
+                f"{remedy}"
+            )
+
     def changed_by(self, what: Any) -> Fingerprints:
         """Returns fingerprints of these weights with something put on top, which no exits or profiles were made for."""
         return Fingerprints(f"{self.current} changed by {what}")
