@@ -36,9 +36,8 @@ def write_text(path: Path, text: str) -> None:
     symbolic link, the file that it points to is written.
     """
     target = Path(os.path.realpath(path))
-    partial = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with replacing(target) as partial:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             if target.exists():
                 # Before anything is written: what only its owner may read is never open to others.
@@ -46,7 +45,15 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(target)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a new path beside ``path`` to write to; in the end that becomes it, or is removed after an error."""
+    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        yield partial
+        partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -9,7 +9,6 @@ D hidden size.
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import Adapter
-from dynamax_lm_eval.files import checksum, write_tensors
+from dynamax_lm_eval.files import checksum, replacing, write_tensors
 from dynamax_lm_eval.models.fingerprint import Fingerprints, tensors_fingerprint
 
 _FORMAT, _VERSION = "dynamax-prune-adapters", "1"
@@ -116,13 +115,8 @@ def save(path: Path, content: PruneAdapters, tensors: Mapping[str, Mapping[str, 
     data = asdict(written)
     metadata = {"format": _FORMAT, "format_version": _VERSION, "content": json.dumps(data), "checksum": checksum(data)}
     flat = {f"{name}.{part}": tensor.contiguous() for name, parts in tensors.items() for part, tensor in parts.items()}
-    partial = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
+    with replacing(path) as partial:
         write_tensors(partial, flat, metadata)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     return written
 
 
