@@ -10,7 +10,6 @@ N tokens of a flat batch, n in flight, t drafts, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +17,8 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray
 from dynamax_lm_eval.engine.batch import FlatBatch
-from dynamax_lm_eval.engine.tokens import WaitingTokens, select
+from dynamax_lm_eval.engine.tokens import HeldTokens, WaitingTokens, select
 from dynamax_lm_eval.models.placement import moved
-
-
-class StoppedTokens(NamedTuple):
-    """Tokens that have run through ``layer`` blocks."""
-
-    layer: int
-    tokens: IntArray  # (t,) indices into the batch
-    hidden: Tensor  # (1, t, D)
 
 
 class Drafts:
@@ -43,7 +34,7 @@ class Drafts:
         #: Rows (R,) that have tokens in flight, or that feed nothing new, so that their drafts go on by themselves.
         self._moves = np.ones(len(batch.policies), dtype=np.bool_)
         #: What stopped in this pass.
-        self.stopped: list[StoppedTokens] = []
+        self.stopped: list[HeldTokens] = []
 
     @property
     def new(self) -> IntArray:
@@ -94,5 +85,5 @@ class Drafts:
         if not are_drafts.any():
             return tokens, hidden
         drafts, others = np.flatnonzero(are_drafts), np.flatnonzero(~are_drafts)
-        self.stopped.append(StoppedTokens(block, tokens[drafts], select(hidden, drafts)))
+        self.stopped.append(HeldTokens(block, tokens[drafts], select(hidden, drafts)))
         return tokens[others], select(hidden, others)

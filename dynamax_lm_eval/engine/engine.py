@@ -20,9 +20,9 @@ from dynamax_lm_eval.backbones.segments import SegmentUse, StaticSegments
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
 from dynamax_lm_eval.engine.batch import FlatBatch
 from dynamax_lm_eval.engine.decisions import ExitDecisions, LogitsCollector
-from dynamax_lm_eval.engine.drafts import Drafts, StoppedTokens
+from dynamax_lm_eval.engine.drafts import Drafts
 from dynamax_lm_eval.engine.running import BlockRunner, SegmentRunner
-from dynamax_lm_eval.engine.tokens import WaitingTokens, select
+from dynamax_lm_eval.engine.tokens import HeldTokens, WaitingTokens, select
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import Adapter
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
@@ -77,14 +77,6 @@ class RowStates:
         self.classifiers.free_row(slot)
 
 
-class HeldTokens(NamedTuple):
-    """Tokens of a batch that have run through ``layer`` blocks and are to go on later."""
-
-    layer: int
-    tokens: IntArray  # (w,) indices into the batch
-    hidden: Tensor  # (1, w, D)
-
-
 class PassResult(NamedTuple):
     """What became of the tokens of a pass."""
 
@@ -92,7 +84,7 @@ class PassResult(NamedTuple):
     refused: IntArray  # (N,) exits at which a read refused to confirm, as bits in the order of the policy's
     held: HeldTokens | None
     #: Tokens of rows that draft, which stopped after some blocks.
-    stopped: Sequence[StoppedTokens]
+    stopped: Sequence[HeldTokens]
     #: Tokens (u,) that are yet to be read out, with the hidden states (1, u, D) to read.
     unread: tuple[IntArray, Tensor] | None
 

@@ -5,12 +5,22 @@ n tokens in flight, t of them selected, D hidden.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
 from dynamax_lm_eval.models.placement import moved
+
+
+class HeldTokens(NamedTuple):
+    """Tokens of a batch that have run through ``layer`` blocks and are to go on later."""
+
+    layer: int
+    tokens: IntArray  # (t,) indices into the batch
+    hidden: Tensor  # (1, t, D)
 
 
 class WaitingTokens:
