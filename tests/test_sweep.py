@@ -368,6 +368,8 @@ def test_a_grid_under_a_preset() -> None:
     assert (everywhere[2].name, everywhere[2].args.prune_scope) == ("pruning-deepest-1", "all")
     with pytest.raises(UserError, match="--prune_scope has no effect without --prune"):
         replace(options, prune="", prune_scope="all")
+    with pytest.raises(UserError, match="--propose has no effect without a cascade among --confidences"):
+        grid(replace(options, propose="0.3"), thesis, None)
 
 
 def test_thresholds_of_each_task() -> None:

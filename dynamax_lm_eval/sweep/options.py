@@ -17,6 +17,7 @@ import yaml
 from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE
 from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, preset_state_mode
 from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
@@ -55,9 +56,10 @@ class SweepOptions:
     confidences: str | None = _option(
         None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
     )
-    propose: str = _option(
-        "0.5",
-        "of cascades: the classifier's confidence from which on a token is read out; several, separated by commas",
+    propose: str | None = _option(
+        None,
+        "of cascades: the classifier's confidence from which on a token is read out; several, separated by commas; "
+        f"default: {DEFAULT_PROPOSE}",
     )
     state_modes: str = _option(
         AUTO,
@@ -348,10 +350,12 @@ def _shown(confidence: str, propose: float | None) -> str:
     return confidence if propose is None else f"{confidence.replace(':', '-')}-{propose:g}"
 
 
-def _proposing(confidences: Sequence[str], propose: str) -> list[tuple[str, float | None]]:
+def _proposing(confidences: Sequence[str], propose: str | None) -> list[tuple[str, float | None]]:
     """Returns confidences, those that are cascades with each of the values of ``--propose``."""
+    if propose is not None and not any(confidence.startswith(_CASCADE) for confidence in confidences):
+        raise UserError("--propose has no effect without a cascade among --confidences; add one, or remove --propose")
     try:
-        values = [float(text) for text in _items(propose)]
+        values = [DEFAULT_PROPOSE] if propose is None else [float(text) for text in _items(propose)]
     except ValueError:
         values = []
     if not values or not all(0 <= value <= 1 for value in values):
