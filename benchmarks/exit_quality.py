@@ -7,8 +7,9 @@ all tokens but a row's first may exit. Agreement is the share of tokens whose mo
 of the full model, with its standard error over documents; bits per byte are those of the text; compute_reduction
 counts everything that exits cause. Continuations: the first tokens of the rows are prompts, and greedy
 continuations are compared with the full model's, as the share of their tokens before the first that differs. Random
-exits leave each layer at the rate of the trained ones and cost no classifier. Prints a Markdown table; the last line
-is JSON.
+exits leave each layer at the rate of the trained ones and cost no classifier. Confidences of other kinds than the
+trained classifiers stand beside them with --confidences calm softmax cascade:calm; a cascade's thresholds are those of
+its read-out. Prints a Markdown table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from environment import environment
@@ -31,12 +32,13 @@ from dynamax_lm_eval.engine.generation import generate_all
 from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scoring import score_all
-from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.frozen.text import held_out, text_documents
+from dynamax_lm_eval.types import ConfidenceName
 
 
 def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], batch: int) -> dict[str, Any]:
@@ -79,6 +81,25 @@ def by_document(agreement: Any, document: Any) -> float | None:
     return ratio_stderr([list(zip(*(side.tolist() for side in sums), strict=True))])
 
 
+def policies(trained: ExitConfig, args: argparse.Namespace) -> Iterator[tuple[str, str, ExitPolicy]]:
+    """(confidence, setting, policy) of every point, one threshold at all exits."""
+    for name in args.confidences or trained.classifiers:
+        confidence, _, proposer = name.partition(":")
+        for mode in args.state_modes:
+            for propose in args.propose if proposer else [None]:
+                for threshold in args.thresholds:
+                    policy = policy_of_exits(
+                        trained, proposer or confidence, threshold, state_mode=mode, exit_scope="all"
+                    )
+                    setting = f"{mode}, threshold {threshold}"
+                    if proposer:
+                        policy = replace(policy, confidence="cascade", propose=propose)
+                        setting += f", propose {propose}"
+                    elif confidence not in trained.classifiers:
+                        policy = replace(policy, confidence=cast(ConfidenceName, confidence), classifier=None)
+                    yield name, setting, policy
+
+
 def exit_rates(layers: Any, exits: tuple[int, ...]) -> list[float]:
     """Share of the tokens that reach an exit and leave there."""
     return [float((layers == layer).sum() / max(1, (layers >= layer).sum())) for layer in exits]
@@ -93,7 +114,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100, help="that the tokens are of, at least")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9])
-    parser.add_argument("--prune", type=int, nargs="+", default=[1, 2, 3, 4, 6])
+    parser.add_argument("--confidences", nargs="+", help="default: the kinds of the exits, beside random exits")
+    parser.add_argument("--propose", type=float, nargs="+", default=[0.5], help="of cascades")
+    parser.add_argument("--prune", type=int, nargs="*", default=[1, 2, 3, 4, 6])
     parser.add_argument("--state-modes", nargs="+", default=["recompute"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -147,15 +170,13 @@ def main() -> None:
         + "|"
     )
     add("full model", "", full)
-    for kind, mode in product(trained.config.classifiers, args.state_modes):
-        for threshold in args.thresholds:
-            policy = policy_of_exits(trained.config, kind, threshold, state_mode=mode, exit_scope="all")
-            learned = run(engine, policy, rows, args.batch_size)
-            setting = f"{mode}, threshold {threshold}"
-            add(kind, setting, learned, policy)
+    for name, setting, policy in policies(trained.config, args):
+        learned = run(engine, policy, rows, args.batch_size)
+        add(name, setting, learned, policy)
+        if args.confidences is None:
             rates = exit_rates(learned["layers"], exits)
             drawn = replace(policy, classifier="calm", thresholds=tuple(map(threshold_for, rates)))
-            add(f"random at the rate of {kind}", setting, run_random(engine, drawn, rows, args))
+            add(f"random at the rate of {name}", setting, run_random(engine, drawn, rows, args))
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
         add("pruning", str(count), run(engine, policy, rows, args.batch_size), policy)

@@ -1,10 +1,11 @@
-"""Trains a small Mamba-2, or a Llama of the same size and depth, on local text: a backbone to try early exit on.
+"""Trains a small Mamba-2, Llama, hybrid (Bamba) or mixture of experts (Mixtral) on local text, to try early exit on.
 
     python examples/train_tiny.py --architecture mamba2 --dataset BOOKS --held-out OTHER_BOOKS --output tiny-mamba2
     python examples/train_tiny.py --architecture llama --dataset BOOKS --held-out OTHER_BOOKS --output tiny-llama
 
-Both have 12 blocks, about 3.5 M parameters and a byte-pair tokenizer of 4,096 entries, which a run makes of the text
-unless --tokenizer names the folder of the other model; then both see the same tokens in the same order. A run that
+All have 12 blocks of hidden size 192 and a byte-pair tokenizer of 4,096 entries, which a run makes of the text unless
+--tokenizer names the folder of another model; then both see the same tokens in the same order. Mamba-2 and Llama have
+about 3.5 M parameters, in Bamba the blocks 4, 8 and 12 attend, Mixtral takes 2 of 8 experts. A run that
 was killed goes on where it was when the same command is given again. The result is a folder for backbone=.
 
 With --exit-loss WEIGHT the model learns to be read out early from the start: to its cross-entropy comes WEIGHT times
@@ -81,14 +82,25 @@ def make_model(architecture: str, seed: int) -> Any:
             num_heads=6, head_dim=64, expand=2, state_size=32, n_groups=1, initializer_range=0.02, **sizes
         )
     else:
-        config = transformers.LlamaConfig(
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            intermediate_size=256,
-            max_position_embeddings=2048,
-            initializer_range=0.06,  # near 1/sqrt(D), as the mixers of Mamba-2 start
-            **sizes,
-        )
+        sizes |= {"num_attention_heads": 3, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+        sizes["initializer_range"] = 0.06  # near 1/sqrt(D), as the mixers of Mamba-2 start
+        if architecture == "llama":
+            config = transformers.LlamaConfig(intermediate_size=256, **sizes)
+        elif architecture == "mixtral":
+            config = transformers.MixtralConfig(
+                intermediate_size=128, num_local_experts=8, num_experts_per_tok=2, output_router_logits=True, **sizes
+            )
+        else:
+            config = transformers.BambaConfig(
+                intermediate_size=256,
+                attn_layer_indices=[3, 7, 11],
+                mamba_n_heads=6,
+                mamba_d_head=64,
+                mamba_d_state=32,
+                mamba_n_groups=1,
+                mamba_expand=2,
+                **sizes,
+            )
     torch.manual_seed(seed)
     return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -125,7 +137,7 @@ def bits_per_byte(model: Any, mamba: MambaBackbone | None, rows: list[list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=("mamba2", "llama"), required=True)
+    parser.add_argument("--architecture", choices=("mamba2", "llama", "bamba", "mixtral"), required=True)
     parser.add_argument("--dataset", required=True, help="file, folder or pattern of .txt, .jsonl(.gz) or .parquet")
     parser.add_argument("--held-out", required=True, help="text for the bits per byte at the end")
     parser.add_argument("--output", type=Path, required=True)
@@ -142,6 +154,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.output / "config.json").is_file():
         parser.error(f"{args.output} holds a finished model; choose another --output")
+    if args.exit_loss and args.architecture not in ("mamba2", "llama"):
+        parser.error("--exit-loss is for mamba2 and llama")
     if not 0 <= args.exit_loss < math.inf:
         parser.error(f"--exit-loss must be 0 or a positive number, got {args.exit_loss}")
 
