@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,15 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.measure import exit_thresholds
-from dynamax_lm_eval.measure.exit_thresholds import SearchOptions, compared, exit_costs, search
+from dynamax_lm_eval.measure.exit_thresholds import (
+    SearchOptions,
+    best_cascade,
+    cascade_of,
+    compared,
+    exit_costs,
+    refusal_costs,
+    search,
+)
 from dynamax_lm_eval.measure.threshold_search import (
     FORMAT,
     Recorded,
@@ -123,6 +132,75 @@ def test_costs_are_those_of_the_engine(model_folder: Path, tmp_path: Path) -> No
     assert outcome(seen, np.ones(len(later)))[1] == pytest.approx(1)
 
 
+def cascades(tokens: int, exits: int, propose: float, read: float) -> Recorded:
+    """A cascade whose read-out knows more than its classifier."""
+    classifier = made(tokens, exits)
+    confirmed = np.clip(classifier.agrees[:-1] * 0.5 + classifier.confidence * 0.5, 0, 0.999)
+    return cascade_of(classifier, confirmed, np.full(exits, read), propose)
+
+
+def test_a_refused_proposal_costs_a_read() -> None:
+    classifier = Recorded(
+        np.array([[0.2, 0.8, 0.9], [0.9, 0.8, 0.1]]),
+        np.ones((3, 3)),
+        np.array([0.5, 0.7, 1.0]),
+        np.array([0.01, 0.02]),
+        np.zeros(3, dtype=np.int64),
+    )
+    confirmed = np.array([[0.9, 0.4, 0.9], [0.7, 0.4, 0.9]])
+    recorded = cascade_of(classifier, confirmed, np.array([0.1, 0.2]), 0.5)
+    thresholds = np.array([0.6, 0.6])
+    assert exits_at(recorded, thresholds).tolist() == [1, 2, 0], "proposed, and then confirmed"
+    # The second is proposed and refused twice; the read of a token that leaves is its own.
+    of_tokens = [0.73, 1.03 + 0.1 + 0.2, 0.51]
+    assert outcome(recorded, thresholds)[1] == pytest.approx(np.mean(of_tokens))
+    assert outcome(recorded, np.array([1.0, 0.6]))[1] == pytest.approx(np.mean([0.72, 1.02 + 0.2, 1.02]))
+    assert outcome(recorded, np.array([[0.6] * 3, [1.0] * 3]))[1] == pytest.approx(np.mean([1.01, 1.11, 0.51]))
+
+
+@pytest.mark.parametrize("price", [0.2, 1.0, 3.0])
+def test_no_single_threshold_of_a_cascade_can_be_changed_for_the_better(price: float) -> None:
+    recorded = cascades(400, 3, 0.4, 0.1)
+
+    def worth(thresholds: np.ndarray) -> float:  # type: ignore[type-arg]
+        agreement, fraction = outcome(recorded, thresholds)
+        return agreement - price * fraction
+
+    found = improved(recorded, price, np.ones(3))
+    for e, k in product(range(3), range(201)):
+        changed = found.copy()
+        changed[e] = k / 200
+        assert worth(changed) <= worth(found) + 1e-9
+
+
+def test_what_is_proposed_is_chosen_by_what_reads_cost() -> None:
+    """Reads for nothing let everything be asked; dear ones only what is likely to be confirmed."""
+    chosen = []
+    for read in (0.0, 0.3):
+        found = best_cascade({propose: cascades(6000, 3, propose, read) for propose in (0.0, 0.8)}, seed=0)
+        chosen.append(found["propose"])
+        assert {line["propose"] for line in found["proposals"]} == {0.0, 0.8}
+        assert found["gains"]
+    assert chosen == [0.0, 0.8]
+
+
+def test_costs_of_refused_reads_are_those_of_the_engine(model_folder: Path, tmp_path: Path) -> None:
+    lm = exit_model(model_folder, exits=str(save_exits(model_folder, tmp_path / "exits")))
+    assert lm.exits is not None
+    engine: Engine = lm.engine
+    policy = policy_of_exits(lm.exits.config, "calm", 0.9999, exit_scope="all")
+    cost, evaluation = exit_costs(engine, policy, 12)
+    cascade = replace(policy, confidence="cascade", propose=0.0)
+    (scoring,) = score_all(engine, [ScoringRequest(list(range(12)), 1, [[0]] * 12, cascade)], 1)
+    every = (1 << len(policy.exit_layers)) - 1
+    assert set(scoring.trace.refused) == {every}, "all were proposed, and nothing was confirmed"
+    exits = len(policy.exit_layers)
+    seen = Recorded(np.ones((exits, 1)), np.ones((exits + 1, 1)), cost, evaluation, np.zeros(1, int))
+    seen = cascade_of(seen, np.zeros((exits, 1)), refusal_costs(engine, policy, 12), 0.0)
+    fraction = 1 / engine.account(scoring.trace, cascade).compute_reduction
+    assert outcome(seen, np.full(exits, 0.9999))[1] == pytest.approx(fraction)
+
+
 def test_errors_are_over_documents() -> None:
     """Rows that are cut from few documents are no separate evidence: the whole document agrees, or none of it."""
     rng = np.random.default_rng(0)
@@ -181,9 +259,34 @@ def test_the_file_leads_to_a_calibration(
     assert certificate.candidates == [list(thresholds) for thresholds in path.thresholds]
 
 
+def test_thresholds_of_a_cascade_lead_to_its_calibration(model_folder: Path, texts: Path, tmp_path: Path) -> None:
+    exits = save_exits(model_folder, tmp_path / "exits")
+    file = tmp_path / "path.json"
+    given = {"backbone": str(model_folder), "exits": str(exits), "dataset": str(texts), "tokens": 600, "seq_len": 32}
+    options = SearchOptions(**given, classifier="calm", device="cpu", output=str(file), propose="0.4,0.1")  # type: ignore[arg-type]
+    found = search(options)
+    assert (found.scorer, ThresholdPath.load(file)) == ("cascade:calm", found)
+    assert found.propose in (0.1, 0.4)
+    assert found.tokens == 600 - 19, "the first of each row may not leave"
+    assert f"propose={found.propose:g}, of 0.1, 0.4" in exit_thresholds.table(found)
+
+    wanted: dict[str, Any] = {"backbone": str(model_folder), "tasks": "tiny_generate", "per_exit": str(file)}
+    wanted |= {"tolerance": 0.99, "level": 0.9, "model_args": f"exits={exits}", "device": "cpu", "test": False}
+    wanted |= {"include_path": str(TASKS), "output": str(tmp_path / "out")}
+    certificate, _ = command.calibrate(CalibrateOptions(**wanted))
+    assert certificate.candidates == [list(thresholds) for thresholds in found.thresholds]
+    bound = [certificate.model[f"policy.{name}"] for name in ("confidence", "classifier", "propose")]
+    assert bound == ["cascade", "calm", found.propose]
+    for other, message in ({"confidence": "calm"}, "--confidence calm does not fit"), ({"propose": 0.7}, "--propose"):
+        with pytest.raises(UserError, match=message):
+            command.calibrate(CalibrateOptions(**(wanted | other)))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"propose": "0.5,often"}, "--propose must be numbers"),
+        ({"propose": "1"}, "--propose must be numbers"),
         ({"tokens": 3}, "--tokens"),
         ({"documents": 3}, "--documents must be at least 4"),
         ({"tokens": 100, "seq_len": 40}, "are of 3 documents"),

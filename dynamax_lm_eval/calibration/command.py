@@ -73,7 +73,7 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     """
     if process()[1] > 1:
         raise UserError("calibrate is one process; run it without torchrun")
-    candidates = _candidates(options)
+    options, candidates = _candidates(options)
     manager = load_tasks(options.sweep("calibration", ",".join(name_of(thresholds) for thresholds in candidates)))
     hashes = _document_hashes(manager, options)
     split_documents(hashes, options.share, options.seed, options.limit)  # refuses before the model loads
@@ -252,13 +252,14 @@ def table(
     return f"{text}\n"
 
 
-def _candidates(options: CalibrateOptions) -> list[tuple[float, ...]]:
-    """Returns the candidates in the order of testing: the most conservative first."""
+def _candidates(options: CalibrateOptions) -> tuple[CalibrateOptions, list[tuple[float, ...]]]:
+    """Returns the candidates in the order of testing, the most conservative first, and the options that fit them."""
     if options.per_exit is not None:
         from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 
-        return ThresholdPath.load(Path(options.per_exit).expanduser()).thresholds
-    return parse_thresholds(options.thresholds)[::-1]
+        path = ThresholdPath.load(Path(options.per_exit).expanduser())
+        return options.of_path(path), path.thresholds
+    return options, parse_thresholds(options.thresholds)[::-1]
 
 
 def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamax_lm_eval.calibration.testing import BOUNDS, Bound
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE
 from dynamax_lm_eval.exits.resolve import AUTO
 from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
+
+if TYPE_CHECKING:
+    from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 
 METHODS = ("ltt", "crc")
 LOSSES = ("consistency", "metric")
@@ -51,7 +55,14 @@ class CalibrateOptions:
     per_exit: str | None = _option(
         None, "file of dynamax-lm-eval exit-thresholds: its thresholds per exit are the candidates instead"
     )
-    confidence: str | None = _option(None, f"one of {', '.join(CONFIDENCES)}; default: the exits' first")
+    confidence: str | None = _option(
+        None, f"one of {', '.join(CONFIDENCES)}; default: that of --per_exit, else the exits' first"
+    )
+    propose: float | None = _option(
+        None,
+        "of a cascade: the classifier's confidence from which on a token is read out; default: that of --per_exit, "
+        f"else {DEFAULT_PROPOSE}",
+    )
     state_mode: str = _option(
         AUTO, "learned, recompute, copy or skip; auto: learned where the exits have maps of states"
     )
@@ -97,6 +108,24 @@ class CalibrateOptions:
             raise UserError(f"--limit must be at least 2, got {self.limit}: one document each to calibrate and to test")
         self.sweep("t", "0.5")  # what it shares with a sweep is checked there
 
+    def of_path(self, path: ThresholdPath) -> CalibrateOptions:
+        """Returns these options for the thresholds of ``--per_exit``, which belong to one confidence.
+
+        Raises:
+            UserError: another confidence, or another ``propose``, is asked for.
+        """
+        for name, given, own in (
+            ("confidence", self.confidence, path.scorer),
+            ("propose", self.propose, path.propose),
+        ):
+            if given is not None and given != own:
+                shown = "the classifier alone" if own is None else f"{name} {own}"
+                raise UserError(
+                    f"--{name} {given} does not fit --per_exit {self.per_exit}, whose thresholds are for {shown}; "
+                    f"remove --{name}"
+                )
+        return replace(self, confidence=path.scorer, propose=path.propose)
+
     @property
     def p_values(self) -> Bound:
         """The bound that gives the p-values of ltt."""
@@ -110,6 +139,7 @@ class CalibrateOptions:
             output=str(Path(self.output).expanduser() / folder),
             thresholds=thresholds,
             confidences=self.confidence,
+            propose=None if self.propose is None else f"{self.propose:g}",
             state_modes=self.state_mode,
             model_args=self.model_args,
             samples=samples,

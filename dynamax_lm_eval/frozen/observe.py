@@ -28,6 +28,7 @@ class Observations:
     within_k: BoolArray  # (E, T) label
     agrees: BoolArray  # (E, T) the full model's best token
     confidences: dict[str, FloatArray]  # kind -> (E, T)
+    two_best: FloatArray | None = None  # (2, E, T) probabilities of the two best tokens of each read-out
 
     @property
     def row(self) -> IntArray:
@@ -49,15 +50,21 @@ class Observations:
 
 @torch.no_grad()
 def observe(
-    frozen: FrozenPass, classifiers: ExitClassifiers, rows: Sequence[Sequence[int]], tokens_at_once: int
+    frozen: FrozenPass,
+    classifiers: ExitClassifiers,
+    rows: Sequence[Sequence[int]],
+    tokens_at_once: int,
+    two_best: bool = False,
 ) -> Observations:
-    """Runs held-out rows through the backbone and all classifiers."""
-    within, agrees = [], []
+    """Runs held-out rows through the backbone and all classifiers; ``two_best``: keep what read-outs are sure of."""
+    within, agrees, surest = [], [], []
     confidences: dict[str, list[FloatArray]] = {kind: [] for kind in classifiers.kinds}
     for part in in_parts(rows, tokens_at_once):
         batch = frozen.run(part)
         positions = torch.arange(batch.rows.num_tokens, device=frozen.backbone.device)
-        labels = frozen.label(batch, positions, classifiers)
+        labels = frozen.label(batch, positions, classifiers, two_best=two_best)
+        if labels.two_best is not None:
+            surest.append(labels.two_best.permute(2, 0, 1).double().cpu().numpy())
         within.append(labels.within_k.cpu().numpy())
         agrees.append(labels.agrees.cpu().numpy())
         for kind in classifiers.kinds:
@@ -71,6 +78,7 @@ def observe(
         np.concatenate(within, axis=1),
         np.concatenate(agrees, axis=1),
         {kind: np.concatenate(parts, axis=1) for kind, parts in confidences.items()},
+        np.concatenate(surest, axis=2) if two_best else None,
     )
 
 

@@ -108,6 +108,7 @@ class Labels:
     within_k: Tensor  # (E, n) bool, the label
     agrees: Tensor  # (E, n) bool, the exit's best token is the full model's
     divergence: Tensor | None = None  # (E,) mean KL of the full model's distribution to the exit's, if adapters learn
+    two_best: Tensor | None = None  # (E, n, 2) probabilities of the exit's two best tokens, where they are wanted
 
 
 def begin(backbone: Backbone, rows: Sequence[Sequence[int]], **changes: Any) -> tuple[ForwardPass, RowLayout, Tensor]:
@@ -227,6 +228,7 @@ class FrozenPass:
         positions: Tensor,
         exits: ExitClassifiers | None = None,
         learn: Sequence[float] | None = None,
+        two_best: bool = False,
     ) -> Labels:
         """Returns labels at ``positions`` (n,), of read-outs in float32; False at exits that a position does not reach.
 
@@ -236,10 +238,13 @@ class FrozenPass:
             exits: their adapters, if any, correct the read-outs.
             learn: weights (E,) of the exits' KL divergences; their gradients are added to the adapters'. None: the
                 adapters stay as they are.
+            two_best: give the probabilities of the read-outs' two best tokens, too.
         """
         k_of_full, k_of_exit = (self.top_k, 1) if self._label_kind == "exit_in_full" else (1, self.top_k)
         within, agrees = [], []
+        surest = torch.zeros(len(self.exit_layers), len(positions), 2, device=positions.device) if two_best else None
         divergence = torch.zeros(len(self.exit_layers), device=positions.device)
+        begins = 0
         for part in positions.split(self.read_at_once):
             full = self.read_out(batch.last[part])  # (t, V)
             best = best_tokens(full, k_of_full)  # (t, k)
@@ -263,13 +268,17 @@ class FrozenPass:
                 own_best = best[reached]
                 found = best_tokens(logits.detach(), k_of_exit)  # of those that reach it, (.., k)
                 same[i, reached] = found[:, 0] == own_best[:, 0]
+                if surest is not None:
+                    surest[i, begins : begins + len(part)][reached] = best_probabilities(logits.detach(), 2)
                 if self._labels_at_exit:
                     found = best_tokens(self.read_out(batch.exits[layer][chosen]), k_of_exit)
                 # One of the two has a single token.
                 right[i, reached] = (found == own_best).any(-1)
             agrees.append(same)
             within.append(right)
-        return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1), divergence if learn is not None else None)
+            begins += len(part)
+        learned = divergence if learn is not None else None
+        return Labels(torch.cat(within, dim=1), torch.cat(agrees, dim=1), learned, surest)
 
 
 @dataclass(frozen=True)
@@ -300,6 +309,12 @@ def descend(logits: Tensor, target: Target, weight: float) -> Tensor:
 def _expected_log_probability(probabilities: Tensor, logits: Tensor) -> Tensor:
     """Returns the sum over positions and vocabulary of p log softmax(logits), without a tensor of log-probabilities."""
     return torch.dot(probabilities.flatten(), logits.flatten()) - logits.logsumexp(-1).sum()
+
+
+def best_probabilities(logits: Tensor, k: int) -> Tensor:
+    """Returns the probabilities (t, k) of the k most probable tokens, best first, of logits (t, V)."""
+    logits = logits.float()
+    return (logits.gather(1, best_tokens(logits, k)) - logits.logsumexp(-1, keepdim=True)).exp()
 
 
 def best_tokens(logits: Tensor, k: int) -> Tensor:

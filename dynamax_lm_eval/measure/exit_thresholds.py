@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 from tabulate import tabulate
 
 from dynamax_lm_eval.compute.accounting import Trace
@@ -55,6 +56,11 @@ class SearchOptions:
     output: str = option("exit-thresholds.json", "file of the result")
     exits: str | None = option(None, "folder or Hub id of exits; default: the backbone's")
     classifier: str | None = option(None, f"one of {', '.join(get_args(ClassifierKind))}; default: the exits' first")
+    propose: str | None = option(
+        None,
+        "thresholds of a cascade, whose classifier proposes from this confidence on and whose read-out confirms: "
+        "numbers separated by commas, of which the best is taken; default: the classifier decides alone",
+    )
     state_mode: str = option(
         AUTO,
         "learned, recompute, copy or skip; decides what exits cost; auto: learned where the exits have maps of states",
@@ -82,7 +88,21 @@ class SearchOptions:
             given = getattr(self, name)
             if given is not None and given not in choices:
                 raise UserError(f"--{name} must be one of {', '.join(choices)}, got {given!r}")
+        _ = self.proposals
         FrozenOptions.of(self)  # checks the others
+
+    @property
+    def proposals(self) -> tuple[float, ...]:
+        """The values of ``--propose``; none where the classifier decides alone."""
+        if self.propose is None:
+            return ()
+        try:
+            values = tuple(sorted({float(text) for text in self.propose.split(",")}))
+        except ValueError:
+            values = ()
+        if not values or not all(0 <= value < 1 for value in values):
+            raise UserError(f"--propose must be numbers in [0, 1), separated by commas, got {self.propose!r}")
+        return values
 
 
 def command(options: SearchOptions) -> str:
@@ -128,17 +148,23 @@ def search(options: SearchOptions) -> ThresholdPath:
         backbone, config.exit_layers, config.final_block, config.top_k, config.label, config.label_final_block
     )
     policy = policy_of_exits(exits.config, kind, 0.5, state_mode=state_mode, exit_scope="all")
-    recorded = record(frozen, Engine(backbone, classifiers), text, policy)
+    if options.proposals and config.final_block:
+        raise UserError("--propose needs exits without a final block, since what confirms there gives no token")
+    engine = Engine(backbone, classifiers)
+    if options.proposals:
+        found = best_cascade(record_cascades(frozen, engine, text, policy, options.proposals), options.seed)
+    else:
+        found = compared(record(frozen, engine, text, policy), options.seed)
     result = ThresholdPath(
         backbone=identity.id,
         fingerprint=identity.fingerprint,
-        scorer=kind,
+        scorer=f"cascade:{kind}" if options.proposals else kind,
         state_mode=state_mode,
         exit_layers=list(exits.config.exit_layers),
-        tokens=recorded.confidence.shape[1],
+        tokens=sum(len(row) - 1 for row in text.rows),
         dataset=options.dataset,
         documents=text.documents,
-        **compared(recorded, options.seed),
+        **found,
     )
     result.save(output)
     return result
@@ -174,6 +200,51 @@ def record(frozen: FrozenPass, engine: Engine, text: HeldOut, policy: ExitPolicy
     )
 
 
+def record_cascades(
+    frozen: FrozenPass, engine: Engine, text: HeldOut, policy: ExitPolicy, proposals: Sequence[float]
+) -> dict[float, Recorded]:
+    """Returns what cascades show, by the classifier's confidence from which on they read; ``policy``: its own."""
+    assert engine.classifiers is not None and policy.classifier is not None
+    seen = observe(frozen, engine.classifiers, text.rows, _AT_ONCE, two_best=True)
+    assert seen.two_best is not None
+    tokens, length = seen.may_exit, int(np.median(seen.lengths))
+    cost, evaluation = exit_costs(engine, policy, length)
+    proposed, confirmed = seen.confidences[policy.classifier][:, tokens], seen.two_best[0][:, tokens]
+    reads = refusal_costs(engine, policy, length)
+    document = np.asarray(text.document, dtype=np.int64)[seen.row[tokens]]
+    agrees = seen.agrees_or_stays[:, tokens].astype(np.float64)
+    return {
+        propose: cascade_of(Recorded(proposed, agrees, cost, evaluation, document), confirmed, reads, propose)
+        for propose in proposals
+    }
+
+
+def cascade_of(classifier: Recorded, confirmed: Floats, reads: Floats, propose: float) -> Recorded:
+    """Returns what a cascade shows.
+
+    Args:
+        classifier: what its classifier shows.
+        confirmed: (E, N) the probability of the best token of each read-out.
+        reads: (E,) what a read that refuses adds.
+        propose: the classifier's confidence from which on a token is read out.
+    """
+    asks = classifier.confidence >= propose
+    return replace(classifier, confidence=np.where(asks, confirmed, 0.0), refused=asks * reads[:, None])
+
+
+def refusal_costs(engine: Engine, policy: ExitPolicy, length: int) -> Floats:
+    """Returns (E,): what a refused read at each exit adds to a token of a row of this length, as a fraction."""
+    cascade = replace(policy, confidence="cascade", propose=0.5)
+    layers = (policy.num_layers,) * (length - 1)
+
+    def fraction(refused: tuple[int, ...]) -> float:
+        trace = Trace(1, length, length, layers, generated=False, refused=refused)
+        return 1 / engine.account(trace, cascade).compute_reduction
+
+    none = fraction((0,) * len(layers))
+    return np.asarray([fraction((1 << e,) * len(layers)) - none for e in range(len(policy.exit_layers))])
+
+
 def exit_costs(engine: Engine, policy: ExitPolicy, length: int) -> tuple[Floats, Floats]:
     """Returns (cost, evaluation) of :class:`Recorded`, averaged over the tokens of a row of this length."""
     exits = len(policy.exit_layers)
@@ -193,9 +264,7 @@ def exit_costs(engine: Engine, policy: ExitPolicy, length: int) -> tuple[Floats,
 
 def compared(recorded: Recorded, seed: int) -> dict[str, Any]:
     """Returns the path, the curve of shared thresholds and the gains, as :class:`ThresholdPath` has them."""
-    documents = int(recorded.document.max()) + 1
-    searched = np.zeros(documents, dtype=np.bool_)
-    searched[np.random.default_rng(seed).permutation(documents)[: documents // 2]] = True
+    searched = _searched(recorded, seed)
     train, test = recorded.of_documents(searched), recorded.of_documents(~searched)
     path = best_path(train, PRICES)
     count = len(recorded.confidence)
@@ -205,6 +274,40 @@ def compared(recorded: Recorded, seed: int) -> dict[str, Any]:
         "shared": [_point(test, thresholds) for thresholds in shared],
         "gains": _gains(test, path, shared, seed),
     }
+
+
+def best_cascade(recorded: dict[float, Recorded], seed: int) -> dict[str, Any]:
+    """Returns what :func:`compared` does for the best ``propose`` and, as ``proposals``, what each of them is worth.
+
+    The best one agrees most on the searched documents, on average over the reductions that all paths reach there.
+    """
+    curves = {}
+    for propose, of_cascade in recorded.items():
+        searched = of_cascade.of_documents(_searched(of_cascade, seed))
+        curve = [outcome(searched, np.asarray(thresholds)) for thresholds in best_path(searched, PRICES)]
+        curves[propose] = [agreement_at(curve, 1 / reduction) for reduction in REDUCTIONS]
+    reached = np.isfinite(np.asarray(list(curves.values()))).all(axis=0)
+    if not reached.any():
+        # Where one saves nothing at all, those that reach furthest are compared.
+        most = max(np.isfinite(values).sum() for values in curves.values())
+        curves = {propose: values for propose, values in curves.items() if np.isfinite(values).sum() == most}
+        reached = np.isfinite(np.asarray(list(curves.values()))).all(axis=0)
+    best = max(curves, key=lambda propose: float(np.asarray(curves[propose])[reached].sum()))
+    results = {propose: compared(of_cascade, seed) for propose, of_cascade in recorded.items()}
+    proposals = [
+        {"propose": propose, "compute_reduction": gain["compute_reduction"], "agreement": gain["per_exit"]}
+        for propose, result in results.items()
+        for gain in result["gains"]
+    ]
+    return results[best] | {"propose": best, "proposals": proposals}
+
+
+def _searched(recorded: Recorded, seed: int) -> npt.NDArray[np.bool_]:
+    """Returns which documents are searched, half of them; the others measure."""
+    documents = int(recorded.document.max()) + 1
+    searched = np.zeros(documents, dtype=np.bool_)
+    searched[np.random.default_rng(seed).permutation(documents)[: documents // 2]] = True
+    return searched
 
 
 def _point(recorded: Recorded, thresholds: Sequence[float]) -> dict[str, Any]:
@@ -258,4 +361,8 @@ def table(result: ThresholdPath) -> str:
     rows = [list(gain.values()) for gain in result.gains]
     text = tabulate(rows, headers, tablefmt="github", floatfmt=("g", ".4f", ".4f", ".4f", ".4f"))
     searched = "" if result.documents is None else f" of {result.documents} documents, of which one half was searched"
-    return f"{text}\n{result.tokens} tokens{searched}; standard errors are over documents of the other half\n"
+    tried = sorted({line["propose"] for line in result.proposals})
+    proposing = f"propose={result.propose:g}, of {', '.join(f'{value:g}' for value in tried)}\n" if tried else ""
+    return (
+        f"{text}\n{proposing}{result.tokens} tokens{searched}; standard errors are over documents of the other half\n"
+    )

@@ -8,7 +8,7 @@ Knows numbers and the file that holds the result. E exits, N tokens; index E sta
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Recorded:
         cost: (E + 1,) fraction of the full model's compute for a token that leaves there, without evaluations.
         evaluation: (E,) what an evaluation adds at each exit, for every token that reaches it where some may leave.
         document: (N,) the document that each token belongs to.
+        refused: (E, N) what a read that refuses to confirm adds for a token that reaches an exit and stays; None:
+            nothing is confirmed.
     """
 
     confidence: Floats
@@ -49,6 +51,7 @@ class Recorded:
     cost: Floats
     evaluation: Floats
     document: npt.NDArray[np.int64]
+    refused: Floats | None = None
 
     def of_documents(self, documents: npt.NDArray[np.bool_]) -> Recorded:
         """Returns the tokens of some documents only."""
@@ -58,16 +61,22 @@ class Recorded:
             confidence=self.confidence[:, tokens],
             agrees=self.agrees[:, tokens],
             document=self.document[tokens],
+            refused=None if self.refused is None else self.refused[:, tokens],
         )
 
     def costs(self, thresholds: Floats) -> Floats:
-        """Returns the fraction of compute (E + 1,) of a token that leaves at each exit, or (E + 1, N) per token.
+        """Returns the fraction of compute (E + 1,) of a token that leaves at each exit.
 
-        Nothing is evaluated where the threshold is 1.
+        It is (E + 1, N) where it differs between tokens, because thresholds do or because some reads refuse. Nothing
+        is evaluated where the threshold is 1.
         """
         shape = (-1, *(1,) * (thresholds.ndim - 1))
         evaluated = np.cumsum((thresholds < 1) * self.evaluation.reshape(shape), axis=0)
         spent: Floats = self.cost.reshape(shape) + np.concatenate([evaluated, evaluated[-1:]])
+        if self.refused is not None:
+            # The read at the exit where a token leaves gives its token.
+            reads = np.cumsum((thresholds < 1).reshape(len(evaluated), -1) * self.refused, axis=0)
+            spent = spent.reshape(len(spent), -1) + np.concatenate([np.zeros_like(reads[:1]), reads])
         return spent
 
     def cost_of(self, left: npt.NDArray[np.int64], thresholds: Floats) -> Floats:
@@ -97,7 +106,7 @@ def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
 
     Given the others, the best threshold of one exit is found exactly: tokens that reach it gain by leaving there
     instead of later, and the sum of gains above a threshold is largest at one of the multiples of 1 / STEPS. A
-    threshold below 1 costs an evaluation of every token that reaches the exit.
+    threshold below 1 costs an evaluation of every token that reaches the exit, and a read of those that it refuses.
     """
     exits = len(recorded.confidence)
     bins = np.minimum((recorded.confidence * STEPS).astype(np.int64), STEPS - 1)
@@ -109,10 +118,14 @@ def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
             others[e] = 1.0  # nobody leaves here
             later = exits_at(recorded, others)
             reach = later > e
-            value = recorded.agrees - price * recorded.costs(others)[:, None]  # (E + 1, N)
+            value = recorded.agrees - price * recorded.costs(others).reshape(exits + 1, -1)  # (E + 1, N)
             gain = value[e, reach] - value[later[reach], np.flatnonzero(reach)]
+            asked = recorded.evaluation[e] * reach.sum()
+            if recorded.refused is not None:
+                reads = recorded.refused[e, reach]  # who leaves spares it
+                gain, asked = gain + price * reads, asked + reads.sum()
             by_bin = np.bincount(bins[e, reach], weights=gain, minlength=STEPS)
-            above = np.cumsum(by_bin[::-1])[::-1] - price * recorded.evaluation[e] * reach.sum()
+            above = np.cumsum(by_bin[::-1])[::-1] - price * asked
             above = np.append(above, 0.0)  # gains of threshold k / STEPS; the last: never
             best[e] = (STEPS - np.argmax(above[::-1])) / STEPS  # the highest of equals
         if np.array_equal(best, before):
@@ -156,6 +169,8 @@ class ThresholdPath:
         tokens: of the texts, searched and not.
         dataset: where they are from.
         documents: how many they are; None in files of releases that did not count them.
+        propose: of a cascade, the classifier's confidence from which on a token is read out; None: it is none.
+        proposals: of a cascade, agreement at some reductions by the values of ``propose`` that were tried.
     """
 
     backbone: str
@@ -169,6 +184,8 @@ class ThresholdPath:
     tokens: int
     dataset: str
     documents: int | None = None
+    propose: float | None = None
+    proposals: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def thresholds(self) -> list[tuple[float, ...]]:
