@@ -264,7 +264,7 @@ def exit_costs(engine: Engine, policy: ExitPolicy, length: int) -> tuple[Floats,
 
 def compared(recorded: Recorded, seed: int) -> dict[str, Any]:
     """Returns the path, the curve of shared thresholds and the gains, as :class:`ThresholdPath` has them."""
-    searched = _searched(recorded, seed)
+    searched = searched_half(recorded, seed)
     train, test = recorded.of_documents(searched), recorded.of_documents(~searched)
     path = best_path(train, PRICES)
     count = len(recorded.confidence)
@@ -283,7 +283,7 @@ def best_cascade(recorded: dict[float, Recorded], seed: int) -> dict[str, Any]:
     """
     curves = {}
     for propose, of_cascade in recorded.items():
-        searched = of_cascade.of_documents(_searched(of_cascade, seed))
+        searched = of_cascade.of_documents(searched_half(of_cascade, seed))
         curve = [outcome(searched, np.asarray(thresholds)) for thresholds in best_path(searched, PRICES)]
         curves[propose] = [agreement_at(curve, 1 / reduction) for reduction in REDUCTIONS]
     reached = np.isfinite(np.asarray(list(curves.values()))).all(axis=0)
@@ -302,7 +302,7 @@ def best_cascade(recorded: dict[float, Recorded], seed: int) -> dict[str, Any]:
     return results[best] | {"propose": best, "proposals": proposals}
 
 
-def _searched(recorded: Recorded, seed: int) -> npt.NDArray[np.bool_]:
+def searched_half(recorded: Recorded, seed: int) -> npt.NDArray[np.bool_]:
     """Returns which documents are searched, half of them; the others measure."""
     documents = int(recorded.document.max()) + 1
     searched = np.zeros(documents, dtype=np.bool_)

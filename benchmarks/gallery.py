@@ -1,0 +1,159 @@
+"""Runs the sweeps of gallery.yaml and writes docs/results: tables, plots, and one page that lists them.
+
+    python benchmarks/gallery.py --data DATA --work WORK            # everything, hours on two cores
+    python benchmarks/gallery.py --data DATA --work WORK --only coqa
+    python benchmarks/gallery.py --data DATA --work WORK --report   # what is there already, shown anew
+
+A run that was stopped goes on where it was. DATA is a folder with the data files of the tasks, and in `openstax`
+textbooks as .jsonl.gz with `text`; two of them, astronomy and psychology, are held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from tabulate import tabulate
+
+HELD_OUT = ("astronomy", "psychology")
+#: What a report writes that is kept: no page, which has the texts of the data.
+KEPT = ("points.csv", "report.md", "*.png")
+#: Metrics that say how near answers are to the full model's, the first that a task has.
+SIMILARITY = ("consistency_rouge_l", "consistency")
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "docs" / "results"
+
+_PLACEHOLDER = re.compile(r"\b(DATA|WORK|BOOKS|HELD_OUT)\b")
+
+_CHOICE_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    validation: {file}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{query}}}}\\nAnswer:"
+doc_to_target: gold
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+def options(given: dict[str, Any]) -> list[str]:
+    """Returns options of a command as its words."""
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+class Gallery:
+    """Where data is read and results are written, and what its commands are called with."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.work = work
+        self.names = {"DATA": data, "WORK": work, "BOOKS": work / "books", "HELD_OUT": work / "held-out"}
+        for name, held_out in (("books", False), ("held-out", True)):
+            folder = work / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted((data / "openstax").glob("*.jsonl.gz")):
+                link = folder / file.name
+                if file.name.startswith(HELD_OUT) == held_out and not link.exists():
+                    link.symlink_to(file)
+
+    def run(self, words: list[str]) -> None:
+        """Runs a command, its placeholders replaced, with our own interpreter, whatever the shell would find."""
+        words = [_PLACEHOLDER.sub(lambda found: str(self.names[found[0]]), word) for word in words]
+        program = ["-m", "dynamax_lm_eval"] if words[0] == "dynamax-lm-eval" else []
+        subprocess.run([sys.executable, *program, *words[1:]], check=True, cwd=HERE.parent)
+
+    def prepare(self, entry: dict[str, Any]) -> None:
+        """Runs the commands that come before a sweep, those whose output is there left out."""
+        for line in entry.get("prepare", []):
+            words = shlex.split(line)
+            output = self.work / Path(words[words.index("--output") + 1]).name
+            if not (output.is_file() or (output / "config.json").is_file()):
+                self.run(words)
+        for name, file in entry.get("choice_tasks", {}).items():
+            folder = self.work / "tasks"
+            folder.mkdir(exist_ok=True)
+            path = self.names["DATA"] / file
+            (folder / f"{name}.yaml").write_text(_CHOICE_TASK.format(name=name, file=path), encoding="utf-8")
+
+    def measure(self, entry: dict[str, Any]) -> None:
+        """Runs headroom and sweep of an entry."""
+        self.prepare(entry)
+        folder = self.work / entry["name"]
+        if "headroom" in entry and not (folder / "headroom" / "headroom.json").is_file():
+            output = {"backbone": entry["sweep"]["backbone"], **entry["headroom"], "output": folder / "headroom"}
+            self.run(["dynamax-lm-eval", "headroom", *options(output)])
+        self.run(["dynamax-lm-eval", "sweep", *options({**entry["sweep"], "output": folder / "sweep"})])
+
+    def report(self, entry: dict[str, Any]) -> None:
+        """Writes tables and plots of an entry."""
+        made, target = self.work / entry["name"] / "report", RESULTS / entry["name"]
+        self.run(["dynamax-lm-eval", "report", str(self.work / entry["name"] / "sweep"), "--output", str(made)])
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for file in sorted(file for pattern in KEPT for file in made.glob(pattern)):
+            shutil.copy(file, target)
+        headroom = self.work / entry["name"] / "headroom"
+        if headroom.is_dir():
+            shutil.copy(headroom / "headroom.png", target)
+
+    def section(self, entry: dict[str, Any]) -> str:
+        """Returns the part of the page that shows an entry."""
+        folder = RESULTS / entry["name"]
+        given = shlex.join(["dynamax-lm-eval", "sweep", *options({**entry["sweep"], "output": entry["name"]})])
+        commands = [*(" ".join(line.split()) for line in entry.get("prepare", [])), given.replace("'", "")]
+        parts = [f"## {entry['title']}", "\n".join(f"    {line}" for line in commands)]
+        file = self.work / entry["name"] / "headroom" / "headroom.json"
+        if file.is_file():
+            parts.append(f"Headroom: {json.loads(file.read_text(encoding='utf-8'))['verdict']['line']}")
+        for plot in sorted(folder.glob("*.png")):
+            if plot.name != "headroom.png":
+                parts.append(f"![Score and similarity against compute]({entry['name']}/{plot.name})")
+        parts.append(summary(pd.read_csv(folder / "points.csv")))
+        parts.append(entry.get("reading", "").strip())
+        parts.append(f"All points: [report]({entry['name']}/report.md), [CSV]({entry['name']}/points.csv).")
+        return "\n\n".join(part for part in parts if part)
+
+
+def summary(points: pd.DataFrame) -> str:
+    """Returns the best valid point of each line that keeps at least 0.9 of the similarity, or is nearest to that."""
+    return tabulate(points.head(3), headers="keys", tablefmt="github", showindex=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data files")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and answers")
+    parser.add_argument("--only", help="names of entries, separated by commas")
+    parser.add_argument("--report", action="store_true", help="run nothing; write tables and plots of what was run")
+    args = parser.parse_args()
+    entries = yaml.safe_load((HERE / "gallery.yaml").read_text(encoding="utf-8"))
+    chosen = args.only.split(",") if args.only else [entry["name"] for entry in entries]
+    if unknown := set(chosen) - {entry["name"] for entry in entries}:
+        parser.error(f"no entry is called {', '.join(sorted(unknown))}")
+    gallery = Gallery(args.data.resolve(), args.work.resolve())
+    for entry in entries:
+        if entry["name"] in chosen:
+            if not args.report:
+                gallery.measure(entry)
+            gallery.report(entry)
+
+
+if __name__ == "__main__":
+    main()
