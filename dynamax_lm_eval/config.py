@@ -16,6 +16,7 @@ from dynamax_lm_eval.types import (
     BudgetStrategy,
     ClassifierKind,
     ConfidenceName,
+    Confirm,
     ExitScope,
     MambaKernels,
     Preset,
@@ -84,8 +85,8 @@ class DynamaxArgs:
         '`classifier`: a trained network\'s probability of "exit"; `softmax`: probability of the best token less that '
         "of the second; `entropy`: 1 - normalised entropy; `state`: cosine of the hidden state before and after the "
         "block at the exit. `softmax` and `entropy` read the LM head at every exit; `state` costs nothing. `cascade`: "
-        "the probability of the best token, read out where a trained classifier reaches `propose`; the read that "
-        "confirms gives the token, so only refused proposals cost one",
+        "a token is read out where a trained classifier reaches `propose`, and leaves where `confirm` is sure enough "
+        "of what was read; the read that confirms gives the token, so only refused proposals cost one",
         shown="`classifier` with trained exits, else `softmax`",
         vary=True,
     )
@@ -94,6 +95,15 @@ class DynamaxArgs:
         values.number(0, hint="the classifier's confidence"),
         "with `confidence=cascade`: the classifier's confidence from which on a token is read out to be confirmed",
         shown="0.5",
+        vary=True,
+    )
+    confirm: Confirm | None = values.argument(
+        None,
+        values.choice(Confirm),
+        "with `confidence=cascade`, what is compared with the threshold: `read_out`, the probability of the best "
+        "token, or `fitted`, the probability that it is right, by a regression on that and on the classifier's "
+        "confidence which came with the exits",
+        shown="`fitted` where the exits have it and all tokens are read, else `read_out`",
         vary=True,
     )
     vocab_subset: int | None = values.argument(

@@ -21,6 +21,9 @@ Preset = Literal["paper", "thesis"]
 #: Which tokens pruned blocks are left out for: all, or generated (or scored) ones alone.
 PruneScope = Literal["all", "generated"]
 
+#: What confirms a proposal of a cascade: the read-out's best probability, or what was fitted to it and the classifier.
+Confirm = Literal["read_out", "fitted"]
+
 #: What makes an exit right: its best token is among the full model's k best, or the other way round.
 LabelKind = Literal["exit_in_full", "full_in_exit"]
 

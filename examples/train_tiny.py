@@ -221,6 +221,8 @@ def main() -> None:
         "bits_per_byte_held_out": bits_per_byte(model, mamba, rows, tokenizer),
     }
     write_text(args.output / "training.json", json.dumps(summary, indent=1) + "\n")
+    if args.architecture == "mixtral":
+        model.config.output_router_logits = False  # of the training's loss alone
     model.to(torch.bfloat16).save_pretrained(args.output)
     shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps(summary))

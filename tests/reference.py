@@ -94,7 +94,8 @@ class Decisions:
                 self.row.confidences.append(confidence - policy.propose)
                 if confidence < policy.propose:
                     return False
-                confidence = float(self._looked_at(self._readout(self._adapted(after, block))).softmax(-1).max())
+                p = self._looked_at(self._readout(self._adapted(after, block))).softmax(-1)
+                confidence = self._confirmed(confidence, p, block)
                 self.row.refused += [block] if confidence < threshold else []
         elif policy.confidence == "state":
             a, b = before.flatten(), after.flatten()
@@ -109,6 +110,15 @@ class Decisions:
         assert math.isfinite(confidence)
         self.row.confidences.append(confidence - threshold)
         return confidence > threshold if policy.above_threshold else confidence >= threshold
+
+    def _confirmed(self, proposed: float, p: Tensor, block: int) -> float:
+        first, second = p.sort(descending=True).values[:2].tolist()
+        if self.policy.confirm == "read_out":
+            return first
+        confirmer = self.classifiers.confirmer(self.policy.classifier, block)
+        known = [math.log(proposed / (1 - proposed)), math.log(first / (1 - first)), first - second]
+        z = sum(w * x for w, x in zip(confirmer.weight.tolist(), known, strict=True)) + float(confirmer.bias)
+        return 1 / (1 + math.exp(-z))
 
     def _looked_at(self, logits: Tensor) -> Tensor:
         size = self.policy.vocab_subset

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import LAYERS, tiny_model
 from helpers_engine import (
     CLASSIFIERS,
@@ -21,13 +22,17 @@ from helpers_engine import (
     policy_of,
     run_generate,
     run_score,
+    varied_classifiers,
 )
 from reference import reference_generate, reference_score
 
+from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.compute.accounting import Trace, account
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
 from dynamax_lm_eval.config import DynamaxArgs
+from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.sweep.options import SweepOptions, grid
 
@@ -60,6 +65,49 @@ def test_decides_as_the_reference(kind: str, vocab_subset: int | None) -> None:
         left += sum(layer < LAYERS for layer in result.trace.exit_layers)
         refused += len(row.refused)
     assert left and refused
+
+
+def fitted() -> ExitClassifiers:
+    """Exits with confirmers that weigh all that they see."""
+    classifiers = varied_classifiers(exits_config(confirms=True))
+    for i, layer in enumerate(EXITS):
+        for kind in KINDS:
+            confirmer = classifiers.confirmer(kind, layer)
+            confirmer.weight.copy_(torch.tensor([1.5, 0.4 + 0.2 * i, 0.7]))
+            confirmer.bias.fill_(-0.3)
+    return classifiers
+
+
+@pytest.mark.parametrize("kind", ["calm", "mamba"])
+def test_confirms_by_both_as_the_reference(kind: str) -> None:
+    policy, model, classifiers = cascade(kind, confirm="fitted"), tiny_model("llama"), fitted()
+    expected = [reference_generate(model, policy, prompt, NEW_TOKENS, classifiers) for prompt in PROMPTS]
+    assert is_separated(*(row for _, row in expected))
+    engine = Engine(TransformerBackbone(model, max_length=256), classifiers)
+    others = run_generate(engine, [replace(policy, confirm="read_out")] * len(PROMPTS), PROMPTS, max_rows=3)
+    results = run_generate(engine, [policy] * len(PROMPTS), PROMPTS, max_rows=3)
+    left, refused = 0, 0
+    for prompt, result, (tokens, row) in zip(PROMPTS, results, expected, strict=True):
+        assert result.tokens == tokens
+        assert list(result.trace.exit_layers) == row.layers[len(prompt) :]
+        assert refused_layers(result.trace) == row.refused
+        left += sum(layer < LAYERS for layer in result.trace.exit_layers)
+        refused += len(row.refused)
+    assert left and refused
+    assert [result.trace for result in results] != [other.trace for other in others]
+    scored = run_score(engine, policy, [(prompt, [5, 17, 60, 3]) for prompt in PROMPTS], 3)
+    alone = [run_score(engine, policy, [(prompt, [5, 17, 60, 3])], 1)[0] for prompt in PROMPTS]
+    assert [result.trace for result in scored] == [result.trace for result in alone]
+
+
+def test_one_that_was_never_fitted_is_the_read_out() -> None:
+    classifiers = varied_classifiers(exits_config(confirms=True))
+    engine = Engine(TransformerBackbone(tiny_model("llama"), max_length=256), classifiers)
+    first, second = (
+        run_generate(engine, [cascade(confirm=confirm)] * len(PROMPTS), PROMPTS, 3)
+        for confirm in ("fitted", "read_out")
+    )
+    assert [result.trace for result in first] == [result.trace for result in second]
 
 
 @pytest.mark.parametrize("scope", ["generated", "all"])
@@ -144,6 +192,18 @@ def test_what_it_resolves_to() -> None:
         policy_of(trained, propose=0.3)
     with pytest.raises(UserError, match="confidence=cascade needs exits that were trained"):
         policy_of(None, confidence="cascade", threshold=(0.6,))
+    assert policy_of(trained, confidence="cascade", threshold=(0.6,)).confirm == "read_out"
+    with pytest.raises(UserError, match="confirm=fitted needs exits with confirmers"):
+        policy_of(trained, confidence="cascade", threshold=(0.6,), confirm="fitted")
+    confirms = replace(trained, confirms=True)
+    assert policy_of(confirms, confidence="cascade", threshold=(0.6,)).confirm == "fitted"
+    assert policy_of(confirms, confidence="cascade", threshold=(0.6,), confirm="read_out").confirm == "read_out"
+    assert policy_of(confirms, confidence="cascade", threshold=(0.6,), vocab_subset=40).confirm == "read_out"
+    assert policy_of(confirms).confirm == "read_out"
+    with pytest.raises(UserError, match="confirm=fitted reads the whole vocabulary"):
+        policy_of(confirms, confidence="cascade", threshold=(0.6,), vocab_subset=40, confirm="fitted")
+    with pytest.raises(UserError, match="confirm needs confidence=cascade"):
+        policy_of(confirms, confirm="fitted")
     with pytest.raises(UserError, match="cascade and final_block exclude each other"):
         policy_of(replace(trained, final_block=True), confidence="cascade", threshold=(0.6,))
 

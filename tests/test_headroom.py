@@ -545,3 +545,8 @@ def test_the_share_of_an_oracle_is_read_between_thresholds() -> None:
     assert share_at(points, 0.5, 0.4) == pytest.approx(0.5), "no threshold lets more leave"
     assert share_at(points, 0.97, 0.0) is None
     assert json.dumps(points)
+
+
+def test_without_a_device_the_model_finds_one(model_folder: Path, tmp_path: Path) -> None:
+    assert "device" not in options(model_folder, tmp_path, device=None, tasks="t").model_arguments
+    assert options(model_folder, tmp_path, device="cpu", tasks="t").model_arguments["device"] == "cpu"

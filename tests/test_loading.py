@@ -18,6 +18,7 @@ import safetensors
 import torch
 import transformers as hf
 from helpers import save_model, tiny_model, train_tokenizer
+from helpers_architectures import ARCHITECTURES
 from helpers_harness import dynamax
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
@@ -358,3 +359,11 @@ def test_without_a_home_folder_the_cache_has_to_be_named(monkeypatch: pytest.Mon
             aliases.cache_dir()
     with pytest.raises(UserError, match="there is no home folder; write the whole path"):
         aliases.resolve_backbone("~/model")
+
+
+def test_experts_that_were_trained_with_a_loss_of_their_router(tmp_path: Path) -> None:
+    """``output_router_logits`` asks forward for what only a training needs, and what blocks do not hand over."""
+    hf.AutoModelForCausalLM.from_config(ARCHITECTURES["experts"][1]()).save_pretrained(tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    plain = score(dynamax(tmp_path))
+    assert score(dynamax(edit(tmp_path, output_router_logits=True))) == plain

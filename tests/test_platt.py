@@ -16,9 +16,10 @@ from scipy.optimize import minimize
 from test_training_resume import tensors
 
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.confirmers import Confirmer
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.observe import Observations, observe
-from dynamax_lm_eval.training import command, platt
+from dynamax_lm_eval.training import command, confirming, platt
 from dynamax_lm_eval.training.batches import Answer
 from dynamax_lm_eval.training.evaluation import calibration_error
 from dynamax_lm_eval.training.options import RunOptions
@@ -63,6 +64,23 @@ class TestFit:
     @pytest.mark.parametrize("labels", [np.zeros(4, bool), np.ones(4, bool), np.asarray([True, True, False, False])])
     def test_what_would_turn_the_order_around_is_left(self, labels: np.ndarray) -> None:
         assert platt.fit_scaling(np.asarray([-2.0, -1.0, 1.0, 2.0]), labels) is None
+
+    def test_confirmers_are_found(self) -> None:
+        """Labels drawn by a known confirmer give it back."""
+        rng = np.random.default_rng(0)
+        known = Confirmer()
+        known.weight.copy_(torch.tensor([0.8, 0.5, 1.5]))
+        known.bias.fill_(-1.0)
+        log_odds = torch.from_numpy(rng.normal(0, 2, 200_000))
+        first = rng.uniform(0.05, 0.99, 200_000)
+        two_best = torch.from_numpy(np.stack([first, np.minimum(first, 1 - first) * rng.random(200_000)], 1))
+        probability = known(log_odds, two_best).numpy()
+        found = Confirmer()
+        confirming.fit_confirmer(found, log_odds, two_best, rng.random(200_000) < probability)
+        assert found(log_odds, two_best).numpy() == pytest.approx(probability, abs=0.02)
+        same = Confirmer()
+        confirming.fit_confirmer(same, log_odds, two_best, np.ones(200_000, dtype=bool))
+        assert same(log_odds, two_best).numpy() == pytest.approx(two_best[:, 0].numpy(), abs=1e-6)
 
     def test_undone(self) -> None:
         z = np.asarray([-30.0, -1.0, 0.0, 2.5])
@@ -124,9 +142,9 @@ class TestFolded:
         pass_ = frozen(top_k=30)
         label = pass_.label
 
-        def labelled_only(batch: object, positions: torch.Tensor, *args: object) -> object:
+        def labelled_only(batch: object, positions: torch.Tensor, *args: object, **wanted: bool) -> object:
             assert len(positions) == 40 + 24 - 14
-            return label(batch, positions, *args)  # type: ignore[arg-type]
+            return label(batch, positions, *args, **wanted)  # type: ignore[arg-type]
 
         pass_.label = labelled_only  # type: ignore[method-assign, assignment]
         assert platt.calibrate(pass_, again, rows) == found
@@ -148,6 +166,12 @@ class TestCommand:
         assert set(results) == {"mamba", "calm"}
         theirs, changed = tensors(plain), copy.deepcopy(tensors(calibrated))
         for name, tensor in changed.items():
+            if name.startswith("confirmers."):
+                begun = torch.tensor([0.0, 1.0, 0.0]) if name.endswith("weight") else torch.tensor(0.0)
+                assert torch.equal(theirs[name], begun)
+                labels_differ = results["calm"][name.split(".")[2]] is not None
+                assert torch.equal(tensor, begun) != labels_differ
+                continue
             kind, layer, part = name.removeprefix("by_kind.").split(".", 2)
             line = results[kind][layer]
             scale, shift = (1.0, 0.0) if line is None else (line["scale"], line["shift"])
@@ -155,7 +179,10 @@ class TestCommand:
             if part == "out_proj.bias":
                 expected = expected + torch.tensor([-shift / 2, shift / 2])
             torch.testing.assert_close(tensor, expected)
-        measured = json.loads((tmp_path / "a" / "evaluation.json").read_text())["classifiers"]["calm"]["exits"]["2"]
+        evaluation = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+        assert set(evaluation["confirmers"]) == {"read_out", "mamba", "calm"}
+        assert "| read-out alone |" in (tmp_path / "a" / "README.md").read_text()
+        measured = evaluation["classifiers"]["calm"]["exits"]["2"]
         was, now = results["calm"]["2"]["expected_calibration_error_before"], measured["expected_calibration_error"]
         assert f"{was:.3f} to {now:.3f}" in (tmp_path / "a" / "README.md").read_text()
 

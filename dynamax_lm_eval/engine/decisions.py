@@ -18,7 +18,7 @@ from dynamax_lm_eval.engine.subsets import SubsetReader, rows_of_one_size
 from dynamax_lm_eval.engine.tokens import WaitingTokens, select
 from dynamax_lm_eval.errors import NotFiniteError
 from dynamax_lm_eval.exits.adapters import Adapter
-from dynamax_lm_eval.exits.classifiers import ExitClassifiers
+from dynamax_lm_eval.exits.classifiers import ExitClassifiers, exit_probability
 from dynamax_lm_eval.exits.confidences import CascadeConfidence, Confidence, ExitInputs
 from dynamax_lm_eval.exits.policy import NEVER
 from dynamax_lm_eval.exits.states import ClassifierStates
@@ -200,9 +200,9 @@ class ExitDecisions:
         inputs = ExitInputs(block, before, after, self._slots[own], self._states)
         adapter = self._exits.adapter(block) if use.adapted and self._exits is not None else None
         if isinstance(use.confidence, CascadeConfidence):
-            proposed = self._proposed(use.confidence, inputs, own)
+            proposed, log_odds = self._proposed(use.confidence, inputs, own)
             own, indices, after = own[proposed], indices[proposed], select(after.unsqueeze(0), proposed)[0]
-            inputs = ExitInputs(block, after, after, self._slots[own], self._states)
+            inputs = ExitInputs(block, after, after, self._slots[own], self._states, log_odds=log_odds)
         corrected: Tensor | None = None
         reduced: Sequence[Tensor] = ()
         looked_at: Tensor | None = None
@@ -215,18 +215,27 @@ class ExitDecisions:
             scores = use.confidence.score(inputs)
         return _Evaluation(use, indices, scores, adapter, corrected, reduced, looked_at)
 
-    def _proposed(self, cascade: CascadeConfidence, inputs: ExitInputs, tokens: IntArray) -> IntArray:
+    def _proposed(
+        self, cascade: CascadeConfidence, inputs: ExitInputs, tokens: IntArray
+    ) -> tuple[IntArray, Tensor | None]:
         """Returns which of tokens (t,) a classifier proposes to let leave, and which may; it sees all of them.
+
+        With them comes what it says of these, as log-odds, where that confirms as well.
 
         Raises:
             NotFiniteError: one of its confidences is no number.
         """
-        sure = cascade.classifier.score(inputs).cpu().numpy()
+        logits = cascade.classifier.logits(inputs)
+        sure = exit_probability(logits).cpu().numpy()
         if len(broken := np.flatnonzero(~np.isfinite(sure))):
             row = int(self._batch.layout.row_of[tokens[broken[0]]])
             raise NotFiniteError(row, f"{cascade.classifier.name} confidences at exit layer {inputs.layer}")
         may_leave = self._batch.thresholds[inputs.layer][tokens] < NEVER
-        return np.flatnonzero((sure >= np.float32(cascade.propose)) & may_leave)
+        proposed = np.flatnonzero((sure >= np.float32(cascade.propose)) & may_leave)
+        if cascade.confirm == "read_out":
+            return proposed, None
+        of_proposed = logits[on_device(proposed, logits.device)]
+        return proposed, of_proposed[:, 1] - of_proposed[:, 0]
 
     def _score_logits(
         self, confidence: Confidence, inputs: ExitInputs, tokens: IntArray, adapter: Adapter | None

@@ -69,6 +69,8 @@ class ExitConfig:
     adapter: str = "none"
     #: Maps that predict the states of tokens that left; None: there are none.
     states: StateMapOptions | None = None
+    #: They have what confirms proposals by the classifier and the read-out together.
+    confirms: bool = False
     #: Label 1: the exit's arg-max is among the k most probable tokens of the full model, or the other way round.
     top_k: int = 1
     label: LabelKind = "exit_in_full"
@@ -113,8 +115,11 @@ class ExitConfig:
 
     def check(self) -> None:
         """Raises UserError where the configuration contradicts itself or asks for what does not exist."""
-        if not isinstance(self.backbone.fingerprint, str) or not isinstance(self.final_block, bool):
-            raise UserError("its fingerprint is not a text, or its final_block is not true or false")
+        switches = (self.final_block, self.confirms)
+        if not isinstance(self.backbone.fingerprint, str) or not all(isinstance(value, bool) for value in switches):
+            raise UserError("its fingerprint is not a text, or final_block or confirms is not true or false")
+        if self.confirms and self.final_block:
+            raise UserError("it has both final_block and confirms, which exclude each other")
         layers, depth = self.exit_layers, self.backbone.num_layers
         if not layers or list(layers) != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] < depth:
             raise UserError(f"its exit_layers {list(layers)} are not rising numbers in 1..{depth - 1}")
@@ -142,6 +147,7 @@ class ExitConfig:
             seed,
             self.adapter,
             self.states,
+            self.confirms,
         )
 
 

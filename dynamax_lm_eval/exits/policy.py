@@ -17,7 +17,7 @@ import numpy.typing as npt
 from dynamax_lm_eval.compute.cost import EvaluationCost, ExitCost
 from dynamax_lm_eval.exits.confidences import Confidence, LogitsConfidence, resolve_confidence
 from dynamax_lm_eval.exits.vocabulary import RowVocabulary, row_vocabulary
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, ExitScope, PruneScope, StateMode
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Confirm, ExitScope, PruneScope, StateMode
 
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
 NEVER = math.inf
@@ -66,6 +66,8 @@ class ExitPolicy:
     above_threshold: bool = False
     #: The classifier's confidence from which on a cascade reads out; None: it is none.
     propose: float | None = None
+    #: What of the read-out then confirms.
+    confirm: Confirm = "read_out"
     #: Tokens that left are drafts, at most so many at a time, which the full model verifies; None: they stand.
     verify_tokens: int | None = None
     #: The fingerprint of the adapter that tokens which do without the pruned blocks are read out through; None: none.
@@ -91,6 +93,7 @@ class ExitPolicy:
         assert self.prune_adapter is None or (self.pruned_blocks and not self.used_exits)
         assert (self.classifier is None) or self.confidence in ("classifier", "cascade")
         assert (self.propose is None) == (self.confidence != "cascade")
+        assert self.confirm == "read_out" or (self.propose is not None and self.vocab_subset is None)
         # The read that confirms gives the token.
         assert self.confidence != "cascade" or not self.final_block
 
@@ -115,7 +118,7 @@ class ExitPolicy:
         """What gives the confidence; None where that would be a classifier and there is none."""
         if self.confidence in ("classifier", "cascade") and self.classifier is None:
             return None
-        return resolve_confidence(self.confidence, self.classifier, self.vocab_subset, self.propose)
+        return resolve_confidence(self.confidence, self.classifier, self.vocab_subset, self.propose, self.confirm)
 
     @property
     def is_recurrent(self) -> bool:
@@ -260,6 +263,7 @@ class ExitPolicy:
             "above_threshold": False,
             "verify_tokens": None,
             "propose": None,
+            "confirm": "read_out",
             "prune_adapter": None,
         }.items():
             if description[name] == value:

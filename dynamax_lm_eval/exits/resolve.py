@@ -19,7 +19,7 @@ from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE, DEFAULT_VERIFY_TOKENS,
 from dynamax_lm_eval.exits.prune_adapters import PruneAdapters
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Preset, StateMode
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Confirm, Preset, StateMode
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def resolve_policy(
         adapter=exits.adapter if exits is not None else "none",
         vocab_subset=_vocab_subset(args, confidence),
         propose=_propose(args, confidence, final_block),
+        confirm=_confirm(args, confidence, exits),
         above_threshold=args.preset == "thesis",
         verify_tokens=_verify_tokens(args, final_block),
         notes=notes,
@@ -270,6 +271,26 @@ def _propose(args: DynamaxArgs, confidence: ConfidenceName, final_block: bool) -
             "cascade and final_block exclude each other: what confirms an exit there is not what gives its token"
         )
     return DEFAULT_PROPOSE if args.propose is None else args.propose
+
+
+def _confirm(args: DynamaxArgs, confidence: ConfidenceName, exits: ExitConfig | None) -> Confirm:
+    if confidence != "cascade" and args.confirm is not None:
+        raise UserError(f"confirm needs confidence=cascade; this run uses {confidence}")
+    if args.confirm == "fitted" and args.vocab_subset is not None:
+        raise UserError("confirm=fitted reads the whole vocabulary; remove vocab_subset, or use confirm=read_out")
+    if args.confirm == "fitted" and not (exits is not None and exits.confirms):
+        raise UserError(
+            "confirm=fitted needs exits with confirmers, and these have none; train them (dynamax-lm-eval train fits "
+            "some with --calibrate true), or use confirm=read_out"
+        )
+    if confidence != "cascade":
+        return "read_out"
+    return args.confirm or default_confirm(exits, args.vocab_subset)
+
+
+def default_confirm(exits: ExitConfig | None, vocab_subset: int | None = None) -> Confirm:
+    """Returns what confirms a cascade's proposals unless a run asks for something."""
+    return "fitted" if exits is not None and exits.confirms and vocab_subset is None else "read_out"
 
 
 def _vocab_subset(args: DynamaxArgs, confidence: ConfidenceName) -> int | None:

@@ -23,6 +23,7 @@ from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.backbones.mamba.state_cache import StateTable, clear_line, copy_line, lines_of
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.classifiers.mamba import MixerClassifier
+from dynamax_lm_eval.exits.confirmers import Confirmer
 from dynamax_lm_eval.types import MambaKernels
 
 
@@ -110,6 +111,11 @@ class ClassifierStates:
     def forget(self, num_tokens: int) -> None:
         """Drops the states that are kept of a prefix of ``num_tokens`` tokens."""
         self._free.append(self._kept.pop(num_tokens))
+
+    def confirmer(self, kind: str, layer: int) -> Confirmer:
+        """Returns what confirms the proposals of a classifier."""
+        assert self._classifiers is not None
+        return self._classifiers.confirmer(kind, layer)
 
     @torch.inference_mode()
     def run(self, kind: str, layer: int, hidden: Tensor, slots: IntArray) -> Tensor:

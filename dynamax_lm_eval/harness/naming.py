@@ -16,7 +16,7 @@ from lm_eval.utils import sanitize_model_name, simple_parse_args_string
 from dynamax_lm_eval.config import SPEED, DynamaxArgs
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
-from dynamax_lm_eval.exits.resolve import default_exit_layers, resolve_pruned_blocks
+from dynamax_lm_eval.exits.resolve import default_confirm, default_exit_layers, resolve_pruned_blocks
 from dynamax_lm_eval.files import checksum
 from dynamax_lm_eval.models import aliases
 
@@ -87,6 +87,7 @@ def _unusual(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None) ->
         confidence=policy.confidence,
         classifier=policy.classifier,
         propose=policy.propose,
+        confirm=default_confirm(exits) if policy.propose is not None else "read_out",
         state_mode=policy.state_mode,
         pruned_blocks=deepest,
         final_block=exits is not None and exits.final_block,
@@ -96,6 +97,8 @@ def _unusual(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None) ->
     if policy.prompt_exit_layer is not None:
         usual["prompt_exit_keep"] = DEFAULT_WARMUP
     found = {name: value for name, value in policy.describe().items() if value != usual.get(name) and name not in _SAID}
+    if policy.propose is not None and policy.vocab_subset is None and policy.confirm != default_confirm(exits):
+        found["confirm"] = policy.confirm
     if policy.pruned_blocks and policy.pruned_blocks != deepest:
         found["pruned_blocks"] = sorted(policy.pruned_blocks)
     if not policy.active_exits:

@@ -156,5 +156,6 @@ class HeadroomOptions:
     @property
     def model_arguments(self) -> dict[str, object]:
         """Arguments that the model is loaded with, without its name and its exits."""
-        given = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "device": self.device}
-        return given if self.revision is None else {**given, "revision": self.revision}
+        given: dict[str, object] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        named = {"device": self.device, "revision": self.revision}
+        return given | {name: value for name, value in named.items() if value is not None}

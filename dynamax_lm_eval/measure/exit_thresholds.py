@@ -209,7 +209,11 @@ def record_cascades(
     assert seen.two_best is not None
     tokens, length = seen.may_exit, int(np.median(seen.lengths))
     cost, evaluation = exit_costs(engine, policy, length)
-    proposed, confirmed = seen.confidences[policy.classifier][:, tokens], seen.two_best[0][:, tokens]
+    proposed, two_best = seen.confidences[policy.classifier][:, tokens], seen.two_best[:, :, tokens]
+    confirmed = two_best[0]
+    if len(engine.classifiers.confirmers):
+        of_exits = [engine.classifiers.confirmer(policy.classifier, layer) for layer in policy.exit_layers]
+        confirmed = np.stack([c.of_arrays(proposed[e], two_best[:, e]) for e, c in enumerate(of_exits)])
     reads = refusal_costs(engine, policy, length)
     document = np.asarray(text.document, dtype=np.int64)[seen.row[tokens]]
     agrees = seen.agrees_or_stays[:, tokens].astype(np.float64)

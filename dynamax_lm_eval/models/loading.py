@@ -273,6 +273,9 @@ class CompleteModels:
                 f"{', ...' if len(sizes) > _NAMED_WEIGHTS else ''}; the two do not belong together"
             )
         check_weights(what, information["missing_keys"], information["unexpected_keys"])
+        if getattr(model.config, "output_router_logits", False):
+            # A loss of trainings, for which forward collects what blocks that run one by one do not hand over.
+            model.config.output_router_logits = False
         return model
 
 

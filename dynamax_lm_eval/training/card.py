@@ -79,6 +79,7 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
     documents = max((point["documents"] for point in curves), default=0)
     lines += [
         *_calibration(config, evaluation),
+        *confirmers(config, evaluation.get("confirmers")),
         "",
         f"What a threshold does to {documents:,} of these documents, run by the engine (agreement: share of tokens "
         "whose best token is that of the full model, with its standard error over documents):",
@@ -116,6 +117,24 @@ def _calibration(config: ExitConfig, evaluation: Mapping[str, Any]) -> list[str]
             before = error if scaling is None else scaling["expected_calibration_error_before"]
             cells.append(f"{before:.3f} to {error:.3f}")
         lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def confirmers(config: ExitConfig, measured: Mapping[str, Any] | None) -> list[str]:
+    """Returns the lines on what confirms proposals of a cascade; ``measured``: of ``evaluation.json``, if there."""
+    if measured is None:
+        return []
+    lines = [
+        "",
+        "With `confidence=cascade` the read-out confirms what a classifier proposes, by a regression on both. AUROC on "
+        "the tokens above:",
+        "",
+        "| | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " |",
+        "| --- |" + " --- |" * len(config.exit_layers),
+    ]
+    for name, by_exit in measured.items():
+        shown = "read-out alone" if name == "read_out" else f"read-out and {name}"
+        lines.append(f"| {shown} | {' | '.join(_number(by_exit[str(layer)]) for layer in config.exit_layers)} |")
     return lines
 
 

@@ -36,7 +36,7 @@ from dynamax_lm_eval.frozen.text import (
     text_documents,
     without_first,
 )
-from dynamax_lm_eval.training import evaluation, hub, lora, platt, state, state_maps
+from dynamax_lm_eval.training import confirming, evaluation, hub, lora, platt, state, state_maps
 from dynamax_lm_eval.training.answers import Prompt, answers, documents_used, mixed, pool_documents
 from dynamax_lm_eval.training.batches import Answer, MicroBatches
 from dynamax_lm_eval.training.card import model_card
@@ -148,7 +148,9 @@ def _train(
     with torch.no_grad():
         for parameter in classifiers.parameters():
             parameter.copy_(parameter.to(dtype))
-    measured = observe(frozen, classifiers.eval(), text.held_out.rows, options.micro_batch_tokens)
+    measured = observe(
+        frozen, classifiers.eval(), text.held_out.rows, options.micro_batch_tokens, two_best=exits.confirms
+    )
     engine, mode = Engine(backbone.engine.backbone, classifiers), default_state_mode(exits)
     curves = measured_curves(engine, text.held_out, exits, mode, options.curve_tokens)
     results = evaluation.report(
@@ -161,6 +163,8 @@ def _train(
         results["states"] = state_maps.explained(frozen, classifiers, text.held_out.rows)
     if scalings is not None:
         results["calibration"] = platt.report(scalings, measured, exit_layers)
+    if exits.confirms:
+        results["confirmers"] = confirming.report(measured, classifiers)
     if poor := near_chance(results):
         logger.warning(
             "On held-out text these tell right exits from wrong ones hardly better than chance (AUROC): %s. More "
@@ -197,6 +201,7 @@ def _exit_config(options: TrainingOptions, backbone: FrozenBackbone, exit_layers
         options=options.classifier_options,
         final_block=options.final_block,
         adapter=options.adapter,
+        confirms=options.calibrate and not options.final_block,
         top_k=options.top_k,
         label=cast(LabelKind, options.label),
         label_final_block=options.label_final_block,

@@ -5,6 +5,8 @@ log-odds z of "exit" become a z + b with the a and b under which labels of text 
 probable. Both are folded into the classifier's last layer, so that a run does nothing more than before, and a > 0
 keeps the order of confidences at an exit.
 
+Where exits have confirmers, these are fitted to the same tokens, to the calibrated classifiers and the read-outs.
+
 n labelled tokens, E exits.
 """
 
@@ -23,6 +25,7 @@ from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.frozen.observe import BoolArray, FloatArray, Observations
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.training.batches import labelled
+from dynamax_lm_eval.training.confirming import fit_confirmer
 from dynamax_lm_eval.training.evaluation import calibration_error
 
 logger = logging.getLogger(__name__)
@@ -86,13 +89,18 @@ def calibrate(frozen: FrozenPass, classifiers: ExitClassifiers, batches: Iterabl
     The rows run at full depth, as those of the evaluation do.
     """
     labels: list[Tensor] = []  # (E, n) each
+    two_best: list[Tensor] = []  # (E, n, 2) each
+    confirms = len(classifiers.confirmers) > 0
     log_odds: dict[str, list[Tensor]] = {kind: [] for kind in classifiers.kinds}
     for rows in batches:
         batch = frozen.run(rows)
         positions = torch.from_numpy(np.flatnonzero(labelled(rows))).to(frozen.backbone.device)
         if len(positions) == 0:
             continue
-        labels.append(frozen.label(batch, positions, classifiers).within_k.cpu())
+        label = frozen.label(batch, positions, classifiers, two_best=confirms)
+        labels.append(label.within_k.cpu())
+        if label.two_best is not None:
+            two_best.append(label.two_best.cpu())
         for kind in classifiers.kinds:
             by_exit = [
                 batch.classified(classifiers.at(kind, layer), layer, positions).double().cpu()
@@ -107,6 +115,10 @@ def calibrate(frozen: FrozenPass, classifiers: ExitClassifiers, batches: Iterabl
             if labels:
                 z, right = (torch.cat([part[i] for part in these]).numpy() for these in (parts, labels))
                 scaling = fit_scaling(z, right)
+                if confirms:
+                    scaled = z if scaling is None else scaling.scale * z + scaling.shift
+                    surest = torch.cat([part[i] for part in two_best])
+                    fit_confirmer(classifiers.confirmer(kind, layer), torch.from_numpy(scaled), surest, right)
             found[kind][layer] = scaling
             if scaling is None:
                 logger.warning(

@@ -12,6 +12,7 @@ from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
 from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
 from dynamax_lm_eval.exits.classifiers.kinds import make_classifier
+from dynamax_lm_eval.exits.confirmers import Confirmer, make_confirmers
 from dynamax_lm_eval.exits.state_maps import StateMap, StateMapOptions, by_exit_and_block, make_state_maps
 
 
@@ -28,8 +29,12 @@ class ExitClassifiers(nn.Module):
         seed: int = 0,
         adapter: str = "none",
         states: StateMapOptions | None = None,
+        confirms: bool = False,
     ) -> None:
-        """The ``seed`` decides the initial weights of each kind and of adapters, whichever others there are."""
+        """The ``seed`` decides the initial weights of each kind and of adapters, whichever others there are.
+
+        ``confirms``: there is a confirmer beside each classifier.
+        """
         super().__init__()
         self.exit_layers = exit_layers
         self.kinds = kinds
@@ -38,6 +43,7 @@ class ExitClassifiers(nn.Module):
             self.adapters = make_adapters(adapter, exit_layers, hidden_size)
         self.states = states
         self.state_maps = make_state_maps(states, exit_layers)
+        self.confirmers = make_confirmers(kinds if confirms else (), exit_layers)
         self.by_kind = nn.ModuleDict()
         for kind in kinds:
             with torch.random.fork_rng(devices=[]):
@@ -51,6 +57,12 @@ class ExitClassifiers(nn.Module):
         classifiers: Any = self.by_kind[kind]
         classifier: Classifier = classifiers[str(layer)]
         return classifier
+
+    def confirmer(self, kind: str, layer: int) -> Confirmer:
+        """What confirms the proposals of a classifier; only where these exits have that."""
+        confirmers: Any = self.confirmers[kind]
+        confirmer: Confirmer = confirmers[str(layer)]
+        return confirmer
 
     def narrow(self, dtype: torch.dtype) -> None:
         """Makes classifiers on a GPU read no more bits of their weights than a backbone of ``dtype`` reads of its own.
@@ -74,6 +86,8 @@ class ExitClassifiers(nn.Module):
         for at_exits in (*self.by_kind.values(), self.adapters):
             for layer, module in at_exits.items():
                 module.to(devices[int(layer) - 1])
+        # Logits are where the model ends.
+        self.confirmers.to(devices[-1])
         for (_, block), state_map in self.maps_by_exit_and_block().items():
             state_map.to(devices[block - 1])
 

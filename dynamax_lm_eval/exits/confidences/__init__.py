@@ -15,7 +15,7 @@ from dynamax_lm_eval.exits.confidences.entropy import EntropyConfidence
 from dynamax_lm_eval.exits.confidences.softmax import SoftmaxConfidence
 from dynamax_lm_eval.exits.confidences.state import StateConfidence
 from dynamax_lm_eval.exits.confidences.trained import TrainedConfidence
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName
+from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Confirm
 
 __all__ = ["CONFIDENCES", "CascadeConfidence", "Confidence", "ExitInputs", "LogitsConfidence", "resolve_confidence"]
 
@@ -35,12 +35,14 @@ def resolve_confidence(
     classifier: ClassifierKind | None = None,
     vocab_subset: int | None = None,
     propose: float | None = None,
+    confirm: Confirm = "read_out",
 ) -> Confidence:
     """The confidence that a policy names, the same object every time; the rest is as in :meth:`Confidence.make`.
 
-    ``propose``: of a cascade, the classifier's confidence from which on a token is read out.
+    ``propose``: of a cascade, the classifier's confidence from which on a token is read out; ``confirm``: what of the
+    read-out then decides.
     """
     if name == "cascade":
         assert classifier is not None and propose is not None, "a cascade has both"
-        return CascadeConfidence(classifier, propose, vocab_subset)
+        return CascadeConfidence(classifier, propose, vocab_subset, confirm)
     return CONFIDENCES[name].make(classifier, vocab_subset)

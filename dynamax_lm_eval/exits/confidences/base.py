@@ -27,6 +27,7 @@ class ExitInputs(NamedTuple):
         slots: (T,) the place of each token's row in the states.
         classifiers: the trained exits with what they carry of the rows.
         logits: (T, V), or (T, N) of a part of the vocabulary, read out at the exit; only for confidences made of them.
+        log_odds: (T,) of "exit", by the classifier that proposed them; of cascades alone.
     """
 
     layer: int
@@ -35,11 +36,13 @@ class ExitInputs(NamedTuple):
     slots: IntArray
     classifiers: ClassifierStates
     logits: Tensor | None = None
+    log_odds: Tensor | None = None
 
     def part(self, tokens: slice, logits: Tensor) -> ExitInputs:
         """Returns what is known of some of the tokens, with their logits."""
         before, after, slots = self.before[tokens], self.after[tokens], self.slots[tokens]
-        return self._replace(before=before, after=after, slots=slots, logits=logits)
+        log_odds = None if self.log_odds is None else self.log_odds[tokens]
+        return self._replace(before=before, after=after, slots=slots, logits=logits, log_odds=log_odds)
 
 
 class Confidence(ABC):

@@ -23,7 +23,11 @@ class TrainedConfidence(Confidence):
         return cls(classifier)
 
     def score(self, inputs: ExitInputs) -> Tensor:
-        return exit_probability(inputs.classifiers.run(self.name, inputs.layer, inputs.after, inputs.slots))
+        return exit_probability(self.logits(inputs))
+
+    def logits(self, inputs: ExitInputs) -> Tensor:
+        """Returns the classifier's logits (T, 2) of "stay" and "exit"."""
+        return inputs.classifiers.run(self.name, inputs.layer, inputs.after, inputs.slots)
 
     def cost(self, layer: int, classifiers: ExitClassifiers | None, hidden_size: int) -> EvaluationCost:
         assert classifiers is not None, "there is a classifier to evaluate"
