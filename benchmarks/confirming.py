@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from answers import answers
 from environment import environment
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -50,19 +51,6 @@ from dynamax_lm_eval.measure.threshold_search import Recorded
 
 PROPOSALS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _EDGE = 1e-6
-
-
-def answers(path: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-    """Returns prompts with their answers as ids, and the number of tokens of each prompt."""
-    rows, prompts = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
-        prompt = tokenizer(sample["arguments"]["gen_args_0"]["arg_0"]).input_ids
-        answer = tokenizer(sample["resps"][0][0], add_special_tokens=False).input_ids
-        if len(answer) > 1:
-            rows.append([*prompt, *answer])
-            prompts.append(len(prompt))
-    return rows, prompts
 
 
 def logit(probability: Any) -> Any:

@@ -9,7 +9,9 @@ counts everything that exits cause. Continuations: the first tokens of the rows 
 continuations are compared with the full model's, as the share of their tokens before the first that differs. Random
 exits leave each layer at the rate of the trained ones and cost no classifier. Confidences of other kinds than the
 trained classifiers stand beside them with --confidences calm softmax cascade:calm; a cascade's thresholds are those of
-its read-out. Prints a Markdown table; the last line is JSON.
+its read-out. --answers takes the model's own answers in place of text, whose prompts run at full depth. --read counts a
+read of the LM head as a share of all blocks; 0.01875 is that of Mistral 7B (0.6 of 32). Prints a Markdown table; the
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from answers import answers
 from environment import environment
 from forced_exits import RandomExit, forced, threshold_for
 
@@ -34,16 +37,19 @@ from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint, ExitConfig
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.exits.resolve import policy_of_exits
+from dynamax_lm_eval.exits.resolve import default_confirm, policy_of_exits
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.frozen.text import held_out, text_documents
 from dynamax_lm_eval.types import ConfidenceName
 
 
-def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], batch: int) -> dict[str, Any]:
+def run(engine: Engine, policy: ExitPolicy, rows: list[list[int]], prompts: list[int], batch: int) -> dict[str, Any]:
     """Most probable next tokens and compute of all rows under a policy."""
-    requests = [ScoringRequest(row[:-1], 1, [[token] for token in row[1:]], policy) for row in rows]
+    requests = [
+        ScoringRequest(row[:-1], prompt, [[token] for token in row[prompt:]], policy)
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
     scorings = score_all(engine, requests, batch)
     record = ComputeRecord.sum(engine.account(scoring.trace, policy) for scoring in scorings)
     log_probs = sum(line[0] for scoring in scorings for line in scoring.log_probs)
@@ -88,12 +94,14 @@ def policies(trained: ExitConfig, args: argparse.Namespace) -> Iterator[tuple[st
         for mode in args.state_modes:
             for propose in args.propose if proposer else [None]:
                 for threshold in args.thresholds:
+                    scope = "all" if args.answers is None else "generated"
                     policy = policy_of_exits(
-                        trained, proposer or confidence, threshold, state_mode=mode, exit_scope="all"
+                        trained, proposer or confidence, threshold, state_mode=mode, exit_scope=scope
                     )
                     setting = f"{mode}, threshold {threshold}"
                     if proposer:
-                        policy = replace(policy, confidence="cascade", propose=propose)
+                        confirm = args.confirm or default_confirm(trained)
+                        policy = replace(policy, confidence="cascade", propose=propose, confirm=confirm)
                         setting += f", propose {propose}"
                     elif confidence not in trained.classifiers:
                         policy = replace(policy, confidence=cast(ConfidenceName, confidence), classifier=None)
@@ -108,7 +116,12 @@ def exit_rates(layers: Any, exits: tuple[int, ...]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exits", type=Path, required=True, help="folder of trained exits")
-    parser.add_argument("--dataset", required=True, help="held-out text")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", help="held-out text")
+    source.add_argument("--answers", type=Path, help="samples file of the full model's run")
+    parser.add_argument("--limit", type=int, default=200, help="answers, drawn at random")
+    parser.add_argument("--read", type=float, help="what a read of the LM head costs; default: what it costs here")
+    parser.add_argument("--confirm", choices=("fitted", "read_out"), help="of cascades; default: fitted, if there")
     parser.add_argument("--backbone", default="smollm2-gguf")
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--documents", type=int, default=100, help="that the tokens are of, at least")
@@ -125,20 +138,30 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
 
-    options = FrozenOptions(backbone=args.backbone, dataset=args.dataset, dtype=args.dtype, seq_len=args.seq_len)
+    options = FrozenOptions(backbone=args.backbone, dataset=args.dataset or "", dtype=args.dtype, seq_len=args.seq_len)
     backbone = load_backbone(options)
-    documents = text_documents(options.source, backbone.tokenizer)
-    text = held_out(documents, args.tokens, args.seq_len, args.documents, ("--tokens", "--documents"))
-    rows = text.rows
-    of_token = np.repeat(text.document, [len(row) - 1 for row in rows])
+    if args.answers is not None:
+        rows, prompts = answers(args.answers, backbone.tokenizer, args.limit)
+        document = list(range(len(rows)))
+    else:
+        documents = text_documents(options.source, backbone.tokenizer)
+        text = held_out(documents, args.tokens, args.seq_len, args.documents, ("--tokens", "--documents"))
+        rows, document, prompts = text.rows, text.document, [1] * len(text.rows)
+    of_token = np.repeat(document, [len(row) - prompt for row, prompt in zip(rows, prompts, strict=True)])
     trained = ExitCheckpoint.open(args.exits)
     trained.check_fingerprint(backbone.identity.fingerprint)
     classifiers = trained.load(backbone.engine.backbone.device)
     exits, depth = trained.config.exit_layers, backbone.identity.num_layers
     engine = Engine(backbone.engine.backbone, classifiers)
-    full = run(engine, ExitPolicy(depth), rows, args.batch_size)
+    if args.read is not None:
+        cost = engine.backbone.cost
+        blocks = round(cost.mean_block_weights * depth)
+        engine.backbone.cost = replace(cost, lm_head=round(args.read * blocks))
+    full = run(engine, ExitPolicy(depth), rows, prompts, args.batch_size)
     continued = continue_rows(engine, ExitPolicy(depth), rows, args)
-    num_bytes = sum(len(backbone.tokenizer.decode(row[1:]).encode()) for row in rows)
+    num_bytes = sum(
+        len(backbone.tokenizer.decode(row[prompt:]).encode()) for row, prompt in zip(rows, prompts, strict=True)
+    )
 
     table: list[dict[str, Any]] = []
 
@@ -171,31 +194,33 @@ def main() -> None:
     )
     add("full model", "", full)
     for name, setting, policy in policies(trained.config, args):
-        learned = run(engine, policy, rows, args.batch_size)
+        learned = run(engine, policy, rows, prompts, args.batch_size)
         add(name, setting, learned, policy)
         if args.confidences is None:
             rates = exit_rates(learned["layers"], exits)
             drawn = replace(policy, classifier="calm", thresholds=tuple(map(threshold_for, rates)))
-            add(f"random at the rate of {name}", setting, run_random(engine, drawn, rows, args))
+            add(f"random at the rate of {name}", setting, run_random(engine, drawn, rows, prompts, args))
     for count in args.prune:
         policy = ExitPolicy(depth, pruned_blocks=frozenset(range(depth - count, depth)), exit_scope="all")
-        add("pruning", str(count), run(engine, policy, rows, args.batch_size), policy)
+        add("pruning", str(count), run(engine, policy, rows, prompts, args.batch_size), policy)
     about = {
         "benchmark": "exit_quality",
         "backbone": args.backbone,
         "exits": trained.fingerprint(),
         "dtype": args.dtype,
     }
-    about |= {"tokens": len(full["greedy"]), "documents": text.documents, "bytes": num_bytes}
+    about |= {"tokens": len(full["greedy"]), "documents": len(set(document)), "bytes": num_bytes, "read": args.read}
     print(json.dumps(about | environment(str(engine.backbone.device)) | {"points": table}))
 
 
-def run_random(engine: Engine, policy: ExitPolicy, rows: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+def run_random(
+    engine: Engine, policy: ExitPolicy, rows: list[list[int]], prompts: list[int], args: argparse.Namespace
+) -> dict[str, Any]:
     """Random exits under the name of a stateless kind."""
     assert engine.classifiers is not None
     exits = {layer: RandomExit(layer) for layer in policy.exit_layers}
     # The same read-outs: only who leaves is left to chance.
-    return run(forced(engine.backbone, exits, engine.classifiers), policy, rows, args.batch_size)
+    return run(forced(engine.backbone, exits, engine.classifiers), policy, rows, prompts, args.batch_size)
 
 
 if __name__ == "__main__":

@@ -69,21 +69,20 @@ def main() -> None:
             log_odds = torch.from_numpy(seen.confidences[kind][i, tokens]).logit()
             confirming.fit_confirmer(exits.confirmer(kind, layer), log_odds, two_best, seen.within_k[i, tokens])
     measured = confirming.report(observe(frozen, exits, test.rows, _AT_ONCE, two_best=True), exits)
-    dtypes = {tensor.dtype for tensor in exits.state_dict().values()}
-    assert dtypes == {torch.float32}
+    count = sum(len(row) for row in test.rows)
+    lines = "\n".join(confirmers(config, measured, f"{count:,} tokens of {test.documents} held-out documents"))
     stored = torch.bfloat16 if all(_is_narrow(tensor) for tensor in trained.load().state_dict().values()) else None
     evaluation = json.loads((args.exits / "evaluation.json").read_text(encoding="utf-8")) | {"confirmers": measured}
     card = (args.exits / CARD_NAME).read_text(encoding="utf-8")
     if _BEFORE in card:
         before, after = card.split(_BEFORE, 1)
         before = before.split("\nWith `confidence=cascade`", 1)[0].rstrip("\n") + "\n"
-        lines = "\n".join(confirmers(config, measured))
         card = f"{before}{lines}\n\n{_BEFORE}{after}"
     save(
         args.exits, config, exits, {"evaluation.json": json.dumps(evaluation, indent=1) + "\n"}, stored or torch.float32
     )
     write_text(args.exits / CARD_NAME, card)
-    print("\n".join(confirmers(config, measured)))
+    print(lines)
 
 
 def _is_narrow(tensor: torch.Tensor) -> bool:

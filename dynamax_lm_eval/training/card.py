@@ -120,14 +120,14 @@ def _calibration(config: ExitConfig, evaluation: Mapping[str, Any]) -> list[str]
     return lines
 
 
-def confirmers(config: ExitConfig, measured: Mapping[str, Any] | None) -> list[str]:
-    """Returns the lines on what confirms proposals of a cascade; ``measured``: of ``evaluation.json``, if there."""
+def confirmers(config: ExitConfig, measured: Mapping[str, Any] | None, where: str = "the tokens above") -> list[str]:
+    """Returns the lines on what confirms a cascade's proposals; ``measured``: on what ``where`` calls, if it is."""
     if measured is None:
         return []
     lines = [
         "",
         "With `confidence=cascade` the read-out confirms what a classifier proposes, by a regression on both. AUROC on "
-        "the tokens above:",
+        f"{where}:",
         "",
         "| | " + " | ".join(f"exit {layer}" for layer in config.exit_layers) + " |",
         "| --- |" + " --- |" * len(config.exit_layers),
