@@ -42,12 +42,10 @@ def with_modes(*families: str) -> Any:
 
     copy_previous, which is for Llama's kind alone, has others too (test_copy_previous).
 
-    Of a family whose kind of block another one has too, all modes but the first are slow.
+    Families whose kind of block another one has too are slow.
     """
     pairs = [
-        pytest.param(
-            family, mode, marks=[pytest.mark.slow] if family not in KINDS_OF_BLOCKS and mode != MODES[0] else []
-        )
+        pytest.param(family, mode, marks=[] if family in KINDS_OF_BLOCKS else [pytest.mark.slow])
         for family in families
         for mode in MODES
         if not (mode == "copy" and (family == "gemma3" or "mamba" in family))

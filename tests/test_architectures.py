@@ -51,10 +51,16 @@ MODES = [
     for mode in ("recompute", "copy", "skip")
     if mode == "recompute" or (group not in ONLY_RECOMPUTE and (mode == "skip" or group not in NO_COPY))
 ]
-#: Of groups whose states are kept alike, all modes but the first are slow.
+#: Of groups whose states are kept alike, all modes but the first are slow; where another runs as they do, all are.
 QUICK = {"attention and Mamba-2", "soft-caps"}
+ONE_OF_EACH = {*QUICK, "experts", "latent attention", "ALiBi", "local and global heads, positions counted"}
+ONE_OF_EACH |= {"inputs per block and shared K and V", "linear attention and experts"}
 MODES_BY_TIME = [
-    pytest.param(group, mode, marks=[] if mode == "recompute" or group in QUICK else [pytest.mark.slow])
+    pytest.param(
+        group,
+        mode,
+        marks=[] if group in QUICK or (mode == "recompute" and group in ONE_OF_EACH) else [pytest.mark.slow],
+    )
     for group, mode in MODES
 ]
 every_group = pytest.mark.parametrize("group", ARCHITECTURES)
@@ -142,7 +148,9 @@ def test_exits_are_those_of_the_reference(group: str, mode: Any) -> None:
 @pytest.mark.parametrize(
     ("group", "changes"),
     [
-        pytest.param(group, changes, marks=[] if pruned or group in QUICK else [pytest.mark.slow])
+        pytest.param(
+            group, changes, marks=[] if group in QUICK or (pruned and group in ONE_OF_EACH) else [pytest.mark.slow]
+        )
         for group in ARCHITECTURES
         if group != "inputs per block and shared K and V"
         for pruned, changes in ((True, {"pruned_blocks": frozenset({4, 6})}), (False, {"final_block": True}))

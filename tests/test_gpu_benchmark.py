@@ -26,6 +26,7 @@ def result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return {**found, "page": (tmp_path / "gpu-cpu.md").read_text(encoding="utf-8")}
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark(result: dict[str, Any]) -> None:
     assert result["tests"]["failed"] == []
     assert result["tests"]["skipped"] > 0 and result["tests"]["reasons"], "there is no GPU, or these tests ran on it"

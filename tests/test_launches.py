@@ -130,16 +130,21 @@ class Decoding:
 
 
 CASES = [
-    ("none", 1, False),
     ("none", 16, False),
-    ("state", 16, False),
     ("calm", 16, False),
-    ("ffn", 16, False),
     ("mamba", 16, False),
     ("softmax", 16, False),
-    ("entropy", 16, False),
-    ("state", 1, True),
     ("state", 16, True),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (
+            ("none", 1, False),
+            ("state", 16, False),
+            ("ffn", 16, False),
+            ("entropy", 16, False),
+            ("state", 1, True),
+        )
+    ),
 ]
 #: Most operations of a step besides those of its blocks, and most copies to the device, of which none blocks.
 BESIDES = {

@@ -31,7 +31,7 @@ from dynamax_lm_eval.exits.policy import ExitPolicy
 
 #: Families that go on at any block, with their state modes.
 CASES = [
-    (family, mode)
+    pytest.param(family, mode, marks=[pytest.mark.slow] if family == "mistral" else [])
     for family, modes in {
         "llama": ("recompute", "copy", "copy_previous", "skip"),
         "mistral": ("recompute", "skip"),

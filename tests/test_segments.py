@@ -42,8 +42,8 @@ from dynamax_lm_eval.harness import describe
 
 #: Families with state modes of theirs, and confidences: trained ones of each kind, and one that reads two states.
 CASES = [
-    ("llama", "recompute"), ("llama", "copy"), ("llama", "copy_previous"), ("llama", "skip"), ("mistral", "recompute"),
-    ("qwen3", "recompute"),
+    ("llama", "recompute"), ("llama", "copy"), ("llama", "copy_previous"), ("llama", "skip"),
+    *(pytest.param(family, "recompute", marks=pytest.mark.slow) for family in ("mistral", "qwen3")),
     ("mamba2", "recompute"), ("mamba2", "skip"), ("mamba", "recompute"),
 ]  # fmt: skip
 CONFIDENCES = [("state", False), ("calm", True), ("ffn", False), ("mamba", True)]
