@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def joined(task: TaskResults, points: Sequence[PointResult], metric: str, axis: 
     for order in (valid, valid[::-1]):
         line = [task.full, *order]
         reductions = [task.reduction(point, axis) for point in line]
-        if all(later >= earlier - _SAME for earlier, later in zip(reductions, reductions[1:], strict=False)):
+        if all(later >= earlier - _SAME for earlier, later in pairwise(reductions)):
             return line
     line = [task.full, *valid]
     best = front([(task.reduction(p, axis), p.scores[metric][0]) for p in line], task.higher_is_better(metric))
@@ -106,7 +107,7 @@ def score_range(task: TaskResults, metric: str) -> tuple[float, float]:
     if not is_share(task, metric):
         return _padded(low, high, 0.05 * max(abs(low), 1.0))
     if high - low < _SAME:
-        return (-0.03, 1.03)
+        return (-0.06, 1.06)
     low, high = _padded(max(low, 0.0), min(high, 1.0), 0.05)
     return max(low, -0.03), min(high, 1.03)
 

@@ -13,7 +13,10 @@ class ReportOptions:
     output: str | None = field(default=None, metadata={"help": "where to write; default: report in the first folder"})
     metrics: str | None = field(
         default=None,
-        metadata={"help": "task=metric pairs separated by commas; default: rougeL_acc where a task has it, else its first metric"},
+        metadata={
+            "help": "task=metric pairs separated by commas; default: rougeL_acc where a task has it, else its first "
+            "metric"
+        },
     )
     max_degenerate: float = field(
         default=0.1,

@@ -68,7 +68,7 @@ def plot(task: TaskResults, metric: str, stem: Path, points: pd.DataFrame | None
         if not task.higher_is_better(metric):
             panel.invert_yaxis()
         _draw(panel, task, metric, axis, points)
-        panel.set_xlabel(f"{label} (×)")
+        panel.set_xlabel(f"{label} (\N{MULTIPLICATION SIGN})")
         panel.grid(visible=True, color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
@@ -110,7 +110,10 @@ def _legend(task: TaskResults) -> tuple[list[Any], list[str]]:
     from matplotlib.lines import Line2D
 
     entries: list[tuple[Any, str]] = [
-        (Line2D([], [], color="0.35", linestyle=(0, (2, 2)), marker="*", markersize=11, markerfacecolor="black"), "full model"),
+        (
+            Line2D([], [], color="0.35", linestyle=(0, (2, 2)), marker="*", markersize=11, markerfacecolor="black"),
+            "full model",
+        ),
         (Line2D([], [], color=_FRONT_COLOUR, linewidth=6), "Pareto front"),
     ]
     entries += [
@@ -136,7 +139,14 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
     full = at(task.full)
     best = [at(point) for point in pareto_front(task, metric, axis)]
     panel.plot(
-        [p.x for p in best], [p.y for p in best], color=_FRONT_COLOUR, linewidth=8, zorder=0.5, solid_capstyle="round"
+        [p.x for p in best],
+        [p.y for p in best],
+        color=_FRONT_COLOUR,
+        linewidth=8,
+        zorder=0.5,
+        solid_capstyle="round",
+        marker="o",
+        markersize=9,
     )
     panel.axhline(full.y, color="0.35", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     panel.plot(full.x, full.y, marker="*", markersize=13, color="black", zorder=5)
@@ -145,7 +155,9 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
         style = _style(i)
         through = [at(point) for point in joined(task, line, metric, axis)]
         if len(through) > 1:
-            panel.plot([p.x for p in through], [p.y for p in through], linewidth=1.4, zorder=3, **style | {"marker": None})
+            panel.plot(
+                [p.x for p in through], [p.y for p in through], linewidth=1.4, zorder=3, **style | {"marker": None}
+            )
         for point in line:
             found = at(point)
             places.append(found)
@@ -154,7 +166,8 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
                 found.y,
                 xerr=_lengths(found.x, found.x_bar),
                 yerr=_lengths(found.y, found.y_bar),
-                elinewidth=0.6,
+                elinewidth=0.9,
+                ecolor=(style["color"], 0.4),
                 color=style["color"],
                 marker=style["marker"],
                 markersize=5.5,
@@ -174,26 +187,20 @@ def _lengths(value: float, bar: tuple[float, float]) -> list[list[float]] | None
 
 def _write_labels(panel: Any, labels: Sequence[_Label], places: Sequence[Place]) -> None:
     """Writes each label beside its marker, where it covers no other one and no marker; distances are in pixels."""
-    per_point = panel.figure.dpi / 72
-    taken = [(x, y, 4.0, 4.0) for x, y in panel.transData.transform([(p.x, p.y) for p in places])]
+    from matplotlib.patheffects import withStroke
+
+    scale = float(panel.figure.dpi) / 72
+    x0, y0, x1, y1 = (float(edge) for edge in panel.get_window_extent().extents)
+    taken = [_Box(float(x), float(y), 4.0, 4.0) for x, y in panel.transData.transform([(p.x, p.y) for p in places])]
     for label in labels:
-        x, y = panel.transData.transform((label.at.x, label.at.y))
-        width = 0.31 * _LABEL_SIZE * len(label.text) * per_point
-        height = 0.55 * _LABEL_SIZE * per_point
-
-        def box(dx: float, dy: float) -> tuple[float, float, float, float]:
-            side = (dx > 0) - (dx < 0)
-            return x + dx * per_point + side * width, y + dy * per_point + height, width, height  # noqa: B023
-
-        def covered(offset: tuple[int, int]) -> float:
-            left, low, half, tall = box(*offset)  # noqa: B023
-            return sum(
-                max(0.0, half + other_half - abs(left - other_x)) * max(0.0, tall + other_tall - abs(low - other_y))
-                for other_x, other_y, other_half, other_tall in taken
-            )
-
-        best = min(_OFFSETS, key=covered)
-        taken.append(box(*best))
+        x, y = (float(value) for value in panel.transData.transform((label.at.x, label.at.y)))
+        boxes = {offset: _Box.beside(x, y, offset, len(label.text), scale) for offset in _OFFSETS}
+        covered = {
+            offset: sum(box.shared(other) for other in taken) + 1e3 * box.beyond(x0, y0, x1, y1)
+            for offset, box in boxes.items()
+        }
+        best = min(_OFFSETS, key=covered.__getitem__)
+        taken.append(boxes[best])
         panel.annotate(
             label.text,
             (label.at.x, label.at.y),
@@ -205,4 +212,32 @@ def _write_labels(panel: Any, labels: Sequence[_Label], places: Sequence[Place])
             va="bottom",
             annotation_clip=False,
             zorder=6,
+            path_effects=[withStroke(linewidth=2, foreground="white", alpha=0.8)],
         )
+
+
+class _Box(NamedTuple):
+    """A box in pixels: its middle, and half its width and height."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    @classmethod
+    def beside(cls, x: float, y: float, offset: tuple[int, int], letters: int, scale: float) -> _Box:
+        """Returns the box of a label of so many letters beside a marker."""
+        width, height = 0.31 * _LABEL_SIZE * letters * scale, 0.55 * _LABEL_SIZE * scale
+        side = (offset[0] > 0) - (offset[0] < 0)
+        return cls(x + offset[0] * scale + side * width, y + offset[1] * scale + height, width, height)
+
+    def shared(self, other: _Box) -> float:
+        """Returns the area that two boxes share."""
+        width = self.width + other.width - abs(self.x - other.x)
+        height = self.height + other.height - abs(self.y - other.y)
+        return max(0.0, width) * max(0.0, height)
+
+    def beyond(self, x0: float, y0: float, x1: float, y1: float) -> float:
+        """Returns by how much the box runs out of a frame."""
+        sides = max(0.0, x0 + self.width - self.x, self.x + self.width - x1)
+        return sides + max(0.0, y0 + self.height - self.y, self.y + self.height - y1)

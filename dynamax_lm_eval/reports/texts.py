@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,8 +138,10 @@ def _shared_beginning(prompts: Sequence[str]) -> str:
     """Returns the lines with which all prompts begin: few-shot examples, instructions."""
     if len(prompts) < 2:
         return ""
-    shared = os.path.commonprefix(list(prompts))
-    shared = shared[: shared.rfind("\n") + 1]
+    # What the first and the last in order share, all do.
+    first, last = min(prompts), max(prompts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    shared = first[: first.rfind("\n", 0, length) + 1]
     return shared if len(shared) >= _SHARED else ""
 
 

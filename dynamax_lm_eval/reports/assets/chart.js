@@ -42,7 +42,7 @@ function drawChart() {
     if (points.length)
       traces.push({ showlegend: false, x: points.map(at), y: points.map(score), mode: "markers", customdata: points.map((p) => p.name),
         text: points.map(hoverOf), hovertemplate: "%{text}<extra></extra>",
-        error_x: { ...lengths(points, at, (p) => p.bars[axis]), color: style.colour }, error_y: { ...lengths(points, score, barOf), color: style.colour },
+        error_x: { ...lengths(points, at, (p) => p.bars[axis]), color: `${style.colour}70` }, error_y: { ...lengths(points, score, barOf), color: `${style.colour}70` },
         marker: { color: style.colour, size: 9, symbol: points.map((p) => style.symbol + (p.valid ? "" : "-open")), line: { width: points.map((p) => (p.valid ? 0 : 1.6)), color: style.colour } } });
   }
   traces.push({ showlegend: false, x: [at(full)], y: [score(full)], mode: "markers", customdata: [full.name], text: [hoverOf(full)],
@@ -81,13 +81,14 @@ function labels(points, all, ranges, size) {
   const taken = all.map((p) => [...pixel(p), 5, 5]);
   const covered = ([x, y, w, h]) => taken.reduce((sum, [x2, y2, w2, h2]) => sum + Math.max(0, w + w2 - Math.abs(x - x2)) * Math.max(0, h + h2 - Math.abs(y - y2)), 0) +
     1e3 * (Math.max(0, w - x) + Math.max(0, x + w - size.width) + Math.max(0, h - y) + Math.max(0, y + h - size.height));
+  const veil = colour("panel").replace("rgb(", "rgba(").replace(")", ", 0.7)");
   return points.map((point) => {
     const [x, y] = pixel(point), w = 3.4 * point.label.length + 1, h = 7;
     const places = [[0, 14], [0, -14], [w + 8, 0], [-w - 8, 0], [w + 6, 10], [-w - 6, 10], [w + 6, -10], [-w - 6, -10], [0, 26], [0, -26]];
     const cost = places.map(([dx, dy]) => covered([x + dx, y + dy, w, h]));
     const [dx, dy] = places[cost.indexOf(Math.min(...cost))];
     taken.push([x + dx, y + dy, w, h]);
-    return { x: point.at[state.x], y: score(point), xshift: dx, yshift: dy, text: point.label, showarrow: false, captureevents: false,
+    return { x: point.at[state.x], y: score(point), xshift: dx, yshift: dy, text: point.label, showarrow: false, captureevents: false, bgcolor: veil, borderpad: 0,
       font: { size: 11.5, color: styleOf(point.line).colour } };
   });
 }

@@ -77,7 +77,7 @@ function fits(answers, name) {
 
 function sampleOf(document, rows, first, isOpen) {
   const [full, ...others] = rows, place = firstDifference(others[0].answer, full.answer);
-  const summary = element("summary", {}, element("span", { class: `verdict ${verdictOf(others[0].answer)[0]}` }, verdictOf(others[0].answer)[1]),
+  const summary = element("summary", {}, element("span", { class: `verdict ${verdictOf(others[0].answer)[0]}` }, others[1] ? letter("A") : null, ` ${verdictOf(others[0].answer)[1]}`),
     others[1] ? element("span", { class: `verdict ${verdictOf(others[1].answer)[0]}` }, letter("B"), ` ${verdictOf(others[1].answer)[1]}`) : null,
     element("span", { class: "question" }, `${document.id}: ${document.prompt.trim().replaceAll("\n", " ")}`),
     element("span", { class: "where" }, place === null ? "" : `differs from token ${place + 1}`));

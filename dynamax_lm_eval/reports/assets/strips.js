@@ -16,17 +16,22 @@ function strip(rows, first) {
   const full = rows[0].answer, length = Math.max(...rows.map((row) => row.answer.tokens.length));
   const breaks = rows.map((row) => firstDifference(row.answer, full));
   const earliest = Math.min(...breaks.filter((place) => place !== null));
-  const heads = element("span", { class: "column heads" }, ...rows.map((row) => element("span", { class: "cell" }, letter(row.letter))));
-  const columns = Array.from({ length }, (_, i) => element("span", { class: "column", "data-token": i }, ...rows.map((row, r) => {
-    const token = row.answer.tokens[i], differs = breaks[r] !== null && token !== full.tokens[i];
-    const kinds = ["cell", r ? "point" : "full"];
+  const cellOf = (row, r, i) => {
+    const token = row.answer.tokens[i], kinds = ["cell", r ? "point" : "full"];
     if (i === (r ? breaks[r] : earliest)) kinds.push("break");
-    else if (r && differs && token !== undefined) kinds.push("other");
     if (token in signs) kinds.push("sign");
-    const style = r && token !== undefined ? { "--saved": saved(row.answer.layers[i], first) } : {};
-    return element("span", { class: kinds.join(" "), style }, token === undefined ? "" : visibleToken(token));
-  })));
-  const box = element("div", { class: "strip", tabindex: "0", role: "group", "aria-label": "Answer, token by token; left and right arrow keys move" }, heads, ...columns);
+    return element("span", { class: kinds.join(" "), style: r ? { "--saved": saved(row.answer.layers[i], first) } : {} }, visibleToken(token));
+  };
+  // Where an answer ends, the others go on in lines of their own.
+  const ends = [...new Set(rows.map((row) => row.answer.tokens.length))].sort((a, b) => a - b).filter(Boolean), columns = [];
+  const parts = ends.map((end, k) => {
+    const alive = rows.map((row, r) => [row, r]).filter(([row]) => row.answer.tokens.length >= end), part = [];
+    for (let i = k ? ends[k - 1] : 0; i < end; i++)
+      part.push(element("span", { class: "column", "data-token": i }, ...alive.map(([row, r]) => cellOf(row, r, i))));
+    columns.push(...part);
+    return element("div", { class: "strip" }, element("span", { class: "column heads" }, ...alive.map(([row]) => element("span", { class: "cell" }, letter(row.letter)))), ...part);
+  });
+  const box = element("div", { class: "strips", tabindex: "0", role: "group", "aria-label": "Answer, token by token; left and right arrow keys move" }, ...parts);
   const reading = element("p", { class: "reading", role: "status" }, "Point at a token, tap it, or move with the arrow keys.");
   let current = -1;
   const read = (i) => {
@@ -34,6 +39,7 @@ function strip(rows, first) {
     columns[current]?.classList.remove("current");
     current = i;
     columns[i].classList.add("current");
+    if (box.scrollHeight > box.clientHeight) columns[i].scrollIntoView({ block: "nearest" });
     const said = rows.map((row) => {
       const token = row.answer.tokens[i];
       return `${row.name}: ${token === undefined ? "ended before" : `“${visibleToken(token)}” after ${row.answer.layers[i]} of ${task().depth} blocks`}`;

@@ -8,7 +8,7 @@ const loopless = (point) => (task().without[state.metric] ?? {})[point.name];
 
 // key: head, title, value by which it sorts, text, second line, and whether narrow windows leave it out.
 const allColumns = [
-  { key: "score", head: "Score", title: () => task().metrics[state.metric], value: score, small: (p) => range(...barOf(p)), main: true },
+  { key: "score", head: "Score", title: () => `${task().metrics[state.metric]}, with its standard error`, value: score, small: (p) => (known(p.scores[state.metric][1]) ? `±${number(p.scores[state.metric][1])}` : ""), main: true },
   { key: "difference", head: "vs. full", title: () => "score minus the full model's, with a 95 % interval over documents", value: (p) => differenceOf(p)?.difference,
     small: (p) => range(differenceOf(p)?.low, differenceOf(p)?.high), main: true, wide: true },
   { key: "p", head: "p", title: () => "of no difference, corrected by Holm's method", value: (p) => differenceOf(p)?.p_holm },
@@ -66,7 +66,7 @@ function noteOf(point) {
 function rowOf(point, columns) {
   const note = noteOf(point);
   const name = element("button", { type: "button", class: "name", tabindex: "-1" }, markOf(point), titleOf(point));
-  const versus = element("button", { type: "button", class: "versus", tabindex: "-1", "aria-label": `compare ${titleOf(point)} with the chosen point` }, "compare");
+  const versus = element("button", { type: "button", class: "versus", tabindex: "-1", "aria-label": `compare ${titleOf(point)} with the chosen point` }, "vs");
   const row = element("tr", { "data-name": point.name, class: point.valid ? undefined : "invalid" },
     element("td", {}, name, note && element("small", {}, element("span", { class: "tag", title: note[1] }, note[0]))),
     ...columns.map((column) => element("td", { class: column.wide ? "wide" : undefined }, number(column.value(point), column.digits ?? 3),
