@@ -28,7 +28,7 @@ COLOURS = (
 )
 #: A normal 95 % interval in standard errors.
 _NORMAL = 1.959964
-#: Every so many points of a line bear their setting, and its last one.
+#: Every so many points of a line bear their setting.
 _LABELLED = 3
 _SAME = 1e-9
 
@@ -85,9 +85,11 @@ def pareto_front(task: TaskResults, metric: str, axis: str) -> list[PointResult]
     return [valid[i] for i in front(places, task.higher_is_better(metric))]
 
 
-def labelled(points: Sequence[PointResult]) -> list[PointResult]:
-    """Returns the points of one series that bear their setting: the ends, and every third between them."""
-    return [point for i, point in enumerate(points) if i % _LABELLED == 0 or i == len(points) - 1]
+def labelled(task: TaskResults) -> list[PointResult]:
+    """Returns the points that bear their setting: the ends of all lines first, then every third point between them."""
+    lines = task.series().values()
+    ends = [point for points in lines for point in (*points[:1], *points[1:][-1:])]
+    return ends + [point for points in lines for point in points[_LABELLED:-1:_LABELLED]]
 
 
 def is_share(task: TaskResults, metric: str) -> bool:

@@ -72,8 +72,8 @@ def render(
         "STYLE": (_ASSETS / "page.css").read_text(encoding="utf-8"),
         "PLOTLY": packed(get_plotlyjs()),
         "SCRIPT": "\n".join((_ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS),
-        "TEXTS": packed(as_script(shown)),
-        "DATA": as_script(data),
+        "TEXTS": packed(as_json(shown)),
+        "DATA": packed(as_json(data)),
     }
     page = (_ASSETS / "page.html").read_text(encoding="utf-8")
     for name, text in parts.items():
@@ -86,10 +86,9 @@ def packed(text: str) -> str:
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode("ascii")
 
 
-def as_script(data: Any) -> str:
-    """Returns JSON that may stand inside a script element, whatever texts it holds."""
-    text = json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+def as_json(data: Any) -> str:
+    """Returns JSON as browsers read it: it has no numbers that are not finite."""
+    return json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _key(task: TaskResults) -> tuple[str, str]:
@@ -118,7 +117,7 @@ def _task(task: TaskResults, metric: str, numbers: TaskNumbers | None) -> dict[s
         "higher_is_better": {name: task.higher_is_better(name) for name in task.metrics},
         "lines": [*series],
         "points": [_point(task, point, floors, of_points) for point in task.points],
-        "labelled": [places[point.name] for line in series.values() for point in labelled(line)],
+        "labelled": [places[point.name] for point in labelled(task)],
         "fronts": on_axes(lambda name, axis: pareto_front(task, name, axis)),
         "joined": {
             line: on_axes(lambda name, axis, points=points: joined(task, points, name, axis))

@@ -150,7 +150,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
     )
     panel.axhline(full.y, color="0.35", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     panel.plot(full.x, full.y, marker="*", markersize=13, color="black", zorder=5)
-    labels, places = [], [full]
+    colours, places = {}, [full]
     for i, line in enumerate(task.series().values()):
         style = _style(i)
         through = [at(point) for point in joined(task, line, metric, axis)]
@@ -161,6 +161,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
         for point in line:
             found = at(point)
             places.append(found)
+            colours[point.name] = style["color"]
             panel.errorbar(
                 found.x,
                 found.y,
@@ -174,7 +175,7 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
                 markerfacecolor=style["color"] if point.valid else "white",
                 zorder=3.5,
             )
-        labels += [_Label(setting(point, is_short=True), at(point), style["color"]) for point in labelled(line)]
+    labels = [_Label(setting(point, is_short=True), at(point), colours[point.name]) for point in labelled(task)]
     _write_labels(panel, labels, places)
 
 
@@ -200,6 +201,8 @@ def _write_labels(panel: Any, labels: Sequence[_Label], places: Sequence[Place])
             for offset, box in boxes.items()
         }
         best = min(_OFFSETS, key=covered.__getitem__)
+        if covered[best] > boxes[best].width * boxes[best].height:
+            continue  # a quarter of it would be covered: no label is better than two that cannot be read
         taken.append(boxes[best])
         panel.annotate(
             label.text,

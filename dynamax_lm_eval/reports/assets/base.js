@@ -1,7 +1,12 @@
-"use strict";
 // What all parts of the page use: the data, elements, numbers as texts, colours as the theme has them.
-const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
+// Base64 of gzip, as page.packed makes it.
+async function unpack(id) {
+  const bytes = Uint8Array.from(atob(byId(id).textContent.trim()), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+const data = JSON.parse(await unpack("data"));
 
 const element = (name, attributes = {}, ...children) => {
   const made = document.createElement(name);
@@ -30,12 +35,6 @@ const times = (value) => (known(value) ? `${number(value)}×` : "");
 const percent = (value) => (known(value) ? `${(100 * value).toFixed(0)} %` : "");
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const titleOf = (point) => (point.family === "full" ? "full model" : `${point.line}, ${point.setting}`);
-
-// Base64 of gzip, as page.packed makes it.
-async function unpack(id) {
-  const bytes = Uint8Array.from(atob(byId(id).textContent.trim()), (letter) => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
-}
 
 const systemIsDark = window.matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (byId("theme").value === "auto" ? systemIsDark.matches : byId("theme").value === "dark");

@@ -32,6 +32,7 @@ function drawChart() {
   const shown = task(), chart = byId("chart"), axis = state.x, full = shown.points[0], ink = colour("ink"), soft = colour("soft");
   const at = (p) => p.at[axis], visible = shown.points.filter((p) => p !== full && isShown(p) && shown.lines.includes(p.line));
   const best = shown.fronts[state.metric][axis].map((i) => shown.points[i]), quiet = { hoverinfo: "skip", showlegend: false };
+  const veil = visible.length > 24 ? "40" : "70"; // of bars, which cover each other where there are many
   const traces = [{ ...quiet, x: best.map(at), y: best.map(score), mode: "lines+markers", line: { color: colour("front"), width: 11 },
     marker: { color: colour("front"), size: 11 } }];
   for (const line of shown.lines.filter((name) => !state.hidden.has(name))) {
@@ -42,7 +43,7 @@ function drawChart() {
     if (points.length)
       traces.push({ showlegend: false, x: points.map(at), y: points.map(score), mode: "markers", customdata: points.map((p) => p.name),
         text: points.map(hoverOf), hovertemplate: "%{text}<extra></extra>",
-        error_x: { ...lengths(points, at, (p) => p.bars[axis]), color: `${style.colour}70` }, error_y: { ...lengths(points, score, barOf), color: `${style.colour}70` },
+        error_x: { ...lengths(points, at, (p) => p.bars[axis]), color: style.colour + veil }, error_y: { ...lengths(points, score, barOf), color: style.colour + veil },
         marker: { color: style.colour, size: 9, symbol: points.map((p) => style.symbol + (p.valid ? "" : "-open")), line: { width: points.map((p) => (p.valid ? 0 : 1.6)), color: style.colour } } });
   }
   traces.push({ showlegend: false, x: [at(full)], y: [score(full)], mode: "markers", customdata: [full.name], text: [hoverOf(full)],
@@ -61,11 +62,17 @@ function drawChart() {
     xaxis: { ...grid, title: { text: `${data.axes[axis]} (×)`, standoff: 8 }, range: ranges.x, nticks: chart.clientWidth < 500 ? 5 : 9 },
     yaxis: { ...grid, title: { text: shown.metrics[state.metric] + (higher ? "" : " (less is better)"), standoff: 8 }, range: ranges.y },
     shapes: [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: score(full), y1: score(full), layer: "below", line: { color: soft, width: 1, dash: "dot" } }],
-    annotations: labels(shown.labelled.map((i) => shown.points[i]).filter((p) => visible.includes(p)), [full, ...visible], ranges,
-      { width: chart.clientWidth - margin.l - margin.r, height: chart.clientHeight - margin.t - margin.b }),
   };
+  const labelsIn = (found) => labels(shown.labelled.map((i) => shown.points[i]).filter((p) => visible.includes(p)), [full, ...visible], found,
+    { width: chart.clientWidth - margin.l - margin.r, height: chart.clientHeight - margin.t - margin.b });
+  layout.annotations = labelsIn(ranges);
   Plotly.react(chart, traces, layout, plain);
-  chart.removeAllListeners("plotly_click");
+  for (const name of ["plotly_click", "plotly_relayout"]) chart.removeAllListeners(name);
+  // Where there is more room, more points bear their setting.
+  chart.on("plotly_relayout", (event) => {
+    if (Object.keys(event).some((key) => key.startsWith("xaxis.") || key.startsWith("yaxis.")))
+      Plotly.relayout(chart, { annotations: labelsIn({ x: chart.layout.xaxis.range, y: chart.layout.yaxis.range }) });
+  });
   chart.on("plotly_click", (event) => {
     const name = event.points[0].customdata;
     if (!name) return;
@@ -74,7 +81,8 @@ function drawChart() {
   });
 }
 
-// Settings beside their markers, where they cover neither another label nor a marker; all distances are in pixels.
+// Settings beside their markers, where they cover neither another label nor a marker; all distances are in pixels. What
+// finds no place is left to the pointer, but for the chosen points.
 function labels(points, all, ranges, size) {
   const pixel = (p) => [((p.at[state.x] - ranges.x[0]) / (ranges.x[1] - ranges.x[0])) * size.width,
     ((score(p) - ranges.y[0]) / (ranges.y[1] - ranges.y[0])) * size.height];
@@ -82,14 +90,17 @@ function labels(points, all, ranges, size) {
   const covered = ([x, y, w, h]) => taken.reduce((sum, [x2, y2, w2, h2]) => sum + Math.max(0, w + w2 - Math.abs(x - x2)) * Math.max(0, h + h2 - Math.abs(y - y2)), 0) +
     1e3 * (Math.max(0, w - x) + Math.max(0, x + w - size.width) + Math.max(0, h - y) + Math.max(0, y + h - size.height));
   const veil = colour("panel").replace("rgb(", "rgba(").replace(")", ", 0.7)");
-  return points.map((point) => {
+  const chosen = chosenPoints(), isIn = ([x, y]) => x >= 0 && y >= 0 && x <= size.width && y <= size.height;
+  const order = [...chosen.filter((p) => all.includes(p) && p.label && p.family !== "full"), ...points.filter((p) => !chosen.includes(p))];
+  return order.filter((p) => isIn(pixel(p))).flatMap((point) => {
     const [x, y] = pixel(point), w = 3.4 * point.label.length + 1, h = 7;
     const places = [[0, 14], [0, -14], [w + 8, 0], [-w - 8, 0], [w + 6, 10], [-w - 6, 10], [w + 6, -10], [-w - 6, -10], [0, 26], [0, -26]];
     const cost = places.map(([dx, dy]) => covered([x + dx, y + dy, w, h]));
-    const [dx, dy] = places[cost.indexOf(Math.min(...cost))];
+    const least = Math.min(...cost), [dx, dy] = places[cost.indexOf(least)];
+    if (least > w * h && !chosen.includes(point)) return []; // a quarter of the label would be covered
     taken.push([x + dx, y + dy, w, h]);
-    return { x: point.at[state.x], y: score(point), xshift: dx, yshift: dy, text: point.label, showarrow: false, captureevents: false, bgcolor: veil, borderpad: 0,
-      font: { size: 11.5, color: styleOf(point.line).colour } };
+    return [{ x: point.at[state.x], y: score(point), xshift: dx, yshift: dy, text: point.label, showarrow: false, captureevents: false, bgcolor: veil, borderpad: 0,
+      font: { size: 11.5, color: styleOf(point.line).colour } }];
   });
 }
 
