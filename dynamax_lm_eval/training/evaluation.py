@@ -237,7 +237,11 @@ def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
     )
     right.axhline(0.5, color="0.5", linewidth=1, linestyle=":", label="chance")
     right.set_xticks(sorted(layers))
-    right.set(xlabel="exit layer", ylabel="AUROC", title=f"Exits told right from wrong, {evaluation['tokens']:,} held-out tokens")
+    right.set(
+        xlabel="exit layer",
+        ylabel="AUROC",
+        title=f"Exits told right from wrong, {evaluation['tokens']:,} held-out tokens",
+    )
     for panel in (left, right):
         panel.legend(frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
