@@ -16,7 +16,7 @@ function factsOf(point) {
     "p (Holm)": [number(difference?.p_holm)],
     "documents worse / better / same": [changed && point.family !== "full" ? `${changed.worse} / ${changed.better} / ${changed.same}` : ""],
     "whole-run compute reduction": [times(point.at.compute_vs_full), intervalOf(point, "compute_vs_full")],
-    "per-token compute reduction": [times(point.at.compute_reduction), range(...point.bars.compute_reduction)],
+    "per-token compute reduction": [times(point.at.compute_reduction), point.family === "full" ? "" : range(...point.bars.compute_reduction)],
     "mean exit layer": [known(point.mean_exit_layer) ? `${number(point.mean_exit_layer, 1)} of ${task().depth}` : ""],
     "tokens per answer": [number(point.tokens, 1)],
     "texts that repeat themselves": [percent(point.degenerate)],

@@ -2,7 +2,7 @@
 const differenceOf = (point) => (task().pairs[state.metric] ?? {})[point.name];
 const intervalOf = (point, name) => {
   const found = task().intervals[point.name] ?? {};
-  return range(found[`${name}_low`], found[`${name}_high`]);
+  return point.family === "full" ? "" : range(found[`${name}_low`], found[`${name}_high`]);
 };
 const loopless = (point) => (task().without[state.metric] ?? {})[point.name];
 
@@ -15,7 +15,7 @@ const allColumns = [
   { key: "compute_vs_full", head: "Run ×", title: () => "whole-run compute reduction: MACs of the full model's run over those of this one", value: (p) => p.at.compute_vs_full,
     small: (p) => intervalOf(p, "compute_vs_full"), main: true },
   { key: "compute_reduction", head: "Token ×", title: () => "per-token compute reduction, what exits cost included", value: (p) => p.at.compute_reduction,
-    small: (p) => range(...p.bars.compute_reduction), main: true },
+    small: (p) => (p.family === "full" ? "" : range(...p.bars.compute_reduction)), main: true },
   { key: "without", head: "Run × without loops", title: () => "without documents whose text repeats or ends at the token limit in either run", value: (p) => loopless(p)?.vs_full,
     small: (p) => range(loopless(p)?.vs_full_low, loopless(p)?.vs_full_high) },
   { key: "left_out", head: "Loops", title: () => "documents that this leaves out", value: (p) => loopless(p)?.left_out, digits: 0 },
