@@ -245,3 +245,18 @@ def test_the_theme_is_chosen_and_kept(browser: Any, address: str) -> None:
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
         page.reload()
         assert page.input_value("#theme") == "dark"
+
+
+def test_the_chart_has_the_size_of_its_place(browser: Any, address: str) -> None:
+    fits = """() => { const { width, height } = document.querySelector("#chart .main-svg").getBoundingClientRect();
+      return Math.abs(width - chart.clientWidth) < 1 && Math.abs(height - chart.clientHeight) < 1; }"""
+    with Opened(browser, address) as opened:
+        page = opened.page
+        assert page.evaluate(fits)
+        page.select_option("#columns", "all")
+        page.wait_for_function(fits)
+        table, chart = page.locator(".scroll").bounding_box(), page.locator("#chart").bounding_box()
+        assert table["y"] > chart["y"] + chart["height"], "all columns need the whole width"
+        page.set_viewport_size({"width": 500, "height": 900})
+        page.wait_for_function(fits)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 500

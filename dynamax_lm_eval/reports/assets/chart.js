@@ -1,7 +1,7 @@
 // The curves. Plotly draws; ranges, joined points and labels are decided here and in curves.py.
 const NORMAL = 1.959964; // a 95 % interval in standard errors
 const score = (point) => point.scores[state.metric][0];
-const plain = { displayModeBar: false, responsive: true };
+const plain = { displayModeBar: false };
 let isDrawn = false; // Plotly is there
 
 const barOf = (point) => {
@@ -56,7 +56,7 @@ function drawChart() {
   const grid = { gridcolor: colour("line"), zeroline: false, linecolor: colour("line"), ticks: "outside", tickcolor: colour("line"), tickfont: { size: 12 }, automargin: false };
   const ranges = { x: shown.ranges.x[axis], y: higher ? [low, high] : [high, low] };
   const layout = {
-    margin, hovermode: "closest", showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    width: chart.clientWidth, height: chart.clientHeight, margin, hovermode: "closest", showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", color: ink, size: 13 },
     hoverlabel: { bgcolor: colour("panel"), bordercolor: soft, font: { color: ink, size: 12.5 }, align: "left" },
     xaxis: { ...grid, title: { text: `${data.axes[axis]} (×)`, standoff: 8 }, range: ranges.x, nticks: chart.clientWidth < 500 ? 5 : 9 },

@@ -57,7 +57,7 @@ function drawHistogram(points) {
     hoverlabel: { bgcolor: colour("panel"), bordercolor: soft, font: { color: colour("ink") } },
     xaxis: { type: "category", categoryorder: "array", categoryarray: layers.map(String), title: { text: `blocks that ran (all: ${task().depth})`, standoff: 6 }, linecolor: colour("line") },
     yaxis: { tickformat: ".0%", range: [0, 1], gridcolor: colour("line"), zeroline: false },
-  }, { ...plain, staticPlot: false });
+  }, { ...plain, responsive: true });
 }
 
 function verdictOf(answer) {

@@ -105,12 +105,7 @@ window.addEventListener("hashchange", () => {
   readAddress();
   draw();
 });
-let width = window.innerWidth;
-window.addEventListener("resize", () => {
-  if (width === window.innerWidth) return;
-  width = window.innerWidth;
-  drawChart();
-});
+new ResizeObserver(drawChart).observe(byId("chart"));
 
 setTheme(keptTheme());
 readAddress();
