@@ -260,3 +260,16 @@ def test_the_chart_has_the_size_of_its_place(browser: Any, address: str) -> None
         page.set_viewport_size({"width": 500, "height": 900})
         page.wait_for_function(fits)
         assert page.evaluate("document.documentElement.scrollWidth") <= 500
+
+
+def test_a_point_that_is_chosen_in_the_chart_is_seen_in_the_table(browser: Any, address: str) -> None:
+    seen = """() => { const row = document.querySelector("tr.chosen").getBoundingClientRect();
+      const box = document.querySelector(".scroll").getBoundingClientRect();
+      return row.top >= box.top && row.bottom <= box.bottom + 1; }"""
+    with Opened(browser, address) as opened:
+        page = opened.page
+        page.add_style_tag(content=".scroll { max-height: 120px !important; }")
+        page.evaluate("chart.emit('plotly_click', {points: [{customdata: 'pruning-deepest-2'}], event: {}})")
+        assert opened.words()["point"] == "pruning-deepest-2"
+        assert page.evaluate(seen)
+        assert page.evaluate("window.scrollY") == 0

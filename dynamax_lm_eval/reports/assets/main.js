@@ -13,6 +13,7 @@ function choose(name) {
   state.point = name;
   if (state.compare === name) state.compare = null;
   changed();
+  showRow(name);
   say(`${titleOf(pointOf(name))} is shown${state.compare ? `, compared with ${titleOf(pointOf(state.compare))}` : ""}.`);
 }
 function compareWith(name) {

@@ -94,6 +94,7 @@ function drawTable() {
   const rows = [...table.tBodies[0].rows], current = rows.find((row) => row.dataset.name === (hadFocus || state.point)) ?? rows[0];
   setCurrent(current);
   if (hadFocus) current.querySelector("button")?.focus();
+  showRow(state.point);
 }
 
 function markRows() {
@@ -106,6 +107,14 @@ function markRows() {
     versus.hidden = !state.point || row.dataset.name === state.point;
     versus.setAttribute("aria-pressed", String(row.dataset.name === state.compare));
   }
+}
+
+// Scrolls the table, and not the page.
+function showRow(name) {
+  const row = [...byId("points").tBodies[0].rows].find((found) => found.dataset.name === name), box = byId("points").parentElement;
+  if (!row) return;
+  const head = byId("points").tHead.offsetHeight, top = row.offsetTop - head, bottom = row.offsetTop + row.offsetHeight;
+  if (top < box.scrollTop || bottom > box.scrollTop + box.clientHeight) box.scrollTop = top - (box.clientHeight - head) / 2;
 }
 
 // One row of the table is in the order of the Tab key.
