@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from helpers_harness import made_results, sweep_options
 
 from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.reports import page, plots
+from dynamax_lm_eval.reports import page, plots, texts
 from dynamax_lm_eval.reports.command import report
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.sweep import command
@@ -36,11 +39,16 @@ def reported(swept: Path) -> Path:
     return swept / "report"
 
 
-def page_data(folder: Path) -> Any:
+def unpacked(folder: Path, part: str) -> str:
+    """What a page has packed under a name, as a browser unpacks it."""
     text = (folder / "report.html").read_text(encoding="utf-8")
-    found = re.search(r'<script type="application/json" id="data">\n(.*?)\n</script>', text, re.DOTALL)
+    found = re.search(rf'<script type="text/plain" id="{part}">\n([A-Za-z0-9+/=]+)\n</script>', text)
     assert found is not None
-    return json.loads(found.group(1))
+    return gzip.decompress(base64.b64decode(found.group(1))).decode("utf-8")
+
+
+def page_data(folder: Path, part: str = "data") -> Any:
+    return json.loads(unpacked(folder, part))
 
 
 def vouch_for_nothing(home: Path) -> None:
@@ -122,14 +130,19 @@ def test_files_of_a_report(reported: Path) -> None:
     assert {"points.csv", "points.parquet", "report.md", "report.html"} < names
     assert sum(name.endswith(".png") for name in names) == sum(name.endswith(".svg") for name in names) == 3
     text = (reported / "report.html").read_text(encoding="utf-8")
-    body = text[: text.index("plotly.js v")] + text[text.index('<script type="application/json"') :]
-    assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", body)
+    assert len(text.encode()) < 3_000_000
+    assert "plotly.js v" in unpacked(reported, "plotly")
+    assert not re.search(r"(src|href)\s*=\s*[\"'](https?:)?//", text)
+    assert "default-src 'none'" in text, "a browser keeps the page from asking for anything"
+    for task in page_data(reported)["tasks"]:
+        assert set(task["figures"]) <= set(task["metrics"])
+        assert {file for files in task["figures"].values() for file in files} < names
 
 
 def test_the_page_shows_the_layers_of_every_token(swept: Path, reported: Path) -> None:
     (task,) = [task for task in collect.read([swept], 0.1) if task.task == "tiny_generate"]
     point = next(point for point in task.points if point.name == "state-skip-0.3")
-    shown = page.strip(point, 0)
+    shown = texts.strip(point, 0)
     assert shown is not None
     assert "".join(text for text, _ in shown).startswith(point.answers[0][:3])
     assert [layer for _, layer in shown[1:]] == point.samples[0]["exit_layers"][0]
@@ -137,9 +150,34 @@ def test_the_page_shows_the_layers_of_every_token(swept: Path, reported: Path) -
 
 
 def test_texts_cannot_leave_their_script() -> None:
-    text = page.as_script({"text": "</script><script>alert(1)</script>", "nan": math.nan})
-    assert "<" not in text
-    assert json.loads(text) == {"text": "</script><script>alert(1)</script>", "nan": None}
+    data = {"text": "</script><script>alert(1)</script>", "nan": math.nan}
+    packed = page.packed(page.as_json(data))
+    assert re.fullmatch("[A-Za-z0-9+/=]+", packed)
+    assert json.loads(gzip.decompress(base64.b64decode(packed))) == {**data, "nan": None}
+
+
+def test_the_page_says_what_was_run(swept: Path, reported: Path) -> None:
+    data = page_data(reported)
+    (command_line,) = data["commands"]
+    words = shlex.split(command_line)
+    assert words[:3] == ["dynamax-lm-eval", "sweep", "--backbone"]
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert options["--tasks"] == "tiny_generate,tiny_choice" and options["--thresholds"] == "0.3,0.6"
+    assert "--seed" not in options, "defaults are left out"
+    facts = data["tasks"][0]["facts"]
+    assert facts["dtype"] == "float32" and facts["device"].startswith("cpu") and facts["batch size"] == "5"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", facts["date"]) and "lm_eval 0." in facts["versions"]
+
+
+def test_the_page_holds_the_same_documents_of_all_points(swept: Path, reported: Path) -> None:
+    (task,) = [task for task in collect.read([swept], 0.1) if task.task == "tiny_generate"]
+    index = [found["title"].endswith("tiny_generate") for found in page_data(reported)["tasks"]].index(True)
+    shown = page_data(reported, "texts")[index]
+    places = [[sample["doc_id"] for sample in task.full.samples].index(found["id"]) for found in shown["documents"]]
+    for point in task.points:
+        answers = shown["answers"][point.name]
+        assert [answer["same"] for answer in answers] == [point.answers[i] == task.full.answers[i] for i in places]
+        assert ["".join(answer["tokens"]) for answer in answers] == ["".join(point.pieces[i] or []) for i in places]
 
 
 def test_consistency() -> None:
@@ -170,6 +208,8 @@ def test_degenerate_points_are_marked_and_left_out(swept: Path, tmp_path: Path) 
             vouch_for_nothing(home)
     (task,) = [task for task in collect.read([tmp_path], 0.3) if task.task == "tiny_generate"]
     assert [point.name for point in task.points if not point.valid] == ["state-skip-0.3"]
+    (reason,) = [point.invalid_because for point in task.points if not point.valid]
+    assert reason.startswith("40% of its texts repeat themselves, more than 30% above the full model's ")
     table = collect.tidy([task])
     assert not table.set_index("point").loc["state-skip-0.3", "valid"], "it stays in the data"
     (task,) = [task for task in collect.read([tmp_path], 0.5) if task.task == "tiny_generate"]
@@ -272,5 +312,9 @@ def test_refusals(
 def test_labels_of_figures(tmp_path: Path) -> None:
     files = plots.plot(made_results(), "acc,none", tmp_path / plots.file_stem(made_results(), "acc,none"))
     svg = next(file for file in files if file.suffix == ".svg").read_text()
-    assert "full model" in svg
-    assert "calm, skip" in svg
+    for text in ("full model", "Pareto front", "calm, skip", ">1.5<", "hollow: left out"):
+        assert (text in svg) == (text != "hollow: left out"), text
+    task = made_results()
+    task.points[1].valid = False
+    plots.plot(task, "acc,none", tmp_path / "left-out")
+    assert "hollow: left out, texts repeat or do not end (1)" in (tmp_path / "left-out.svg").read_text()

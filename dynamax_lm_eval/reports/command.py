@@ -12,6 +12,7 @@ import pandas as pd
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import drafts, noise, page, plots, statistics
+from dynamax_lm_eval.reports.names import first_metric, metric_name
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.reports.tables import (
     TaskNumbers,
@@ -84,14 +85,18 @@ def _write(
     table = drafts.columns(results, noise.column(results, with_numbers(tidy(results), numbers)))
     write_text(output / "points.csv", table.to_csv(index=False))
     table.to_parquet(output / "points.parquet", index=False)
-    parts = ["# Early exits: score against compute\n"]
+    parts = ["# Early exits: score vs. compute\n"]
+    figures: dict[tuple[str, str], dict[str, list[str]]] = {}
     if missing:
         parts.append(f"**Not finished yet, and left out ({len(missing)}):** {', '.join(missing)}\n")
     for task in results:
         parts.append(f"## {task.title}\n")
         for metric in dict.fromkeys((metrics[task.task], _SIMILARITY)):
             if metric in task.metrics:
-                files = plots.plot(task, metric, output / plots.file_stem(task, metric))
+                files = plots.plot(
+                    task, metric, output / plots.file_stem(task, metric), numbers[task.backbone, task.task].points
+                )
+                figures.setdefault((task.backbone, task.task), {})[metric] = [file.name for file in files]
                 logger.info("%s: %s", task.title, files[0])
                 parts += _figure(task, metric, files[0].name, options)
         parts += against_full_shown(task, metrics[task.task], numbers[task.backbone, task.task])
@@ -111,7 +116,7 @@ def _write(
             )
         parts += ["### All points\n", markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
-    write_text(output / "report.html", page.render(results, metrics, options.samples, missing, numbers))
+    write_text(output / "report.html", page.render(results, metrics, options, missing, numbers, figures))
 
 
 def _token_limits(text: str | None) -> dict[str, float]:
@@ -137,7 +142,7 @@ def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> di
     for task in results:
         if not task.metrics:
             raise UserError(f"{task.title} has no metric to show")
-        name = named_metrics.pop(task.task, task.metrics[0].partition(",")[0])
+        name = named_metrics.pop(task.task, first_metric(task).partition(",")[0])
         with_filters = [metric for metric in task.metrics if metric.partition(",")[0] == name]
         if not with_filters:
             names = ", ".join(metric.partition(",")[0] for metric in task.metrics)
@@ -150,8 +155,9 @@ def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> di
 
 def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions) -> list[str]:
     """Returns a plot and the numbers that belong to it, as Markdown."""
-    name = metric.partition(",")[0]
-    parts = [f"### {name}, {len(task.full.samples)} documents\n", f"![{task.title}, {name}]({figure})\n"]
+    name = metric_name(metric, task.metrics)
+    count = len(task.full.samples)
+    parts = [f"### {name} (`{metric.partition(',')[0]}`), {count} documents\n", f"![{task.title}, {name}]({figure})\n"]
     left_out = any(task.loops(point).any() for point in task.points)
     for axis, label in statistics.AXES.items():
         for without in (False, True) if left_out else (False,):
@@ -159,7 +165,7 @@ def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions)
             note = ", without texts that loop, as differences from the full model" if without else ""
             summary, paired = statistics.summary(*given), statistics.against_pruning(*given)
             if len(summary):
-                text = f"Against {label}{note}, with 95 % intervals over documents:\n"
+                text = f"Score vs. {label}{note}, with 95 % intervals over documents:\n"
                 parts += [text, markdown(intervals(summary))]
             if len(paired):
                 text = (

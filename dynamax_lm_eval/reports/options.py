@@ -13,7 +13,10 @@ class ReportOptions:
     output: str | None = field(default=None, metadata={"help": "where to write; default: report in the first folder"})
     metrics: str | None = field(
         default=None,
-        metadata={"help": "task=metric pairs separated by commas; default: each task's first metric"},
+        metadata={
+            "help": "task=metric pairs separated by commas; default: rougeL_acc where a task has it, else its first "
+            "metric"
+        },
     )
     max_degenerate: float = field(
         default=0.1,
@@ -34,4 +37,4 @@ class ReportOptions:
     )
     bootstrap: int = field(default=1000, metadata={"help": "draws of documents for intervals"})
     seed: int = field(default=0, metadata={"help": "of these draws"})
-    samples: int = field(default=12, metadata={"help": "documents shown per point on the page"})
+    samples: int = field(default=24, metadata={"help": "documents of each task whose texts the page shows"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,32 +12,44 @@ from typing import Any
 
 import pandas as pd
 
-from dynamax_lm_eval.reports import noise
-from dynamax_lm_eval.reports.plots import COLOURS, coordinates
-from dynamax_lm_eval.reports.statistics import AXES, front
+from dynamax_lm_eval.reports import drafts, noise, runs, texts
+from dynamax_lm_eval.reports.curves import (
+    COLOURS,
+    joined,
+    labelled,
+    pareto_front,
+    place,
+    reduction_range,
+    score_range,
+)
+from dynamax_lm_eval.reports.names import metric_name, setting
+from dynamax_lm_eval.reports.options import ReportOptions
+from dynamax_lm_eval.reports.statistics import AXES
 from dynamax_lm_eval.reports.tables import TaskNumbers
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
 _ASSETS = Path(__file__).parent / "assets"
-#: Characters of a prompt's end that are shown.
-_PROMPT_SHOWN = 300
+#: Joined in this order into one script.
+_SCRIPTS = ("base", "state", "chart", "table", "strips", "details", "main")
 
 
 def render(
     results: Sequence[TaskResults],
     first_metrics: Mapping[str, str],
-    samples: int,
+    options: ReportOptions,
     missing: Sequence[str] = (),
     numbers: Mapping[tuple[str, str], TaskNumbers] | None = None,
+    figures: Mapping[tuple[str, str], Mapping[str, Sequence[str]]] | None = None,
 ) -> str:
     """Returns the page as a text.
 
     Args:
         results: of all tasks.
         first_metrics: the metric that each task begins with.
-        samples: documents shown per point.
+        options: of the report.
         missing: names of points that are not finished.
         numbers: by backbone and task: intervals, and comparisons with the full model.
+        figures: by backbone and task: the files of the plots of each metric, beside the page.
     """
     from plotly.offline import get_plotlyjs
 
@@ -43,16 +57,23 @@ def render(
         "axes": AXES,
         "colours": COLOURS,
         "missing": list(missing),
+        "commands": runs.commands([Path(folder).expanduser() for folder in options.folders]),
         "tasks": [
-            _task(task, first_metrics[task.task], samples, (numbers or {}).get((task.backbone, task.task)))
+            {
+                **_task(task, first_metrics[task.task], (numbers or {}).get((task.backbone, task.task))),
+                "drafts": drafts.table(task, options.draws, options.seed).to_dict("records"),
+                "figures": {name: list(files) for name, files in (figures or {}).get(_key(task), {}).items()},
+            }
             for task in results
         ],
     }
+    shown = [texts.texts(task, first_metrics[task.task], options.samples) for task in results]
     parts = {
         "STYLE": (_ASSETS / "page.css").read_text(encoding="utf-8"),
-        "PLOTLY": get_plotlyjs(),
-        "SCRIPT": (_ASSETS / "page.js").read_text(encoding="utf-8"),
-        "DATA": as_script(data),
+        "PLOTLY": packed(get_plotlyjs()),
+        "SCRIPT": "\n".join((_ASSETS / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS),
+        "TEXTS": packed(as_json(shown)),
+        "DATA": packed(as_json(data)),
     }
     page = (_ASSETS / "page.html").read_text(encoding="utf-8")
     for name, text in parts.items():
@@ -60,62 +81,55 @@ def render(
     return page
 
 
-def as_script(data: Any) -> str:
-    """Returns JSON that may stand inside a script element, whatever texts it holds."""
-    text = json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+def packed(text: str) -> str:
+    """Returns a text as base64 of gzip, which browsers unpack by themselves."""
+    return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode("ascii")
 
 
-def differing_samples(full: PointResult, point: PointResult, count: int) -> list[dict[str, Any]]:
-    """Returns the first documents whose answers are not the full model's."""
-    differing: list[dict[str, Any]] = []
-    for i, (theirs, ours) in enumerate(zip(full.answers, point.answers, strict=True)):
-        if theirs != ours and len(differing) < count:
-            sample = point.samples[i]
-            prompt = str(sample["arguments"]["gen_args_0"]["arg_0"])
-            differing.append(
-                {
-                    "document": sample["doc_id"],
-                    "prompt": ("… " if len(prompt) > _PROMPT_SHOWN else "") + prompt[-_PROMPT_SHOWN:],
-                    "full": str(theirs),
-                    "ours": str(ours),
-                    "target": str(sample["target"])[:_PROMPT_SHOWN],
-                    "tokens": strip(point, i),
-                }
-            )
-    return differing
+def as_json(data: Any) -> str:
+    """Returns JSON as browsers read it: it has no numbers that are not finite."""
+    return json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
-    """Returns each generated token of a document with the number of blocks that gave it; None where none was generated.
-
-    The first one comes from the prompt's last token: at full depth, unless prompts may exit.
-    """
-    pieces = point.pieces[document]
-    if pieces is None:
-        return None
-    depth = int(point.policy["num_layers"])
-    layers = [layer for response in point.samples[document]["exit_layers"][:1] for layer in response]
-    by_token = ([depth, *layers] if point.policy["exit_scope"] == "generated" else layers)[-len(pieces) :]
-    by_token = [depth] * (len(pieces) - len(by_token)) + by_token
-    return list(zip(pieces, by_token, strict=True))
+def _key(task: TaskResults) -> tuple[str, str]:
+    return task.backbone, task.task
 
 
-def _task(task: TaskResults, metric: str, samples: int, numbers: TaskNumbers | None) -> dict[str, Any]:
+def _task(task: TaskResults, metric: str, numbers: TaskNumbers | None) -> dict[str, Any]:
     floors = noise.floor(task)
+    of_points = None if numbers is None else numbers.points
+    places = {point.name: i for i, point in enumerate(task.points)}
+    series = task.series()
+
+    def on_axes(points_of: Any) -> dict[str, Any]:
+        return {
+            name: {axis: [places[point.name] for point in points_of(name, axis)] for axis in AXES}
+            for name in task.metrics
+        }
+
     return {
         "title": task.title,
+        "facts": runs.facts(task),
         "documents": len(task.full.samples),
         "depth": int(task.full.policy["num_layers"]),
         "metric": metric,
-        "metrics": {name: name.partition(",")[0] for name in task.metrics},
+        "metrics": {name: metric_name(name, task.metrics) for name in task.metrics},
         "higher_is_better": {name: task.higher_is_better(name) for name in task.metrics},
-        "lines": [*task.series()],
-        "points": [_point(task, point, samples, floors) for point in task.points],
-        "fronts": {name: {axis: _front(task, name, axis) for axis in AXES} for name in task.metrics},
+        "lines": [*series],
+        "points": [_point(task, point, floors, of_points) for point in task.points],
+        "labelled": [places[point.name] for point in labelled(task)],
+        "fronts": on_axes(lambda name, axis: pareto_front(task, name, axis)),
+        "joined": {
+            line: on_axes(lambda name, axis, points=points: joined(task, points, name, axis))
+            for line, points in series.items()
+        },
+        "ranges": {
+            "y": {name: score_range(task, name) for name in task.metrics},
+            "x": {axis: reduction_range(task, metric, axis, of_points) for axis in AXES},
+        },
         "pairs": {} if numbers is None else {name: _by_point(table) for name, table in numbers.pairs.items()},
         "without": {} if numbers is None else {name: _by_point(table) for name, table in numbers.without.items()},
-        "intervals": {} if numbers is None else _by_point(numbers.points),
+        "intervals": {} if of_points is None else _by_point(of_points),
     }
 
 
@@ -124,31 +138,32 @@ def _by_point(table: pd.DataFrame) -> dict[str, Any]:
     return {str(row["point"]): row for row in table.to_dict("records")}
 
 
-def _point(task: TaskResults, point: PointResult, samples: int, floors: Mapping[str, float]) -> dict[str, Any]:
+def _point(
+    task: TaskResults, point: PointResult, floors: Mapping[str, float], of_points: pd.DataFrame | None
+) -> dict[str, Any]:
     is_compared = floors and point is not task.full
     return {
         "name": point.name,
         "family": point.kind,
         "line": point.series,
-        "value": point.x,
+        "setting": setting(point),
+        "label": setting(point, is_short=True),
         "valid": point.valid,
+        "invalid_because": point.invalid_because,
         "only_rounding": point.only_rounding,
         "within_noise": {name: noise.within(task, floors, point, name) for name in task.metrics} if is_compared else {},
         "scores": point.scores,
         "at": {axis: task.reduction(point, axis) for axis in AXES},
+        "bars": {axis: place(task, point, task.metrics[0], axis, of_points).x_bar for axis in AXES},
         "degenerate": point.compute["degenerate_rate"],
+        "at_limit": point.compute["token_limit_share"],
         "tokens": point.compute["mean_generated_tokens"],
         "mean_exit_layer": point.compute["mean_exit_layer"],
+        "histogram": point.compute["exit_histogram"],
+        "timing": point.timing,
         "consistency": point.consistency,
-        "samples": differing_samples(task.full, point, samples),
+        "changes": {name: texts.changes(task, point, name) for name in task.metrics},
     }
-
-
-def _front(task: TaskResults, metric: str, axis: str) -> list[int]:
-    """Returns the places of the points that no other surpasses, among all points."""
-    shown = [i for i, point in enumerate(task.points) if point.valid]
-    places = [coordinates(task, task.points[i], metric, axis)[:2] for i in shown]
-    return [shown[i] for i in front(places, task.higher_is_better(metric))]
 
 
 def _without_nan(data: Any) -> Any:

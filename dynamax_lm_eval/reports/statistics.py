@@ -19,7 +19,7 @@ from dynamax_lm_eval.sweep.baselines import PRUNING, STATIC
 from dynamax_lm_eval.sweep.results import Floats, PointResult, TaskResults
 
 #: Compute axes, and what they are called.
-AXES = {"compute_reduction": "compute reduction", "compute_vs_full": "compute against the full model's run"}
+AXES = {"compute_reduction": "per-token compute reduction", "compute_vs_full": "whole-run compute reduction"}
 #: Where lines are read: fixed beforehand, so that no draw of documents decides it.
 REDUCTIONS = (1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0)
 #: Reductions that differ by less are one.

@@ -37,6 +37,8 @@ _COMPUTE = (
     "token_limit_share",
     "degenerate_rate",
 )
+#: Parts of ``compute.overall.latency``.
+_LATENCIES = ("time_to_first_token", "time_per_output_token")
 
 
 @dataclass
@@ -70,6 +72,12 @@ class PointResult:
     #: Similarity to the full model's answers: name -> one number per document.
     similarity: dict[str, list[float]] = field(default_factory=dict)
     valid: bool = True
+    #: Why it is not valid; empty where it is.
+    invalid_because: str = ""
+    #: What the result file says of the run: versions, date, exits, device; empty where points were made by hand.
+    run: dict[str, Any] = field(default_factory=dict)
+    #: Latency and energy of this point alone, where the result file has them; answers of a whole grid share theirs.
+    timing: dict[str, Any] = field(default_factory=dict)
     #: No token left early and no block was pruned, and still some answers are not the full model's: what other rows in
     #: a batch do to rounding.
     only_rounding: bool = False
@@ -273,6 +281,8 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             higher_is_better=data.get("higher_is_better", {}).get(task) or {},
             dtype=str(data["config"]["dynamax"].get("dtype", "")).removeprefix("torch."),
             rows=data["config"]["dynamax"].get("batch_size"),
+            run={**data["config"]["dynamax"], **{name: data[name] for name in ("date",) if name in data}},
+            timing=_timing(data["compute"].get("overall", {}), task),
             looping=[_digest(sample) in looping for sample in samples],
         )
         results.append((_backbone(data["config"]), task, result))
@@ -282,6 +292,14 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
 def _backbone(config: dict[str, Any]) -> str:
     """Returns the backbone of a result: files of earlier releases say it in place of the operating point's name."""
     return str(config["dynamax"].get("backbone_name") or config["model_name"])
+
+
+def _timing(overall: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Returns mean latencies of a task in milliseconds and joules per token, as far as they were measured."""
+    of_task = ((overall.get("latency") or {}).get("by_task") or {}).get(task) or {}
+    found = {name: (of_task.get(f"{name}_ms") or {}).get("mean") for name in _LATENCIES}
+    found["joules_per_token"] = (overall.get("energy") or {}).get("per_generated_token")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -345,7 +363,15 @@ def _compare(full: PointResult, others: Sequence[PointResult], max_degenerate: f
         for name, values in point.similarity.items():
             spread = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
             point.scores[name] = (float(np.mean(values)), spread)
-        point.valid = (point.compute.get("degenerate_rate") or 0.0) <= usual + max_degenerate
         point.only_rounding = _is_full_depth(point) and any(min(values) < 1 for values in similarity.values())
-        if point is not full:
-            point.valid &= (point.compute.get("token_limit_share") or 0.0) <= max_token_limit
+        reasons = []
+        repeating, at_limit = (point.compute.get(name) or 0.0 for name in ("degenerate_rate", "token_limit_share"))
+        if repeating > usual + max_degenerate:
+            reasons.append(
+                f"{repeating:.0%} of its texts repeat themselves, more than {max_degenerate:.0%} above the full "
+                f"model's {usual:.0%}"
+            )
+        if point is not full and at_limit > max_token_limit:
+            reasons.append(f"{at_limit:.0%} of its texts end at the token limit, more than {max_token_limit:.0%}")
+        point.invalid_because = "; ".join(reasons)
+        point.valid = not reasons

@@ -200,26 +200,50 @@ def plot_curves(evaluation: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     styles = dict(zip(CLASSIFIERS, itertools.cycle(_STYLES), strict=False))
+    layers: set[int] = set()
     for kind, measured in evaluation["classifiers"].items():
         line, marker = styles[kind]
         curve = measured["curve"]
-        left.plot(
+        (drawn,) = left.plot(
             [point["compute_reduction"] for point in curve],
             [point["agreement"] for point in curve],
             line,
             marker=marker,
-            markersize=3,
+            markersize=4,
             label=kind,
         )
+        for i, point in enumerate(curve):
+            if i % 3 == 0 or i == len(curve) - 1:
+                left.annotate(
+                    f"{point['threshold']:g}",
+                    (point["compute_reduction"], point["agreement"]),
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=drawn.get_color(),
+                )
         exits = measured["exits"]
+        layers |= {int(layer) for layer in exits}
         right.plot(
             [int(layer) for layer in exits], [e["auroc"] for e in exits.values()], line, marker=marker, label=kind
         )
     left.axvline(1, color="0.7", linewidth=0.8)
-    left.set(xlabel="compute reduction", ylabel="agreement with the full model")
-    right.set(xlabel="exit layer", ylabel="AUROC on held-out text")
-    left.legend(frameon=False)
+    left.set(
+        xlabel="compute reduction",
+        ylabel="agreement with the full model",
+        title="Next tokens by threshold (numbers)",
+    )
+    right.axhline(0.5, color="0.5", linewidth=1, linestyle=":", label="chance")
+    right.set_xticks(sorted(layers))
+    right.set(
+        xlabel="exit layer",
+        ylabel="AUROC",
+        title=f"Exits told right from wrong, {evaluation['tokens']:,} held-out tokens",
+    )
+    for panel in (left, right):
+        panel.legend(frameon=False)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

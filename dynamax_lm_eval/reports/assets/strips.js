@@ -1,0 +1,68 @@
+// Answers token by token: the full model's and those of points in the same columns, shaded by how early tokens left.
+const signs = { "\n": "⏎", "\n\n": "⏎⏎", "\t": "⇥", " ": "␣", "": "∅" };
+const visibleToken = (text) => signs[text] ?? text.replaceAll("\n", "⏎");
+// How much a token saved, between 0 and 0.85 so that ink stays legible on it.
+const saved = (layer, first) => (task().depth > first ? (0.85 * (task().depth - layer)) / (task().depth - first) : 0).toFixed(3);
+
+const tokensOf = (answer) => answer.tokens ?? null;
+function firstDifference(answer, full) {
+  if (!answer.tokens || !full.tokens) return null;
+  const i = answer.tokens.findIndex((token, place) => token !== full.tokens[place]);
+  return i >= 0 ? i : answer.tokens.length === full.tokens.length ? null : answer.tokens.length;
+}
+
+// rows: [{ letter, name, answer }], the full model first.
+function strip(rows, first) {
+  const full = rows[0].answer, length = Math.max(...rows.map((row) => row.answer.tokens.length));
+  const breaks = rows.map((row) => firstDifference(row.answer, full));
+  const earliest = Math.min(...breaks.filter((place) => place !== null));
+  const cellOf = (row, r, i) => {
+    const token = row.answer.tokens[i], kinds = ["cell", r ? "point" : "full"];
+    if (i === (r ? breaks[r] : earliest)) kinds.push("break");
+    if (token in signs) kinds.push("sign");
+    return element("span", { class: kinds.join(" "), style: r ? { "--saved": saved(row.answer.layers[i], first) } : {} }, visibleToken(token));
+  };
+  // Where an answer ends, the others go on in lines of their own.
+  const ends = [...new Set(rows.map((row) => row.answer.tokens.length))].sort((a, b) => a - b).filter(Boolean), columns = [];
+  const parts = ends.map((end, k) => {
+    const alive = rows.map((row, r) => [row, r]).filter(([row]) => row.answer.tokens.length >= end), part = [];
+    for (let i = k ? ends[k - 1] : 0; i < end; i++)
+      part.push(element("span", { class: "column", "data-token": i }, ...alive.map(([row, r]) => cellOf(row, r, i))));
+    columns.push(...part);
+    return element("div", { class: "strip" }, element("span", { class: "column heads" }, ...alive.map(([row]) => element("span", { class: "cell" }, letter(row.letter)))), ...part);
+  });
+  const box = element("div", { class: "strips", tabindex: "0", role: "group", "aria-label": "Answer, token by token; left and right arrow keys move" }, ...parts);
+  const reading = element("p", { class: "reading", role: "status" }, "Point at a token, tap it, or move with the arrow keys.");
+  let current = -1;
+  const read = (i) => {
+    if (i < 0 || i >= length) return;
+    columns[current]?.classList.remove("current");
+    current = i;
+    columns[i].classList.add("current");
+    if (box.scrollHeight > box.clientHeight) columns[i].scrollIntoView({ block: "nearest" });
+    const said = rows.map((row) => {
+      const token = row.answer.tokens[i];
+      return `${row.name}: ${token === undefined ? "ended before" : `“${visibleToken(token)}” after ${row.answer.layers[i]} of ${task().depth} blocks`}`;
+    });
+    reading.textContent = `Token ${i + 1} of ${length}. ${said.join("; ")}.`;
+  };
+  const at = (event) => Number(event.target.closest("[data-token]")?.dataset.token ?? -1);
+  box.addEventListener("pointerover", (event) => read(at(event)));
+  box.addEventListener("click", (event) => read(at(event)));
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    read(Math.min(Math.max(current + step, 0), length - 1));
+  });
+  return [box, reading];
+}
+
+function scale(answers, first) {
+  const layers = [...new Set(answers.flatMap((answer) => answer.layers ?? []))].sort((a, b) => a - b);
+  if (layers.length < 2) return null;
+  return element("p", { class: "scale" }, "Blocks that ran before a token was read:",
+    ...layers.map((layer) => element("span", { class: "token", style: { "--saved": saved(layer, first) } }, String(layer))),
+    "The stronger the colour, the earlier it left, and the more it saved. An answer's first token comes from the prompt's last one, which runs all blocks. " +
+    "⏎ is a line break, here often the stop. A red edge marks the first token that is not the full model's.");
+}
