@@ -336,9 +336,14 @@ OWN_ARGUMENTS = tuple(_ROWS)
 VARIED_ARGUMENTS = frozenset(row.name for row in fields(DynamaxArgs) if row.metadata["vary"])
 
 
+def argument_rows() -> list[tuple[str, str, str]]:
+    """The arguments in their order: name, default and meaning, both in Markdown."""
+    return [(name, row.metadata["default"], row.metadata["help"]) for name, row in _ROWS.items()]
+
+
 def argument_table() -> str:
-    """The arguments as a table in Markdown, as README.md has it."""
-    rows = [f"| `{name}` | {row.metadata['default']} | {row.metadata['help']} |" for name, row in _ROWS.items()]
+    """The arguments as a table in Markdown, with links from the top of the repository."""
+    rows = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in argument_rows()]
     return "\n".join(["| argument | default | meaning |", "| --- | --- | --- |", *rows]) + "\n"
 
 

@@ -29,7 +29,8 @@ from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.sweep.options import SweepOptions, grid
+from dynamax_lm_eval.sweep.grid import grid
+from dynamax_lm_eval.sweep.options import SweepOptions
 
 
 def cascade(kind: str = "calm", **changes: Any) -> ExitPolicy:

@@ -253,7 +253,7 @@ def test_tasks_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "lm_eval run --help" in capsys.readouterr().out
+    assert "dynamax-lm-eval run" in capsys.readouterr().out
 
 
 class TestGgufAlias:

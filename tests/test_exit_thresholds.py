@@ -21,7 +21,8 @@ from dynamax_lm_eval.engine.scoring import score_all
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.measure import exit_thresholds
-from dynamax_lm_eval.measure.exit_thresholds import SearchOptions, compared, exit_costs, search
+from dynamax_lm_eval.measure.exit_thresholds import compared, exit_costs, search
+from dynamax_lm_eval.measure.options import SearchOptions
 from dynamax_lm_eval.measure.threshold_search import (
     FORMAT,
     Recorded,

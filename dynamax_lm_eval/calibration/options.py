@@ -8,9 +8,8 @@ from typing import Any
 
 from dynamax_lm_eval.calibration.testing import BOUNDS, Bound
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.resolve import AUTO
-from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
+from dynamax_lm_eval.types import AUTO, VERIFY
 
 METHODS = ("ltt", "crc")
 LOSSES = ("consistency", "metric")

@@ -16,6 +16,13 @@ from dynamax_lm_eval.errors import UserError
 DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 TEMPLATES = ("none", "instruct")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: The seed of the order in which documents are held out, whatever the seed of the training.
+HELD_OUT_SEED = 0
+#: The help of the option that sets ``num_documents``.
+DOCUMENTS_HELP = (
+    "of each document at most one row is taken, or its share of the tokens among this many documents if that is more: "
+    "tokens of one document are alike, so errors are over documents; 1: documents whole"
+)
 
 
 def option(default: Any, text: str) -> Any:

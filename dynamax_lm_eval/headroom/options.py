@@ -7,9 +7,14 @@ from typing import get_args
 
 from dynamax_lm_eval import values
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.resolve import resolve_exit_layers
-from dynamax_lm_eval.frozen.options import DEFAULT_DATASET, TextSource, check_at_least, frozen_option, option
-from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP
+from dynamax_lm_eval.frozen.options import (
+    DEFAULT_DATASET,
+    DOCUMENTS_HELP,
+    TextSource,
+    check_at_least,
+    frozen_option,
+    option,
+)
 from dynamax_lm_eval.sweep.options import SweepOptions, parse_thresholds
 from dynamax_lm_eval.types import ClassifierKind, StateMode
 
@@ -128,6 +133,8 @@ class HeadroomOptions:
         Raises:
             UserError: a layer is no layer of the model, or there is none.
         """
+        from dynamax_lm_eval.exits.resolve import resolve_exit_layers  # torch: not needed for help
+
         if self.layers_given is not None:
             return resolve_exit_layers(self.layers_given, num_layers)
         if num_layers < 2:

@@ -45,8 +45,9 @@ from dynamax_lm_eval.sweep.files import (
     read_options,
     write_options,
 )
+from dynamax_lm_eval.sweep.grid import Point, confidences_of, grid
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
-from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid, uses_classifiers
+from dynamax_lm_eval.sweep.options import SweepOptions, uses_classifiers
 from dynamax_lm_eval.sweep.store import ResponseStore
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,8 @@ def load(options: SweepOptions) -> SweepLM:
 
 def load_tasks(options: SweepOptions) -> TaskManager:
     """Returns the harness's tasks and our own; refuses unknown names before weights load."""
-    manager = task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
+    metadata = json.dumps(options.metadata_given, sort_keys=True)
+    manager = task_manager(options.include_path, metadata, tuple(options.task_names))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
         raise UserError(

@@ -14,7 +14,7 @@ from dynamax_lm_eval.harness.documents import Document
 from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.harness.responder import Answers
 from dynamax_lm_eval.lm import DynamaxLM
-from dynamax_lm_eval.sweep.options import Point
+from dynamax_lm_eval.sweep.grid import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 
 

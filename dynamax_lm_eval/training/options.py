@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from dynamax_lm_eval import config, values
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
-from dynamax_lm_eval.exits.resolve import resolve_exit_layers
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
 from dynamax_lm_eval.frozen.options import (
+    DOCUMENTS_HELP,
+    HELD_OUT_SEED,
     FrozenOptions,
     TextSource,
     check_at_least,
@@ -19,11 +21,10 @@ from dynamax_lm_eval.frozen.options import (
     frozen_option,
     option,
 )
-from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, HELD_OUT_SEED
-from dynamax_lm_eval.training import option_rules
-from dynamax_lm_eval.training.option_rules import SELF_DATASET
 from dynamax_lm_eval.types import ClassifierKind
 
+#: ``--dataset self``: text that the backbone itself generates.
+SELF_DATASET = "self"
 #: What may be named as ``--classifier``.
 _KINDS = ", ".join(get_args(ClassifierKind))
 SAVE_DTYPES = ("float32", "bfloat16")
@@ -219,16 +220,18 @@ class TrainingOptions:
     )
 
     def __post_init__(self) -> None:
-        self._apply_preset()
+        from dynamax_lm_eval.training import option_rules  # torch: not needed for help
+
+        self._apply_preset(option_rules.PRESETS)
         option_rules.check(self)
 
-    def _apply_preset(self) -> None:
+    def _apply_preset(self, presets: Mapping[str, Mapping[str, Any]]) -> None:
         if self.preset is None:
             return
-        if self.preset not in option_rules.PRESETS:
-            raise UserError(f"--preset must be {' or '.join(option_rules.PRESETS)}, got {self.preset!r}")
+        if self.preset not in presets:
+            raise UserError(f"--preset must be {' or '.join(presets)}, got {self.preset!r}")
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        for name, value in option_rules.PRESETS[self.preset].items():
+        for name, value in presets[self.preset].items():
             if getattr(self, name) == defaults[name]:
                 object.__setattr__(self, name, value)
 
@@ -273,6 +276,8 @@ class TrainingOptions:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds to train, in the order in which an evaluation prefers them."""
+        from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
+
         requested = [kind.strip() for kind in self.classifier.split(",")]
         for kind in requested:
             if kind not in CLASSIFIERS:
@@ -324,6 +329,8 @@ class TrainingOptions:
 
     def resolve_exit_layers(self, num_layers: int) -> tuple[int, ...]:
         """Returns the exits for a backbone of ``num_layers`` blocks."""
+        from dynamax_lm_eval.exits.resolve import resolve_exit_layers
+
         requested = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
         return resolve_exit_layers(requested, num_layers, self.final_block)
 

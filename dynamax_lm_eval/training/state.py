@@ -19,7 +19,7 @@ from torch import nn
 
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
-from dynamax_lm_eval.frozen.text import HELD_OUT_SEED
+from dynamax_lm_eval.frozen.options import HELD_OUT_SEED
 from dynamax_lm_eval.training.optimizers import optimizer_tensors, restore_optimizer
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,57 @@
+"""What the harness logs in every run and nobody needs is left out: what :mod:`describe` says in one line, or the bar.
+
+Everything is there with ``--debug``, and where the harness logs at the level DEBUG (``LMEVAL_LOG_LEVEL=DEBUG``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+_HARNESS = "lm_eval"
+#: What useless messages begin with.
+_BEGINNINGS = (
+    "Building contexts for",
+    "Cuda Available?",
+    "Device not specified",
+    "Group: ",
+    "Including path:",
+    "Initializing ",
+    "Model parallel was set to False",
+    "Running ",
+    "Selected tasks:",
+    "Setting random seed",
+    "Subgroup: ",
+    "Task: ",
+    "Using device ",
+)
+#: What they hold: tasks take --metadata whether or not they use it.
+_PARTS = ("Custom kwargs can be passed to",)
+
+
+class Quiet(logging.Filter):
+    """Passes what is worth a line."""
+
+    def __init__(self, is_wanted: Callable[[], bool]) -> None:
+        """``is_wanted``: says whether everything is."""
+        super().__init__()
+        self._is_wanted = is_wanted
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR or record.name.partition(".")[0] != _HARNESS or self._is_wanted():
+            return True
+        if logging.getLogger(_HARNESS).getEffectiveLevel() <= logging.DEBUG:
+            return True
+        message = record.getMessage().strip()
+        return not message.startswith(_BEGINNINGS) and not any(part in message for part in _PARTS)
+
+
+def install(is_wanted: Callable[[], bool]) -> None:
+    """Puts the filter where the harness writes its messages, in place of an earlier one.
+
+    transformers tells of kernels that are not installed; our own scans run in their place.
+    """
+    for handler in logging.getLogger(_HARNESS).handlers:
+        for earlier in [found for found in handler.filters if isinstance(found, Quiet)]:
+            handler.removeFilter(earlier)
+        handler.addFilter(Quiet(is_wanted))
