@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from dynamax_lm_eval import values
 from dynamax_lm_eval.errors import UserError
@@ -161,7 +161,7 @@ class HeadroomOptions:
         )
 
     @property
-    def model_arguments(self) -> dict[str, object]:
+    def model_arguments(self) -> dict[str, Any]:
         """Arguments that the model is loaded with, without its name and its exits."""
         given = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "device": self.device}
         return given if self.revision is None else {**given, "revision": self.revision}

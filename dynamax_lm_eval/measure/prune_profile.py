@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import Backbone
 from dynamax_lm_eval.engine.parity import check_policy
@@ -24,6 +23,7 @@ from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents
 from dynamax_lm_eval.measure.options import ProfileOptions
 from dynamax_lm_eval.measure.output import check_output
 from dynamax_lm_eval.measure.prune_adapters import Blocks, Fit, fit, split
+from dynamax_lm_eval.progress import over
 
 #: Texts that run together.
 _AT_ONCE = 8
@@ -74,9 +74,7 @@ def _save_distances(options: ProfileOptions, loaded: FrozenBackbone, documents: 
     output, plotted, _ = options.files
     rows = _rows(documents, options)
     parts = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
-    states = torch.cat(
-        [last_states(loaded.engine.backbone, part) for part in tqdm(parts, desc="texts", unit_scale=_AT_ONCE)]
-    )
+    states = torch.cat([last_states(loaded.engine.backbone, part) for part in over(parts, f"{_AT_ONCE} texts each")])
     measured = PruneProfile(
         backbone=loaded.identity.id,
         fingerprint=loaded.identity.fingerprint,

@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.files import checksum, file_checksum, short_name
+from dynamax_lm_eval.files import file_checksum, short_name
 from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.harness.documents import naming_tasks
-from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
+from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.results import add_vs_full, document_totals
 from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.locks import locked
@@ -48,13 +48,10 @@ from dynamax_lm_eval.sweep.files import (
 from dynamax_lm_eval.sweep.grid import Point, confidences_of, grid
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
 from dynamax_lm_eval.sweep.options import SweepOptions, uses_classifiers
+from dynamax_lm_eval.sweep.plan import asked_of, documents_of, plan
 from dynamax_lm_eval.sweep.store import ResponseStore
 
 logger = logging.getLogger(__name__)
-
-#: Grows with what a finished point says of its run (the few-shot draw came with 2, for certificates): one that says
-#: less is evaluated again, from the answers that it has.
-_RECORDED = 2
 
 #: Parts of ``compute.overall`` that belong to all points together, which were answered in one run.
 _OF_ALL_POINTS = (
@@ -127,7 +124,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
         GRID.write(folder / GRID_NAME, {"points": [point.name for point in all_points]})
-    documents = _documents(options, tasks)
+    documents = documents_of(options, tasks)
     points = [
         SweepPoint(
             point,
@@ -139,16 +136,16 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         )
         for point, policy, identity in own_points
     ]
-    asked = {point.point.name: _asked(options, point.point, documents) for point in points}
+    asked = {point.point.name: asked_of(options, point.point, documents) for point in points}
     waiting = [point for point in points if not _is_done(folder, point, asked[point.point.name])]
-    if done := len(points) - len(waiting):
-        logger.info("%d of %d points are done already", done, len(points))
+    done = len(points) - len(waiting)
+    logger.info(plan(lm, options, [point.point for point in points], done, documents))
     lm.start(waiting)
-    for number, point in enumerate(waiting, start=1):
+    for number, point in enumerate(waiting, start=done + 1):
         results = _evaluate(lm, point, options, tasks)
         compared = _compare(results, point, folder)
         _save(folder, point, options, results, {"run": lm.run_settings, **compared}, asked[point.point.name])
-        logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, _summary(results))
+        logger.info("point %d of %d, %s: %s", number, len(points), point.point.name, _summary(results))
     for point in points:
         point.store.close()
 
@@ -238,37 +235,6 @@ def _is_done(folder: Path, point: SweepPoint, asked: dict[str, Any]) -> bool:
     return missing <= 0 and not point.store.damaged
 
 
-def _documents(options: SweepOptions, manager: TaskManager) -> dict[str, dict[str, str]]:
-    """Returns checksums of the documents of each task, by the names of ``--tasks``, of which some may be groups."""
-    samples = options.samples_given
-    found = {}
-    for name in options.task_names:
-        with naming_tasks(), one_of_many_evaluations():
-            tasks = manager.load([name])["tasks"]
-        found[name] = {
-            leaf: checksum(document_hashes(task, options.limit, (samples or {}).get(leaf)))
-            for leaf, task in tasks.items()
-        }
-    return found
-
-
-def _asked(options: SweepOptions, point: Point, documents: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Returns what a point must have answered, and recorded, to be finished.
-
-    The documents are part of it: the data of a task may change between two runs, and points that answered different
-    ones cannot be compared.
-    """
-    samples = options.samples_given
-    leaves = {leaf: found for name in point.tasks for leaf, found in documents[name].items()}
-    asked: dict[str, Any] = {
-        "tasks": list(point.tasks),
-        "limit": options.limit,
-        "recorded": _RECORDED,
-        "documents": dict(sorted(leaves.items())),
-    }
-    return asked if samples is None else {**asked, "samples": samples}
-
-
 @contextmanager
 def _as_only_process() -> Iterator[None]:
     """Makes the harness give this process its results, as it does where LOCAL_RANK is 0: here each has its own."""
@@ -346,7 +312,7 @@ def _save(
     """Writes the harness's own files, then ``point.json``, which says that they are whole.
 
     ``known``: settings of the tasks, as certificates bind them, and whether the full model's run was known; ``asked``:
-    as :func:`_asked` returns it.
+    as :func:`~dynamax_lm_eval.sweep.plan.asked_of` returns it.
     """
     directory = point_folder(folder, point.point.name)
     samples = results.pop("samples")

@@ -49,6 +49,7 @@ from dynamax_lm_eval.training.log import (
     cut_log,
     held_out_numbers,
     near_chance,
+    plan,
     write_step,
 )
 from dynamax_lm_eval.training.loop import Loop
@@ -108,6 +109,10 @@ def _train(
         hub.create_repository(run.push_to_hub, run.private)
     if run.overwrite and accelerator.is_main_process:
         clear(folder)
+    if accelerator.is_main_process:
+        logger.info(
+            plan(options, backbone.identity.num_layers, exit_layers, backbone.dtype, accelerator.device, folder)
+        )
     with accelerator.main_process_first():  # one writes what the backbone generates, the others read it
         text = _data(options, backbone, prompts, folder)
     processes = Processes(
