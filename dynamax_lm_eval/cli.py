@@ -25,6 +25,7 @@ import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
 from dynamax_lm_eval.command_line import Parser
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.run import quiet
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
 _EPILOG = """\
@@ -253,6 +254,7 @@ def _execute(name: str, arguments: list[str]) -> None:
     options = parser.read(command.prepare(arguments))
     _autoload.register()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    quiet.hide_kernels()
     # httpx tells of every request; rouge_score of its tokenizer, for every score.
     for noisy in ("httpx", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -22,12 +22,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def with_signature(function: Function) -> Function:
     """Gives an ``__init__`` with keywords of ``ModelKeywords`` a signature that shows them, for notebooks and help."""
-    theirs = inspect.signature(HFLM.__init__).parameters
+    theirs = {name: parameter.default for name, parameter in inspect.signature(HFLM.__init__).parameters.items()}
     ours = {row.name: row.default for row in fields(DynamaxArgs)}
     keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=ours.get(name, theirs.get(name)),
+            annotation=getattr(kind, "__forward_arg__", kind),
+        )
         for name, kind in ModelKeywords.__annotations__.items()
-        if (default := ours.get(name, theirs[name].default if name in theirs else None)) is not inspect.Parameter.empty
+        if name != "pretrained"  # another spelling of what comes first
     ]
     first = [*inspect.signature(function).parameters.values()][:2]
     function.__signature__ = inspect.Signature([*first, *keywords])  # type: ignore[attr-defined]

@@ -57,12 +57,14 @@ def command(options: ArgumentsOptions) -> str:
 def _entry(name: str, default: str, meaning: str, width: int) -> str:
     """Returns an argument with its default on a line, and its meaning below."""
     shown = default if default == "required" else f"default: {_plain(default)}"
-    return f"{name}  ({shown})\n{_wrapped(_plain(meaning), width, _INDENT)}"
+    return _wrapped(f"{name}  ({shown})", width, 0, _INDENT) + _wrapped(_plain(meaning), width, _INDENT, _INDENT)
 
 
-def _wrapped(text: str, width: int, indent: int = 0) -> str:
-    margin = " " * indent
-    lines = textwrap.wrap(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
+def _wrapped(text: str, width: int, first: int = 0, others: int = 0) -> str:
+    """Returns a paragraph, with so many blanks before its first line and before the others."""
+    lines = textwrap.wrap(
+        text, width, initial_indent=" " * first, subsequent_indent=" " * others, break_on_hyphens=False
+    )
     return "\n".join(lines) + "\n"
 
 

@@ -40,6 +40,8 @@ def run(arguments: list[str], debug: bool) -> None:
         _autoload.register()
         setup_logging(logging.DEBUG if debug else logging.INFO)
         quiet.install(is_wanted=lambda: debug)
+        if not debug:
+            quiet.hide_kernels()
         _merge_file(options)
         if not getattr(options, "model", None):
             options.model = _autoload.MODEL_NAME

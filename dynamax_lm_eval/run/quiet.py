@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable
 
 _HARNESS = "lm_eval"
+#: Where transformers logs which kernels it finds.
+_KERNELS = "transformers.integrations.hub_kernels"
 #: What useless messages begin with.
 _BEGINNINGS = (
     "Building contexts for",
@@ -46,11 +48,13 @@ class Quiet(logging.Filter):
         return not message.startswith(_BEGINNINGS) and not any(part in message for part in _PARTS)
 
 
-def install(is_wanted: Callable[[], bool]) -> None:
-    """Puts the filter where the harness writes its messages, in place of an earlier one.
+def hide_kernels() -> None:
+    """Hides what transformers tells of Mamba kernels that are not installed: our own scans run in their place."""
+    logging.getLogger(_KERNELS).addFilter(lambda record: "is falling back to its reference" not in record.getMessage())
 
-    transformers tells of kernels that are not installed; our own scans run in their place.
-    """
+
+def install(is_wanted: Callable[[], bool]) -> None:
+    """Puts the filter where the harness writes its messages, in place of an earlier one."""
     for handler in logging.getLogger(_HARNESS).handlers:
         for earlier in [found for found in handler.filters if isinstance(found, Quiet)]:
             handler.removeFilter(earlier)
