@@ -103,10 +103,10 @@ COMMANDS = {
         "see what early exit could save on a model, before training",
         """\
 One look at a model, before any training. Per layer: the share of tokens whose read-out (final norm and LM head) already
-gives the full model's best token, without adapters, with those of exits at hand, and with affine ones that are fitted
-on the fly (--fit_adapters True). An oracle that knows this lets each token leave as early as it may; its
+gives the full model's best token, without adapters, with those of trained exits, and with affine ones that are fitted
+on the fly (--fit_adapters True). An oracle that knows this lets each token exit as early as possible; its
 compute_reduction counts blocks, recomputed states and adapters, and bounds what any classifier can reach. Its choices
-then run through the engine, which tells how many answers change because of the states that tokens leave behind.
+then run through the engine, which shows how many answers change because of the states that exited tokens leave behind.
 Writes headroom.json and headroom.png, and ends with one line: whether early exit is worth training. For example,
 --backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True or --backbone MODEL --tasks triviaqa.""",
     ),
@@ -125,12 +125,11 @@ On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or
         "evaluate many policies in one run",
         """\
 Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, static exits, and
-always the full model. The backbone is loaded once, prompts run once, and points decode together. Each point gets
-the harness's own result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was
-stopped goes on when it is started again. Options may come from a YAML file: --config sweep.yaml; those on the
-command line win. Several processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ...
-Pictures:
-dynamax-lm-eval report.""",
+always the full model. The backbone is loaded once, prompts run once, and points decode together. Each point gets the
+harness's own result files in OUTPUT/points. Every answer is stored at once: if interrupted, rerun the sweep and it
+continues where it stopped. Options may come from a YAML file, --config sweep.yaml; those on the command line win.
+Several processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ...
+Plots: dynamax-lm-eval report.""",
         prepare=_with_config,
         extra=(("--config", "FILE", "YAML file of these options by name; those on the command line win"),),
     ),
@@ -175,9 +174,9 @@ Show what may stand in --model_args, as keywords of DynamaxLM in Python too: all
         "measure.prune_profile:command",
         "measure which blocks to prune",
         """\
-Measure how much blocks in a row turn the hidden state (angular distance, Gromov et al. 2024), on text. The file that
-this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps. With
---fit_adapters 1,2,4 models without so many blocks get a read-out each, for prune_adapter=FILE and for sweeps.""",
+Measure how much consecutive blocks rotate the hidden state (angular distance, Gromov et al. 2024), on text. The file
+that this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps. With
+--fit_adapters 1,2,4 models pruned by 1, 2 and 4 blocks get a fitted read-out, for prune_adapter=FILE and sweeps.""",
     ),
     "exit-thresholds": Command(
         ("measure.options:SearchOptions",),
@@ -193,8 +192,8 @@ thresholds by rising savings, for calibrate --per_exit FILE, and how much they g
         "calibration.command:command",
         "choose a threshold with a guarantee",
         """\
-Choose a threshold that keeps a promise: the expected loss per document is at most TOLERANCE, and that holds with
-probability 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
+Choose a threshold with a statistical guarantee: the expected loss per document is at most TOLERANCE, with probability
+1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
 Candidates are tested from the most careful one down until one fails; of those that passed, the one that saves the
 most is chosen. Half of the task's documents, drawn at random, decide, the others test. The certificate is written to
 OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and refuse what it does not

@@ -90,8 +90,8 @@ def test_bad_arguments_end_in_one_line(
         ("{llama},mamba_kernels=torch", "mamba_kernels has no effect on 'llama'"),
         ("{bamba},rows_in_flight=8,threshold=1", "rows_in_flight has no effect on BambaForCausalLM"),
         ("{mamba},state_mode=copy", "state_mode=copy is not possible on this backbone"),
-        ("no-such-owner/no-such-model", "nor a model that could be had from the Hub"),
-        ("no such name", "nor a model that could be had from the Hub"),
+        ("no-such-owner/no-such-model", "nor a model that could be downloaded from the Hub"),
+        ("no such name", "nor a model that could be downloaded from the Hub"),
     ],
 )
 def test_bad_backbones(

@@ -24,7 +24,7 @@ class ClassifierOptions:
     mamba_kernel: int = _size(4, 2, "tokens that the convolution of that mixer sees")
     ffn_expand: float = _size(4.0, None, "hidden width of the ffn classifier, in hidden sizes")
     hybrid_expand: float = _size(0.25, None, "hidden width of the hybrid classifier, in hidden sizes")
-    normalize: bool = field(default=True, metadata={"help": "classifiers normalise the hidden states that they see"})
+    normalize: bool = field(default=True, metadata={"help": "normalise the hidden states before the classifiers"})
 
     def __post_init__(self) -> None:
         for name, size in self.__dataclass_fields__.items():

@@ -83,7 +83,7 @@ def open_exits(name: str) -> ExitCheckpoint:
         path = snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
     except (OSError, ValueError) as error:
         raise UserError(
-            f"exits={name!r} is no folder, and could not be had from the Hub: {' '.join(str(error).split())}"
+            f"exits={name!r} is no folder, and could not be downloaded from the Hub: {' '.join(str(error).split())}"
         ) from error
     return ExitCheckpoint.open(Path(path))
 

@@ -27,15 +27,15 @@ class ProfileOptions:
     dtype: str = frozen_option("dtype")
     device: str = frozen_option("device")
     trust_remote_code: bool = frozen_option("trust_remote_code")
-    overwrite: bool = option(False, "write over an existing file")
+    overwrite: bool = option(False, "overwrite existing files")
     fit_adapters: str = option(
         "",
-        "numbers of blocks, separated by commas: fits the read-out of models without so many, the deepest and those of "
-        "the least distance, and writes them beside --output, as .safetensors",
+        "numbers of blocks, separated by commas: fits a read-out for models pruned by each number (the deepest blocks, "
+        "and those of the least distance), and writes them beside --output, as .safetensors",
     )
     fit_tokens: int = option(30_000, "tokens of text for that fit; a fifth of its documents is measured on")
     fit_documents: int = option(100, DOCUMENTS_HELP)
-    ridge: float = option(0.01, "of that fit: its penalty, in mean variances of a coordinate of the hidden state")
+    ridge: float = option(0.01, "penalty of that fit, in mean variances of a coordinate of the hidden state")
 
     def __post_init__(self) -> None:
         check_at_least(self, {"texts": 1, "fit_tokens": 2, "fit_documents": 1})
@@ -88,9 +88,9 @@ class SearchOptions:
     seq_len: int = frozen_option("seq_len")
     dtype: str = frozen_option("dtype")
     device: str = frozen_option("device")
-    seed: int = option(0, "of the split of documents")
+    seed: int = option(0, "random seed for the split of documents")
     trust_remote_code: bool = frozen_option("trust_remote_code")
-    overwrite: bool = option(False, "write over an existing file")
+    overwrite: bool = option(False, "overwrite existing files")
 
     def __post_init__(self) -> None:
         check_at_least(self, {"tokens": 100, "documents": 4})

@@ -228,10 +228,10 @@ def _is_done(folder: Path, point: SweepPoint, asked: dict[str, Any]) -> bool:
         if not done.get("vs_full") and (point_folder(folder, FULL_NAME) / POINT_NAME).is_file():
             return False  # the full model was not finished before it, or an earlier release did not compare
     except UserError as error:
-        logger.warning("Point %s is made anew: %s", point.point.name, str(error).removesuffix(f"; {POINT.remedy}"))
+        logger.warning("Point %s is run again: %s", point.point.name, str(error).removesuffix(f"; {POINT.remedy}"))
         return False
     if (missing := done["answers"] - len(point.store)) > 0 and not point.store.damaged:
-        logger.warning("Point %s is made anew: %d of its answers are missing", point.point.name, missing)
+        logger.warning("Point %s is run again: %d of its answers are missing", point.point.name, missing)
     return missing <= 0 and not point.store.damaged
 
 

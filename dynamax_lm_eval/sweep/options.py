@@ -41,7 +41,7 @@ class SweepOptions:
 
     backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
     tasks: str = field(metadata={"help": "tasks of the harness, separated by commas"})
-    output: str = field(metadata={"help": "folder for everything that the sweep writes; a restart goes on there"})
+    output: str = field(metadata={"help": "output folder; rerun an interrupted sweep and it continues there"})
     thresholds: str = _option(
         "0.25:0.95:0.05",
         "first:last:step and numbers, separated by commas; 0.9+0.8+0.7 is one for each exit. TASK=0.3,0.5;TASK=0.4 has "
@@ -52,7 +52,7 @@ class SweepOptions:
     )
     propose: str | None = _option(
         None,
-        "of cascades: the classifier's confidence from which on a token is read out; several, separated by commas; "
+        "cascades: a token is read out where the classifier's confidence reaches this; several, separated by commas; "
         f"default: {DEFAULT_PROPOSE}",
     )
     state_modes: str = _option(
@@ -60,7 +60,7 @@ class SweepOptions:
         "separated by commas: learned, recompute, copy, copy_previous, skip; verify: exits are drafts that the full "
         "model verifies; auto: what a preset among --model_args says, else learned where the exits have maps of states",
     )
-    verify_tokens: int | None = _option(None, "tokens that a row drafts at most, of points that verify; default: 8")
+    verify_tokens: int | None = _option(None, "most tokens that a row drafts, in points that verify; default: 8")
     verify_at: str = _option(
         "",
         "exit layers, separated by commas: every token is drafted there, and the full model verifies; a family of its "
@@ -68,12 +68,12 @@ class SweepOptions:
     )
     static_exits: str = _option(
         "",
-        "exit layers, separated by commas: every token leaves there, without a decision, through the adapter of the "
-        "exits at hand; a family of its own for each state mode",
+        "exit layers, separated by commas: every token exits there, without a decision, through the adapter of the "
+        "trained exits; a family of its own for each state mode",
     )
     prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
     prune_scope: str | None = _option(
-        None, "which tokens do without pruned blocks: all, or generated; default: what a preset says, else all"
+        None, "which tokens skip the pruned blocks: all, or generated; default: what a preset says, else all"
     )
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
     prune_adapter: str | None = _option(
@@ -83,22 +83,22 @@ class SweepOptions:
     limit: int | None = _option(None, "documents of each task; default: all")
     draw: int | None = _option(
         None,
-        "a seed: takes --limit documents of each task at random, not its first ones, which may be alike",
+        "a seed: draws --limit documents of each task at random; its first ones may be alike",
     )
     samples: str | None = _option(None, 'JSON, or a file of it, with documents by task: {"triviaqa": [0, 7]}')
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
-    batch_size: int = _option(32, "rows in flight, whatever policies they belong to")
+    batch_size: int = _option(32, "sequences processed at once, of all points together")
     noise_rows: int | None = _option(
         None,
-        "rows in flight of a second run of the full model, which shows how much is rounding; 0: none; default: half of "
-        "--batch_size (2 where that is 1), and none in float32 on a CPU",
+        "sequences processed at once in a second run of the full model, which measures rounding; 0: none; default: "
+        "half of --batch_size (2 where that is 1), and none in float32 on a CPU",
     )
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     include_path: str | None = _option(None, "folder with tasks of your own")
     metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")
     apply_chat_template: bool = _option(False, "wrap prompts in the tokenizer's chat template")
-    system_instruction: str | None = _option(None, "put before every prompt")
-    seed: int = _option(1234, "of few-shot examples and of sampling")
+    system_instruction: str | None = _option(None, "text before every prompt")
+    seed: int = _option(1234, "random seed for few-shot choice and sampling")
 
     def __post_init__(self) -> None:
         for name in ("backbone", "tasks", "output"):
