@@ -254,6 +254,7 @@ def _execute(name: str, arguments: list[str]) -> None:
     _autoload.register()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     quiet.hide_kernels()
+    quiet.write_beside_bars(logging.getLogger())
     # httpx tells of every request; rouge_score of its tokenizer, for every score.
     for noisy in ("httpx", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

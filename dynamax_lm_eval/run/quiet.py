@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
 
 _HARNESS = "lm_eval"
 #: Where transformers logs which kernels it finds.
@@ -53,8 +56,27 @@ def hide_kernels() -> None:
     logging.getLogger(_KERNELS).addFilter(lambda record: "is falling back to its reference" not in record.getMessage())
 
 
+def write_beside_bars(logger: logging.Logger) -> None:
+    """Lets a logger's lines on the terminal begin on a line of their own where a bar is shown."""
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and not hasattr(handler, "_dynamax_emit"):
+            _wrap_emit(handler)
+
+
+def _wrap_emit(handler: logging.StreamHandler[Any]) -> None:
+    original = handler.emit
+
+    def emit(record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=handler.stream):
+            original(record)
+
+    handler._dynamax_emit = original  # type: ignore[attr-defined]
+    handler.emit = emit  # type: ignore[method-assign]
+
+
 def install(is_wanted: Callable[[], bool]) -> None:
     """Puts the filter where the harness writes its messages, in place of an earlier one."""
+    write_beside_bars(logging.getLogger(_HARNESS))
     for handler in logging.getLogger(_HARNESS).handlers:
         for earlier in [found for found in handler.filters if isinstance(found, Quiet)]:
             handler.removeFilter(earlier)
