@@ -44,7 +44,8 @@ examples:
 --include_path. `arguments` shows what --model_args may hold. The stock command works too:
   lm_eval --model dynamax --include_path "$(dynamax-lm-eval tasks --path)" ...
 
-Errors end in one line; every command shows where they come from with --debug.
+dynamax-lm-eval COMMAND --help shows the options of a command. Errors end in one line; --debug shows where they come
+from.
 """
 
 #: What a full disk, a missing permission or a damaged file ends in; not the sign of a bug.
@@ -195,9 +196,9 @@ thresholds by rising savings, for calibrate --per_exit FILE, and how much they g
 Choose a threshold with a statistical guarantee: the expected loss per document is at most TOLERANCE, with probability
 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
 Candidates are tested from the most careful one down until one fails; of those that passed, the one that saves the
-most is chosen. Half of the task's documents, drawn at random, decide, the others test. The certificate is written to
-OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and refuse what it does not
-cover.""",
+most is chosen. Half of the task's documents, drawn at random, are used to choose it, the others to test it. The
+certificate is written to OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and
+refuse what it does not cover.""",
     ),
 }
 
@@ -228,9 +229,9 @@ def _overview() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {dynamax_lm_eval.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("run", help="evaluate: lm_eval with --model dynamax and our tasks (all its options)")
+    commands.add_parser("run", help="evaluate a model on tasks: lm_eval with our model and tasks")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=f"{command.summary} (all its options: dynamax-lm-eval {name} --help)")
+        commands.add_parser(name, help=command.summary)
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
     return parser

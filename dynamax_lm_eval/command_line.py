@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         """Adds the option of a field; returns what usage shows of it."""
         kind, is_list = _kind(hint)
         meaning = str(item.metadata.get("help", "")).replace("%", "%%") + _default(item)
-        metavar = _METAVARS.get(kind, item.name.rpartition("_")[2].upper())
+        metavar = _METAVARS.get(kind, _last_word(item.name).upper())
         if item.name == self._positional:
             metavar = metavar.removesuffix("S") if is_list else metavar
             nargs = "+" if is_list else None if is_required else "?"
@@ -124,6 +124,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError in place of argparse's lines of usage."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _last_word(name: str) -> str:
+    """Returns the last word of an option's name where it says something, else the name."""
+    word = name.rpartition("_")[2]
+    return word if len(word) > len("hub") else name
 
 
 def _kind(hint: Any) -> tuple[Callable[[str], Any], bool]:

@@ -32,16 +32,17 @@ class CalibrateOptions:
     method: str = _option(
         "ltt", "ltt: learn then test, a bound with probability 1 - level; crc: conformal risk control, a mean"
     )
-    bound: str = _option("betting", f"of ltt: {' or '.join(BOUNDS)}")
+    bound: str = _option("betting", f"bound of ltt: {', '.join(BOUNDS)}")
     loss: str = _option(
         "consistency",
         "consistency: 1 - similarity to the full model's answer; metric: how much the task's metric falls below the "
         "full model's on the same document, 0 where it does not",
     )
     likeness: str | None = _option(
-        None, f"of consistency: {', '.join(LIKENESSES)}; default: rouge_l, or exact for chosen answers"
+        None,
+        f"similarity of --loss consistency: {', '.join(LIKENESSES)}; default: rouge_l, for choices exact",
     )
-    metric: str | None = _option(None, "of loss metric: one of the task's, in [0, 1]; default: its first")
+    metric: str | None = _option(None, "metric for --loss metric: one of the task's, in [0, 1]; default: its first")
     thresholds: str = _option(
         "0.5:0.95:0.05,0.97,0.99",
         "candidates, tested from the highest mean down: first:last:step and numbers, "
@@ -61,7 +62,7 @@ class CalibrateOptions:
     model_args: str = _option("", "further model arguments: exit_scope=all,repetition_penalty=1.1,...")
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
     fewshot_seed: int = _option(
-        1234, "random seed for few-shot choice; runs need the same one (this is lm_eval's default)"
+        1234, "random seed for few-shot choice; runs need the same one, and have this by default"
     )
     batch_size: int = _option(32, "sequences processed at once")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
