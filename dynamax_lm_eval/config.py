@@ -383,17 +383,5 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     return DynamaxArgs(**parsed), passed_on
 
 
-def changed_arguments(given: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns arguments with others in their place; a new source of thresholds takes the place of the former one."""
-    sources = {"threshold", "target_reduction", "target_latency_ms"}
-    former = {*sources, "budget"} if sources & set(changed) else set()
-    return {**{name: value for name, value in given.items() if name not in former}, **changed}
-
-
-def parse_exit_layers(value: Any) -> tuple[int, ...]:
-    """Exit layers as the user may write them: a number, a list, or ``15+20``; UserError where they are none."""
-    return values.layers("exit_layers", value)
-
-
 def _names_certificate(threshold: Any) -> bool:
     return isinstance(threshold, str) and (threshold == CALIBRATED or threshold.endswith(".json"))

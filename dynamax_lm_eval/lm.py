@@ -19,6 +19,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from dynamax_lm_eval import argument_rules
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.config import DynamaxArgs
@@ -174,7 +175,7 @@ class DynamaxLM(HFLM):
         Raises:
             UserError: an argument is wrong, or needs something else than what is loaded.
         """
-        given = arguments.changed_arguments(self._given, changed)
+        given = argument_rules.changed(self._given, changed)
         args, _ = arguments.parse_model_args(given, hflm.harness_arguments())
         if args.certificate is not None or BudgetRunner.is_asked_for(args):
             raise UserError(

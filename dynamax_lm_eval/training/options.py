@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from dynamax_lm_eval import config, values
+from dynamax_lm_eval import values
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
 from dynamax_lm_eval.frozen.options import (
@@ -333,7 +333,7 @@ class TrainingOptions:
         """Returns the exits for a backbone of ``num_layers`` blocks."""
         from dynamax_lm_eval.exits.resolve import resolve_exit_layers
 
-        requested = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
+        requested = None if self.exit_layers is None else values.layers("exit_layers", self.exit_layers)
         return resolve_exit_layers(requested, num_layers, self.final_block)
 
     def to_json(self) -> dict[str, Any]:
