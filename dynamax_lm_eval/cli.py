@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _status(lambda: run(arguments[1:], debug), debug, evaluates=True)
     if name in COMMANDS:
-        return _status(lambda: _execute(name, arguments[1:]), debug)
+        return _status(lambda: _execute(name, arguments[1:], debug), debug)
     options = _overview().parse_args(arguments)
     return _tasks(options.path)
 
@@ -246,7 +246,7 @@ def _tasks(path_only: bool) -> int:
     return 0
 
 
-def _execute(name: str, arguments: list[str]) -> None:
+def _execute(name: str, arguments: list[str], debug: bool) -> None:
     """Parses the options of a command, runs it, and shows what it returns."""
     command = COMMANDS[name]
     kinds = [_named(options) for options in command.options]
@@ -254,8 +254,7 @@ def _execute(name: str, arguments: list[str]) -> None:
     options = parser.read(command.prepare(arguments))
     _autoload.register()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    quiet.hide_kernels()
-    quiet.write_beside_bars(logging.getLogger())
+    quiet.install(logging.getLogger(), is_wanted=lambda: debug)
     # httpx tells of every request; rouge_score of its tokenizer, for every score.
     for noisy in ("httpx", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -79,8 +79,8 @@ def test_lines_begin_beside_a_bar() -> None:
     stream = io.StringIO()
     logger = logging.Logger("of a test")
     logger.addHandler(logging.StreamHandler(stream))
-    quiet.write_beside_bars(logger)
-    quiet.write_beside_bars(logger)  # once
+    for _ in range(2):  # has effect once
+        quiet.install(logger, is_wanted=lambda: True)
     with tqdm(total=2, file=stream, desc="bar") as bar:
         bar.update()
         logger.warning("a line")

@@ -39,9 +39,7 @@ def run(arguments: list[str], debug: bool) -> None:
         # The bridge does this where torch's autoload is on; here it must work without.
         _autoload.register()
         setup_logging(logging.DEBUG if debug else logging.INFO)
-        quiet.install(is_wanted=lambda: debug)
-        if not debug:
-            quiet.hide_kernels()
+        quiet.install(logging.getLogger("lm_eval"), is_wanted=lambda: debug)
         _merge_file(options)
         if not getattr(options, "model", None):
             options.model = _autoload.MODEL_NAME

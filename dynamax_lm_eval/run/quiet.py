@@ -51,16 +51,9 @@ class Quiet(logging.Filter):
         return not message.startswith(_BEGINNINGS) and not any(part in message for part in _PARTS)
 
 
-def hide_kernels() -> None:
-    """Hides what transformers tells of Mamba kernels that are not installed: our own scans run in their place."""
-    logging.getLogger(_KERNELS).addFilter(lambda record: "is falling back to its reference" not in record.getMessage())
-
-
-def write_beside_bars(logger: logging.Logger) -> None:
-    """Lets a logger's lines on the terminal begin on a line of their own where a bar is shown."""
-    for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler) and not hasattr(handler, "_dynamax_emit"):
-            _wrap_emit(handler)
+def _is_no_fallback(record: logging.LogRecord) -> bool:
+    """Says whether a message of transformers is worth a line: our own scans run where kernels are not installed."""
+    return "is falling back to its reference" not in record.getMessage()
 
 
 def _wrap_emit(handler: logging.StreamHandler[Any]) -> None:
@@ -74,10 +67,18 @@ def _wrap_emit(handler: logging.StreamHandler[Any]) -> None:
     handler.emit = emit  # type: ignore[method-assign]
 
 
-def install(is_wanted: Callable[[], bool]) -> None:
-    """Puts the filter where the harness writes its messages, in place of an earlier one."""
-    write_beside_bars(logging.getLogger(_HARNESS))
-    for handler in logging.getLogger(_HARNESS).handlers:
+def install(logger: logging.Logger, is_wanted: Callable[[], bool]) -> None:
+    """Puts the filter where a logger writes its messages, in place of an earlier one; bars stay apart from them.
+
+    Args:
+        logger: the harness's, or the root where that has no handlers of its own.
+        is_wanted: says whether everything is.
+    """
+    if not is_wanted():
+        logging.getLogger(_KERNELS).addFilter(_is_no_fallback)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and not hasattr(handler, "_dynamax_emit"):
+            _wrap_emit(handler)
         for earlier in [found for found in handler.filters if isinstance(found, Quiet)]:
             handler.removeFilter(earlier)
         handler.addFilter(Quiet(is_wanted))

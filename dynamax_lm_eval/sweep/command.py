@@ -326,9 +326,10 @@ def _save(
         fewshot_as_multiturn=options.apply_chat_template,
     )
     naming.name_tracker(tracker, name if len(name) < 100 else short_name(name))
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, task_samples in samples.items():
-        tracker.save_results_samples(task_name=short_name(task), samples=task_samples)
+    with one_of_many_evaluations():
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, task_samples in samples.items():
+            tracker.save_results_samples(task_name=short_name(task), samples=task_samples)
     place = directory / str(tracker.general_config_tracker.model_name_sanitized)
     files = {
         task: str((place / f"samples_{short_name(task)}_{tracker.date_id}.jsonl").relative_to(directory))
