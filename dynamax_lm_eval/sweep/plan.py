@@ -37,7 +37,7 @@ def plan(
     already = f" ({done} done already)" if done else ""
     return (
         f"Sweep of {describe.loaded_model(lm)}: {len(points)} points in {lines} lines{already}; documents: {tasks}; "
-        f"{options.batch_size} rows in flight; writing to {options.output}"
+        f"{options.batch_size} sequences at once; writing to {options.output}"
     )
 
 
