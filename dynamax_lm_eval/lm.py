@@ -177,12 +177,14 @@ class DynamaxLM(HFLM):
         """
         given = argument_rules.changed(self._given, changed)
         args, _ = arguments.parse_model_args(given, hflm.harness_arguments())
+        if of_loading := sorted(set(changed) - set(arguments.OWN_ARGUMENTS)):
+            raise UserError(f"{of_loading[0]} belongs to the loaded model and cannot change; make another DynamaxLM")
         if args.certificate is not None or BudgetRunner.is_asked_for(args):
             raise UserError(
                 "a certificate and a budget choose thresholds for a model of their own; make one of the loaded "
                 "weights: DynamaxLM(lm.model, ...)"
             )
-        if self.exits is None:
+        if self.exits is None and lookup.may_use_exits(args):
             lookup.check_none(args, self._source.config, self._source.fingerprints_of(self.model))
         self.use_policy(args)
         return self

@@ -100,6 +100,7 @@ class TestUse:
             ({"target_reduction": 1.2}, r"DynamaxLM\(lm.model, ...\)"),
             ({"threshold": "calibrated"}, r"DynamaxLM\(lm.model, ...\)"),
             ({"exit_layers": [9]}, "exit_layers must lie in"),
+            ({"dtype": "float64"}, "dtype belongs to the loaded model"),
             ({"mamba_kernels": "torch"}, "mamba_kernels is loaded already"),
         ],
     )

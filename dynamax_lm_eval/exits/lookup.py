@@ -126,8 +126,8 @@ def for_run(
 
 
 def check_none(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints) -> None:
-    """Raises UserError where a run with these arguments would use exits, and a model was loaded without any."""
-    if may_use_exits(args) and for_run(args, backbone_config, fingerprints) is not None:
+    """Raises UserError where there are exits for arguments that may use some, and a model was loaded without."""
+    if for_run(args, backbone_config, fingerprints) is not None:
         raise UserError(
             "the model was loaded without its trained exits, because nothing was to leave through them; load it with "
             "such arguments (threshold below 1), which may change to the full model later"
