@@ -36,6 +36,13 @@ def check_given(parsed: Mapping[str, Any], passed_on: Mapping[str, Any]) -> None
     _check_verify(parsed)
 
 
+def changed(given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments with others in their place; a new source of thresholds takes the place of the former one."""
+    sources = {"threshold", "target_reduction", "target_latency_ms"}
+    former = {*sources, "budget"} if sources & set(others) else set()
+    return {**{name: value for name, value in given.items() if name not in former}, **others}
+
+
 def check_full_prompt(arguments: Mapping[str, Any]) -> None:
     """Raises UserError where the prompt is to run all blocks, and some of its tokens are to leave."""
     if arguments.get("prune_scope") != "generated" or not arguments.get("prune_layers"):

@@ -7,7 +7,6 @@ before it is needed, so that help comes at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import logging
@@ -24,7 +23,9 @@ from safetensors import SafetensorError
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
+from dynamax_lm_eval.command_line import Parser
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.run import quiet
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
 _EPILOG = """\
@@ -39,11 +40,12 @@ examples:
   dynamax-lm-eval calibrate --backbone smollm2-gguf --tasks trivia_demo --tolerance 0.2 --output out/calibrated
   dynamax-lm-eval tasks
 
-`run` takes every option of `lm_eval run` (see `lm_eval run --help`); --model defaults to dynamax, and the
-package's own tasks are found without --include_path. The stock command works too:
+`run` takes every option of `lm_eval run`; --model defaults to dynamax, and the package's own tasks are found without
+--include_path. `arguments` shows what --model_args may hold. The stock command works too:
   lm_eval --model dynamax --include_path "$(dynamax-lm-eval tasks --path)" ...
 
-Errors end in one line; every command shows where they come from with --debug.
+dynamax-lm-eval COMMAND --help shows the options of a command. Errors end in one line; --debug shows where they come
+from.
 """
 
 #: What a full disk, a missing permission or a damaged file ends in; not the sign of a bug.
@@ -63,7 +65,8 @@ class Command:
         summary: one line for the list of commands.
         description: for its own help.
         prepare: rewrites its arguments before they are parsed.
-        usage: what stands between the command and its options.
+        positional: the option that is given without its name.
+        extra: options that ``prepare`` reads: name, value, meaning.
     """
 
     options: tuple[str, ...]
@@ -71,7 +74,8 @@ class Command:
     summary: str
     description: str
     prepare: Callable[[list[str]], list[str]] = list
-    usage: str = ""
+    positional: str | None = None
+    extra: tuple[tuple[str, str, str], ...] = ()
 
 
 def _with_config(arguments: list[str]) -> list[str]:
@@ -93,17 +97,6 @@ def _with_config(arguments: list[str]) -> list[str]:
     return [*(part for pair in pairs for part in pair), *given]
 
 
-def _with_folders(arguments: list[str]) -> list[str]:
-    """The arguments of a report, whose folders come first and without a name."""
-    options = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    return ["--folders", *arguments] if options else arguments
-
-
-def _with_folder(arguments: list[str]) -> list[str]:
-    """The same for one folder."""
-    return ["--folder", *arguments] if arguments and not arguments[0].startswith("-") else arguments
-
-
 COMMANDS = {
     "headroom": Command(
         ("headroom.options:HeadroomOptions",),
@@ -111,10 +104,10 @@ COMMANDS = {
         "see what early exit could save on a model, before training",
         """\
 One look at a model, before any training. Per layer: the share of tokens whose read-out (final norm and LM head) already
-gives the full model's best token, without adapters, with those of exits at hand, and with affine ones that are fitted
-on the fly (--fit_adapters True). An oracle that knows this lets each token leave as early as it may; its
+gives the full model's best token, without adapters, with those of trained exits, and with affine ones that are fitted
+on the fly (--fit_adapters True). An oracle that knows this lets each token exit as early as possible; its
 compute_reduction counts blocks, recomputed states and adapters, and bounds what any classifier can reach. Its choices
-then run through the engine, which tells how many answers change because of the states that tokens leave behind.
+then run through the engine, which shows how many answers change because of the states that exited tokens leave behind.
 Writes headroom.json and headroom.png, and ends with one line: whether early exit is worth training. For example,
 --backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True or --backbone MODEL --tasks triviaqa.""",
     ),
@@ -133,13 +126,13 @@ On several GPUs or processes: accelerate launch -m dynamax_lm_eval train ..., or
         "evaluate many policies in one run",
         """\
 Answer tasks under many policies at once: thresholds x confidences x state modes, pruned models, static exits, and
-always the full model. The backbone is loaded once, prompts run once, and points decode together. Each point gets
-the harness's own result files in OUTPUT/points; what was answered is kept there line by line, so a sweep that was
-stopped goes on when it is started again. Options may come from a YAML file: --config sweep.yaml; those on the
-command line win. Several processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ...
-Pictures:
-dynamax-lm-eval report.""",
+always the full model. The backbone is loaded once, prompts run once, and points decode together. Each point gets the
+harness's own result files in OUTPUT/points. Every answer is stored at once: if interrupted, rerun the sweep and it
+continues where it stopped. Options may come from a YAML file, --config sweep.yaml; those on the command line win.
+Several processes share the points: torchrun --nproc_per_node 2 -m dynamax_lm_eval sweep ...
+Plots: dynamax-lm-eval report.""",
         prepare=_with_config,
+        extra=(("--config", "FILE", "YAML file of these options by name; those on the command line win"),),
     ),
     "report": Command(
         ("reports.options:ReportOptions",),
@@ -148,11 +141,10 @@ dynamax-lm-eval report.""",
         """\
 Show what sweeps found: points.csv and points.parquet (one row per point, task and metric), report.md with intervals,
 plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts.""",
-        prepare=_with_folders,
-        usage=" FOLDER...",
+        positional="folders",
     ),
     "exits": Command(
-        ("exits.listing:ExitsOptions",),
+        ("exits.options:ExitsOptions",),
         "exits.listing:command",
         "list, show or remove trained exits",
         """\
@@ -168,20 +160,27 @@ takes the newest ones in the cache that fit its weights, then those of the packa
 Write the results below a folder, of runs and of sweeps, in another format: one table (csv, parquet), files for the
 Hub's .eval_results and for a model card's metadata, or records of Every Eval Ever, converted and validated by its own
 package. Every operating point is an entry of its own, and its policy and compute go with it.""",
-        prepare=_with_folder,
-        usage=" FOLDER",
+        positional="folder",
+    ),
+    "arguments": Command(
+        ("run.arguments:ArgumentsOptions",),
+        "run.arguments:command",
+        "show the model arguments",
+        """\
+Show what may stand in --model_args, as keywords of DynamaxLM in Python too: all arguments, or one of them.""",
+        positional="name",
     ),
     "prune-profile": Command(
-        ("measure.prune_profile:ProfileOptions",),
+        ("measure.options:ProfileOptions",),
         "measure.prune_profile:command",
         "measure which blocks to prune",
         """\
-Measure how much blocks in a row turn the hidden state (angular distance, Gromov et al. 2024), on text. The file that
-this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps. With
---fit_adapters 1,2,4 models without so many blocks get a read-out each, for prune_adapter=FILE and for sweeps.""",
+Measure how much consecutive blocks rotate the hidden state (angular distance, Gromov et al. 2024), on text. The file
+that this writes chooses the blocks of prune_strategy=angular,prune_profile=FILE,prune_layers=N and of sweeps. With
+--fit_adapters 1,2,4 models pruned by 1, 2 and 4 blocks get a fitted read-out, for prune_adapter=FILE and sweeps.""",
     ),
     "exit-thresholds": Command(
-        ("measure.exit_thresholds:SearchOptions",),
+        ("measure.options:SearchOptions",),
         "measure.exit_thresholds:command",
         "search thresholds per exit on text",
         """\
@@ -194,12 +193,12 @@ thresholds by rising savings, for calibrate --per_exit FILE, and how much they g
         "calibration.command:command",
         "choose a threshold with a guarantee",
         """\
-Choose a threshold that keeps a promise: the expected loss per document is at most TOLERANCE, and that holds with
-probability 1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
+Choose a threshold with a statistical guarantee: the expected loss per document is at most TOLERANCE, with probability
+1 - LEVEL over the documents it was chosen on (learn then test), or on average over them (--method crc).
 Candidates are tested from the most careful one down until one fails; of those that passed, the one that saves the
-most is chosen. Half of the task's documents, drawn at random, decide, the others test. The certificate is written to
-OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and refuse what it does not
-cover.""",
+most is chosen. Half of the task's documents, drawn at random, are used to choose it, the others to test it. The
+certificate is written to OUTPUT and beside the exits; runs use it with threshold=calibrated or threshold=FILE, and
+refuse what it does not cover.""",
     ),
 }
 
@@ -211,9 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != _DEBUG]
     name = arguments[0] if arguments else ""
     if name == "run":
-        return _run(arguments[1:], debug)
+        from dynamax_lm_eval.run.command import run  # the harness's parser: not needed for other commands
+
+        return _status(lambda: run(arguments[1:], debug), debug, evaluates=True)
     if name in COMMANDS:
-        return _status(lambda: _execute(name, arguments[1:]), debug)
+        return _status(lambda: _execute(name, arguments[1:], debug), debug)
     options = _overview().parse_args(arguments)
     return _tasks(options.path)
 
@@ -228,9 +229,9 @@ def _overview() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {dynamax_lm_eval.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("run", help="evaluate: lm_eval with --model dynamax and our tasks (all its options)")
+    commands.add_parser("run", help="evaluate a model on tasks: lm_eval with our model and tasks")
     for name, command in COMMANDS.items():
-        commands.add_parser(name, help=f"{command.summary} (all its options: dynamax-lm-eval {name} --help)")
+        commands.add_parser(name, help=command.summary)
     tasks = commands.add_parser("tasks", help="list the tasks that come with the package and their folder")
     tasks.add_argument("--path", action="store_true", help="print the folder only, for --include_path")
     return parser
@@ -245,12 +246,18 @@ def _tasks(path_only: bool) -> int:
     return 0
 
 
-def _execute(name: str, arguments: list[str]) -> None:
+def _execute(name: str, arguments: list[str], debug: bool) -> None:
     """Parses the options of a command, runs it, and shows what it returns."""
     command = COMMANDS[name]
     kinds = [_named(options) for options in command.options]
-    options = _parsed(f"{name}{command.usage}", command.description, command.prepare(arguments), *kinds)
+    parser = Parser(f"dynamax-lm-eval {name}", command.description, kinds, command.positional, command.extra)
+    options = parser.read(command.prepare(arguments))
     _autoload.register()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    quiet.install(logging.getLogger(), is_wanted=lambda: debug)
+    # httpx tells of every request; rouge_score of its tokenizer, for every score.
+    for noisy in ("httpx", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     shown = _named(command.run)(*options)
     if isinstance(shown, str):
         sys.stdout.write(shown)
@@ -262,27 +269,11 @@ def _named(place: str) -> Any:
     return getattr(importlib.import_module(f"{dynamax_lm_eval.__name__}.{module}"), name)
 
 
-def _parsed(command: str, description: str, arguments: list[str], *kinds: Any) -> tuple[Any, ...]:
-    """The options of a subcommand as instances of these dataclasses."""
-    from transformers import HfArgumentParser
+def _status(command: Callable[[], None], debug: bool, evaluates: bool = False) -> int:
+    """Runs a subcommand; what is no bug ends in one line on stderr: status 2 for what the user got wrong, else 1.
 
-    parser = HfArgumentParser(
-        kinds,
-        prog=f"dynamax-lm-eval {command}",
-        description=description,
-        allow_abbrev=False,
-        epilog=f"{_DEBUG} shows where an error comes from.",
-    )
-    *options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    if unknown:
-        raise UserError(_unknown_option(unknown[0], parser))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    return tuple(options)
-
-
-def _status(command: Callable[[], None], debug: bool) -> int:
-    """Runs a subcommand; what is no bug ends in one line on stderr: status 2 for what the user got wrong, else 1."""
+    ``evaluates``: it is the harness's, whose errors are the user's input unless an evaluation was running.
+    """
     try:
         command()
     except UserError as error:
@@ -292,7 +283,12 @@ def _status(command: Callable[[], None], debug: bool) -> int:
     except (*_DAMAGE, *_DAMAGED_TEXT) as error:
         if debug or (isinstance(error, _DAMAGED_TEXT) and getattr(error, "raised_while_evaluating", False)):
             raise
-        return _told(error, 1)
+        return _told(error, 2 if evaluates else 1)
+    except (ValueError, TypeError) as error:
+        # Of a running evaluation, which is not the user's input, the traceback is needed.
+        if debug or not evaluates or getattr(error, "raised_while_evaluating", False):
+            raise
+        return _told(error, 2)
     return 0
 
 
@@ -305,40 +301,3 @@ def _told(error: Exception, status: int) -> int:
         text = f"{type(error).__name__}: {text} (is a file damaged? {_DEBUG} shows which one was read)"
     sys.stderr.write(f"dynamax-lm-eval: error: {text}\n")
     return status
-
-
-def _unknown_option(option: str, parser: argparse.ArgumentParser) -> str:
-    known = [name for action in parser._actions for name in action.option_strings]
-    nearest = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
-    return f"unknown option {option!r}; " + (f"did you mean {nearest[0]}?" if nearest else "see --help")
-
-
-def _run(arguments: list[str], debug: bool) -> int:
-    # The bridge does this where torch's autoload is on; here it must work without.
-    _autoload.register()
-    from lm_eval._cli import HarnessCLI
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-    from lm_eval.utils import setup_logging
-
-    setup_logging()
-    before, sys.argv = sys.argv, ["dynamax-lm-eval", "run", *arguments]
-    try:
-        harness = HarnessCLI()
-        options = harness.parse_args()
-        file = EvaluatorConfig.load_yaml_config(options.config) if getattr(options, "config", None) else {}
-        if not getattr(options, "model", None) and not file.get("model"):
-            options.model = _autoload.MODEL_NAME
-        theirs = getattr(options, "include_path", None) or file.get("include_path") or []
-        theirs = [theirs] if isinstance(theirs, str) else theirs
-        own = dynamax_lm_eval.tasks_dir()
-        options.include_path = [str(own), *(path for path in theirs if Path(path).resolve() != own)]
-        harness.execute(options)
-    except (ValueError, TypeError, *_DAMAGE) as error:
-        # Of other errors of a running evaluation, which are not the user's input, the traceback is needed.
-        known = isinstance(error, (UserError, *_DAMAGE)) or not getattr(error, "raised_while_evaluating", False)
-        if debug or not known:
-            raise
-        return _told(error, 2)
-    finally:
-        sys.argv = before
-    return 0

@@ -109,8 +109,8 @@ class DynamaxArgs:
     vocab_subset: int | None = values.argument(
         None,
         values.whole(2),
-        "`softmax` and `entropy` are made of the logits of so many tokens: those of the row's prompt, and the lowest "
-        "ids, which are the frequent ones of most tokenizers. An evaluation then reads so many rows of the LM head; "
+        "`softmax` and `entropy` are computed from the logits of N tokens only: those of the row's prompt, and the "
+        "lowest ids, the frequent ones of most tokenizers. An evaluation then reads N rows of the LM head; "
         "tokens are still chosen from all ([what that changes](docs/search.md#a-part-of-the-vocabulary)). With "
         "`verify`, drafts are chosen from them, whatever the confidence",
         shown="all tokens",
@@ -118,17 +118,17 @@ class DynamaxArgs:
     exit_layers: tuple[int, ...] | None = values.argument(
         None,
         values.layers,
-        "where tokens may leave: numbers of blocks that have run, e.g. `[16,20,24,28]`",
+        "block counts (from 1) after which a token may exit, e.g. `[16,20,24,28]`",
         shown="those of the exits, else floor(L/2 + i L/8), i = 0..3",
     )
     state_mode: StateMode | None = values.argument(
         None,
         values.choice(StateMode),
-        "what a token that left gives the blocks it skipped: `learned` predicts K and V from its last hidden state by "
-        "maps of the trained exits, `recompute` projects them from it, `copy` copies the K and V of the last block it "
-        "ran, `copy_previous` takes over what its row wrote last in each of these blocks, with K turned to its own "
-        "position (Llama's kind alone), `skip` masks it out. Mamba blocks: `learned` and `recompute` move conv and SSM "
-        "state on from its last hidden state, `skip` leaves them, the others are refused",
+        "what an exited token leaves in the cache of the blocks it skipped: `learned` predicts K and V from its last "
+        "hidden state by maps of the trained exits, `recompute` projects them from it, `copy` copies those of the last "
+        "block it ran, `copy_previous` takes over what its row wrote last in each of these blocks, K turned to its "
+        "position (Llama's kind alone), `skip` masks it out. Mamba blocks: `learned` and `recompute` update conv and "
+        "SSM state from its last hidden state, `skip` leaves them unchanged, the others are refused",
         shown="`learned` where the exits have maps, else `recompute`",
         vary=True,
     )
@@ -140,7 +140,7 @@ class DynamaxArgs:
     prompt_exit_layer: int | None = values.argument(
         None,
         values.count,
-        "all prompt tokens but the last `prompt_exit_keep` leave after so many blocks, without a decision; best with "
+        "all prompt tokens but the last `prompt_exit_keep` exit after this block, without a decision; best with "
         "`state_mode=learned` and an exit layer of these exits",
         shown="none",
         vary=True,
@@ -158,7 +158,7 @@ class DynamaxArgs:
     prune_strategy: PruneStrategy | None = values.argument(
         None,
         values.choice(PruneStrategy),
-        "which N blocks: `deepest`, those before the last one, or `angular`, the N blocks in a row that turn the "
+        "which N blocks: `deepest`, those before the last one, or `angular`, the N consecutive blocks that rotate the "
         "hidden state least (Gromov et al. 2024), as `prune_profile` says",
         shown="`deepest`",
         vary=True,
@@ -166,7 +166,7 @@ class DynamaxArgs:
     prune_scope: PruneScope = values.argument(
         "all",
         values.choice(PruneScope),
-        "which tokens do without the pruned blocks: `all`, or `generated`, where the prompt runs at full depth "
+        "which tokens skip the pruned blocks: `all`, or `generated`, where the prompt runs at full depth "
         "(`compute_reduction_total` then counts it so)",
         vary=True,
     )
@@ -188,15 +188,15 @@ class DynamaxArgs:
     certificate_any_task: bool = values.argument(
         False,
         values.flag,
-        "uses a certificate for another task than its own, without a guarantee",
+        "accepts a certificate issued for another task; no guarantee then",
         shown="false",
         vary=True,
     )
     target_reduction: float | None = values.argument(
         None,
         values.number(1, above=True, hint="threshold=1 is the full model"),
-        "holds compute_reduction at this number: the threshold of every 32 documents follows what was spent before "
-        "them. In place of `threshold`",
+        "keeps compute_reduction at this value: the threshold is adjusted after every 32 documents. In place of "
+        "`threshold`",
         shown="off",
         vary=True,
     )
@@ -210,7 +210,7 @@ class DynamaxArgs:
     target_latency_ms: float | None = values.argument(
         None,
         values.number(0, above=True),
-        "the same for wall-clock milliseconds per generated token; depends on the machine",
+        "the same for a target latency, in milliseconds per generated token; depends on the machine",
         shown="off",
         vary=True,
     )
@@ -244,27 +244,27 @@ class DynamaxArgs:
     mamba_kernels: MambaKernels | None = values.argument(
         None,
         values.choice(MambaKernels),
-        "on a Mamba backbone: `auto` runs mamba-ssm and causal-conv1d on a GPU where installed, `torch` does without",
+        "on a Mamba backbone: `auto` uses mamba-ssm and causal-conv1d on a GPU where installed; `torch` never does",
         shown="`auto`",
     )
     prefix_caching: bool = values.argument(
         True,
         values.flag,
-        "what several requests begin with (few-shot examples, a context that choices share) runs once and is copied "
-        "into each; counts stay those of the whole requests",
+        "a prefix that several requests share (few-shot examples, the context of choices) runs once and is copied into "
+        "each; counts stay those of the whole requests",
         shown="true",
     )
     rebatch: bool = values.argument(
         True,
         values.flag,
-        "generated tokens that go on at an exit wait there for a full batch, because a block takes as long for a few "
-        "tokens as for many; answers do not depend on it. Takes effect with `batch_size` above 1",
+        "generated tokens that continue past an exit wait there for a full batch, because a block takes as long for a "
+        "few tokens as for many; answers do not depend on it. Takes effect with `batch_size` above 1",
         shown="true",
     )
     rows_in_flight: int | None = values.argument(
         None,
         values.count,
-        "how many requests may have begun, so that enough can wait: at least `batch_size`, which is above 1",
+        "most sequences in progress, so that enough can wait: at least `batch_size`, which is above 1",
         shown="4 batches, or what half of the free memory holds",
     )
     static_segments: bool | None = values.argument(
@@ -309,11 +309,11 @@ class DynamaxArgs:
     degenerate_ngram: int = values.argument(
         8,
         values.count,
-        "a generation counts in `degenerate_rate` where it ends in an n-gram of up to so many tokens, at least three "
-        "times in a row ([what that finds](docs/sweeps.md#repetition)); 0 counts none",
+        "a generation counts in `degenerate_rate` where it ends in an n-gram of at most this many tokens, repeated at "
+        "least three times ([what that finds](docs/sweeps.md#repetition)); 0 counts none",
         shown="8",
     )
-    degenerate_tokens: int = values.argument(16, values.count, "... and over at least so many tokens", shown="16")
+    degenerate_tokens: int = values.argument(16, values.count, "... and over at least this many tokens", shown="16")
     preset: Preset | None = values.argument(
         None,
         values.choice(Preset),
@@ -346,9 +346,14 @@ OWN_ARGUMENTS = tuple(_ROWS)
 VARIED_ARGUMENTS = frozenset(row.name for row in fields(DynamaxArgs) if row.metadata["vary"])
 
 
+def argument_rows() -> list[tuple[str, str, str]]:
+    """The arguments in their order: name, default and meaning, both in Markdown."""
+    return [(name, row.metadata["default"], row.metadata["help"]) for name, row in _ROWS.items()]
+
+
 def argument_table() -> str:
-    """The arguments as a table in Markdown, as README.md has it."""
-    rows = [f"| `{name}` | {row.metadata['default']} | {row.metadata['help']} |" for name, row in _ROWS.items()]
+    """The arguments as a table in Markdown, with links from the top of the repository."""
+    rows = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in argument_rows()]
     return "\n".join(["| argument | default | meaning |", "| --- | --- | --- |", *rows]) + "\n"
 
 
@@ -386,11 +391,6 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
         parsed = {**PRESETS[preset], **parsed}
     argument_rules.check_full_prompt(parsed)
     return DynamaxArgs(**parsed), passed_on
-
-
-def parse_exit_layers(value: Any) -> tuple[int, ...]:
-    """Exit layers as the user may write them: a number, a list, or ``15+20``; UserError where they are none."""
-    return values.layers("exit_layers", value)
 
 
 def _names_certificate(threshold: Any) -> bool:

@@ -49,9 +49,18 @@ class UserError(ValueError):
 
 
 def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns every setting that differs, with both values, for an error message; empty where none does."""
-    names = sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name))
-    return ", ".join(f"{name} ({stored.get(name)!r}, now {now.get(name)!r})" for name in names)
+    """Returns every setting that differs, with both values, for an error message; empty where none does.
+
+    Of settings that hold others, such as a policy, it returns those that differ.
+    """
+    changed = []
+    for name in sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name)):
+        before, after = stored.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changed.append(f"{name}: {changed_settings(before, after)}")
+        else:
+            changed.append(f"{name} ({before!r}, now {after!r})")
+    return ", ".join(changed)
 
 
 def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, shown: Collection[str]) -> str:

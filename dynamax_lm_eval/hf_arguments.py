@@ -218,3 +218,8 @@ _PARSERS: dict[str, Any] = {
     ),
     **dict.fromkeys(("add_bos_token", "enable_thinking"), values.flag),
 }
+
+
+def known() -> list[str]:
+    """The arguments of ``HFLM`` that are checked here, by name; it takes others."""
+    return sorted({"batch_size", "device", "revision", "tokenizer", *_PARSERS, *FROM_PRETRAINED_ARGUMENTS})

@@ -12,13 +12,14 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, Unpack
 
 import transformers
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from dynamax_lm_eval import argument_rules
 from dynamax_lm_eval import config as arguments
 from dynamax_lm_eval.budget.runner import BudgetRunner
 from dynamax_lm_eval.config import DynamaxArgs
@@ -35,6 +36,7 @@ from dynamax_lm_eval.harness.encoding import EncodedPair
 from dynamax_lm_eval.harness.ledger import ResponseLedger
 from dynamax_lm_eval.harness.requests import RequestSettings
 from dynamax_lm_eval.harness.responder import Answer, Answers, Responder
+from dynamax_lm_eval.keywords import ModelKeywords, PolicyKeywords
 from dynamax_lm_eval.models import aliases, devices, loading
 from dynamax_lm_eval.models.fingerprint import Fingerprints, weights_fingerprint
 from dynamax_lm_eval.models.identity import tokenizer_fingerprint
@@ -47,18 +49,37 @@ evaluate.install()
 class DynamaxLM(HFLM):
     """Early-exit causal LM; takes the arguments of ``--model hf`` and those of ``config.DynamaxArgs``.
 
-    ``backbone`` (or ``pretrained``) is an alias, a Hub id, a folder, or from Python a loaded model.
+    For example ``lm = DynamaxLM("tiny-llama", threshold=0.8, device="cpu")``, and then
+    ``lm_eval.simple_evaluate(lm, tasks=["trivia_demo"], task_manager=dynamax_lm_eval.task_manager())``.
     """
 
-    def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
+    #: Says in a line what runs, before tasks are evaluated.
+    announces: ClassVar[bool] = True
+
+    @hflm.with_signature
+    def __init__(
+        self, backbone: str | transformers.PreTrainedModel | None = None, **kwargs: Unpack[ModelKeywords]
+    ) -> None:
         """Checks every argument, then loads the backbone and compares the layer loop with its forward.
+
+        Args:
+            backbone: an alias (``tiny-llama``, ``smollm2-gguf``, ``mistral``, ...), a Hub id, a folder, or a loaded
+                model; ``pretrained`` is another spelling.
+            kwargs: ``threshold`` (a token exits where the confidence reaches it; 1: the full model), ``exits``,
+                ``confidence``, ``state_mode``, ``exit_layers`` and others: ``dynamax-lm-eval arguments`` shows all.
+                ``device``, ``dtype``, ``batch_size`` and others are those of ``HFLM``.
 
         Raises:
             UserError: an argument is wrong or cannot be honoured, or the architecture is not supported.
         """
-        model = pretrained if isinstance(pretrained, transformers.PreTrainedModel) else None
-        name = model.name_or_path or type(model).__name__ if model is not None else pretrained
-        given = kwargs if name is None else {**kwargs, "pretrained": name}
+        first = backbone if backbone is not None else kwargs.get("pretrained")
+        model = first if isinstance(first, transformers.PreTrainedModel) else None
+        given: dict[str, Any] = {**kwargs}
+        if model is not None:
+            given["pretrained"] = model.name_or_path or type(model).__name__
+        elif backbone is not None:
+            given["backbone"] = backbone
+        self._given = given
         self.args, passed_on = arguments.parse_model_args(given, hflm.harness_arguments())
         self._loaded = self.args
         #: The folder or Hub id of the adapters that the backbone runs with.
@@ -112,7 +133,7 @@ class DynamaxLM(HFLM):
         dtype = self.mixed_precision_dtype
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
-        self._use_segments()
+        _use_segments(self)
         _use_pruning(self.engine, self.args, self.policy, lambda: source.fingerprints_of(self.model))
         if self.exits is not None and classifiers is not None:
             classifiers.narrow(self.model.dtype)
@@ -138,11 +159,35 @@ class DynamaxLM(HFLM):
         Raises:
             UserError: the certificate does not allow this run.
         """
+        if self.announces:
+            describe.announce(self)
         self.run_settings = {name: certificates.run_settings(task, **settings) for name, task in tasks.items()}
         self.budget.start_run()
         self.trained_on = describe.documents_trained_on(self.exits, tasks, documents)
         if self.certified is not None:
             self.certified.check_tasks(self.run_settings, documents)
+
+    def use(self, **changed: Unpack[PolicyKeywords]) -> Self:
+        """Answers later requests under another policy, with what is loaded; returns the model itself.
+
+        For example ``lm.use(threshold=0.9)``. Arguments that are not given are as the model was made with.
+
+        Raises:
+            UserError: an argument is wrong, or needs something else than what is loaded.
+        """
+        given = argument_rules.changed(self._given, changed)
+        args, _ = arguments.parse_model_args(given, hflm.harness_arguments())
+        if of_loading := sorted(set(changed) - set(arguments.OWN_ARGUMENTS)):
+            raise UserError(f"{of_loading[0]} belongs to the loaded model and cannot change; make another DynamaxLM")
+        if args.certificate is not None or BudgetRunner.is_asked_for(args):
+            raise UserError(
+                "a certificate and a budget choose thresholds for a model of their own; make one of the loaded "
+                "weights: DynamaxLM(lm.model, ...)"
+            )
+        if self.exits is None and lookup.may_use_exits(args):
+            lookup.check_none(args, self._source.config, self._source.fingerprints_of(self.model))
+        self.use_policy(args)
+        return self
 
     def use_policy(self, args: DynamaxArgs) -> None:
         """Answers later requests as ``args`` say, with the backbone and the exits that are loaded.
@@ -165,14 +210,10 @@ class DynamaxLM(HFLM):
         is_changed = args.static_segments != self.args.static_segments
         self.args, self.policy = args, policy
         if is_changed:
-            self._use_segments()
+            _use_segments(self)
         self.certified, self.budget = None, BudgetRunner(args, policy, self.engine)
         # A cache of responses belongs to one policy; the harness attaches one anew where a run asks for it.
         self.set_cache_hook(CacheHook(None))
-
-    def _use_segments(self) -> None:
-        against = "blocks that several processes share" if self.is_tensor_parallel else None
-        self.engine.use_segments(self.args.static_segments, against)
 
     def _policy_for(self, args: DynamaxArgs) -> ExitPolicy:
         exits = self.exits.config if self.exits is not None and lookup.may_use_exits(args) else None
@@ -327,6 +368,11 @@ class DynamaxLM(HFLM):
         info |= {"model_name": name, "model_args": given, "dynamax": settings}
         shown: dict[str, Any] = naming.without_home(info)
         return shown
+
+
+def _use_segments(lm: DynamaxLM) -> None:
+    against = "blocks that several processes share" if lm.is_tensor_parallel else None
+    lm.engine.use_segments(lm.args.static_segments, against)
 
 
 def _use_pruning(

@@ -36,3 +36,11 @@ PruneStrategy = Literal["deepest", "angular"]
 
 BudgetStrategy = Literal["online", "two_pass"]
 RooflineDevice = Literal["a100", "h100", "h200", "l40s", "rtx4090"]
+
+#: The state mode of commands that leave it to the exits.
+AUTO = "auto"
+#: In place of a state mode: exits are drafts that the full model verifies.
+VERIFY = "verify"
+
+#: The classifier's confidence from which on a cascade reads out.
+DEFAULT_PROPOSE = 0.5

@@ -29,12 +29,13 @@ from dynamax_lm_eval.exits.prune_adapters import PruneAdapters, blocks_name, loa
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.exits.resolve import resolve_policy
 from dynamax_lm_eval.frozen.text import HeldOut
+from dynamax_lm_eval.measure.options import ProfileOptions
 from dynamax_lm_eval.measure.prune_adapters import end_states, fit, split
-from dynamax_lm_eval.measure.prune_profile import ProfileOptions
 from dynamax_lm_eval.models.fingerprint import files_fingerprint
 from dynamax_lm_eval.sweep.command import sweep
 from dynamax_lm_eval.sweep.files import finished_points
-from dynamax_lm_eval.sweep.options import SweepOptions, grid
+from dynamax_lm_eval.sweep.grid import grid
+from dynamax_lm_eval.sweep.options import SweepOptions
 
 DEEPEST = frozenset({4, 5})
 HEALED = ExitPolicy(LAYERS, pruned_blocks=DEEPEST, prune_adapter="a")

@@ -34,7 +34,8 @@ from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.sweep.options import SweepOptions, grid
+from dynamax_lm_eval.sweep.grid import grid
+from dynamax_lm_eval.sweep.options import SweepOptions
 
 
 def cascade(kind: str = "calm", **changes: Any) -> ExitPolicy:

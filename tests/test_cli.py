@@ -90,8 +90,8 @@ def test_bad_arguments_end_in_one_line(
         ("{llama},mamba_kernels=torch", "mamba_kernels has no effect on 'llama'"),
         ("{bamba},rows_in_flight=8,threshold=1", "rows_in_flight has no effect on BambaForCausalLM"),
         ("{mamba},state_mode=copy", "state_mode=copy is not possible on this backbone"),
-        ("no-such-owner/no-such-model", "nor a model that could be had from the Hub"),
-        ("no such name", "nor a model that could be had from the Hub"),
+        ("no-such-owner/no-such-model", "nor a model that could be downloaded from the Hub"),
+        ("no such name", "nor a model that could be downloaded from the Hub"),
     ],
 )
 def test_bad_backbones(
@@ -253,7 +253,7 @@ def test_tasks_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "lm_eval run --help" in capsys.readouterr().out
+    assert "dynamax-lm-eval run" in capsys.readouterr().out
 
 
 class TestGgufAlias:

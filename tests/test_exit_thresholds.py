@@ -23,7 +23,6 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.measure import exit_thresholds
 from dynamax_lm_eval.measure.exit_thresholds import (
-    SearchOptions,
     best_cascade,
     cascade_of,
     compared,
@@ -31,6 +30,7 @@ from dynamax_lm_eval.measure.exit_thresholds import (
     refusal_costs,
     search,
 )
+from dynamax_lm_eval.measure.options import SearchOptions
 from dynamax_lm_eval.measure.threshold_search import (
     FORMAT,
     Recorded,

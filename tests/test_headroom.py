@@ -490,7 +490,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         "--fit_adapters",
         "An oracle that knows this",
-        "states that tokens leave behind",
+        "states that exited tokens leave behind",
         "default: all from",
     ):
         assert words in shown

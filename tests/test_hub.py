@@ -68,7 +68,7 @@ def test_a_repository_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyP
         raise OSError("404\nnot found")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match="could not be had from the Hub: 404 not found"):
+    with pytest.raises(UserError, match="could not be downloaded from the Hub: 404 not found"):
         lookup.open_exits("me/exits")
 
 

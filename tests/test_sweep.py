@@ -32,8 +32,9 @@ from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.drawing import with_drawn_documents
 from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, RESPONSES_NAME, SWEEP_NAME, finished_points
+from dynamax_lm_eval.sweep.grid import grid
 from dynamax_lm_eval.sweep.model import SweepLM
-from dynamax_lm_eval.sweep.options import SweepOptions, grid, parse_thresholds, read_yaml
+from dynamax_lm_eval.sweep.options import SweepOptions, parse_thresholds, read_yaml
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 
 FULL = DynamaxArgs(backbone="b", threshold=(1.0,))

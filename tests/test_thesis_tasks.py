@@ -24,7 +24,8 @@ from dynamax_lm_eval.config import parse_model_args
 from dynamax_lm_eval.exits.checkpoint import BackboneIdentity, ExitConfig
 from dynamax_lm_eval.exits.resolve import default_exit_layers, resolve_policy
 from dynamax_lm_eval.sweep.files import finished_points
-from dynamax_lm_eval.sweep.options import SweepOptions, grid, read_yaml
+from dynamax_lm_eval.sweep.grid import grid
+from dynamax_lm_eval.sweep.options import SweepOptions, read_yaml
 
 NAMES = ("triviaqa_thesis", "coqa_thesis", "truthfulqa_gen_thesis")
 STOCK = {"triviaqa_thesis": "triviaqa/default.yaml", "truthfulqa_gen_thesis": "truthfulqa/truthfulqa_gen.yaml"}

@@ -17,7 +17,7 @@ from dynamax_lm_eval.backbones import TransformerBackbone
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.frozen import text as data
-from dynamax_lm_eval.frozen.options import TextSource
+from dynamax_lm_eval.frozen.options import HELD_OUT_SEED, TextSource
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.generated import generated_documents
 
@@ -91,14 +91,14 @@ class TestData:
         def order(seed: int) -> Any:
             return data.text_documents(TextSource(str(tmp_path), seed=seed), letters)
 
-        held = data.held_out(order(data.HELD_OUT_SEED), 40, 8, 4)
-        left_out = list(itertools.islice(order(data.HELD_OUT_SEED)(0, 0), held.read))
-        kept = data.without_first(order(5), held.read, drawn_from=order(data.HELD_OUT_SEED))
+        held = data.held_out(order(HELD_OUT_SEED), 40, 8, 4)
+        left_out = list(itertools.islice(order(HELD_OUT_SEED)(0, 0), held.read))
+        kept = data.without_first(order(5), held.read, drawn_from=order(HELD_OUT_SEED))
         for epoch in (0, 1):
             read = [tokens for tokens in kept(epoch, 0) if tokens]
             assert len(read) == 20 - held.read and not any(tokens in left_out for tokens in read)
         with pytest.raises(UserError, match="all documents would be held out"):
-            data.without_first(order(5), 20, drawn_from=order(data.HELD_OUT_SEED))
+            data.without_first(order(5), 20, drawn_from=order(HELD_OUT_SEED))
 
     @pytest.mark.parametrize("buffer", [0, 3, 100])
     @pytest.mark.parametrize("files", [1, 3])

@@ -12,8 +12,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from tqdm import tqdm
-
 from dynamax_lm_eval.budget.controller import (
     SAMPLE_DOCUMENTS,
     SAMPLE_THRESHOLDS,
@@ -29,6 +27,7 @@ from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
+from dynamax_lm_eval.progress import over
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +197,7 @@ class BudgetRunner:
             latency = LatencyController(args.target_latency_ms / 1e3, curve, count)
         controller = latency or ThresholdController(1 / (args.target_reduction or 1), curve, count)
         self._trajectories[task] = controller.trajectory
-        for block in tqdm(blocks_of(documents), desc=f"Running {task} to a budget, in blocks", disable=disable_tqdm):
+        for block in over(blocks_of(documents), f"Running {task} to a budget, in blocks", disable=disable_tqdm):
             threshold = controller.threshold()
             start = time.perf_counter()
             records = []

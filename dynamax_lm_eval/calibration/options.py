@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynamax_lm_eval.calibration.testing import BOUNDS, Bound
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE
-from dynamax_lm_eval.exits.resolve import AUTO
-from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.sweep.options import CONFIDENCES, SweepOptions
+from dynamax_lm_eval.types import AUTO, DEFAULT_PROPOSE, VERIFY
 
 if TYPE_CHECKING:
     from dynamax_lm_eval.measure.threshold_search import ThresholdPath
@@ -30,23 +28,24 @@ class CalibrateOptions:
     """The guarantee that is wanted, the documents that it comes from, and the policy that it is for."""
 
     backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
-    tasks: str = field(metadata={"help": "one task of the harness; the promise holds for documents like its own"})
-    output: str = field(metadata={"help": "folder for answers and the certificate; a restart goes on there"})
-    tolerance: float = _option(0.1, "the most that may be lost per document, in expectation; losses lie in [0, 1]")
-    level: float = _option(0.05, "probability that the promise is broken (method ltt)")
+    tasks: str = field(metadata={"help": "one task of the harness; the guarantee holds for documents like its own"})
+    output: str = field(metadata={"help": "folder for answers and the certificate; rerun it to continue"})
+    tolerance: float = _option(0.1, "bound on the expected loss per document; losses lie in [0, 1]")
+    level: float = _option(0.05, "probability that the guarantee fails (method ltt)")
     method: str = _option(
         "ltt", "ltt: learn then test, a bound with probability 1 - level; crc: conformal risk control, a mean"
     )
-    bound: str = _option("betting", f"of ltt: {' or '.join(BOUNDS)}")
+    bound: str = _option("betting", f"bound of ltt: {', '.join(BOUNDS)}")
     loss: str = _option(
         "consistency",
-        "consistency: 1 - likeness to the full model's answer; metric: how much the task's metric falls below the "
+        "consistency: 1 - similarity to the full model's answer; metric: how much the task's metric falls below the "
         "full model's on the same document, 0 where it does not",
     )
     likeness: str | None = _option(
-        None, f"of consistency: {', '.join(LIKENESSES)}; default: rouge_l, or exact for chosen answers"
+        None,
+        f"similarity of --loss consistency: {', '.join(LIKENESSES)}; default: rouge_l, for choices exact",
     )
-    metric: str | None = _option(None, "of loss metric: one of the task's, in [0, 1]; default: its first")
+    metric: str | None = _option(None, "metric for --loss metric: one of the task's, in [0, 1]; default: its first")
     thresholds: str = _option(
         "0.5:0.95:0.05,0.97,0.99",
         "candidates, tested from the highest mean down: first:last:step and numbers, "
@@ -66,21 +65,21 @@ class CalibrateOptions:
     state_mode: str = _option(
         AUTO, "learned, recompute, copy or skip; auto: learned where the exits have maps of states"
     )
-    share: float = _option(0.5, "of the documents that calibrate; the others test")
-    test: bool = _option(True, "run the certified thresholds on the other documents as well")
-    seed: int = _option(0, "of the draw of documents and of the order of bets; choose it before you see a result")
+    share: float = _option(0.5, "share of the documents used to calibrate; the others are for the test")
+    test: bool = _option(True, "run the certified threshold on the held-out documents as well")
+    seed: int = _option(0, "random seed for the draw of documents and the order of bets; choose it before any result")
     limit: int | None = _option(None, "documents of the task in all, drawn by --seed; default: all")
     model_args: str = _option("", "further model arguments: exit_scope=all,repetition_penalty=1.1,...")
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
     fewshot_seed: int = _option(
-        1234, "of few-shot examples that are drawn; runs need the same, lm_eval's default is this"
+        1234, "random seed for few-shot choice; runs need the same one, and have this by default"
     )
-    batch_size: int = _option(32, "rows in flight")
+    batch_size: int = _option(32, "sequences processed at once")
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     include_path: str | None = _option(None, "folder with tasks of your own")
     metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")
     apply_chat_template: bool = _option(False, "wrap prompts in the tokenizer's chat template")
-    system_instruction: str | None = _option(None, "put before every prompt")
+    system_instruction: str | None = _option(None, "text before every prompt")
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -112,7 +112,7 @@ def checked_engine(
             logger.debug("%s: not run as %s (%s)", type(model).__name__, rung, error)
             refused[rung] = error
             continue
-        logger.info("%s runs as: %s", type(model).__name__, engine.backbone.rung)
+        logger.debug("%s runs as: %s", type(model).__name__, engine.backbone.rung)
         if rung in SLOW_RUNGS:
             logger.warning("%s runs %s", type(model).__name__, SLOW_RUNGS[rung])
         return engine

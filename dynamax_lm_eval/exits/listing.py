@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,7 @@ from tabulate import tabulate
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import CONFIG_NAME, ExitCheckpoint
-
-
-@dataclass(frozen=True)
-class ExitsOptions:
-    """What to do with the exits on this machine; without any of it they are listed."""
-
-    show: str | None = field(default=None, metadata={"help": "name or folder of exits: their whole configuration"})
-    remove: str | None = field(default=None, metadata={"help": "name of exits in the cache: removes their folder"})
-
-    def __post_init__(self) -> None:
-        if self.show is not None and self.remove is not None:
-            raise UserError("--show and --remove exclude each other; give one")
+from dynamax_lm_eval.exits.options import ExitsOptions
 
 
 def command(options: ExitsOptions) -> str:

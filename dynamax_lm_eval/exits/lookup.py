@@ -83,7 +83,7 @@ def open_exits(name: str) -> ExitCheckpoint:
         path = snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
     except (OSError, ValueError) as error:
         raise UserError(
-            f"exits={name!r} is no folder, and could not be had from the Hub: {' '.join(str(error).split())}"
+            f"exits={name!r} is no folder, and could not be downloaded from the Hub: {' '.join(str(error).split())}"
         ) from error
     return ExitCheckpoint.open(Path(path))
 
@@ -116,13 +116,22 @@ def for_run(
         own = find(args.backbone, current, former)
         if own is None:
             return None
-        logger.info("Using the exits in %s", own.path)
+        logger.debug("Using the exits in %s", own.path)
         checkpoint = own
     text = backbone_config.get_text_config()
     checkpoint.check_fits(backbone_config.model_type, hidden_size, num_layers or int(text.num_hidden_layers))
     if fingerprints is not None:
         checkpoint.check_fingerprint(fingerprints.current, args.exits_check, fingerprints.former)
     return checkpoint
+
+
+def check_none(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprints) -> None:
+    """Raises UserError where there are exits for arguments that may use some, and a model was loaded without."""
+    if for_run(args, backbone_config, fingerprints) is not None:
+        raise UserError(
+            "the model was loaded without its trained exits, because nothing was to leave through them; load it with "
+            "such arguments (threshold below 1), which may change to the full model later"
+        )
 
 
 def may_use_exits(args: DynamaxArgs) -> bool:

@@ -22,8 +22,6 @@ from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Confirm, ExitS
 #: Compares above every confidence: the token does not exit there, and nothing is evaluated.
 NEVER = math.inf
 
-#: The classifier's confidence from which on a cascade reads out.
-DEFAULT_PROPOSE = 0.5
 #: Tokens that a row drafts at most.
 DEFAULT_VERIFY_TOKENS = 8
 

@@ -15,18 +15,16 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
 from dynamax_lm_eval.exits.confidences import CONFIDENCES, CascadeConfidence, LogitsConfidence
-from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE, DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
+from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, ExitPolicy
 from dynamax_lm_eval.exits.prune_adapters import PruneAdapters
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.models.loading import copy_is_impossible
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, Confirm, Preset, StateMode
+from dynamax_lm_eval.types import DEFAULT_PROPOSE, ClassifierKind, ConfidenceName, Confirm, Preset, StateMode
 
 logger = logging.getLogger(__name__)
 
 #: What tokens leave behind under a preset on blocks that attend.
 PRESET_STATE_MODES: dict[Preset, StateMode] = {"paper": "copy", "thesis": "copy_previous"}
-#: The state mode of commands that leave it to the exits: see :func:`default_state_mode`.
-AUTO = "auto"
 
 
 def resolve_policy(

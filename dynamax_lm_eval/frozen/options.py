@@ -16,6 +16,13 @@ from dynamax_lm_eval.errors import UserError
 DEFAULT_DATASET, DEFAULT_DATASET_CONFIG = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 TEMPLATES = ("none", "instruct")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: The seed of the order in which documents are held out, whatever the seed of the training.
+HELD_OUT_SEED = 0
+#: The help of the option that sets ``num_documents``.
+DOCUMENTS_HELP = (
+    "documents to spread the tokens over, as those of one document are alike and errors are computed over documents: "
+    "each gives at most one row, or its share of the tokens if that is more; 1: whole documents"
+)
 
 
 def option(default: Any, text: str) -> Any:
@@ -54,7 +61,9 @@ class FrozenOptions:
     dataset_split: str = option("train", "split of a Hub data set")
     text_column: str = option("text", "column that holds the text")
     seq_len: int = option(256, "longest row")
-    dtype: str = option("auto", "of the backbone: float32, bfloat16, float16; auto: bfloat16 where the hardware has it")
+    dtype: str = option(
+        "auto", "data type of the backbone: float32, bfloat16, float16; auto: bfloat16 where the hardware has it"
+    )
     device: str = option("auto", "cpu, or auto: a GPU where there is one")
     revision: str | None = option(None, "revision of a backbone from the Hub")
     trust_remote_code: bool = option(False, "let the backbone's repository run its own code")

@@ -19,9 +19,6 @@ from dynamax_lm_eval.frozen.options import DEFAULT_DATASET, DEFAULT_DATASET_CONF
 #: How the files of each ending are read by ``datasets``.
 _READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-#: The seed of the order in which documents are held out, whatever the seed of the training.
-HELD_OUT_SEED = 0
-
 #: A function that gives the documents of an epoch as token ids, from the n-th on.
 Documents = Callable[[int, int], Iterator[list[int]]]
 
@@ -111,13 +108,6 @@ class HeldOut(NamedTuple):
     def documents(self) -> int:
         """How many documents the rows are cut from."""
         return len(set(self.document))
-
-
-#: The help of the option that sets ``num_documents``.
-DOCUMENTS_HELP = (
-    "of each document at most one row is taken, or its share of the tokens among this many documents if that is more: "
-    "tokens of one document are alike, so errors are over documents; 1: documents whole"
-)
 
 
 def held_out(

@@ -50,7 +50,7 @@ class RecordCache:
             )
         stored = _stored_identity(database)
         if stored is None:
-            raise UserError(f"{called} is damaged: its identity cannot be read; remove it to have all answers anew")
+            raise UserError(f"{called} is damaged: its identity cannot be read; remove it to compute all answers again")
         if changed := changed_settings(stored, identity):
             raise UserError(f"{called} holds responses of a run that differs in {changed}; choose another file")
         keys = set(database)
@@ -112,7 +112,7 @@ def check_database(path: Path) -> None:
     if state != "ok":
         raise UserError(
             f"the file of --use_cache ({path}) is damaged, or no such cache ({' '.join(state.split())}); remove it to "
-            "have all answers anew, or choose another file"
+            "compute all answers again, or choose another file"
         )
 
 

@@ -16,6 +16,7 @@ from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE
 from dynamax_lm_eval.compute.thesis import ThesisFormula
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.harness import naming
+from dynamax_lm_eval.models.aliases import shipped_dir
 from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
 
 #: Packages whose versions decide what is computed.
@@ -83,6 +84,38 @@ def run_settings(lm: Any) -> dict[str, Any]:
         "cost_source": backbone.cost.source,
         "lm_head_read_in_blocks": backbone.cost.lm_head / backbone.cost.mean_block_weights,
     }
+
+
+def loaded_model(lm: Any) -> str:
+    """Returns in a few words which backbone is loaded, and how."""
+    backbone = lm.engine.backbone
+    dtype = str(lm.mixed_precision_dtype or lm.model.dtype).removeprefix("torch.")
+    return f"{lm.args.backbone} ({lm.policy.num_layers} blocks, run as {backbone.rung}, {dtype} on {backbone.device})"
+
+
+def _place(exits: ExitCheckpoint) -> str:
+    """Returns where exits lie, in few words."""
+    return f"the package for {exits.path.name}" if exits.path.is_relative_to(shipped_dir()) else str(exits.path)
+
+
+def announce(lm: Any) -> None:
+    """Logs in one line what runs: backbone, dtype, device, exits and where they come from, policy."""
+    policy, parts = lm.policy, [loaded_model(lm)]
+    if policy.active_exits or lm.budget.has_budget:
+        confidence = f"cascade:{policy.classifier}" if policy.propose is not None else ""
+        confidence = confidence or policy.classifier or policy.confidence
+        source = "no trained exits" if lm.exits is None else f"those in {_place(lm.exits)}"
+        threshold = "by budget" if lm.budget.has_budget else "+".join(f"{value:g}" for value in policy.thresholds)
+        if not lm.budget.has_budget and len(set(policy.thresholds)) == 1:
+            threshold = f"{policy.thresholds[0]:g}"
+        mode = "verified" if policy.drafts else policy.state_mode
+        parts.append(f"exits after blocks {', '.join(map(str, policy.exit_layers))} ({source})")
+        parts.append(f"confidence {confidence}, threshold {threshold}, states {mode}")
+    else:
+        parts.append("no exits")
+    if policy.pruned_blocks:
+        parts.append(f"without blocks {', '.join(map(str, sorted(policy.pruned_blocks)))}")
+    logger.info("; ".join(parts))
 
 
 def _device(device: torch.device) -> str:

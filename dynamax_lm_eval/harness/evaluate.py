@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from typing import Any
 import lm_eval.evaluator
 import torch
 from lm_eval.api.model import CachingLM
+from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.utils import handle_non_serializable, hash_string
 from torch.utils import collect_env
 
@@ -46,6 +48,7 @@ def install() -> None:
     """
     _share_log()
     _check_caches()
+    _ask_git_quietly()
     cell = _decorated(lm_eval.evaluator.evaluate)
     original = lm_eval.evaluator.evaluate if cell is None else cell.cell_contents
     if getattr(original, "_dynamax_wrapped", False):
@@ -112,6 +115,24 @@ def _check_caches() -> None:
 
     checked._dynamax_wrapped = True  # type: ignore[attr-defined]
     CachingLM.__init__ = checked
+
+
+def _ask_git_quietly() -> None:
+    """Keeps git's complaint off the terminal where the harness asks for a commit and there is no repository."""
+    original = getattr(lm_eval.evaluator, "get_git_commit_hash", None)
+    if original is None or getattr(original, "_dynamax_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def commit() -> Any:
+        try:
+            asked = subprocess.run(["git", "rev-parse", "--git-dir"], capture_output=True, check=False)
+        except OSError:
+            return original()
+        return original() if asked.returncode == 0 else get_commit_from_path(Path.cwd())
+
+    commit._dynamax_wrapped = True  # type: ignore[attr-defined]
+    lm_eval.evaluator.get_git_commit_hash = commit
 
 
 def _share_log() -> None:

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import transformers
 from lm_eval.models.huggingface import HFLM
 
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.hf_arguments import QUANTIZATION_ARGUMENTS
+from dynamax_lm_eval.keywords import ModelKeywords
 from dynamax_lm_eval.models import loading
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_signature(function: Function) -> Function:
+    """Gives an ``__init__`` with keywords of ``ModelKeywords`` a signature that shows them, for notebooks and help."""
+    theirs = {name: parameter.default for name, parameter in inspect.signature(HFLM.__init__).parameters.items()}
+    ours = {row.name: row.default for row in fields(DynamaxArgs)}
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=ours.get(name, theirs.get(name)),
+            annotation=getattr(kind, "__forward_arg__", kind),
+        )
+        for name, kind in ModelKeywords.__annotations__.items()
+        if name != "pretrained"  # another spelling of what comes first
+    ]
+    first = [*inspect.signature(function).parameters.values()][:2]
+    function.__signature__ = inspect.Signature([*first, *keywords])  # type: ignore[attr-defined]
+    return function
 
 
 def harness_arguments() -> frozenset[str]:

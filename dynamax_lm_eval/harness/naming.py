@@ -19,11 +19,10 @@ from dynamax_lm_eval.exits.policy import DEFAULT_VERIFY_TOKENS, DEFAULT_WARMUP, 
 from dynamax_lm_eval.exits.resolve import default_confirm, default_exit_layers, resolve_pruned_blocks
 from dynamax_lm_eval.files import checksum
 from dynamax_lm_eval.models import aliases
+from dynamax_lm_eval.types import VERIFY
 
 #: The label of a run in which no token leaves and no block is pruned.
 FULL = "full"
-#: What a label says of exits that are drafts, in place of a state mode.
-VERIFY = "verify"
 #: Hex digits of a checksum in a label.
 _DIGITS = 6
 #: What a label says in words.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lm_eval._cli.utils import handle_cli_value_string, try_parse_json
-
 from dynamax_lm_eval.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -18,6 +16,8 @@ def json_or_pairs(option: str, text: str | None) -> dict[str, Any]:
     Raises:
         UserError: it is neither.
     """
+    from lm_eval._cli.utils import try_parse_json  # not needed for help
+
     try:
         parsed = try_parse_json(text)
     except ValueError as error:
@@ -31,6 +31,8 @@ def pairs(option: str, text: str) -> dict[str, Any]:
     Raises:
         UserError: something between commas is no pair.
     """
+    from lm_eval._cli.utils import handle_cli_value_string
+
     found: dict[str, Any] = {}
     for item in _items(text):
         name, equals, value = item.partition("=")

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 from lm_eval import utils
-from tqdm import tqdm
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
 from dynamax_lm_eval.compute.repetition import ends_in_repetition
@@ -35,6 +34,7 @@ from dynamax_lm_eval.harness.latency import Latency
 from dynamax_lm_eval.harness.ledger import ResponseLedger, occurrences
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 from dynamax_lm_eval.harness.speed import paired
+from dynamax_lm_eval.progress import Bar, over
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Responder:
 
         with (
             self._timed("generate_until"),
-            self._progress(len(requests), "generate_until", disable_tqdm) as progress,
+            self._progress([job.policy for job in jobs], "generate_until", disable_tqdm) as progress,
             naming_document(documents),
         ):
             for index, generation in self._driven(running):
@@ -135,7 +135,7 @@ class Responder:
             tasks = sorted({task for task, _ in documents_of(requests)})
             raise UserError(f"enable_thinking=true is for generations only, and {', '.join(tasks)} asks for scores")
         pairs = []
-        for request in tqdm(requests, desc="Tokenizing inputs", disable=disable_tqdm):
+        for request in over(requests, "Tokenizing inputs", disable=disable_tqdm):
             with of_document(document_of(request)):
                 pairs.append(encode_pair(self._lm, *request.args))
         return pairs
@@ -149,7 +149,7 @@ class Responder:
     ) -> Answers:
         """Yields the index and (log-likelihood, is_greedy) of token pairs, each under a policy of its own."""
         kind = "loglikelihood"
-        with self._timed(kind), self._progress(len(pairs), kind, disable_tqdm) as progress:
+        with self._timed(kind), self._progress(policies, kind, disable_tqdm) as progress:
             for index, answer in self._score(policies, pairs, documents):
                 progress.advance(answer.record)
                 yield index, answer
@@ -185,7 +185,7 @@ class Responder:
             progress.advance(answer.record)
             return index, answer
 
-        with self._timed(kind), self._progress(len(texts), kind, disable_tqdm) as progress:
+        with self._timed(kind), self._progress(policies, kind, disable_tqdm) as progress:
             for index in range(len(texts)):
                 if not open_windows[index]:  # an empty text has no windows and log-likelihood 0
                     yield whole(index)
@@ -263,9 +263,11 @@ class Responder:
             self._ledger.seconds[kind] += time.perf_counter() - start
 
     @contextmanager
-    def _progress(self, total: int, kind: str, disable: bool) -> Iterator[Progress]:
-        with tqdm(total=total, disable=disable or self._lm.rank != 0, desc=f"Running {kind} requests") as bar:
-            yield Progress(bar)
+    def _progress(self, policies: Sequence[ExitPolicy], kind: str, disable: bool) -> Iterator[Progress]:
+        """Shows how many requests are answered, each under one of ``policies``."""
+        is_one = all(policy is policies[0] for policy in policies)
+        with Bar(len(policies), f"Running {kind} requests", disable=disable or self._lm.rank != 0) as bar:
+            yield Progress(bar, shows_reduction=is_one)
 
 
 def latency_of(generation: Generation) -> Latency:
@@ -276,19 +278,20 @@ def latency_of(generation: Generation) -> Latency:
 
 
 class Progress:
-    """A progress bar that also shows the reduction so far."""
+    """A progress bar that also shows the reduction so far, as soon as a token was allowed to exit."""
 
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
+    def __init__(self, bar: Bar, shows_reduction: bool) -> None:
+        """``shows_reduction``: False where requests follow several policies, of which it would be a mixture."""
+        self._bar, self._shows_reduction = bar, shows_reduction
         self._full = 0
         self._spent = 0
 
     def advance(self, record: ComputeRecord) -> None:
         self._full += record.full_macs
         self._spent += record.spent_macs
-        if self._spent:
-            self._bar.set_postfix_str(f"compute_reduction={self._full / self._spent:.3f}", refresh=False)
-        self._bar.update(1)
+        if self._shows_reduction and self._full and self._spent:
+            self._bar.show(f"compute_reduction={self._full / self._spent:.3f}")
+        self._bar.update()
 
 
 def _shared_row(

@@ -5,6 +5,7 @@ Knows the order of work: load, read out every layer, let an oracle choose, run i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import default_exit_layers, default_state_mode, policy_of_exits, resolve_thresholds
 from dynamax_lm_eval.files import JsonFormat, check_writable
+from dynamax_lm_eval.harness import describe
 from dynamax_lm_eval.headroom.errors import ErrorsByDocument
 from dynamax_lm_eval.headroom.fitting import fitted_adapters
 from dynamax_lm_eval.headroom.forced import Measured, forced_policies, measure
@@ -33,6 +35,8 @@ from dynamax_lm_eval.measure.output import check_output
 from dynamax_lm_eval.models.source import ModelSource
 from dynamax_lm_eval.sweep.command import load_tasks
 from dynamax_lm_eval.types import StateMode
+
+logger = logging.getLogger(__name__)
 
 FORMAT = JsonFormat(
     name="dynamax-headroom",
@@ -91,11 +95,22 @@ def headroom(options: HeadroomOptions) -> dict[str, Any]:
         check_writable(folder, "--output: the folder", "choose another")
     check_output(folder / JSON_NAME, options.overwrite, folder / PLOT_NAME)
     subject, fit_rows = _load(options)
+    logger.info(_plan(subject, fit_rows, options))
     result = _measured(subject, fit_rows, options)
     result["verdict"] = verdict(result)
     plot(result, folder / PLOT_NAME)
     FORMAT.write(folder / JSON_NAME, result)
     return result
+
+
+def _plan(subject: _Subject, fit_rows: Sequence[Row], options: HeadroomOptions) -> str:
+    """Returns what is going to be measured, and where it is written."""
+    tokens = sum(row.num_eligible for row in subject.rows)
+    fitting = f", read-outs fitted on {sum(row.num_eligible for row in fit_rows)} others" if fit_rows else ""
+    return (
+        f"Headroom of {describe.loaded_model(subject.lm)}: {tokens} tokens of {options.tasks or options.source.dataset}"
+        f"{fitting}, exits after blocks {subject.layers[0]} to {subject.layers[-1]}; writing to {options.output}"
+    )
 
 
 def _load(options: HeadroomOptions) -> tuple[_Subject, list[Row]]:

@@ -13,7 +13,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.compute.accounting import ComputeRecord
@@ -24,6 +23,7 @@ from dynamax_lm_eval.exits.confidences import Confidence, ExitInputs
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.harness.documents import naming_document
 from dynamax_lm_eval.headroom.text import Row
+from dynamax_lm_eval.progress import Bar
 
 
 class ForcedConfidence(Confidence):
@@ -108,7 +108,7 @@ def measure(engine: Engine, rows: Sequence[Row], policies: Sequence[ExitPolicy],
     found: dict[int, Scoring] = {}
     with (
         naming_document([("", f"row {i} of the text") for i in range(len(rows))]),
-        tqdm(total=len(rows), desc=shown) as bar,
+        Bar(len(rows), shown) as bar,
     ):
         for index, scoring in score(engine, requests, max_rows):
             found[index] = scoring

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from dynamax_lm_eval import values
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.resolve import resolve_exit_layers
-from dynamax_lm_eval.frozen.options import DEFAULT_DATASET, TextSource, check_at_least, frozen_option, option
-from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP
+from dynamax_lm_eval.frozen.options import (
+    DEFAULT_DATASET,
+    DOCUMENTS_HELP,
+    TextSource,
+    check_at_least,
+    frozen_option,
+    option,
+)
 from dynamax_lm_eval.sweep.options import SweepOptions, parse_thresholds
 from dynamax_lm_eval.types import ClassifierKind, StateMode
 
@@ -42,9 +47,9 @@ class HeadroomOptions:
         f"{NO_EXITS}: without",
     )
     classifier: str | None = option(None, f"one of {', '.join(get_args(ClassifierKind))}; default: the exits' first")
-    thresholds: str = option("0.5,0.7,0.8,0.9,0.95", "of the exits at hand: each takes one more pass")
+    thresholds: str = option("0.5,0.7,0.8,0.9,0.95", "thresholds of the trained exits: each takes one more pass")
     exit_layers: str | None = option(
-        None, "numbers of blocks after which a token might leave, e.g. 16+20+24; default: all from L/2 to L-1"
+        None, "block counts (from 1) after which a token might exit, e.g. 16+20+24; default: all from L/2 to L-1"
     )
     fit_adapters: bool = option(
         False,
@@ -53,7 +58,7 @@ class HeadroomOptions:
     ridge: float = option(0.01, "of that fit: its penalty, in mean squares of a coordinate of the hidden state")
     state_mode: str = option(
         "recompute",
-        "recompute, copy or skip: what a token that left leaves behind; with recompute, exits at hand use the maps of "
+        "recompute, copy or skip: what an exited token leaves behind; with recompute, trained exits use the maps of "
         "states that they have",
     )
     limit: int | None = option(None, "documents of each task, drawn by --seed; default: all")
@@ -68,7 +73,7 @@ class HeadroomOptions:
     documents: int = option(100, DOCUMENTS_HELP)
     fit_tokens: int = option(20_000, "tokens of --dataset, of further documents, to fit adapters on")
     seq_len: int = frozen_option("seq_len", "longest row of text")
-    batch_size: int = option(16, "rows in flight")
+    batch_size: int = option(16, "sequences processed at once")
     dtype: str = option("auto", "of the backbone: float32, bfloat16, float16; auto: as its files say")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     revision: str | None = frozen_option("revision")
@@ -128,6 +133,8 @@ class HeadroomOptions:
         Raises:
             UserError: a layer is no layer of the model, or there is none.
         """
+        from dynamax_lm_eval.exits.resolve import resolve_exit_layers  # torch: not needed for help
+
         if self.layers_given is not None:
             return resolve_exit_layers(self.layers_given, num_layers)
         if num_layers < 2:
@@ -154,7 +161,7 @@ class HeadroomOptions:
         )
 
     @property
-    def model_arguments(self) -> dict[str, object]:
+    def model_arguments(self) -> dict[str, Any]:
         """Arguments that the model is loaded with, without its name and its exits."""
         given: dict[str, object] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         named = {"device": self.device, "revision": self.revision}

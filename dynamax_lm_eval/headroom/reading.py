@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone, BoolArray, IntArray, on_device
 from dynamax_lm_eval.exits.adapters import Adapter
@@ -19,6 +18,7 @@ from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.frozen.observe import in_parts
 from dynamax_lm_eval.frozen.passes import FrozenBatch, FrozenPass
 from dynamax_lm_eval.headroom.text import Row
+from dynamax_lm_eval.progress import over
 
 #: Tokens that run through the backbone at once.
 _AT_ONCE = 2048
@@ -65,7 +65,7 @@ def batches(
 ) -> Iterator[tuple[FrozenBatch, IntArray]]:
     """Runs rows at full depth; yields each batch with the indices (t,) of its tokens that may leave."""
     frozen = FrozenPass(backbone, layers, final_block, 1)
-    for part in tqdm(in_parts(rows, _AT_ONCE), desc=shown):
+    for part in over(in_parts(rows, _AT_ONCE), shown):
         ends = np.cumsum([len(row.ids) for row in part])
         eligible = [np.arange(end - row.num_eligible, end) for row, end in zip(part, ends, strict=True)]
         yield frozen.run([row.ids for row in part]), np.concatenate(eligible)

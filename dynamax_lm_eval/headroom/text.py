@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import IntArray
 from dynamax_lm_eval.engine.generation import generate
@@ -23,6 +22,7 @@ from dynamax_lm_eval.harness.documents import Document, documents_of, naming_doc
 from dynamax_lm_eval.harness.encoding import fit
 from dynamax_lm_eval.harness.requests import PreparedArguments, PreparedGeneration, RequestSettings
 from dynamax_lm_eval.headroom.options import HeadroomOptions
+from dynamax_lm_eval.progress import Bar
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _answers(lm: Any, requests: Sequence[Any], batch_size: int) -> Iterator[Row]
             prepared = PreparedGeneration(lm, settings, request, eos, arguments)
         jobs.append(replace(prepared.request, sampler=Sampler()))
     answers: dict[int, list[int]] = {}
-    with naming_document(documents), tqdm(total=len(jobs), desc="answers of the full model") as bar:
+    with naming_document(documents), Bar(len(jobs), "answers of the full model") as bar:
         for index, generation in generate(lm.engine, jobs, batch_size):
             answers[index] = generation.tokens
             bar.update()

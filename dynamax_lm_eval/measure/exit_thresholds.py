@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,13 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, policy_of_exits
+from dynamax_lm_eval.exits.resolve import default_state_mode, policy_of_exits
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.observe import observe
-from dynamax_lm_eval.frozen.options import FrozenOptions, check_at_least, frozen_option, option
+from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, HeldOut, held_out, text_documents
+from dynamax_lm_eval.frozen.text import HeldOut, held_out, text_documents
+from dynamax_lm_eval.measure.options import SearchOptions
 from dynamax_lm_eval.measure.output import check_output
 from dynamax_lm_eval.measure.threshold_search import (
     Floats,
@@ -33,7 +34,7 @@ from dynamax_lm_eval.measure.threshold_search import (
     exits_at,
     outcome,
 )
-from dynamax_lm_eval.types import ClassifierKind, StateMode
+from dynamax_lm_eval.types import AUTO, StateMode
 
 #: Prices of compute that are tried, in agreement per fraction.
 PRICES = np.geomspace(0.02, 20, 60)
@@ -46,63 +47,6 @@ _DRAWS = 200
 _FEWEST = 4
 #: Tokens that run through the backbone at once.
 _AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """What is recorded, and where the result is written."""
-
-    backbone: str = frozen_option("backbone")
-    output: str = option("exit-thresholds.json", "file of the result")
-    exits: str | None = option(None, "folder or Hub id of exits; default: the backbone's")
-    classifier: str | None = option(None, f"one of {', '.join(get_args(ClassifierKind))}; default: the exits' first")
-    propose: str | None = option(
-        None,
-        "thresholds of a cascade, whose classifier proposes from this confidence on and whose read-out confirms: "
-        "numbers separated by commas, of which the best is taken; default: the classifier decides alone",
-    )
-    state_mode: str = option(
-        AUTO,
-        "learned, recompute, copy or skip; decides what exits cost; auto: learned where the exits have maps of states",
-    )
-    dataset: str = frozen_option(
-        "dataset",
-        "a Hub id (streamed), a .txt, .jsonl(.gz) or .parquet file, a folder or pattern of such files; "
-        "none that the exits were trained on, nor documents to calibrate on",
-    )
-    dataset_config: str | None = frozen_option("dataset_config")
-    dataset_split: str = frozen_option("dataset_split")
-    text_column: str = frozen_option("text_column")
-    tokens: int = option(50_000, "tokens to record; half of their documents are searched, half measure")
-    documents: int = option(100, DOCUMENTS_HELP)
-    seq_len: int = frozen_option("seq_len")
-    dtype: str = frozen_option("dtype")
-    device: str = frozen_option("device")
-    seed: int = option(0, "of the split of documents")
-    trust_remote_code: bool = frozen_option("trust_remote_code")
-    overwrite: bool = option(False, "write over an existing file")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, {"tokens": 100, "documents": 4})
-        for name, choices in (("state_mode", (AUTO, *get_args(StateMode))), ("classifier", get_args(ClassifierKind))):
-            given = getattr(self, name)
-            if given is not None and given not in choices:
-                raise UserError(f"--{name} must be one of {', '.join(choices)}, got {given!r}")
-        _ = self.proposals
-        FrozenOptions.of(self)  # checks the others
-
-    @property
-    def proposals(self) -> tuple[float, ...]:
-        """The values of ``--propose``; none where the classifier decides alone."""
-        if self.propose is None:
-            return ()
-        try:
-            values = tuple(sorted({float(text) for text in self.propose.split(",")}))
-        except ValueError:
-            values = ()
-        if not values or not all(0 <= value < 1 for value in values):
-            raise UserError(f"--propose must be numbers in [0, 1), separated by commas, got {self.propose!r}")
-        return values
 
 
 def command(options: SearchOptions) -> str:

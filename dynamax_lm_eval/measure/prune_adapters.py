@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import LOGITS_AT_ONCE, Backbone
 from dynamax_lm_eval.errors import UserError
@@ -21,6 +20,7 @@ from dynamax_lm_eval.frozen.observe import in_parts
 from dynamax_lm_eval.frozen.passes import begin
 from dynamax_lm_eval.frozen.regression import Moments
 from dynamax_lm_eval.frozen.text import HeldOut
+from dynamax_lm_eval.progress import over
 
 Blocks = frozenset[int]
 
@@ -80,7 +80,7 @@ def fit(
         ridge: the penalty, in mean variances of a coordinate of the hidden state.
     """
     moments: dict[Blocks, Moments] = {}
-    for part in tqdm(in_parts(fitting, _AT_ONCE), desc="read-outs"):
+    for part in over(in_parts(fitting, _AT_ONCE), "read-outs"):
         full = end_states(backbone, part)
         for blocks in sets:
             pruned = end_states(backbone, part, blocks).to(full.device)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.base import Backbone
 from dynamax_lm_eval.engine.parity import check_policy
@@ -20,65 +17,16 @@ from dynamax_lm_eval.exits.prune_adapters import PruneAdapters, blocks_name, sav
 from dynamax_lm_eval.exits.pruning import PruneProfile
 from dynamax_lm_eval.exits.resolve import resolve_pruned_blocks
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
-from dynamax_lm_eval.frozen.options import FrozenOptions, check_at_least, frozen_option, option
+from dynamax_lm_eval.frozen.options import FrozenOptions
 from dynamax_lm_eval.frozen.passes import FrozenPass
-from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, Documents, held_out, text_documents
+from dynamax_lm_eval.frozen.text import Documents, held_out, text_documents
+from dynamax_lm_eval.measure.options import ProfileOptions
 from dynamax_lm_eval.measure.output import check_output
 from dynamax_lm_eval.measure.prune_adapters import Blocks, Fit, fit, split
+from dynamax_lm_eval.progress import over
 
 #: Texts that run together.
 _AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class ProfileOptions:
-    """What is measured, and where it is written."""
-
-    backbone: str = frozen_option("backbone")
-    output: str = option("prune-profile.json", "file; a plot is written beside it")
-    dataset: str = frozen_option("dataset")
-    dataset_config: str | None = frozen_option("dataset_config")
-    dataset_split: str = frozen_option("dataset_split")
-    text_column: str = frozen_option("text_column")
-    texts: int = option(128, "texts to average over")
-    seq_len: int = frozen_option("seq_len", "tokens of each; the last one's states are compared")
-    dtype: str = frozen_option("dtype")
-    device: str = frozen_option("device")
-    trust_remote_code: bool = frozen_option("trust_remote_code")
-    overwrite: bool = option(False, "write over an existing file")
-    fit_adapters: str = option(
-        "",
-        "numbers of blocks, separated by commas: fits the read-out of models without so many, the deepest and those of "
-        "the least distance, and writes them beside --output, as .safetensors",
-    )
-    fit_tokens: int = option(30_000, "tokens of text for that fit; a fifth of its documents is measured on")
-    fit_documents: int = option(100, DOCUMENTS_HELP)
-    ridge: float = option(0.01, "of that fit: its penalty, in mean variances of a coordinate of the hidden state")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, {"texts": 1, "fit_tokens": 2, "fit_documents": 1})
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise UserError(f"--ridge must be a number of at least 0, got {self.ridge}")
-        for name in ("fit_tokens", "fit_documents", "ridge"):
-            if not self.counts and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UserError(f"--{name} has no effect without --fit_adapters; add it, or remove --{name}")
-        FrozenOptions.of(self)  # checks the others
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The numbers of blocks of ``--fit_adapters``, rising."""
-        items = [item.strip() for item in str(self.fit_adapters).split(",") if item.strip()]
-        if not all(item.isdigit() and int(item) > 0 for item in items):
-            raise UserError(
-                f"--fit_adapters must be numbers of blocks separated by commas, from 1, got {self.fit_adapters!r}"
-            )
-        return tuple(sorted({int(item) for item in items}))
-
-    @property
-    def files(self) -> tuple[Path, Path, Path]:
-        """Where the profile, its plot and the adapters go."""
-        output = Path(self.output).expanduser()
-        return output, output.with_suffix(".png"), output.with_suffix(".safetensors")
 
 
 def command(options: ProfileOptions) -> str:
@@ -126,9 +74,7 @@ def _save_distances(options: ProfileOptions, loaded: FrozenBackbone, documents: 
     output, plotted, _ = options.files
     rows = _rows(documents, options)
     parts = [rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE)]
-    states = torch.cat(
-        [last_states(loaded.engine.backbone, part) for part in tqdm(parts, desc="texts", unit_scale=_AT_ONCE)]
-    )
+    states = torch.cat([last_states(loaded.engine.backbone, part) for part in over(parts, f"{_AT_ONCE} texts each")])
     measured = PruneProfile(
         backbone=loaded.identity.id,
         fingerprint=loaded.identity.fingerprint,

@@ -117,7 +117,7 @@ def _why_not(source: str, backbone: str, source_options: Mapping[str, Any], trus
             return f"{what}: its configuration could not be read ({described(error)})"
         return (
             f"{what} is neither an alias ({', '.join(aliases.backbone_names())}), nor a folder, "
-            f"nor a model that could be had from the Hub: {' '.join(str(error).split())}"
+            f"nor a model that could be downloaded from the Hub: {' '.join(str(error).split())}"
         )
     if not isinstance(stored, dict):
         return f"{what}: its config.json is no mapping"

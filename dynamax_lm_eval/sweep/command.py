@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits import pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.files import checksum, file_checksum, short_name
+from dynamax_lm_eval.files import file_checksum, short_name
 from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.harness.documents import naming_tasks
-from dynamax_lm_eval.harness.evaluate import document_hashes, one_of_many_evaluations
+from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.results import add_vs_full, document_totals
 from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.locks import locked
@@ -45,15 +45,13 @@ from dynamax_lm_eval.sweep.files import (
     read_options,
     write_options,
 )
+from dynamax_lm_eval.sweep.grid import Point, confidences_of, grid
 from dynamax_lm_eval.sweep.model import SweepLM, SweepPoint
-from dynamax_lm_eval.sweep.options import Point, SweepOptions, confidences_of, grid, uses_classifiers
+from dynamax_lm_eval.sweep.options import SweepOptions, uses_classifiers
+from dynamax_lm_eval.sweep.plan import asked_of, documents_of, plan
 from dynamax_lm_eval.sweep.store import ResponseStore
 
 logger = logging.getLogger(__name__)
-
-#: Grows with what a finished point says of its run (the few-shot draw came with 2, for certificates): one that says
-#: less is evaluated again, from the answers that it has.
-_RECORDED = 2
 
 #: Parts of ``compute.overall`` that belong to all points together, which were answered in one run.
 _OF_ALL_POINTS = (
@@ -126,7 +124,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         resolved = {**options.to_json(), "confidences": ",".join(confidences_of(options, kinds))}
         write_options(folder / SWEEP_NAME, resolved)
         GRID.write(folder / GRID_NAME, {"points": [point.name for point in all_points]})
-    documents = _documents(options, tasks)
+    documents = documents_of(options, tasks)
     points = [
         SweepPoint(
             point,
@@ -138,16 +136,16 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
         )
         for point, policy, identity in own_points
     ]
-    asked = {point.point.name: _asked(options, point.point, documents) for point in points}
+    asked = {point.point.name: asked_of(options, point.point, documents) for point in points}
     waiting = [point for point in points if not _is_done(folder, point, asked[point.point.name])]
-    if done := len(points) - len(waiting):
-        logger.info("%d of %d points are done already", done, len(points))
+    done = len(points) - len(waiting)
+    logger.info(plan(lm, options, [point.point for point in points], done, documents))
     lm.start(waiting)
-    for number, point in enumerate(waiting, start=1):
+    for number, point in enumerate(waiting, start=done + 1):
         results = _evaluate(lm, point, options, tasks)
         compared = _compare(results, point, folder)
         _save(folder, point, options, results, {"run": lm.run_settings, **compared}, asked[point.point.name])
-        logger.info("point %d of %d, %s: %s", number, len(waiting), point.point.name, _summary(results))
+        logger.info("point %d of %d, %s: %s", number, len(points), point.point.name, _summary(results))
     for point in points:
         point.store.close()
 
@@ -172,7 +170,8 @@ def load(options: SweepOptions) -> SweepLM:
 
 def load_tasks(options: SweepOptions) -> TaskManager:
     """Returns the harness's tasks and our own; refuses unknown names before weights load."""
-    manager = task_manager(options.include_path, json.dumps(options.metadata_given, sort_keys=True))
+    metadata = json.dumps(options.metadata_given, sort_keys=True)
+    manager = task_manager(options.include_path, metadata, tuple(options.task_names))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
         raise UserError(
@@ -229,42 +228,11 @@ def _is_done(folder: Path, point: SweepPoint, asked: dict[str, Any]) -> bool:
         if not done.get("vs_full") and (point_folder(folder, FULL_NAME) / POINT_NAME).is_file():
             return False  # the full model was not finished before it, or an earlier release did not compare
     except UserError as error:
-        logger.warning("Point %s is made anew: %s", point.point.name, str(error).removesuffix(f"; {POINT.remedy}"))
+        logger.warning("Point %s is run again: %s", point.point.name, str(error).removesuffix(f"; {POINT.remedy}"))
         return False
     if (missing := done["answers"] - len(point.store)) > 0 and not point.store.damaged:
-        logger.warning("Point %s is made anew: %d of its answers are missing", point.point.name, missing)
+        logger.warning("Point %s is run again: %d of its answers are missing", point.point.name, missing)
     return missing <= 0 and not point.store.damaged
-
-
-def _documents(options: SweepOptions, manager: TaskManager) -> dict[str, dict[str, str]]:
-    """Returns checksums of the documents of each task, by the names of ``--tasks``, of which some may be groups."""
-    samples = options.samples_given
-    found = {}
-    for name in options.task_names:
-        with naming_tasks(), one_of_many_evaluations():
-            tasks = manager.load([name])["tasks"]
-        found[name] = {
-            leaf: checksum(document_hashes(task, options.limit, (samples or {}).get(leaf)))
-            for leaf, task in tasks.items()
-        }
-    return found
-
-
-def _asked(options: SweepOptions, point: Point, documents: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Returns what a point must have answered, and recorded, to be finished.
-
-    The documents are part of it: the data of a task may change between two runs, and points that answered different
-    ones cannot be compared.
-    """
-    samples = options.samples_given
-    leaves = {leaf: found for name in point.tasks for leaf, found in documents[name].items()}
-    asked: dict[str, Any] = {
-        "tasks": list(point.tasks),
-        "limit": options.limit,
-        "recorded": _RECORDED,
-        "documents": dict(sorted(leaves.items())),
-    }
-    return asked if samples is None else {**asked, "samples": samples}
 
 
 @contextmanager
@@ -344,7 +312,7 @@ def _save(
     """Writes the harness's own files, then ``point.json``, which says that they are whole.
 
     ``known``: settings of the tasks, as certificates bind them, and whether the full model's run was known; ``asked``:
-    as :func:`_asked` returns it.
+    as :func:`~dynamax_lm_eval.sweep.plan.asked_of` returns it.
     """
     directory = point_folder(folder, point.point.name)
     samples = results.pop("samples")
@@ -358,9 +326,10 @@ def _save(
         fewshot_as_multiturn=options.apply_chat_template,
     )
     naming.name_tracker(tracker, name if len(name) < 100 else short_name(name))
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, task_samples in samples.items():
-        tracker.save_results_samples(task_name=short_name(task), samples=task_samples)
+    with one_of_many_evaluations():
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, task_samples in samples.items():
+            tracker.save_results_samples(task_name=short_name(task), samples=task_samples)
     place = directory / str(tracker.general_config_tracker.model_name_sanitized)
     files = {
         task: str((place / f"samples_{short_name(task)}_{tracker.date_id}.jsonl").relative_to(directory))

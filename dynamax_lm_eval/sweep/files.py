@@ -29,7 +29,7 @@ POINT = JsonFormat(
     name="dynamax-sweep-point",
     version=1,
     what="a finished point of a sweep",
-    remedy="start the sweep again, which writes it anew from the answers that are stored",
+    remedy="start the sweep again, which rewrites it from the stored answers",
 )
 #: Of the sweep: the names of its points, finished or not.
 GRID_NAME = "grid.json"
@@ -37,7 +37,7 @@ GRID = JsonFormat(
     name="dynamax-sweep-grid",
     version=1,
     what="the list of a sweep's points",
-    remedy="start the sweep again, which writes it anew",
+    remedy="start the sweep again, which rewrites it",
 )
 _CHECKSUM = "# checksum "
 
@@ -141,5 +141,5 @@ def read_options(path: Path) -> dict[str, Any] | None:
         return options
     if not (path.parent / "points").is_dir():
         raise UserError(f"{path} was not written by a sweep, and would be written over; choose another --output")
-    logger.warning("%s is damaged, or was changed by hand: it is written anew", path)
+    logger.warning("%s is damaged, or was changed by hand: it is rewritten", path)
     return None

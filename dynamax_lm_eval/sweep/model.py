@@ -14,7 +14,7 @@ from dynamax_lm_eval.harness.documents import Document
 from dynamax_lm_eval.harness.ledger import request_keys
 from dynamax_lm_eval.harness.responder import Answers
 from dynamax_lm_eval.lm import DynamaxLM
-from dynamax_lm_eval.sweep.options import Point
+from dynamax_lm_eval.sweep.grid import Point
 from dynamax_lm_eval.sweep.store import Response, ResponseStore
 
 
@@ -37,8 +37,10 @@ class SweepLM(DynamaxLM):
     #: Of HFLM: what it gives as ``batch_size``.
     batch_size_per_gpu: Any
 
-    def __init__(self, pretrained: Any = None, **kwargs: Any) -> None:
-        super().__init__(pretrained, **kwargs)
+    announces = False  # it follows one point after the other
+
+    def __init__(self, backbone: Any = None, **kwargs: Any) -> None:
+        super().__init__(backbone, **kwargs)
         # Processes take points, not documents.
         self._rank, self._world_size = 0, 1
         self._points: list[SweepPoint] = []

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from dynamax_lm_eval.sweep.options import Point, SweepOptions
+from dynamax_lm_eval.sweep.grid import Point
+from dynamax_lm_eval.sweep.options import SweepOptions
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The options of ``dynamax-lm-eval sweep``, and the grid of points that they mean."""
+"""The options of ``dynamax-lm-eval sweep``. Knows no torch, so that help comes at once."""
 
 from __future__ import annotations
 
@@ -6,29 +6,23 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import yaml
 
-from dynamax_lm_eval.config import VARIED_ARGUMENTS, DynamaxArgs
+from dynamax_lm_eval.config import VARIED_ARGUMENTS
 from dynamax_lm_eval.errors import UserError, unknown_name
-from dynamax_lm_eval.exits.checkpoint import ExitConfig
-from dynamax_lm_eval.exits.policy import DEFAULT_PROPOSE
-from dynamax_lm_eval.exits.resolve import AUTO, default_state_mode, preset_state_mode
-from dynamax_lm_eval.harness.naming import VERIFY
 from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
-from dynamax_lm_eval.sweep import baselines
-from dynamax_lm_eval.types import ClassifierKind, ConfidenceName, PruneScope, StateMode
+from dynamax_lm_eval.types import AUTO, DEFAULT_PROPOSE, VERIFY, ClassifierKind, ConfidenceName, PruneScope
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
-_KINDS = get_args(ClassifierKind)
-_CASCADE = "cascade"
-_TRAINING_FREE = tuple(name for name in get_args(ConfidenceName) if name not in ("classifier", _CASCADE))
-CONFIDENCES = (*_KINDS, *_TRAINING_FREE, *(f"{_CASCADE}:{kind}" for kind in _KINDS))
+KINDS = get_args(ClassifierKind)
+CASCADE = "cascade"
+_TRAINING_FREE = tuple(name for name in get_args(ConfidenceName) if name not in ("classifier", CASCADE))
+CONFIDENCES = (*KINDS, *_TRAINING_FREE, *(f"{CASCADE}:{kind}" for kind in KINDS))
 
 
 #: The family of points whose exits are drafts.
@@ -47,7 +41,7 @@ class SweepOptions:
 
     backbone: str = field(metadata={"help": "alias (smollm2-gguf, mistral, ...), Hub id, or folder"})
     tasks: str = field(metadata={"help": "tasks of the harness, separated by commas"})
-    output: str = field(metadata={"help": "folder for everything that the sweep writes; a restart goes on there"})
+    output: str = field(metadata={"help": "output folder; rerun an interrupted sweep and it continues there"})
     thresholds: str = _option(
         "0.25:0.95:0.05",
         "first:last:step and numbers, separated by commas; 0.9+0.8+0.7 is one for each exit. TASK=0.3,0.5;TASK=0.4 has "
@@ -58,7 +52,7 @@ class SweepOptions:
     )
     propose: str | None = _option(
         None,
-        "of cascades: the classifier's confidence from which on a token is read out; several, separated by commas; "
+        "cascades: a token is read out where the classifier's confidence reaches this; several, separated by commas; "
         f"default: {DEFAULT_PROPOSE}",
     )
     state_modes: str = _option(
@@ -66,7 +60,7 @@ class SweepOptions:
         "separated by commas: learned, recompute, copy, copy_previous, skip; verify: exits are drafts that the full "
         "model verifies; auto: what a preset among --model_args says, else learned where the exits have maps of states",
     )
-    verify_tokens: int | None = _option(None, "tokens that a row drafts at most, of points that verify; default: 8")
+    verify_tokens: int | None = _option(None, "most tokens that a row drafts, in points that verify; default: 8")
     verify_at: str = _option(
         "",
         "exit layers, separated by commas: every token is drafted there, and the full model verifies; a family of its "
@@ -74,12 +68,12 @@ class SweepOptions:
     )
     static_exits: str = _option(
         "",
-        "exit layers, separated by commas: every token leaves there, without a decision, through the adapter of the "
-        "exits at hand; a family of its own for each state mode",
+        "exit layers, separated by commas: every token exits there, without a decision, through the adapter of the "
+        "trained exits; a family of its own for each state mode",
     )
     prune: str = _option("", "numbers of pruned blocks, separated by commas; a family of its own, without exits")
     prune_scope: str | None = _option(
-        None, "which tokens do without pruned blocks: all, or generated; default: what a preset says, else all"
+        None, "which tokens skip the pruned blocks: all, or generated; default: what a preset says, else all"
     )
     prune_profile: str | None = _option(None, "file of prune-profile: adds the same numbers with angular pruning")
     prune_adapter: str | None = _option(
@@ -89,22 +83,22 @@ class SweepOptions:
     limit: int | None = _option(None, "documents of each task; default: all")
     draw: int | None = _option(
         None,
-        "a seed: takes --limit documents of each task at random, not its first ones, which may be alike",
+        "a seed: draws --limit documents of each task at random; its first ones may be alike",
     )
     samples: str | None = _option(None, 'JSON, or a file of it, with documents by task: {"triviaqa": [0, 7]}')
     num_fewshot: int | None = _option(None, "examples in the prompt; default: the task's own")
-    batch_size: int = _option(32, "rows in flight, whatever policies they belong to")
+    batch_size: int = _option(32, "sequences processed at once, of all points together")
     noise_rows: int | None = _option(
         None,
-        "rows in flight of a second run of the full model, which shows how much is rounding; 0: none; default: half of "
-        "--batch_size (2 where that is 1), and none in float32 on a CPU",
+        "sequences processed at once in a second run of the full model, which measures rounding; 0: none; default: "
+        "half of --batch_size (2 where that is 1), and none in float32 on a CPU",
     )
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     include_path: str | None = _option(None, "folder with tasks of your own")
     metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")
     apply_chat_template: bool = _option(False, "wrap prompts in the tokenizer's chat template")
-    system_instruction: str | None = _option(None, "put before every prompt")
-    seed: int = _option(1234, "of few-shot examples and of sampling")
+    system_instruction: str | None = _option(None, "text before every prompt")
+    seed: int = _option(1234, "random seed for few-shot choice and sampling")
 
     def __post_init__(self) -> None:
         for name in ("backbone", "tasks", "output"):
@@ -130,7 +124,7 @@ class SweepOptions:
             raise UserError("--prune_scope has no effect without --prune; add it, or remove --prune_scope")
         if self.verify_tokens is not None and self.verify_tokens < 1:
             raise UserError(f"--verify_tokens must be at least 1, got {self.verify_tokens}")
-        if self.verify_tokens is not None and VERIFY not in _items(self.state_modes) and not self.verify_at:
+        if self.verify_tokens is not None and VERIFY not in items_of(self.state_modes) and not self.verify_at:
             raise UserError(
                 "--verify_tokens has no effect without --state_modes verify or --verify_at; add one of them"
             )
@@ -142,7 +136,7 @@ class SweepOptions:
 
     @property
     def task_names(self) -> list[str]:
-        return _items(self.tasks)
+        return items_of(self.tasks)
 
     def thresholds_by_task(self) -> dict[tuple[float, ...], tuple[str, ...]]:
         """Returns thresholds by rising mean, each with the tasks that are answered at it.
@@ -197,27 +191,6 @@ class SweepOptions:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One policy of the grid.
-
-    Attributes:
-        name: of its folder; tells it from all others of the sweep.
-        kind: ``full``, ``exits``, ``static``, ``verified``, ``pruning``, or ``noise`` (the full model once more).
-        series: points of one series differ in one number only and are joined in plots.
-        x: that number: the threshold (the mean of several), the exit layer, or how many blocks are pruned.
-        args: the model arguments that it stands for.
-        tasks: those that are answered under it, as ``--tasks`` names them.
-    """
-
-    name: str
-    kind: str
-    series: str
-    x: float
-    args: DynamaxArgs
-    tasks: tuple[str, ...] = ()
-
-
 def parse_thresholds(text: str) -> list[tuple[float, ...]]:
     """Reads ``0.5:0.95:0.05`` or ``0.5,0.7+0.8`` as tuples of one number, or of one per exit, by rising mean.
 
@@ -226,7 +199,7 @@ def parse_thresholds(text: str) -> list[tuple[float, ...]]:
     """
     try:
         values: list[tuple[float, ...]] = []
-        for item in _items(text):
+        for item in items_of(text):
             if ":" in item:
                 first, last, step = (float(part) for part in item.split(":"))
                 if not step > 0:
@@ -254,115 +227,32 @@ def name_of(thresholds: Sequence[float]) -> str:
 
 def uses_classifiers(confidences: Sequence[str]) -> bool:
     """Says whether some of these confidences need trained classifiers."""
-    return any(name.partition(":")[0] in (*_KINDS, _CASCADE) for name in confidences)
-
-
-def confidences_of(options: SweepOptions, kinds: Sequence[str]) -> list[str]:
-    """Returns the confidences that are named, else all ``kinds`` of the trained exits, else ``softmax``."""
-    if options.confidences is None:
-        return list(kinds) or ["softmax"]
-    return list(dict.fromkeys(_items(options.confidences)))
-
-
-def grid(
-    options: SweepOptions,
-    full: DynamaxArgs,
-    exits: ExitConfig | None,
-    recurrent_backbone: bool = False,
-    folder: str | None = None,
-) -> list[Point]:
-    """Returns all points, the full model first.
-
-    Args:
-        options: of the sweep.
-        full: the arguments of the full model, with everything that all points share.
-        exits: the trained exits at hand, if any.
-        recurrent_backbone: some blocks keep a recurrent state.
-        folder: of these exits, by which static exits name them; None: static exits use none.
-
-    Raises:
-        UserError: an option names something that does not exist.
-    """
-    every_task = tuple(options.task_names)
-    points = [Point("full", "full", "full model", 1.0, full, every_task)]
-    confidences = confidences_of(options, () if exits is None else exits.classifiers)
-    modes = _items(options.state_modes)
-    verified = {"verify": True, "verify_tokens": options.verify_tokens}
-    for what, names, choices in (
-        ("confidences", confidences, CONFIDENCES),
-        ("state_modes", modes, (*get_args(StateMode), VERIFY, AUTO)),
-    ):
-        wrong = [name for name in names if name not in choices]
-        if wrong or not names:
-            raise UserError(f"--{what} must name some of {', '.join(choices)}, got {', '.join(wrong) or 'none'}")
-    for (confidence, propose), mode in product(_proposing(confidences, options.propose), modes):
-        name, _, kind = confidence.partition(":")
-        is_kind = name in (*_KINDS, _CASCADE)
-        arguments: dict[str, Any] = {"confidence": "classifier" if name in _KINDS else name}
-        if is_kind:
-            arguments |= {"classifier": kind or name, "propose": propose}
-            confidence = _shown(confidence, propose)
-        elif exits is None or full.exits is None or not exits.serves_every_confidence:
-            arguments["exits"] = None
-        uses_exits = is_kind or arguments.get("exits", full.exits) is not None
-        if mode == AUTO:
-            preset = preset_state_mode(full.preset, recurrent_backbone)
-            mode = preset or default_state_mode(exits if uses_exits else None)
-        series = f"{confidence}, {mode}"
-        for threshold, tasks in options.thresholds_by_task().items():
-            changed: dict[str, Any] = {**arguments, "state_mode": mode, "threshold": threshold}
-            if mode == VERIFY:
-                changed |= {"state_mode": None, **verified}
-            name = f"{confidence}-{mode}-{name_of(threshold)}"
-            own_series = series if len(threshold) == 1 else f"{series}, per exit"
-            kind = VERIFIED if mode == VERIFY else "exits"
-            points.append(Point(name, kind, own_series, mean(threshold), replace(full, **changed), tasks))
-    for layer in sorted({_whole("verify_at", text) for text in _items(options.verify_at)}):
-        changed = {"exit_layers": (layer,), "threshold": (0.0,), "confidence": "state", **verified}
-        args = replace(full, **changed)
-        points.append(Point(f"verify-at-{layer}", VERIFIED, "drafts at one exit", layer, args, every_task))
-    static_layers = [_whole("static_exits", text) for text in _items(options.static_exits)]
-    served = folder is not None and exits is not None and exits.serves_every_confidence
-    usual = preset_state_mode(full.preset, recurrent_backbone) or default_state_mode(exits if served else None)
-    states = [usual if mode == AUTO else cast(StateMode, mode) for mode in modes if mode != VERIFY]
-    if static_layers and not states:
-        raise UserError("--static_exits leave states behind, so --state_modes needs another one beside verify")
-    scope = full.prune_scope if options.prune_scope is None else cast(PruneScope, options.prune_scope)
-    counts = [_whole("prune", text) for text in _items(options.prune)]
-    for name in ("prune_profile", "prune_adapter"):
-        if getattr(options, name) is not None and not counts:
-            raise UserError(f"--{name} has no effect without --prune; add it, or remove --{name}")
-    for found in (
-        *baselines.static_exits(full, static_layers, states, folder if served else None),
-        *baselines.pruned_models(full, counts, scope, options.prune_profile, options.prune_adapter),
-    ):
-        points.append(Point(*found, every_task))
-    return points
+    return any(name.partition(":")[0] in (*KINDS, CASCADE) for name in confidences)
 
 
 def names_of(options: SweepOptions) -> list[str]:
     """Returns what names and lines of points begin with, for each of the confidences that are named."""
-    return [_shown(*pair) for pair in _proposing(_items(options.confidences or ""), options.propose)]
+    return [shown_name(*pair) for pair in proposing(items_of(options.confidences or ""), options.propose)]
 
 
-def _shown(confidence: str, propose: float | None) -> str:
+def shown_name(confidence: str, propose: float | None) -> str:
     """Returns what a confidence is called in names and lines of points; ``propose``: of a cascade."""
     return confidence if propose is None else f"{confidence.replace(':', '-')}-{propose:g}"
 
 
-def _proposing(confidences: Sequence[str], propose: str | None) -> list[tuple[str, float | None]]:
+def proposing(confidences: Sequence[str], propose: str | None) -> list[tuple[str, float | None]]:
     """Returns confidences, those that are cascades with each of the values of ``--propose``."""
-    if propose is not None and not any(confidence.startswith(_CASCADE) for confidence in confidences):
+    if propose is not None and not any(confidence.startswith(CASCADE) for confidence in confidences):
         raise UserError("--propose has no effect without a cascade among --confidences; add one, or remove --propose")
     try:
-        values = [DEFAULT_PROPOSE] if propose is None else [float(text) for text in _items(propose)]
+        values = [DEFAULT_PROPOSE] if propose is None else [float(text) for text in items_of(propose)]
     except ValueError:
         values = []
     if not values or not all(0 <= value <= 1 for value in values):
         raise UserError(f"--propose must be numbers in [0, 1], separated by commas, got {propose!r}")
     pairs: list[tuple[str, float | None]] = []
     for confidence in confidences:
-        pairs += [(confidence, value) for value in values] if confidence.startswith(_CASCADE) else [(confidence, None)]
+        pairs += [(confidence, value) for value in values] if confidence.startswith(CASCADE) else [(confidence, None)]
     return pairs
 
 
@@ -389,11 +279,11 @@ def read_yaml(text: str) -> dict[str, Any]:
     return options
 
 
-def _items(text: str) -> list[str]:
+def items_of(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _whole(option: str, text: str) -> int:
+def whole_number(option: str, text: str) -> int:
     if not text.isdigit():
         raise UserError(f"--{option} must be whole numbers separated by commas, got {text!r}")
     return int(text)

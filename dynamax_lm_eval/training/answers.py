@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
@@ -24,6 +23,7 @@ from dynamax_lm_eval.engine.sampling import Sampler, request_seed
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.frozen.text import Documents
+from dynamax_lm_eval.progress import Bar
 from dynamax_lm_eval.training.batches import Answer
 from dynamax_lm_eval.training.generated import first_token
 from dynamax_lm_eval.training.options import TrainingOptions
@@ -74,7 +74,7 @@ def answers(
     total = sum(len(answer) - answer.prompt_tokens for answer in pool)
     todo = itertools.islice(requests, len(pool), None)
     with (
-        tqdm(total=options.self_tokens, initial=total, unit="tok", desc="answers of the backbone") as bar,
+        Bar(options.self_tokens, "answers of the backbone", unit="tok", initial=total) as bar,
         path.open("a", encoding="utf-8") as file,
     ):
         while total < options.self_tokens and (group := list(itertools.islice(todo, _AT_ONCE))):

@@ -26,10 +26,9 @@ from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.resolve import default_state_mode
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone, read_config, read_structure
 from dynamax_lm_eval.frozen.observe import observe
-from dynamax_lm_eval.frozen.options import TextSource
+from dynamax_lm_eval.frozen.options import HELD_OUT_SEED, TextSource
 from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.text import (
-    HELD_OUT_SEED,
     Documents,
     HeldOut,
     held_out,
@@ -50,11 +49,11 @@ from dynamax_lm_eval.training.log import (
     cut_log,
     held_out_numbers,
     near_chance,
+    plan,
     write_step,
 )
 from dynamax_lm_eval.training.loop import Loop
-from dynamax_lm_eval.training.option_rules import SELF_DATASET
-from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
+from dynamax_lm_eval.training.options import SELF_DATASET, RunOptions, TrainingOptions
 from dynamax_lm_eval.training.output import STATE_NAME, clear, take_output
 from dynamax_lm_eval.training.read_outs import ReadOuts, lora_report, read_outs
 from dynamax_lm_eval.training.trainer import Processes, StepReport, Trainer
@@ -110,6 +109,10 @@ def _train(
         hub.create_repository(run.push_to_hub, run.private)
     if run.overwrite and accelerator.is_main_process:
         clear(folder)
+    if accelerator.is_main_process:
+        logger.info(
+            plan(options, backbone.identity.num_layers, exit_layers, backbone.dtype, accelerator.device, folder)
+        )
     with accelerator.main_process_first():  # one writes what the backbone generates, the others read it
         text = _data(options, backbone, prompts, folder)
     processes = Processes(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord, ratio_stderr
 from dynamax_lm_eval.engine.engine import Engine
@@ -16,6 +15,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import policy_of_exits
 from dynamax_lm_eval.frozen.text import HeldOut
+from dynamax_lm_eval.progress import over
 from dynamax_lm_eval.types import StateMode
 
 #: Documents that the tokens of the curve are taken from, as far as there are so many.
@@ -39,7 +39,7 @@ def measured_curves(
     _, of_token = np.unique(np.repeat(number, [len(row) - 2 for row in texts]), return_inverse=True)
     tokens = np.bincount(of_token)
     curves: dict[str, list[dict[str, Any]]] = {}
-    for kind in tqdm(config.classifiers, desc="curves"):
+    for kind in over(config.classifiers, "curves"):
         curves[kind] = []
         for threshold in THRESHOLDS:
             policy = policy_of_exits(config, kind, threshold, state_mode=state_mode, exit_scope="all")

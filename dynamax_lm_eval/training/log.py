@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.files import naming, write_text
+from dynamax_lm_eval.training.options import TrainingOptions
 from dynamax_lm_eval.training.trainer import StepReport
 
 LOG_NAME = "training.jsonl"
@@ -83,6 +84,18 @@ def near_chance(evaluation: Mapping[str, Any]) -> list[str]:
         for layer, quality in measured["exits"].items()
         if quality["auroc"] is not None and quality["auroc"] < _CHANCE
     ]
+
+
+def plan(
+    options: TrainingOptions, num_layers: int, exit_layers: Sequence[int], dtype: object, device: object, folder: Path
+) -> str:
+    """Returns what is going to be trained, on what and for how long, and where it is written."""
+    resumed = " (or what is left of them)" if (folder / LOG_NAME).exists() else ""
+    return (
+        f"Training {', '.join(options.kinds)} of {options.backbone} ({num_layers} blocks, {dtype} on {device}), exits "
+        f"after blocks {', '.join(map(str, exit_layers))}: {options.steps} steps{resumed} of {options.batch_tokens} "
+        f"tokens of {options.dataset}, then {options.eval_tokens} held-out tokens; writing to {folder}"
+    )
 
 
 def accuracy_line(report: StepReport) -> str:

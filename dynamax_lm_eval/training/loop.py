@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
+from dynamax_lm_eval.progress import Bar
 from dynamax_lm_eval.training import state
 from dynamax_lm_eval.training.batches import MicroBatches, Position
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -94,13 +94,13 @@ class Loop:
             tell: writes a line of the log, given a report and the tokens per second; returns what the bar shows.
         """
         run, tokens, clock = self.run, self.options.batch_tokens, Throughput()
-        with tqdm(
-            total=self.steps * tokens,
-            initial=self.first * tokens,
+        with Bar(
+            self.steps * tokens,
+            f"training {self.name}",
             unit="tok",
             unit_scale=True,
-            desc=f"training {self.name}",
-            disable=None if self.main else True,
+            initial=self.first * tokens,
+            disable=not self.main,
         ) as bar:
             for number in range(self.first, self.steps):
                 report = step(number, batches)
@@ -108,7 +108,7 @@ class Loop:
                 bar.update(tokens)
                 last = report.step == self.steps
                 if self.main and (report.step % run.log_steps == 0 or last):
-                    bar.set_postfix_str(tell(report, speed), refresh=False)
+                    bar.show(tell(report, speed))
                 if self.main and (report.step % run.save_steps == 0 or (last and self.saves_last)):
                     self.save(report.step, batches.position, self.earlier + clock.seconds)
         return self.earlier + clock.seconds

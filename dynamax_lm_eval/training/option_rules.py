@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits.adapters import check_adapter
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
 from dynamax_lm_eval.exits.state_maps import check_state_maps
-from dynamax_lm_eval.frozen.options import TEMPLATES, check_at_least, check_dtype
-from dynamax_lm_eval.frozen.text import HELD_OUT_SEED
+from dynamax_lm_eval.frozen.options import HELD_OUT_SEED, TEMPLATES, check_at_least, check_dtype
 from dynamax_lm_eval.training.optimizers import check_optimizer
+from dynamax_lm_eval.training.options import SELF_DATASET, TrainingOptions
 from dynamax_lm_eval.types import LabelKind
 
-if TYPE_CHECKING:
-    from dynamax_lm_eval.training.options import TrainingOptions
-
-#: ``--dataset self``: text that the backbone itself generates.
-SELF_DATASET = "self"
 #: How the losses of exits are weighted.
 EXIT_WEIGHTS = ("decreasing", "increasing", "equal")
 #: ``--preset thesis``: how earlier public code of the paper's authors trains (docs/text_and_code.md). There each of 900

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from dynamax_lm_eval import config, values
+from dynamax_lm_eval import values
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ClassifierOptions
-from dynamax_lm_eval.exits.resolve import resolve_exit_layers
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
 from dynamax_lm_eval.frozen.options import (
+    DOCUMENTS_HELP,
+    HELD_OUT_SEED,
     FrozenOptions,
     TextSource,
     check_at_least,
@@ -19,11 +21,10 @@ from dynamax_lm_eval.frozen.options import (
     frozen_option,
     option,
 )
-from dynamax_lm_eval.frozen.text import DOCUMENTS_HELP, HELD_OUT_SEED
-from dynamax_lm_eval.training import option_rules
-from dynamax_lm_eval.training.option_rules import SELF_DATASET
 from dynamax_lm_eval.types import ClassifierKind
 
+#: ``--dataset self``: text that the backbone itself generates.
+SELF_DATASET = "self"
 #: What may be named as ``--classifier``.
 _KINDS = ", ".join(get_args(ClassifierKind))
 SAVE_DTYPES = ("float32", "bfloat16")
@@ -59,8 +60,8 @@ class RunOptions:
     """How to run a training; none of these changes what is trained."""
 
     output: str | None = option(None, "folder for the exits; default: where evaluations look for them")
-    resume: bool = option(False, "go on after the last saved state in the output folder")
-    overwrite: bool = option(False, "start anew although the output folder holds exits or a training")
+    resume: bool = option(False, "resume from the last checkpoint in the output folder")
+    overwrite: bool = option(False, "overwrite existing exits or training state")
     device: str = frozen_option("device")
     revision: str | None = frozen_option("revision")
     trust_remote_code: bool = frozen_option("trust_remote_code")
@@ -68,10 +69,11 @@ class RunOptions:
     log_steps: int = option(10, "optimiser steps between lines of training.jsonl")
     report_to: str = option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
     save_dtype: str = option(
-        "float32", "of the saved exits: float32 or bfloat16 (half the size); the held-out numbers are of what is saved"
+        "float32",
+        "data type of the saved exits: float32 or bfloat16 (half the size), which the held-out numbers are of",
     )
-    card_note: str | None = option(None, "a line for the model card, e.g. who is to be credited for the text")
-    push_to_hub: str | None = option(None, "Hub repository (user/name) that the finished exits are uploaded to")
+    card_note: str | None = option(None, "a line for the model card, such as a credit for the text")
+    push_to_hub: str | None = option(None, "Hub repository (user/name) to upload the finished exits to")
     private: bool = option(False, "make that repository private if it does not exist yet")
 
     def __post_init__(self) -> None:
@@ -121,24 +123,25 @@ class TrainingOptions:
     prompts_documents: str | None = option(
         None,
         "first:last documents that a task is evaluated on, in place of training documents where it has none; evaluate "
-        "others: exits know what they were trained on, and results tell",
+        "on others: result files count the documents that exits were trained on",
     )
     prompts_include_path: str | None = option(None, "folder with tasks of your own, for --prompts")
     prompts_metadata: str | None = option(
         None, "JSON, or name=value pairs separated by commas, for tasks of --prompts that take some"
     )
     self_tokens: int = option(100_000, "tokens that the backbone generates for a mixture or for --prompts")
-    seed: int = option(0, "decides initial weights, the order of documents and the labelled positions")
+    seed: int = option(0, "random seed for initial weights, the order of documents and the labelled positions")
 
     exit_layers: str | None = option(
-        None, "blocks that have run at each exit, e.g. 16+20+24+28; default: floor(L/2 + i*L/8), i = 0..3"
+        None,
+        "block counts (from 1) after which a token may exit, e.g. 16+20+24+28; default: floor(L/2 + i*L/8), i = 0..3",
     )
     init: str | None = option(
         None,
-        "exits to go on from, a folder or Hub id: of the same backbone, exit layers and sizes, with at least these "
-        "kinds and the same adapters (affine ones may get an MLP by swiglu:W); state maps are fitted anew",
+        "exits to start from, a folder or Hub id: of the same backbone, exit layers and sizes, with at least these "
+        "kinds and the same adapters (affine ones may get an MLP by swiglu:W); state maps are fitted again",
     )
-    final_block: bool = option(False, "the last block runs after an exit (the paper's set-up)")
+    final_block: bool = option(False, "run the last block after an exit (the paper's set-up)")
     adapter: str = option(
         "none",
         "read-out adapters: none, affine (a matrix of hidden size squared per exit), lowrank:R, or swiglu:W (affine "
@@ -146,19 +149,19 @@ class TrainingOptions:
         "tokens of exits",
     )
     adapter_first: float = option(
-        0.0, "share of the steps in which the adapters are trained alone and then left as they are; 0: all together"
+        0.0, "share of the steps in which the adapters are trained alone, then frozen; 0: all together"
     )
     states: str = option(
         "none",
-        "maps that predict the states which a token that left gives the blocks it skipped: none (they are recomputed), "
+        "maps that predict the states of an exited token in the blocks it skipped: none (they are recomputed), "
         "linear (in place of the blocks' own projections, at their cost) or lowrank:R (added to them); fitted by least "
         "squares before anything else is trained, and used by state_mode=learned",
     )
     states_tokens: int = option(65_536, "tokens that the maps are fitted to, from the beginning of the text")
     simulate_exits: bool = option(
         False,
-        "let tokens leave, at thresholds drawn for each row, in half of what is read after the first steps, so that "
-        "exits learn on states as they are when others have left",
+        "let tokens exit, at thresholds drawn for each row, in half of the text after the first steps, so that exits "
+        "are trained on the states that earlier exits leave behind",
     )
     lora: int | None = option(
         None,
@@ -203,9 +206,9 @@ class TrainingOptions:
 
     calibrate: bool = option(
         True,
-        "fit a scale and a shift of each exit's log-odds to text not trained on, and fold them into its weights",
+        "fit a scale and a shift of each exit's log-odds on held-out text, and fold them into its weights",
     )
-    calibrate_tokens: int = option(20_000, "tokens that they are fitted to, in whole micro-batches of --dataset")
+    calibrate_tokens: int = option(20_000, "tokens for --calibrate, in whole micro-batches of --dataset")
     eval_dataset: str | None = option(
         None,
         "held-out text, given as --dataset; default: some of --dataset are held out, the same ones whatever the seed",
@@ -215,20 +218,22 @@ class TrainingOptions:
     eval_tokens: int = option(50_000, "tokens to evaluate on at the end")
     eval_documents: int = option(100, DOCUMENTS_HELP)
     curve_tokens: int = option(
-        5_000, "tokens of these that are run at every threshold, for the curve: the beginnings of 40 documents"
+        5_000, "held-out tokens that are run at every threshold, for the curve: the beginnings of 40 documents"
     )
 
     def __post_init__(self) -> None:
-        self._apply_preset()
+        from dynamax_lm_eval.training import option_rules  # torch: not needed for help
+
+        self._apply_preset(option_rules.PRESETS)
         option_rules.check(self)
 
-    def _apply_preset(self) -> None:
+    def _apply_preset(self, presets: Mapping[str, Mapping[str, Any]]) -> None:
         if self.preset is None:
             return
-        if self.preset not in option_rules.PRESETS:
-            raise UserError(f"--preset must be {' or '.join(option_rules.PRESETS)}, got {self.preset!r}")
+        if self.preset not in presets:
+            raise UserError(f"--preset must be {' or '.join(presets)}, got {self.preset!r}")
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
-        for name, value in option_rules.PRESETS[self.preset].items():
+        for name, value in presets[self.preset].items():
             if getattr(self, name) == defaults[name]:
                 object.__setattr__(self, name, value)
 
@@ -273,6 +278,8 @@ class TrainingOptions:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds to train, in the order in which an evaluation prefers them."""
+        from dynamax_lm_eval.exits.classifiers import CLASSIFIERS
+
         requested = [kind.strip() for kind in self.classifier.split(",")]
         for kind in requested:
             if kind not in CLASSIFIERS:
@@ -324,7 +331,9 @@ class TrainingOptions:
 
     def resolve_exit_layers(self, num_layers: int) -> tuple[int, ...]:
         """Returns the exits for a backbone of ``num_layers`` blocks."""
-        requested = None if self.exit_layers is None else config.parse_exit_layers(self.exit_layers)
+        from dynamax_lm_eval.exits.resolve import resolve_exit_layers
+
+        requested = None if self.exit_layers is None else values.layers("exit_layers", self.exit_layers)
         return resolve_exit_layers(requested, num_layers, self.final_block)
 
     def to_json(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
-from dynamax_lm_eval.frozen.text import HELD_OUT_SEED
+from dynamax_lm_eval.frozen.options import HELD_OUT_SEED
 from dynamax_lm_eval.training.optimizers import optimizer_tensors, restore_optimizer
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ PROGRESS = JsonFormat(
     name="dynamax-training-state",
     version=1,
     what="a state of a training",
-    remedy="start the training anew with --overwrite",
+    remedy="start again with --overwrite",
 )
 
 
@@ -122,11 +122,11 @@ def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if stored.get("seed", HELD_OUT_SEED) != HELD_OUT_SEED and stored.get("eval_dataset") is None:
             raise UserError(
                 "--resume: this training began with a release that held out other documents, which would be trained "
-                "on now; finish it with that release, or start anew with --overwrite"
+                "on now; finish it with that release, or start again with --overwrite"
             )
     if changed := changed_settings(stored, now):
         raise UserError(
-            f"--resume: this training began with other options: {changed}; give the same ones, or start anew with "
+            f"--resume: this training began with other options: {changed}; give the same ones, or start again with "
             "--overwrite"
         )
 

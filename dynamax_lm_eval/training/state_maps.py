@@ -21,13 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dynamax_lm_eval.backbones.learned import StateProjection
 from dynamax_lm_eval.exits.classifiers import ExitClassifiers
 from dynamax_lm_eval.exits.state_maps import StateMap, StateMapOptions, by_exit_and_block
 from dynamax_lm_eval.frozen.passes import FrozenPass, begin
 from dynamax_lm_eval.frozen.regression import Moments
+from dynamax_lm_eval.progress import Bar
 from dynamax_lm_eval.training.batches import MicroBatches
 from dynamax_lm_eval.training.trainer import Processes
 
@@ -112,7 +112,7 @@ def fit(
     assert options is not None, "there are maps"
     maps = by_exit_and_block(classifiers.state_maps)
     passes = _passes(options, list(maps))
-    with tqdm(total=count * len(passes), desc="fitting state maps", disable=None if mine.index == 0 else True) as bar:
+    with Bar(count * len(passes), "fitting state maps", disable=mine.index != 0) as bar:
         for keys in passes:
             batches = text()
             moments = {(layer, block): _no_moments(maps[layer, block], options, block) for layer, block in keys}

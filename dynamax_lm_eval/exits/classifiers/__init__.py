@@ -4,7 +4,8 @@ A kind is one file here, one line in :mod:`kinds`, and its word in ``types.Class
 ragged rows; knows no thresholds, policies or files.
 """
 
-from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions, exit_probability
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import Classifier, exit_probability
 from dynamax_lm_eval.exits.classifiers.collection import ExitClassifiers
 from dynamax_lm_eval.exits.classifiers.kinds import CLASSIFIERS, make_classifier
 

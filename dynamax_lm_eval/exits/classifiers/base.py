@@ -5,10 +5,8 @@ T tokens, R rows, D hidden size.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,39 +15,9 @@ from torch import Tensor, nn
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
 from dynamax_lm_eval.compute.cost import EvaluationCost
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
 
 EPS = 1e-5
-
-
-def _size(default: Any, least: int | None, text: str) -> Any:
-    """A size with its smallest value, None where any number above 0 will do, and the help text of ``train``."""
-    return field(default=default, metadata={"least": least, "help": text})
-
-
-@dataclass(frozen=True)
-class ClassifierOptions:
-    """What the user may choose; sizes decide what an evaluation costs."""
-
-    mamba_state: int = _size(16, 1, "SSM state of the mamba and hybrid classifiers")
-    # Wider ones detect a little better and cost more than that gains (docs/search.md).
-    mamba_expand: float = _size(0.25, None, "inner width of the mamba and hybrid classifiers' mixer, in hidden sizes")
-    mamba_kernel: int = _size(4, 2, "tokens that the convolution of that mixer sees")
-    ffn_expand: float = _size(4.0, None, "hidden width of the ffn classifier, in hidden sizes")
-    hybrid_expand: float = _size(0.25, None, "hidden width of the hybrid classifier, in hidden sizes")
-    normalize: bool = field(default=True, metadata={"help": "classifiers normalise the hidden states that they see"})
-
-    def __post_init__(self) -> None:
-        for name, size in self.__dataclass_fields__.items():
-            value, least = getattr(self, name), size.metadata.get("least")
-            if name == "normalize":
-                if not isinstance(value, bool):
-                    raise UserError(f"{name} must be true or false, got {value!r}")
-                continue
-            if least is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
-            if least is None and not 0 < value < math.inf:
-                raise UserError(f"{name} must be a finite number above 0, got {value}")
 
 
 class RmsNorm(nn.RMSNorm):

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
-from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import Classifier
 
 
 class CalmClassifier(Classifier):

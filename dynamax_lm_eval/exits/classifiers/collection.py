@@ -10,7 +10,8 @@ from torch import nn
 
 from dynamax_lm_eval.compute.cost import EvaluationCost
 from dynamax_lm_eval.exits.adapters import Adapter, make_adapters
-from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import Classifier
 from dynamax_lm_eval.exits.classifiers.kinds import make_classifier
 from dynamax_lm_eval.exits.confirmers import Confirmer, make_confirmers
 from dynamax_lm_eval.exits.state_maps import StateMap, StateMapOptions, by_exit_and_block, make_state_maps

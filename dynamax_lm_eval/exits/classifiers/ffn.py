@@ -7,7 +7,8 @@ from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerState
-from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions, width
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import Classifier, width
 
 
 class FfnClassifier(Classifier):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from dynamax_lm_eval.backbones.mamba.ssm import MixerShape
-from dynamax_lm_eval.exits.classifiers.base import ClassifierOptions, width
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import width
 from dynamax_lm_eval.exits.classifiers.mamba import MixerClassifier, mixer_shape
 
 

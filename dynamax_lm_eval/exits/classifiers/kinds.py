@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import cast, get_args
 
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.exits.classifiers.base import Classifier, ClassifierOptions
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import Classifier
 from dynamax_lm_eval.exits.classifiers.calm import CalmClassifier
 from dynamax_lm_eval.exits.classifiers.ffn import FfnClassifier
 from dynamax_lm_eval.exits.classifiers.hybrid import HybridClassifier

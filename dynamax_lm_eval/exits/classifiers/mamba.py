@@ -19,7 +19,8 @@ from dynamax_lm_eval.backbones.mamba.groups import KernelRows
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.backbones.mamba.ssm import MixerShape, MixerState, causal_conv, selective_scan
-from dynamax_lm_eval.exits.classifiers.base import EPS, Classifier, ClassifierOptions, RmsNorm, width
+from dynamax_lm_eval.exits.classifier_options import ClassifierOptions
+from dynamax_lm_eval.exits.classifiers.base import EPS, Classifier, RmsNorm, width
 
 #: Time steps that a fresh mixer starts with, log-uniform (Mamba's own initialisation).
 _FIRST_STEPS = (1e-3, 1e-1)
