@@ -44,41 +44,58 @@ SUBSTITUTES = {
     "MODEL": "tiny-llama",
     "BACKBONE": "tiny-llama",
     "BOOKS": "texts.jsonl.gz",
-    "HELD_OUT": "texts.jsonl.gz",
-    "psychology.jsonl.gz": "texts.jsonl.gz",
+    "HELD_OUT": "held_out.jsonl.gz",
+    "psychology.jsonl.gz": "held_out.jsonl.gz",
     "wikitext2_test.txt.gz": "text.txt",
     "DATA": "data",
     "FOLDER": "data",
     "OUT": "out-exits",
+    # The vocabulary of the small models has 4,096 tokens.
+    "vocab_subset=4096": "vocab_subset=256",
     # A task of the Hub: ours with local documents.
     "triviaqa": "triviaqa_long",
 }
-#: Options that hold a size: at most this, in place of what the page says; those of the first tuple are always given.
+#: Options that hold a size: at most this, in place of what the page says.
 LIMITS = {
-    ("run", "sweep"): {"limit": 2},
-    ("calibrate",): {"limit": 20},
-    ("headroom",): {"limit": 4, "tokens": 200, "documents": 4, "fit_tokens": 400, "seq_len": 64},
-    ("exit-thresholds",): {"tokens": 400, "documents": 8, "seq_len": 64},
-    ("prune-profile",): {"texts": 4, "seq_len": 64, "fit_tokens": 400, "fit_documents": 10},
-    ("train",): {
-        "max_tokens": 2048,
-        "batch_tokens": 1024,
-        "micro_batch_tokens": 1024,
-        "seq_len": 128,
-        "eval_tokens": 400,
-        "eval_documents": 4,
-        "curve_tokens": 200,
-        "calibrate_tokens": 400,
-    },
+    "limit": 2,
+    "tokens": 400,
+    "documents": 4,
+    "texts": 4,
+    "seq_len": 128,
+    "max_tokens": 2048,
+    "batch_tokens": 1024,
+    "micro_batch_tokens": 1024,
+    "eval_tokens": 400,
+    "eval_documents": 4,
+    "curve_tokens": 200,
+    "calibrate_tokens": 400,
+    "fit_tokens": 400,
+    "fit_documents": 10,
+    "self_tokens": 512,
+    "states_tokens": 1024,
 }
-_TRAINING_ONLY_IF_GIVEN = {"self_tokens": 512, "states_tokens": 1024, "lora_tokens": 1024}
+#: Those of them that a command is given where the page says nothing.
+ALWAYS = {
+    "run": ["limit"],
+    "sweep": ["limit"],
+    "headroom": ["seq_len"],
+    "exit-thresholds": ["tokens", "documents", "seq_len"],
+    "prune-profile": ["texts", "seq_len"],
+    "train": ["max_tokens", "batch_tokens", "micro_batch_tokens", "seq_len"],
+}
+ALWAYS["train"] += ["eval_tokens", "eval_documents", "curve_tokens", "calibrate_tokens"]
+#: A certificate needs more documents than two: enough that some candidates pass, and some do not.
+CALIBRATED = ["--limit", "40"]
+#: What a page takes for granted.
+_A_SWEEP = "dynamax-lm-eval sweep --backbone tiny-llama --tasks trivia_demo --prune 1 --output out/sweep"
+BEFORE = {"docs/leaderboards.md": _A_SWEEP, "docs/pipelines.md": _A_SWEEP, "docs/result_files.md": _A_SWEEP}
 #: Grids that take long and show nothing more.
 SHORTER = {"--thresholds": "0.8", "--prune": "1", "--confidences": "calm,mamba"}
 #: A command in which one of these is found is not run, for this reason; its options are checked all the same.
 OBSTACLES = {
     r"\.\.\.": "shows a part of a command",
     r"^(pip|python3 -m venv|make|\.)\b": "installs or builds; continuous integration does it by itself",
-    r"^(accelerate|torchrun)\b": "starts several processes; tests/test_processes.py does",
+    r"^(\w+=\S+ )?(accelerate|torchrun)\b": "starts several processes; tests/test_processes.py does",
     r"^examples/": "a script for a GPU; tests/test_training_recipe.py runs its options",
     r"^python (benchmarks|examples|-m pytest|tests)": "a measurement or a test",
     r"\barc_easy\b|\bcoqa\b|fineweb|--preset thesis|examples/thesis|tp_plan|--lora": "needs the Hub, a GPU or long",
@@ -171,8 +188,6 @@ def own_options(command: str) -> frozenset[str] | None:
         return harness_options() | {"--debug"}
     if command == "tasks":
         return frozenset({"--path", "--help"})
-    if command == "arguments":
-        return frozenset({"--markdown", "--help"})
     if command not in cli.COMMANDS:
         return None
     names = [field.name for options in cli.COMMANDS[command].options for field in fields(cli._named(options))]
@@ -261,13 +276,15 @@ def small(command: Command, *, substitute: bool = True) -> list[str]:
     for option, value in SHORTER.items():
         if option in words and name == "sweep":
             words[words.index(option) + 1] = value
-    limits = next((limits for names, limits in LIMITS.items() if name in names), {})
-    for option, value in (limits | (_TRAINING_ONLY_IF_GIVEN if name == "train" else {})).items():
+    for option, value in LIMITS.items():
         if f"--{option}" in words:
             place = words.index(f"--{option}") + 1
             words[place] = str(min(value, int(words[place])))
-        elif option in limits and not (option == "limit" and ("--samples" in words or "--config" in words)):
+        elif option in ALWAYS.get(name, []) and not {"--samples", "--config"} & set(words):
             words += [f"--{option}", str(value)]
+    words += CALIBRATED if name == "calibrate" else []
+    words += ["--tokens", "200", "--documents", "4"] if name == "headroom" and "--dataset" in words else []
+    words += ["--fit_tokens", "400"] if "--fit_adapters" in words and "--fit_tokens" not in words else []
     asks_for_data = re.search(r"triviaqa_long|truthfulqa|coqa_exit|\bdynamax\b", " ".join(words[1:]))
     if asks_for_data and "--metadata" not in words and name in ("run", "sweep", "calibrate", "headroom"):
         words += ["--metadata", "data_dir=data"]
@@ -282,8 +299,9 @@ def materials(folder: Path) -> None:
 
     pages = [page.read_text(encoding="utf-8") for page in PAGES if page.parent.name == "docs"]
     text = [page[start : start + 1500] for page in pages for start in range(0, min(len(page), 6000), 1500)]
-    with gzip.open(folder / "texts.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": part}) + "\n" for part in text)
+    for name, parts in (("texts", text[::2]), ("held_out", text[1::2])):
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": part}) + "\n" for part in parts)
     (folder / "text.txt").write_text("\n".join(pages)[:8000], encoding="utf-8")
     (folder / "data").mkdir()
     write_jsonl(folder / "data" / "triviaqa_dev.jsonl", trivia_rows())
@@ -347,14 +365,17 @@ def main(names: list[str]) -> int:
     bad, skipped = 0, 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        os.environ |= {"DYNAMAX_CACHE": f"{place}/cache", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         for page in pages:
             folder = Path(place) / page.relative_to(ROOT).with_suffix("")
             folder.mkdir(parents=True)
             materials(folder)
+            # Exits that one page trains are not those of another.
+            os.environ["DYNAMAX_CACHE"] = str(folder / "cache")
+            before_it = [Command(page, 0, BEFORE[name])] if (name := str(page.relative_to(ROOT))) in BEFORE else []
             done: set[str] = set()
             with contextlib.chdir(folder):
-                for command in commands(page):
+                for command in [*before_it, *commands(page)]:
                     if (reason := obstacle(command)) is not None or command.text in done:
                         skipped += 1
                         sys.stdout.write(f"not run ({reason or 'as above'}): {command}\n")
