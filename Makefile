@@ -6,8 +6,8 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
-DEMO_ARGS ?= threshold=0.8
-DEMO := $(BIN)/lm_eval --model dynamax --tasks trivia_demo --include_path tasks --device cpu --batch_size 16 --log_samples
+DEMO_ARGS ?= threshold=0.7
+DEMO := $(BIN)/dynamax-lm-eval run --tasks explain_demo --device cpu --batch_size 16 --log_samples
 
 .PHONY: help install demo test test-slow test-all kernels docs docs-check check format wheel clean
 
