@@ -337,7 +337,7 @@ VARIED_ARGUMENTS = frozenset(row.name for row in fields(DynamaxArgs) if row.meta
 
 
 def argument_table() -> str:
-    """The arguments as a table in Markdown, as docs/arguments.md has it (links are from the top level)."""
+    """The arguments as a table in Markdown, as README.md has it."""
     rows = [f"| `{name}` | {row.metadata['default']} | {row.metadata['help']} |" for name, row in _ROWS.items()]
     return "\n".join(["| argument | default | meaning |", "| --- | --- | --- |", *rows]) + "\n"
 
