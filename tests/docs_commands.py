@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import gzip
 import importlib.util
@@ -73,6 +74,7 @@ LIMITS = {
     "fit_documents": 10,
     "self_tokens": 512,
     "states_tokens": 1024,
+    "lora_tokens": 1024,
 }
 #: Those of them that a command is given where the page says nothing.
 ALWAYS = {
@@ -98,8 +100,8 @@ OBSTACLES = {
     r"^(\w+=\S+ )?(accelerate|torchrun)\b": "starts several processes; tests/test_processes.py does",
     r"^examples/": "a script for a GPU; tests/test_training_recipe.py runs its options",
     r"^python (benchmarks|examples|-m pytest|tests)": "a measurement or a test",
-    r"\barc_easy\b|\bcoqa\b|fineweb|--preset thesis|examples/thesis|tp_plan|--lora": "needs the Hub, a GPU or long",
-    r"\b(EXITS|LABEL|LAYERS|SEED|TINY_LLAMA|WEIGHT|ME)\b": "stands for many",
+    r"\barc_easy\b|\bcoqa\b|fineweb|--preset thesis|examples/thesis|tp_plan": "needs the Hub, a GPU or long",
+    r"\b(EXITS|LABEL|LAYERS|SEED|TINY_LLAMA|WEIGHT|ME|SHIPPED_BEFORE)\b": "stands for many",
     r"--format eee": "needs a package that is no dependency",
 }
 
@@ -195,6 +197,18 @@ def own_options(command: str) -> frozenset[str] | None:
 
 
 @functools.cache
+def needed_options(command: str) -> tuple[str, ...]:
+    """The options that one of our commands cannot do without, but for folders, which come without a name."""
+    from dynamax_lm_eval import cli
+
+    kinds = cli.COMMANDS[command].options if command in cli.COMMANDS else ()
+    options = [field for kind in kinds for field in fields(cli._named(kind))]
+    free = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [field.name for field in options if (field.default, field.default_factory) == free]
+    return tuple(f"--{name}" for name in needed if name not in ("folder", "folders"))
+
+
+@functools.cache
 def model_arguments() -> frozenset[str]:
     """The names that may stand in ``--model_args``: ours, and those that are passed on."""
     import lm_eval
@@ -226,7 +240,12 @@ def faults(command: Command) -> list[str]:
     program, rest = words[0], words[1:]
     if program == "dynamax-lm-eval":
         known = own_options(rest[0])
-        return [f"no command {rest[0]}"] if known is None else _unknown(rest[1:], known)
+        if known is None:
+            return [f"no command {rest[0]}"]
+        # What is shown in part, or read from a file, need not be complete.
+        complete = "..." not in command.text and "--config" not in rest
+        lacking = [name for name in needed_options(rest[0]) if name not in rest] if complete else []
+        return [*_unknown(rest[1:], known), *(f"lacks {name}" for name in lacking)]
     if program == "lm_eval":
         return _unknown(rest[1:] if rest[0] == "run" else rest, harness_options())
     if program == "make":
@@ -284,6 +303,7 @@ def small(command: Command, *, substitute: bool = True) -> list[str]:
             words += [f"--{option}", str(value)]
     words += CALIBRATED if name == "calibrate" else []
     words += ["--tokens", "200", "--documents", "4"] if name == "headroom" and "--dataset" in words else []
+    words += ["--lora_tokens", "1024"] if "--lora" in words and "--lora_tokens" not in words else []
     words += ["--fit_tokens", "400"] if "--fit_adapters" in words and "--fit_tokens" not in words else []
     asks_for_data = re.search(r"triviaqa_long|truthfulqa|coqa_exit|\bdynamax\b", " ".join(words[1:]))
     if asks_for_data and "--metadata" not in words and name in ("run", "sweep", "calibrate", "headroom"):

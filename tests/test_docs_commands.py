@@ -82,8 +82,10 @@ lm_eval = 1
         ("text", "wrong"),
         [
             ("dynamax-lm-eval run --tasks a --limitt 2", ["no option --limitt"]),
-            ("dynamax-lm-eval sweep --backbone a --prune 1", []),
-            ("dynamax-lm-eval sweep --backbone a --prunes 1", ["no option --prunes"]),
+            ("dynamax-lm-eval sweep --backbone a --prune 1 --output b --tasks c", []),
+            ("dynamax-lm-eval sweep --backbone a --prune 1 ...", []),
+            ("dynamax-lm-eval sweep --backbone a --prunes 1 ...", ["no option --prunes"]),
+            ("dynamax-lm-eval sweep --backbone a --tasks c", ["lacks --output"]),
             ("dynamax-lm-eval swep --backbone a", ["no command swep"]),
             ("lm_eval --model_args backbone=a,treshold=1,exit_layers=[1,2],dtype=auto", ["no model argument treshold"]),
             ("torchrun --nproc_per_node 2 -m dynamax_lm_eval report a --seeed 1", ["no option --seeed"]),
