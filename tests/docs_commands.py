@@ -70,7 +70,7 @@ LIMITS = {
     "eval_documents": 4,
     "curve_tokens": 200,
     "calibrate_tokens": 400,
-    "fit_tokens": 400,
+    "fit_tokens": 1200,
     "fit_documents": 10,
     "self_tokens": 512,
     "states_tokens": 1024,
@@ -304,7 +304,7 @@ def small(command: Command, *, substitute: bool = True) -> list[str]:
     words += CALIBRATED if name == "calibrate" else []
     words += ["--tokens", "200", "--documents", "4"] if name == "headroom" and "--dataset" in words else []
     words += ["--lora_tokens", "1024"] if "--lora" in words and "--lora_tokens" not in words else []
-    words += ["--fit_tokens", "400"] if "--fit_adapters" in words and "--fit_tokens" not in words else []
+    words += ["--fit_tokens", "1200"] if "--fit_adapters" in words and "--fit_tokens" not in words else []
     asks_for_data = re.search(r"triviaqa_long|truthfulqa|coqa_exit|\bdynamax\b", " ".join(words[1:]))
     if asks_for_data and "--metadata" not in words and name in ("run", "sweep", "calibrate", "headroom"):
         words += ["--metadata", "data_dir=data"]
