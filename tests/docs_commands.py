@@ -404,6 +404,10 @@ def main(names: list[str]) -> int:
             materials(folder)
             # Exits that one page trains are not those of another.
             os.environ["DYNAMAX_CACHE"] = str(folder / "cache")
+            # Weights that are unpacked once are.
+            (Path(place) / "backbones").mkdir(exist_ok=True)
+            (folder / "cache").mkdir()
+            (folder / "cache" / "backbones").symlink_to(Path(place) / "backbones")
             before_it = [Command(page, 0, BEFORE[name])] if (name := str(page.relative_to(ROOT))) in BEFORE else []
             done: set[str] = set()
             with contextlib.chdir(folder):
