@@ -114,7 +114,7 @@ function showRow(name) {
   const row = [...byId("points").tBodies[0].rows].find((found) => found.dataset.name === name), box = byId("points").parentElement;
   if (!row) return;
   const head = byId("points").tHead.offsetHeight, top = row.offsetTop - head, bottom = row.offsetTop + row.offsetHeight;
-  if (top < box.scrollTop || bottom > box.scrollTop + box.clientHeight) box.scrollTop = top - (box.clientHeight - head) / 2;
+  if (top < box.scrollTop || bottom > box.scrollTop + box.clientHeight) box.scrollTop = top - (box.clientHeight - head - row.offsetHeight) / 2;
 }
 
 // One row of the table is in the order of the Tab key.
