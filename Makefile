@@ -9,7 +9,7 @@ TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 DEMO_ARGS ?= threshold=0.7
 DEMO := $(BIN)/dynamax-lm-eval run --tasks explain_demo --device cpu --batch_size 16 --log_samples
 
-.PHONY: help install demo test test-slow test-all kernels docs docs-check check format wheel clean
+.PHONY: help install demo test test-slow test-all kernels docs docs-check check format wheel clean results
 
 help:
 	@echo "make demo       install into $(VENV), then evaluate SmolLM2-135M with exits on and off (CPU, minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs-check runs the commands of README.md and docs/ on tiny models (CPU, minutes)"
 	@echo "make check      lint, format, types and the links of the documentation"
 	@echo "make format     apply the formatter"
+	@echo "make results    the sweeps of docs/results again, from DATA=folder of data files (hours)"
 	@echo "make wheel      build the wheel into dist/"
 
 # torch first and pinned: a range would let pip take another build of it.
@@ -78,6 +79,11 @@ check: $(BIN)/.installed docs
 format: $(BIN)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Models and answers are kept in the folder named by WORK, so that a run that was stopped goes on.
+WORK ?= out/gallery
+results: $(BIN)/.smollm2
+	$(BIN)/python benchmarks/gallery.py --data $(DATA) --work $(WORK)
 
 wheel: $(BIN)/.installed
 	$(BIN)/python -m build --wheel

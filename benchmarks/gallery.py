@@ -104,7 +104,9 @@ class Gallery:
     def report(self, entry: dict[str, Any]) -> None:
         """Writes tables and plots of an entry."""
         made, target = self.work / entry["name"] / "report", RESULTS / entry["name"]
-        self.run(["dynamax-lm-eval", "report", str(self.work / entry["name"] / "sweep"), "--output", str(made)])
+        metrics = ["--metrics", entry["metrics"]] if "metrics" in entry else []
+        sweep = str(self.work / entry["name"] / "sweep")
+        self.run(["dynamax-lm-eval", "report", sweep, "--output", str(made), *metrics])
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for file in sorted(file for pattern in KEPT for file in made.glob(pattern)):
@@ -122,18 +124,60 @@ class Gallery:
         file = self.work / entry["name"] / "headroom" / "headroom.json"
         if file.is_file():
             parts.append(f"Headroom: {json.loads(file.read_text(encoding='utf-8'))['verdict']['line']}")
+        shown = [pair.split("=")[1] for pair in entry.get("metrics", "").split(",") if pair]
         for plot in sorted(folder.glob("*.png")):
-            if plot.name != "headroom.png":
-                parts.append(f"![Score and similarity against compute]({entry['name']}/{plot.name})")
-        parts.append(summary(pd.read_csv(folder / "points.csv")))
+            if plot.name == "headroom.png":
+                continue
+            if "consistency" in plot.name or shown:
+                parts.append(f"![Score against compute]({entry['name']}/{plot.name})")
+        points = pd.read_csv(folder / "points.csv")
+        first = points.groupby("task")["metric"].transform("first")
+        points = points[points["metric"].isin(shown) if shown else points["metric"] == first]
+        parts.append(summary(points))
         parts.append(entry.get("reading", "").strip())
         parts.append(f"All points: [report]({entry['name']}/report.md), [CSV]({entry['name']}/points.csv).")
         return "\n\n".join(part for part in parts if part)
 
 
 def summary(points: pd.DataFrame) -> str:
-    """Returns the best valid point of each line that keeps at least 0.9 of the similarity, or is nearest to that."""
-    return tabulate(points.head(3), headers="keys", tablefmt="github", showindex=False)
+    """Returns all points by a metric of each task, as Markdown; 95 % intervals in brackets, standard errors by ±."""
+    tables = []
+    for (task, metric), of_task in points.groupby(["task", "metric"], sort=False):
+        similarity = next((name for name in SIMILARITY if name in of_task and of_task[name].notna().any()), None)
+        heads = ["point", str(metric), *([similarity] if similarity else []), "compute_reduction", "compute_vs_full"]
+        has_loops = "loops_left_out" in of_task and of_task["loops_left_out"].fillna(0).any()
+        heads += [*(["without loops"] if has_loops else []), "tokens"]
+        rows = []
+        for row in of_task.to_dict("records"):
+            cells = [row["point"] if row["valid"] else f"({row['point']})", _with_error(row, "score", "score_stderr")]
+            if similarity:
+                cells.append(_interval(row, similarity))
+            cells += [
+                _with_error(row, "compute_reduction", "compute_reduction_stderr"),
+                _interval(row, "compute_vs_full"),
+            ]
+            if has_loops:
+                bounds = [row[f"compute_vs_full{part}_without_loops"] for part in ("", "_low", "_high")]
+                cells.append("" if pd.isna(bounds[0]) else "{:.3f} [{:.3f}, {:.3f}]".format(*bounds))
+            cells.append("" if pd.isna(row["generated_tokens"]) else f"{row['generated_tokens']:.1f}")
+            rows.append(cells)
+        count = int(of_task["documents"].iloc[0])
+        lost = of_task.loc[of_task["valid"], "loops_left_out"].max() if has_loops else 0
+        left = f"; of valid points, at most {int(lost)} are left out as loops" if has_loops else ""
+        table = tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+        tables.append(f"`{task}`, {count} documents{left}:\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def _interval(row: dict[str, Any], name: str) -> str:
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if pd.isna(row[name]):
+        return ""
+    return f"{row[name]:.3f}" if pd.isna(low) or row["family"] == "full" else f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _with_error(row: dict[str, Any], name: str, stderr: str) -> str:
+    return f"{row[name]:.3f}" if pd.isna(row[stderr]) else f"{row[name]:.3f} ± {row[stderr]:.3f}"
 
 
 def main() -> None:
@@ -153,6 +197,10 @@ def main() -> None:
             if not args.report:
                 gallery.measure(entry)
             gallery.report(entry)
+    head = (HERE / "gallery.md").read_text(encoding="utf-8")
+    done = [entry for entry in entries if (gallery.work / entry["name"] / "report").is_dir()]
+    page = "\n\n".join([head.strip(), *map(gallery.section, done)])
+    (RESULTS / "README.md").write_text(f"{page}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

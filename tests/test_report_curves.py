@@ -83,6 +83,15 @@ def test_bars_are_95_percent_intervals() -> None:
     assert all(math.isnan(end) for end in curves.place(task, found, METRIC, "compute_vs_full").x_bar)
 
 
+def test_a_reduction_without_a_standard_error_has_no_bar() -> None:
+    """One document has none, and result files say null."""
+    task = line((1.5, 1.0))
+    task.points[1].compute["compute_reduction_stderr"] = None
+    place = curves.place(task, task.points[1], METRIC, "compute_reduction", pd.DataFrame())
+    assert place.x == 1.5
+    assert all(math.isnan(bound) for bound in place.x_bar)
+
+
 class TestJoined:
     def test_in_order_of_the_setting_where_compute_falls_along_it(self) -> None:
         """Also where scores go up and down."""

@@ -57,7 +57,9 @@ def place(task: TaskResults, point: PointResult, metric: str, axis: str, points:
     if axis == "compute_vs_full":
         x_bar = _interval_in(points, point.name)
     else:
-        x_bar = _normal(x, float(point.compute.get("compute_reduction_stderr", math.nan)))
+        # None, where one document cannot have a standard error.
+        x_stderr = point.compute.get("compute_reduction_stderr")
+        x_bar = _normal(x, math.nan if x_stderr is None else float(x_stderr))
     return Place(x, score, x_bar, _normal(score, stderr))
 
 
