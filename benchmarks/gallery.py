@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,8 @@ class Gallery:
         parts = [f"## {entry['title']}", "\n".join(f"    {line}" for line in commands)]
         file = self.work / entry["name"] / "headroom" / "headroom.json"
         if file.is_file():
-            parts.append(f"Headroom: {json.loads(file.read_text(encoding='utf-8'))['verdict']['line']}")
+            verdict = json.loads(file.read_text(encoding="utf-8"))["verdict"]["line"]
+            parts.append(textwrap.fill(f"Headroom: {verdict}", 120, break_long_words=False, break_on_hyphens=False))
         shown = [pair.split("=")[1] for pair in entry.get("metrics", "").split(",") if pair]
         for plot in sorted(folder.glob("*.png")):
             if plot.name == "headroom.png":

@@ -79,7 +79,7 @@ def configured(model_folder: Path) -> Any:
             )
             lm = DynamaxLM.__new__(DynamaxLM)
             try:
-                lm.__init__(str(model_folder), **args)  # type: ignore[misc]
+                lm.__init__(**{"pretrained": str(model_folder), **args})  # type: ignore[misc]
             except ReachedError:
                 return lm
         raise AssertionError("weights were not reached and nothing was refused")

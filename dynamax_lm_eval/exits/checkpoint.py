@@ -115,9 +115,11 @@ class ExitConfig:
 
     def check(self) -> None:
         """Raises UserError where the configuration contradicts itself or asks for what does not exist."""
-        switches = (self.final_block, self.confirms)
-        if not isinstance(self.backbone.fingerprint, str) or not all(isinstance(value, bool) for value in switches):
-            raise UserError("its fingerprint is not a text, or final_block or confirms is not true or false")
+        if not isinstance(self.backbone.fingerprint, str):
+            raise UserError("its fingerprint is not a text")
+        for name in ("final_block", "confirms"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"its {name} is not true or false")
         if self.confirms and self.final_block:
             raise UserError("it has both final_block and confirms, which exclude each other")
         layers, depth = self.exit_layers, self.backbone.num_layers

@@ -30,6 +30,8 @@ _BEGINNINGS = (
     "Task: ",
     "Using device ",
 )
+#: What --write_out asks for.
+_WRITTEN_OUT = "; context prompt ("
 #: What they hold: tasks take --metadata whether or not they use it.
 _PARTS = ("Custom kwargs can be passed to",)
 
@@ -48,6 +50,8 @@ class Quiet(logging.Filter):
         if logging.getLogger(_HARNESS).getEffectiveLevel() <= logging.DEBUG:
             return True
         message = record.getMessage().strip()
+        if _WRITTEN_OUT in message:
+            return True
         return not message.startswith(_BEGINNINGS) and not any(part in message for part in _PARTS)
 
 
