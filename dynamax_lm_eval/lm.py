@@ -312,7 +312,7 @@ class DynamaxLM(HFLM):
         if "backbone" in arg_dict and "pretrained" not in arg_dict:
             backbone = arg_dict.pop("backbone")
             arg_dict["pretrained"] = aliases.HUB_ALIASES.get(backbone, backbone)
-        lm: DynamaxLM = super().create_from_arg_obj(arg_dict, additional_config)
+        lm: DynamaxLM = super().create_from_arg_obj(arg_dict, hflm.beside(arg_dict, additional_config or {}))
         return lm
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:

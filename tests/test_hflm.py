@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.harness.hflm import beside
 from dynamax_lm_eval.lm import DynamaxLM
 
 #: For every parameter of HFLM, values that do what they do with hf (and how near scores come).
@@ -154,3 +155,12 @@ class TestParametersOfHFLM:
             assert "no CUDA device here" in caplog.text
         with pytest.raises(UserError, match=r"device='cuda' does not exist here; give one of cpu"):
             DynamaxLM(str(model_folder), threshold=1, device="cuda")
+
+
+def test_model_arguments_that_the_command_has_options_for() -> None:
+    options = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    assert beside({"device": "cpu", "threshold": 0.8}, options) == {"batch_size": 1, "max_batch_size": None}
+    assert beside({}, options) == options
+    assert beside({"batch_size": "4"}, {"batch_size": 4, "device": "cpu"}) == {"device": "cpu"}
+    with pytest.raises(UserError, match="--device cpu and device=cuda in --model_args differ; give one of them"):
+        beside({"device": "cuda"}, {"device": "cpu"})

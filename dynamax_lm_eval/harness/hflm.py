@@ -19,6 +19,9 @@ from dynamax_lm_eval.models import loading
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+#: What the harness's command passes on where the user says nothing.
+_UNSAID = {"device": "cuda:0", "batch_size": 1}
+
 
 def with_signature(function: Function) -> Function:
     """Gives an ``__init__`` with keywords of ``ModelKeywords`` a signature that shows them, for notebooks and help."""
@@ -94,3 +97,16 @@ def loading_whole_models(lm: Any, options: Mapping[str, Any]) -> Iterator[None]:
                 loading.check_adapter_weights(lm._model, options["peft"], options["revision"])
     finally:
         lm.AUTO_MODEL_CLASS = auto_class
+
+
+def beside(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a command, less those that its model arguments name as well.
+
+    Raises:
+        UserError: both name another value. What the harness gives where the user says nothing counts as none.
+    """
+    for name, value in options.items():
+        given = arguments.get(name, value)
+        if value not in (None, _UNSAID.get(name)) and str(given) != str(value):
+            raise UserError(f"--{name} {value} and {name}={given} in --model_args differ; give one of them")
+    return {name: value for name, value in options.items() if name not in arguments}
