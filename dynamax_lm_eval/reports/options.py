@@ -36,5 +36,5 @@ class ReportOptions:
         default=10_000, metadata={"help": "draws of documents for comparisons with the full model; 0: no intervals"}
     )
     bootstrap: int = field(default=1000, metadata={"help": "draws of documents for intervals"})
-    seed: int = field(default=0, metadata={"help": "of these draws"})
+    seed: int = field(default=0, metadata={"help": "random seed of these draws"})
     samples: int = field(default=24, metadata={"help": "documents of each task whose texts the page shows"})
