@@ -140,8 +140,8 @@ Plots: dynamax-lm-eval report.""",
         "tables, plots and one HTML page of sweeps",
         """\
 Show what sweeps found: points.csv and points.parquet (one row per point, task and metric), report.md with intervals,
-plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows texts, two points
-stand side by side.""",
+plots as PNG and SVG, and report.html, one page that needs no network: hover shows settings, a click shows
+texts, and two points can stand side by side.""",
         positional="folders",
     ),
     "exits": Command(
