@@ -105,6 +105,7 @@ class Gallery:
     def report(self, entry: dict[str, Any]) -> None:
         """Writes tables and plots of an entry."""
         made, target = self.work / entry["name"] / "report", RESULTS / entry["name"]
+        shutil.rmtree(made, ignore_errors=True)
         metrics = ["--metrics", entry["metrics"]] if "metrics" in entry else []
         sweep = str(self.work / entry["name"] / "sweep")
         self.run(["dynamax-lm-eval", "report", sweep, "--output", str(made), *metrics])
