@@ -46,11 +46,13 @@ SUBSTITUTES = {
     "BACKBONE": "tiny-llama",
     "BOOKS": "texts.jsonl.gz",
     "HELD_OUT": "held_out.jsonl.gz",
+    "DATA/openstax/psychology.jsonl.gz": "held_out.jsonl.gz",
     "psychology.jsonl.gz": "held_out.jsonl.gz",
     "wikitext2_test.txt.gz": "text.txt",
     "DATA": "data",
     "FOLDER": "data",
     "OUT": "out-exits",
+    "WORK": "out",
     # The vocabulary of the small models has 4,096 tokens.
     "vocab_subset=4096": "vocab_subset=256",
     # A task of the Hub: ours with local documents.
@@ -102,6 +104,7 @@ OBSTACLES = {
     r"^python (benchmarks|examples|-m pytest|tests)": "a measurement or a test",
     r"\barc_easy\b|\bcoqa\b|fineweb|--preset thesis|examples/thesis|tp_plan": "needs the Hub, a GPU or long",
     r"\b(EXITS|LABEL|LAYERS|SEED|TINY_LLAMA|WEIGHT|ME|SHIPPED_BEFORE)\b": "stands for many",
+    r"\bWORK/(tasks|tiny-)": "needs what `make results` prepares",
     r"--format eee": "needs a package that is no dependency",
 }
 
