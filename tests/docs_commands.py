@@ -104,7 +104,7 @@ OBSTACLES = {
     r"^python (benchmarks|examples|-m pytest|tests)": "a measurement or a test",
     r"\barc_easy\b|\bcoqa\b|fineweb|--preset thesis|examples/thesis|tp_plan": "needs the Hub, a GPU or long",
     r"\b(EXITS|LABEL|LAYERS|SEED|TINY_LLAMA|WEIGHT|ME|SHIPPED_BEFORE)\b": "stands for many",
-    r"\bWORK/(tasks|tiny-)": "needs what `make results` prepares",
+    r"\bWORK/(tasks|bamba|mixtral)": "needs what `make results` prepares",
     r"--format eee": "needs a package that is no dependency",
 }
 
