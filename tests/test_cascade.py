@@ -101,6 +101,17 @@ def test_confirms_by_both_as_the_reference(kind: str) -> None:
     assert [result.trace for result in scored] == [result.trace for result in alone]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_confirmers_are_in_float32_under_autocast(dtype: torch.dtype) -> None:
+    confirmer = fitted().confirmer("calm", EXITS[0])
+    log_odds, two_best = torch.randn(20), torch.rand(20, 2).sort(descending=True).values / 2
+    plain = confirmer(log_odds, two_best)
+    with torch.autocast("cpu", dtype):
+        narrow = confirmer(log_odds, two_best)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, plain)
+
+
 def test_one_that_was_never_fitted_is_the_read_out() -> None:
     classifiers = varied_classifiers(exits_config(confirms=True))
     engine = Engine(TransformerBackbone(tiny_model("llama"), max_length=256), classifiers)

@@ -158,6 +158,19 @@ def test_a_refused_proposal_costs_a_read() -> None:
     assert outcome(recorded, np.array([[0.6] * 3, [1.0] * 3]))[1] == pytest.approx(np.mean([1.01, 1.11, 0.51]))
 
 
+def test_what_was_not_proposed_stays_at_a_threshold_of_0() -> None:
+    """As in the engine, where only proposals are read."""
+    classifier = made(400, 3)
+    confirmed = np.clip(classifier.confidence, 0, 0.999)
+    recorded = cascade_of(classifier, confirmed, np.full(3, 0.1), 0.8)
+    left = exits_at(recorded, np.zeros(3))
+    proposed = classifier.confidence >= 0.8
+    assert left.tolist() == np.vstack([proposed, np.ones((1, 400), dtype=bool)]).argmax(axis=0).tolist()
+    for thresholds in best_path(recorded, np.geomspace(0.05, 20, 60)):
+        exits = exits_at(recorded, np.asarray(thresholds))
+        assert all(e == 3 or proposed[e, n] for n, e in enumerate(exits))
+
+
 @pytest.mark.parametrize("price", [0.2, 1.0, 3.0])
 def test_no_single_threshold_of_a_cascade_can_be_changed_for_the_better(price: float) -> None:
     recorded = cascades(400, 3, 0.4, 0.1)

@@ -40,7 +40,8 @@ class Confirmer(nn.Module):
             two_best: (T, 2) probabilities of the read-out's two best tokens, best first.
         """
         weight, bias = self.weight.to(two_best.device), self.bias.to(two_best.device)
-        return torch.sigmoid(features(log_odds, two_best) @ weight.float() + bias.float())
+        # Element by element: autocast would narrow a product of matrices.
+        return torch.sigmoid((features(log_odds, two_best) * weight.float()).sum(-1) + bias.float())
 
     def of_arrays(self, confidence: Floats, two_best: Floats) -> Floats:
         """Returns the same (T,) for a classifier's confidences (T,) and probabilities (2, T) that were recorded."""

@@ -17,7 +17,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.exits.resolve import default_state_mode, policy_of_exits
+from dynamax_lm_eval.exits.resolve import default_confirm, default_state_mode, policy_of_exits
 from dynamax_lm_eval.frozen.model import FrozenBackbone, load_backbone
 from dynamax_lm_eval.frozen.observe import observe
 from dynamax_lm_eval.frozen.options import FrozenOptions
@@ -108,6 +108,8 @@ def search(options: SearchOptions) -> ThresholdPath:
         tokens=sum(len(row) - 1 for row in text.rows),
         dataset=options.dataset,
         documents=text.documents,
+        confirm=default_confirm(config) if options.proposals else None,
+        exits=exits.fingerprint(),
         **found,
     )
     result.save(output)
@@ -177,7 +179,8 @@ def cascade_of(classifier: Recorded, confirmed: Floats, reads: Floats, propose: 
         propose: the classifier's confidence from which on a token is read out.
     """
     asks = classifier.confidence >= propose
-    return replace(classifier, confidence=np.where(asks, confirmed, 0.0), refused=asks * reads[:, None])
+    # Below every threshold, 0 included: nothing lets a token leave that was not proposed.
+    return replace(classifier, confidence=np.where(asks, confirmed, -1.0), refused=asks * reads[:, None])
 
 
 def refusal_costs(engine: Engine, policy: ExitPolicy, length: int) -> Floats:

@@ -37,7 +37,7 @@ class Recorded:
     """What tokens that may leave showed at the exits by one kind of confidence, and what leaving costs.
 
     Attributes:
-        confidence: (E, N).
+        confidence: (E, N); below 0 where no threshold lets a token leave.
         agrees: (E + 1, N) in {0, 1}; the last row is 1.
         cost: (E + 1,) fraction of the full model's compute for a token that leaves there, without evaluations.
         evaluation: (E,) what an evaluation adds at each exit, for every token that reaches it where some may leave.
@@ -109,7 +109,8 @@ def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
     threshold below 1 costs an evaluation of every token that reaches the exit, and a read of those that it refuses.
     """
     exits = len(recorded.confidence)
-    bins = np.minimum((recorded.confidence * STEPS).astype(np.int64), STEPS - 1)
+    # Bin 0 is of tokens that no threshold lets leave.
+    bins = np.clip(np.floor(recorded.confidence * STEPS).astype(np.int64), -1, STEPS - 1) + 1
     best: Floats = thresholds.copy()
     for _ in range(_MOST_ROUNDS):
         before = best.copy()
@@ -124,7 +125,7 @@ def improved(recorded: Recorded, price: float, thresholds: Floats) -> Floats:
             if recorded.refused is not None:
                 reads = recorded.refused[e, reach]  # who leaves spares it
                 gain, asked = gain + price * reads, asked + reads.sum()
-            by_bin = np.bincount(bins[e, reach], weights=gain, minlength=STEPS)
+            by_bin = np.bincount(bins[e, reach], weights=gain, minlength=STEPS + 1)[1:]
             above = np.cumsum(by_bin[::-1])[::-1] - price * asked
             above = np.append(above, 0.0)  # gains of threshold k / STEPS; the last: never
             best[e] = (STEPS - np.argmax(above[::-1])) / STEPS  # the highest of equals
@@ -171,6 +172,8 @@ class ThresholdPath:
         documents: how many they are; None in files of releases that did not count them.
         propose: of a cascade, the classifier's confidence from which on a token is read out; None: it is none.
         proposals: of a cascade, agreement at some reductions by the values of ``propose`` that were tried.
+        confirm: of a cascade, what confirmed; None: it is none.
+        exits: the fingerprint of the exits; None in files of releases that did not say.
     """
 
     backbone: str
@@ -186,6 +189,8 @@ class ThresholdPath:
     documents: int | None = None
     propose: float | None = None
     proposals: list[dict[str, float]] = field(default_factory=list)
+    confirm: str | None = None
+    exits: str | None = None
 
     @property
     def thresholds(self) -> list[tuple[float, ...]]:
