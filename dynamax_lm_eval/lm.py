@@ -131,6 +131,7 @@ class DynamaxLM(HFLM):
             self.exits.check_fingerprint(known.current, self.args.exits_check, known.former)
             classifiers, self.exits_fingerprint = self.exits.load(), self.exits.fingerprint()
         dtype = self.mixed_precision_dtype
+        loading.without_router_logits(self.model)
         self.engine = checked_engine(self.model, self.policy, self.max_length, classifiers, kernels, dtype)
         rows.check(self.args, self.engine.backbone)
         _use_segments(self)

@@ -46,8 +46,11 @@ def main() -> None:
     loaded = load_backbone(options)
     trained.check_fingerprint(loaded.identity.fingerprint, former=loaded.former)
     config = replace(trained.config, confirms=True)
+    config.check()
     exits = config.build().requires_grad_(False).eval()
     exits.load_state_dict({**exits.state_dict(), **trained.load().state_dict()})
+    stored = torch.bfloat16 if all(_is_narrow(tensor) for tensor in exits.state_dict().values()) else torch.float32
+    exits.to(loaded.engine.backbone.device)
     frozen = FrozenPass(
         loaded.engine.backbone,
         config.exit_layers,
@@ -68,19 +71,20 @@ def main() -> None:
         for kind in exits.kinds:
             log_odds = torch.from_numpy(seen.confidences[kind][i, tokens]).logit()
             confirming.fit_confirmer(exits.confirmer(kind, layer), log_odds, two_best, seen.within_k[i, tokens])
+    for parameter in exits.parameters():
+        parameter.copy_(parameter.to(stored))
     measured = confirming.report(observe(frozen, exits, test.rows, _AT_ONCE, two_best=True), exits)
     count = sum(len(row) for row in test.rows)
     lines = "\n".join(confirmers(config, measured, f"{count:,} tokens of {test.documents} held-out documents"))
-    stored = torch.bfloat16 if all(_is_narrow(tensor) for tensor in trained.load().state_dict().values()) else None
     evaluation = json.loads((args.exits / "evaluation.json").read_text(encoding="utf-8")) | {"confirmers": measured}
     card = (args.exits / CARD_NAME).read_text(encoding="utf-8")
     if _BEFORE in card:
         before, after = card.split(_BEFORE, 1)
         before = before.split("\nWith `confidence=cascade`", 1)[0].rstrip("\n") + "\n"
         card = f"{before}{lines}\n\n{_BEFORE}{after}"
-    save(
-        args.exits, config, exits, {"evaluation.json": json.dumps(evaluation, indent=1) + "\n"}, stored or torch.float32
-    )
+    else:
+        card = f"{card.rstrip()}\n{lines}\n"
+    save(args.exits, config, exits, {"evaluation.json": json.dumps(evaluation, indent=1) + "\n"}, stored)
     write_text(args.exits / CARD_NAME, card)
     print(lines)
 

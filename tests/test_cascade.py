@@ -234,6 +234,13 @@ def test_a_family_of_sweeps() -> None:
         ("cascade", "calm", 0.3),
         ("cascade", "calm", 0.5),
     ]
+    both = grid(replace(options, confirm="read_out"), DynamaxArgs("x"), exits_config())
+    assert [point.args.confirm for point in both[1:]] == [None, "read_out", "read_out"]
+    assert both[2].name == "cascade-calm-0.3-read_out-skip-0.6", "apart from points that say nothing"
+    with pytest.raises(UserError, match="--confirm has no effect without a cascade"):
+        replace(options, confidences="calm", propose=None, confirm="fitted")
+    with pytest.raises(UserError, match="--confirm must be read_out or fitted"):
+        replace(options, confirm="both")
     with pytest.raises(UserError, match="--propose must be numbers in"):
         grid(replace(options, propose="2"), DynamaxArgs("x"), exits_config())
 

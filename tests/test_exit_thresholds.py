@@ -290,6 +290,7 @@ def test_thresholds_of_a_cascade_lead_to_its_calibration(model_folder: Path, tex
     assert certificate.candidates == [list(thresholds) for thresholds in found.thresholds]
     bound = [certificate.model[f"policy.{name}"] for name in ("confidence", "classifier", "propose")]
     assert bound == ["cascade", "calm", found.propose]
+    assert found.confirm == "read_out", "these exits have no confirmers"
     for other, message in ({"confidence": "calm"}, "--confidence calm does not fit"), ({"propose": 0.7}, "--propose"):
         with pytest.raises(UserError, match=message):
             command.calibrate(CalibrateOptions(**(wanted | other)))

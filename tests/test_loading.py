@@ -28,6 +28,7 @@ from dynamax_lm_eval.engine.parity import engine_without_weights
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.frozen.model import load_backbone
 from dynamax_lm_eval.frozen.options import FrozenOptions
+from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.models import aliases, loading
 from dynamax_lm_eval.models.blocks import find_blocks
 
@@ -367,3 +368,7 @@ def test_experts_that_were_trained_with_a_loss_of_their_router(tmp_path: Path) -
     train_tokenizer().save_pretrained(tmp_path)
     plain = score(dynamax(tmp_path))
     assert score(dynamax(edit(tmp_path, output_router_logits=True))) == plain
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert loaded.config.output_router_logits
+    lm = DynamaxLM(loaded, tokenizer=str(tmp_path), device="cpu", threshold=1)
+    assert score(lm) == pytest.approx(plain)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tabulate import tabulate
@@ -38,6 +38,9 @@ from dynamax_lm_eval.sweep.files import finished_points
 from dynamax_lm_eval.sweep.model import SweepLM
 from dynamax_lm_eval.sweep.options import SweepOptions, name_of, names_of, parse_thresholds
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults, read
+
+if TYPE_CHECKING:
+    from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +76,12 @@ def calibrate(options: CalibrateOptions) -> tuple[Certificate, Path]:
     """
     if process()[1] > 1:
         raise UserError("calibrate is one process; run it without torchrun")
-    options, candidates = _candidates(options)
+    options, candidates, path = _candidates(options)
     manager = load_tasks(options.sweep("calibration", ",".join(name_of(thresholds) for thresholds in candidates)))
     hashes = _document_hashes(manager, options)
     split_documents(hashes, options.share, options.seed, options.limit)  # refuses before the model loads
     with locked(Path(options.output).expanduser()):
-        return _calibrate(options, candidates, hashes)
+        return _calibrate(options, candidates, hashes, path)
 
 
 def command(options: CalibrateOptions) -> str:
@@ -88,11 +91,19 @@ def command(options: CalibrateOptions) -> str:
 
 
 def _calibrate(
-    options: CalibrateOptions, candidates: Sequence[tuple[float, ...]], hashes: Sequence[str]
+    options: CalibrateOptions,
+    candidates: Sequence[tuple[float, ...]],
+    hashes: Sequence[str],
+    searched: ThresholdPath | None,
 ) -> tuple[Certificate, Path]:
     folder = Path(options.output).expanduser()
     text = ",".join(name_of(candidate) for candidate in candidates)
     lm = load(options.sweep("calibration", text))
+    if searched is not None and searched.exits not in (None, lm.exits_fingerprint):
+        raise UserError(
+            f"--per_exit {options.per_exit} was searched for other exits; search thresholds for these: "
+            "dynamax-lm-eval exit-thresholds"
+        )
     split = split_documents(hashes, options.share, options.seed, options.limit, _trained_on(lm, hashes))
     _warn_of_few(options, len(split.first))
     beside_exits = directory(options.backbone, lm.backbone_fingerprint(), lm.exits)
@@ -188,6 +199,8 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
     given = [f"backbone={options.backbone}", f"threshold={path}"]
     names = ("confidence", "classifier", "propose", "state_mode")
     given += [f"{name}={policy.get(f'policy.{name}')}" for name in names]
+    if options.confirm is not None:
+        given.append(f"confirm={options.confirm}")
     arguments = ",".join([*(item for item in given if not item.endswith("=None")), *filter(None, [options.model_args])])
     lines.append(
         f"use it: dynamax-lm-eval run --model_args {arguments} --tasks {certificate.task} "
@@ -252,14 +265,19 @@ def table(
     return f"{text}\n"
 
 
-def _candidates(options: CalibrateOptions) -> tuple[CalibrateOptions, list[tuple[float, ...]]]:
-    """Returns the candidates in the order of testing, the most conservative first, and the options that fit them."""
+def _candidates(
+    options: CalibrateOptions,
+) -> tuple[CalibrateOptions, list[tuple[float, ...]], ThresholdPath | None]:
+    """Returns the options with what candidates ask for, these in the order of testing, and the file that they are of.
+
+    The most conservative comes first.
+    """
     if options.per_exit is not None:
         from dynamax_lm_eval.measure.threshold_search import ThresholdPath
 
         path = ThresholdPath.load(Path(options.per_exit).expanduser())
-        return options.of_path(path), path.thresholds
-    return options, parse_thresholds(options.thresholds)[::-1]
+        return options.of_path(path), path.thresholds, path
+    return options, parse_thresholds(options.thresholds)[::-1], None
 
 
 def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:

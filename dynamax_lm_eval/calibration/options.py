@@ -62,6 +62,11 @@ class CalibrateOptions:
         "of a cascade: the classifier's confidence from which on a token is read out; default: that of --per_exit, "
         f"else {DEFAULT_PROPOSE}",
     )
+    confirm: str | None = _option(
+        None,
+        "of a cascade: fitted or read_out, what of the read-out confirms; default: that of --per_exit, else fitted "
+        "where the exits have it",
+    )
     state_mode: str = _option(
         AUTO, "learned, recompute, copy or skip; auto: learned where the exits have maps of states"
     )
@@ -116,6 +121,7 @@ class CalibrateOptions:
         for name, given, own in (
             ("confidence", self.confidence, path.scorer),
             ("propose", self.propose, path.propose),
+            ("confirm", self.confirm, path.confirm),
         ):
             if given is not None and given != own:
                 shown = "the classifier alone" if own is None else f"{name} {own}"
@@ -123,7 +129,7 @@ class CalibrateOptions:
                     f"--{name} {given} does not fit --per_exit {self.per_exit}, whose thresholds are for {shown}; "
                     f"remove --{name}"
                 )
-        return replace(self, confidence=path.scorer, propose=path.propose)
+        return replace(self, confidence=path.scorer, propose=path.propose, confirm=path.confirm)
 
     @property
     def p_values(self) -> Bound:
@@ -139,6 +145,7 @@ class CalibrateOptions:
             thresholds=thresholds,
             confidences=self.confidence,
             propose=None if self.propose is None else f"{self.propose:g}",
+            confirm=self.confirm,
             state_modes=self.state_mode,
             model_args=self.model_args,
             samples=samples,

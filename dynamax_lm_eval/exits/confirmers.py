@@ -32,6 +32,11 @@ class Confirmer(nn.Module):
         self.weight = nn.Parameter(torch.tensor([0.0, 1.0, 0.0]), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(()), requires_grad=False)
 
+    def reset(self) -> None:
+        """Makes it the probability of the read-out's best token."""
+        self.weight.copy_(torch.tensor([0.0, 1.0, 0.0]))
+        self.bias.zero_()
+
     def forward(self, log_odds: Tensor, two_best: Tensor) -> Tensor:
         """Returns the probability (T,), float32.
 

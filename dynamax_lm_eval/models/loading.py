@@ -273,10 +273,16 @@ class CompleteModels:
                 f"{', ...' if len(sizes) > _NAMED_WEIGHTS else ''}; the two do not belong together"
             )
         check_weights(what, information["missing_keys"], information["unexpected_keys"])
-        if getattr(model.config, "output_router_logits", False):
-            # A loss of trainings, for which forward collects what blocks that run one by one do not hand over.
-            model.config.output_router_logits = False
+        without_router_logits(model)
         return model
+
+
+def without_router_logits(model: Any) -> None:
+    """Lets a mixture of experts compute logits alone: blocks that run one by one hand over nothing for its loss."""
+    configs = [model.config, *([model.config.get_text_config()] if hasattr(model.config, "get_text_config") else [])]
+    for config in configs:
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
 
 
 def check_weights(what: str, missing: Collection[str], unexpected: Collection[str]) -> None:

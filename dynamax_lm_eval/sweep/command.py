@@ -73,7 +73,7 @@ _FREE = frozenset(
         "samples",
         "thresholds",
         "confidences",
-        "propose",
+        *("propose", "confirm"),
         "state_modes",
         *("prune", "prune_scope", "prune_profile", "prune_adapter", "static_exits"),
         *("verify_tokens", "verify_at"),

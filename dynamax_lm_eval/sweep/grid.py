@@ -93,7 +93,9 @@ def grid(
         arguments: dict[str, Any] = {"confidence": "classifier" if name in KINDS else name}
         if is_kind:
             arguments |= {"classifier": kind or name, "propose": propose}
-            confidence = shown_name(confidence, propose)
+            if propose is not None:
+                arguments["confirm"] = options.confirm
+            confidence = shown_name(confidence, propose, options.confirm)
         elif exits is None or full.exits is None or not exits.serves_every_confidence:
             arguments["exits"] = None
         uses_exits = is_kind or arguments.get("exits", full.exits) is not None

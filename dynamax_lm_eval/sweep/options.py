@@ -16,7 +16,15 @@ import yaml
 from dynamax_lm_eval.config import VARIED_ARGUMENTS
 from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.harness.pairs import json_or_pairs, pairs
-from dynamax_lm_eval.types import AUTO, DEFAULT_PROPOSE, VERIFY, ClassifierKind, ConfidenceName, PruneScope
+from dynamax_lm_eval.types import (
+    AUTO,
+    DEFAULT_PROPOSE,
+    VERIFY,
+    ClassifierKind,
+    ConfidenceName,
+    Confirm,
+    PruneScope,
+)
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
 KINDS = get_args(ClassifierKind)
@@ -49,6 +57,11 @@ class SweepOptions:
     )
     confidences: str | None = _option(
         None, f"separated by commas: {', '.join(CONFIDENCES)}; default: the kinds of the trained exits"
+    )
+    confirm: str | None = _option(
+        None,
+        f"of cascades: {' or '.join(get_args(Confirm))}, what of the read-out confirms; default: fitted where the "
+        "exits have it",
     )
     propose: str | None = _option(
         None,
@@ -127,6 +140,15 @@ class SweepOptions:
         if self.verify_tokens is not None and VERIFY not in items_of(self.state_modes) and not self.verify_at:
             raise UserError(
                 "--verify_tokens has no effect without --state_modes verify or --verify_at; add one of them"
+            )
+        confidences = items_of(self.confidences or "")
+        if self.propose is not None:
+            proposing(confidences, self.propose)
+        if self.confirm is not None and self.confirm not in get_args(Confirm):
+            raise UserError(f"--confirm must be {' or '.join(get_args(Confirm))}, got {self.confirm!r}")
+        if self.confirm is not None and not any(name.startswith(CASCADE) for name in confidences):
+            raise UserError(
+                "--confirm has no effect without a cascade among --confidences; add one, or remove --confirm"
             )
         given = self.shared_arguments
         if clash := sorted(_DECIDED & set(given)):
@@ -232,12 +254,15 @@ def uses_classifiers(confidences: Sequence[str]) -> bool:
 
 def names_of(options: SweepOptions) -> list[str]:
     """Returns what names and lines of points begin with, for each of the confidences that are named."""
-    return [shown_name(*pair) for pair in proposing(items_of(options.confidences or ""), options.propose)]
+    pairs = proposing(items_of(options.confidences or ""), options.propose)
+    return [shown_name(*pair, options.confirm) for pair in pairs]
 
 
-def shown_name(confidence: str, propose: float | None) -> str:
-    """Returns what a confidence is called in names and lines of points; ``propose``: of a cascade."""
-    return confidence if propose is None else f"{confidence.replace(':', '-')}-{propose:g}"
+def shown_name(confidence: str, propose: float | None, confirm: str | None = None) -> str:
+    """Returns what a confidence is called in names and lines of points; ``propose``, ``confirm``: of a cascade."""
+    if propose is None:
+        return confidence
+    return "-".join([confidence.replace(":", "-"), f"{propose:g}", *([confirm] if confirm else [])])
 
 
 def proposing(confidences: Sequence[str], propose: str | None) -> list[tuple[str, float | None]]:

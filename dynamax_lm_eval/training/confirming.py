@@ -30,6 +30,7 @@ def fit_confirmer(confirmer: Confirmer, log_odds: Tensor, two_best: Tensor, labe
         labels: (n,) whether the exit was right.
     """
     if labels.all() or not labels.any():
+        confirmer.reset()
         return
     known = features(log_odds, two_best).double().numpy()
     mean, spread = known.mean(0), known.std(0) + 1e-6

@@ -110,7 +110,9 @@ def _read(path: Path) -> Progress:
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the weights and the optimiser back to where they were."""
-    module.load_state_dict(load_file(path / _WEIGHTS))
+    # States of releases without confirmers go on: these are fitted after the last step.
+    unfitted = {name: tensor for name, tensor in module.state_dict().items() if name.startswith("confirmers.")}
+    module.load_state_dict({**unfitted, **load_file(path / _WEIGHTS)})
     restore_optimizer(optimizer, load_file(path / _OPTIMIZER))
 
 
