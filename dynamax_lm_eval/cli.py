@@ -30,8 +30,8 @@ from dynamax_lm_eval.run import quiet
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
 _EPILOG = """\
 examples:
+  dynamax-lm-eval run --model_args backbone=smollm2-gguf,threshold=0.7 --tasks explain_demo --batch_size 16
   dynamax-lm-eval run --model_args backbone=mistral,threshold=0.8 --tasks triviaqa --output_path out
-  dynamax-lm-eval run --model_args backbone=smollm2-gguf,confidence=state,threshold=0.98 --tasks trivia_demo
   dynamax-lm-eval headroom --backbone smollm2-gguf --dataset texts.jsonl.gz --fit_adapters True
   dynamax-lm-eval train --backbone smollm2-gguf --classifier mamba,calm --dataset texts.jsonl.gz
   dynamax-lm-eval sweep --backbone smollm2-gguf --tasks trivia_demo --prune 1,2,4 --output out/sweep

@@ -376,7 +376,9 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
         raise UserError(f"backbone={backbone!r} and pretrained={pretrained!r} name different models; give one")
     backbone = backbone if backbone is not None else pretrained
     if not isinstance(backbone, str) or not backbone.strip():
-        raise UserError(f"backbone must be an alias, a Hub id or a folder, got {backbone!r}; e.g. backbone=mistral")
+        raise UserError(
+            f"backbone must be an alias, a Hub id or a folder, got {backbone!r}; e.g. backbone=smollm2-gguf"
+        )
 
     parsed: dict[str, Any] = {"backbone": backbone}
     if _names_certificate(own.get("threshold")):

@@ -68,6 +68,6 @@ def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, sh
 
     It gives the nearest of the ``known`` names, or else those of ``shown``, introduced by ``shown_as``.
     """
-    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"{shown_as}: {', '.join(shown)}"
     return f"unknown {what} {name!r}; {hint}"

@@ -98,6 +98,18 @@ class TestJoined:
         task = line((2.0, 0.5), (1.5, 0.2), (1.1, 0.9))
         assert names(curves.joined(task, task.points[1:], METRIC, "compute_reduction")) == ["full", "p2", "p1", "p0"]
 
+    def test_not_backwards_where_texts_get_longer(self) -> None:
+        """Two blocks less save more of a token than one, and less of the run."""
+        task = line((1.09, 0.9), (1.2, 0.5))
+        for found, whole in zip(task.points[1:], (1.34, 1.05), strict=True):
+            own = [
+                {**sample, "macs": {**sample["macs"], "total": sample["macs"]["total_full"] / whole}}
+                for sample in found.samples
+            ]
+            found.samples = own
+        assert [task.reduction(p, "compute_vs_full") for p in task.points[1:]] == pytest.approx([1.34, 1.05], abs=0.01)
+        assert names(curves.joined(task, task.points[1:], METRIC, "compute_vs_full")) == ["full", "p0"]
+
     def test_along_its_own_front_where_it_does_not(self) -> None:
         task = line((1.3, 0.5), (1.5, 0.4), (1.1, 0.4), (0.9, 0.9))
         assert names(curves.joined(task, task.points[1:], METRIC, "compute_vs_full")) == ["full", "p0", "p1"]

@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers_harness import made_results
 
 from dynamax_lm_eval.reports import statistics
 from dynamax_lm_eval.reports.statistics import Draws
+from dynamax_lm_eval.reports.tables import intervals, settled
 from dynamax_lm_eval.sweep.results import TaskResults
 
 
@@ -99,3 +101,9 @@ def test_metrics_that_are_no_means_have_no_intervals() -> None:
 
 def test_front() -> None:
     assert statistics.front([(1.0, 0.9), (1.2, 0.8), (1.1, 0.7), (1.3, 0.8), (1.4, 0.1)]) == [0, 3, 4]
+
+
+def test_no_interval_is_shown_that_rests_on_lines_beyond_their_ends() -> None:
+    table = pd.DataFrame({"value": [0.5, 0.4], "low": [0.1, 0.3], "high": [0.9, 0.5], "extended": [0.4, 0.1]})
+    shown = intervals(settled(table))
+    assert shown["value"].tolist() == ["0.500", "0.400 [0.300, 0.500]"]

@@ -135,6 +135,12 @@ def _calibrate(
     if options.test and best is not None:
         second = options.sweep("test", name_of(thresholds), _samples(options, split.test))
         tested = _tested(kind, *_answered(second, lm, [tuple(thresholds)]))
+        if tested["compute_reduction"] <= 1:
+            logger.warning(
+                "On the held-out documents this threshold saves nothing (compute_reduction %.3f): threshold=1 costs no "
+                "more",
+                tested["compute_reduction"],
+            )
     elif options.test:
         what = "None that passed saves compute" if selection.certified else "No candidate passed"
         logger.warning("%s: the certified threshold is 1, the full model, which loses nothing", what)

@@ -108,7 +108,8 @@ def add_compute(
         records = [per_document[leaf] for leaf in leaves]
         if not any(records):
             continue
-        filters = _filters(metrics) or _filters_of(leaves, results["results"]) or ["none"]
+        of_leaves = _filters_of(leaves, results["results"]) if name in per_document else []
+        filters = _filters(metrics) or of_leaves or ["none"]
         added = _metrics(records, filters)
         metrics.update(added)
         if name in results.get("groups", {}):

@@ -19,6 +19,7 @@ from dynamax_lm_eval.reports.tables import (
     against_full_shown,
     intervals,
     markdown,
+    settled,
     with_intervals,
     with_numbers,
 )
@@ -166,12 +167,12 @@ def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions)
             summary, paired = statistics.summary(*given), statistics.against_pruning(*given)
             if len(summary):
                 text = f"Score vs. {label}{note}, with 95 % intervals over documents:\n"
-                parts += [text, markdown(intervals(summary))]
+                parts += [text, markdown(intervals(settled(summary)))]
             if len(paired):
                 text = (
                     f"Score minus that of a pruned model or static exit at its {label}{note}, paired over documents:\n"
                 )
-                parts += [text, markdown(intervals(paired))]
+                parts += [text, markdown(intervals(settled(paired)))]
     return parts
 
 

@@ -70,12 +70,13 @@ def joined(task: TaskResults, points: Sequence[PointResult], metric: str, axis: 
     need not, because texts get longer or shorter; then they are those that no other of the series surpasses.
     """
     valid = [point for point in points if point.valid]
-    for order in (valid, valid[::-1]):
-        line = [task.full, *order]
-        reductions = [task.reduction(point, axis) for point in line]
-        if all(later >= earlier - _SAME for earlier, later in pairwise(reductions)):
-            return line
+    # Thresholds save less as they rise, numbers of blocks more: the tokens' compute tells which.
+    if valid and task.reduction(valid[0], "compute_reduction") > task.reduction(valid[-1], "compute_reduction"):
+        valid = valid[::-1]
     line = [task.full, *valid]
+    reductions = [task.reduction(point, axis) for point in line]
+    if all(later >= earlier - _SAME for earlier, later in pairwise(reductions)):
+        return line
     best = front([(task.reduction(p, axis), p.scores[metric][0]) for p in line], task.higher_is_better(metric))
     return [line[i] for i in best]
 

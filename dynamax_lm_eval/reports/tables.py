@@ -11,6 +11,8 @@ from dynamax_lm_eval.reports.paired import against_full, of_points, without_loop
 from dynamax_lm_eval.reports.statistics import minus_pruning
 from dynamax_lm_eval.sweep.results import TaskResults
 
+#: The largest share of draws in which a line may be extended under an interval that is shown.
+MOST_EXTENDED = 0.1
 #: Columns of :func:`without_loops` in the table of points.
 _WITHOUT = {
     "left_out": "loops_left_out",
@@ -127,6 +129,13 @@ def _joined(table: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.D
         if {low, high} <= {*table.columns}:
             triples = zip(table[name], table[low], table[high], strict=True)
             made[name] = [text(*triple) for triple in triples]
+    return made
+
+
+def settled(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns a table without the intervals that mostly follow from where lines were extended beyond their ends."""
+    made = table.copy()
+    made.loc[made["extended"] > MOST_EXTENDED, ["low", "high"]] = float("nan")
     return made
 
 

@@ -57,7 +57,7 @@ def warn_of_half_precision(dtype: torch.dtype, device: torch.device) -> None:
     """Logs that a CPU gains little from half precision, where it is used."""
     if device.type == "cpu" and is_half(dtype):
         logger.warning(
-            "This sweep runs in %s on a CPU, where some differences between points are rounding; add dtype=float32 to "
-            "--model_args, or see the noise floor in its report",
+            "Answers are made in %s on a CPU, where some differences between points are rounding; add dtype=float32 to "
+            "--model_args",
             str(dtype).removeprefix("torch."),
         )

@@ -18,15 +18,21 @@ function strip(rows, first) {
   const earliest = Math.min(...breaks.filter((place) => place !== null));
   const cellOf = (row, r, i) => {
     const token = row.answer.tokens[i], kinds = ["cell", r ? "point" : "full"];
+    if (token === undefined) return element("span", { class: "cell" });
     if (i === (r ? breaks[r] : earliest)) kinds.push("break");
     if (token in signs) kinds.push("sign");
     return element("span", { class: kinds.join(" "), style: r ? { "--saved": saved(row.answer.layers[i], first) } : {} }, visibleToken(token));
   };
   // Where an answer ends, the others go on in lines of their own.
-  const ends = [...new Set(rows.map((row) => row.answer.tokens.length))].sort((a, b) => a - b).filter(Boolean), columns = [];
+  let ends = [...new Set(rows.map((row) => row.answer.tokens.length))].sort((a, b) => a - b).filter(Boolean);
+  // Stop tokens alone are no reason for a line.
+  const last = ends.findIndex((end) => rows.every((row) => row.answer.tokens.slice(end).every((token) => token in signs)));
+  ends = [...ends.slice(0, last), ends.at(-1)];
+  const columns = [];
   const parts = ends.map((end, k) => {
-    const alive = rows.map((row, r) => [row, r]).filter(([row]) => row.answer.tokens.length >= end), part = [];
-    for (let i = k ? ends[k - 1] : 0; i < end; i++)
+    const start = k ? ends[k - 1] : 0, part = [];
+    const alive = rows.map((row, r) => [row, r]).filter(([row]) => row.answer.tokens.length > start);
+    for (let i = start; i < end; i++)
       part.push(element("span", { class: "column", "data-token": i }, ...alive.map(([row, r]) => cellOf(row, r, i))));
     columns.push(...part);
     return element("div", { class: "strip" }, element("span", { class: "column heads" }, ...alive.map(([row]) => element("span", { class: "cell" }, letter(row.letter)))), ...part);
