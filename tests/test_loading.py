@@ -376,7 +376,9 @@ def test_experts_that_were_trained_with_a_loss_of_their_router(tmp_path: Path) -
 
 def test_learned_states_of_experts_are_judged_with_their_weights() -> None:
     """Which projections their states follow from cannot be seen without."""
-    structure = loading.model_without_weights(ARCHITECTURES["experts"][1](), {})
+    config = ARCHITECTURES["experts"][1]()
+    config.dtype = torch.bfloat16  # experts are joined there without weights
+    structure = loading.model_without_weights(config, {})
     draft = engine_without_weights(structure, 64)
     assert draft is not None
     draft.backbone.check_state_mode("learned", (2, 3))
