@@ -47,7 +47,7 @@ def task_manager(tasks: Sequence[str] = (), include_path: str | None = None) -> 
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -27,14 +27,14 @@ def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None 
         f"# Exits for {backbone.id}",
         "",
         f"Early-exit classifiers ({kinds}) after blocks {list(config.exit_layers)} of {backbone.num_layers}, for use "
-        "with [dynamax-lm-eval](https://arxiv.org/abs/2504.20922):",
+        "with dynamax-lm-eval, which follows [DYNAMAX](https://arxiv.org/abs/2504.20922):",
         "",
         f"    lm_eval --model dynamax --model_args backbone={backbone.id},{'peft=THIS_FOLDER/lora,' if tuned else ''}"
         "exits=THIS_FOLDER,threshold=0.8 --tasks ...",
         "",
         f"They fit the weights with fingerprint `{backbone.fingerprint[:12]}` (revision {backbone.revision}) only. "
         f"Label: {_label(config)}. Final block: "
-        f"{'on' if config.final_block else 'off'}. Read-out adapters: {config.adapter}. States of tokens that left: "
+        f"{'on' if config.final_block else 'off'}. Read-out adapters: {config.adapter}. State of exited tokens: "
         f"{'recomputed' if config.states is None else f'learned ({config.states.kind})'}.",
         "",
         "## Training",
