@@ -51,15 +51,14 @@ MODES = [
     for mode in ("recompute", "copy", "skip")
     if mode == "recompute" or (group not in ONLY_RECOMPUTE and (mode == "skip" or group not in NO_COPY))
 ]
-#: Of groups whose states are kept alike, all modes but the first are slow; where another runs as they do, all are.
+#: All modes but the first are slow; where another group runs in the same way, all are.
 QUICK = {"attention and Mamba-2", "soft-caps"}
-ONE_OF_EACH = {*QUICK, "experts", "latent attention", "ALiBi", "local and global heads, positions counted"}
-ONE_OF_EACH |= {"inputs per block and shared K and V", "linear attention and experts"}
+ONE_OF_EACH = {*QUICK, "experts", "ALiBi"}
 MODES_BY_TIME = [
     pytest.param(
         group,
         mode,
-        marks=[] if group in QUICK or (mode == "recompute" and group in ONE_OF_EACH) else [pytest.mark.slow],
+        marks=[] if mode == "recompute" and group in ONE_OF_EACH else [pytest.mark.slow],
     )
     for group, mode in MODES
 ]

@@ -29,6 +29,7 @@ def tasks() -> Any:
     return TaskManager(include_path=str(TASKS), include_defaults=False).load(["tiny_generate"])
 
 
+@pytest.mark.slow
 def test_names_bound_before_the_package_was_imported(model_folder: Path) -> None:
     code = f"""
 from lm_eval import evaluate

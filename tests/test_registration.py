@@ -48,6 +48,7 @@ def test_registered_whatever_is_imported_first(order: str) -> None:
     assert output.split() == ["True", "True", "True", "True", "False", "SourceFileLoader"]
 
 
+@pytest.mark.slow
 def test_a_harness_that_discovers_the_entry_point_finds_one_model() -> None:
     """It enters the entry point where the name is not taken; loading it imports our class, which registers itself."""
     output = python(
