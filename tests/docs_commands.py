@@ -52,7 +52,7 @@ SUBSTITUTES = {
     "DATA": "data",
     "FOLDER": "data",
     "OUT": "out-exits",
-    "WORK": "out",
+    "WORK": "data",
     # The vocabulary of the small models has 4,096 tokens.
     "vocab_subset=4096": "vocab_subset=256",
     # A task of the Hub: ours with local documents.
@@ -94,7 +94,7 @@ CALIBRATED = ["--limit", "40"]
 _A_SWEEP = "dynamax-lm-eval sweep --backbone tiny-llama --tasks trivia_demo --prune 1 --output out/sweep"
 BEFORE = {"docs/leaderboards.md": _A_SWEEP, "docs/pipelines.md": _A_SWEEP, "docs/result_files.md": _A_SWEEP}
 #: Grids that take long and show nothing more.
-SHORTER = {"--thresholds": "0.8", "--prune": "1", "--confidences": "calm,mamba"}
+SHORTER = {"--thresholds": "0.8", "--prune": "1", "--confidences": "calm,mamba", "--static_exits": "8"}
 #: A command in which one of these is found is not run, for this reason; its options are checked all the same.
 OBSTACLES = {
     r"\.\.\.": "shows a part of a command",
@@ -297,7 +297,9 @@ def small(command: Command, *, substitute: bool = True) -> list[str]:
         return words
     for option, value in SHORTER.items():
         if option in words and name == "sweep":
-            words[words.index(option) + 1] = value
+            # Without its cascade a sweep would refuse --propose.
+            cascade = ",cascade:calm" * (option == "--confidences" and "--propose" in words)
+            words[words.index(option) + 1] = f"{value}{cascade}"
     for option, value in LIMITS.items():
         if f"--{option}" in words:
             place = words.index(f"--{option}") + 1
