@@ -179,16 +179,8 @@ def test_a_step_asks_no_more_than_this(family: str, case: tuple[str, int, bool])
     assert few.read_backs == many.read_backs <= (1 if exits == "none" else 3)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("state", 16, True),
-        *(
-            pytest.param(case, marks=pytest.mark.slow)
-            for case in (("none", 16, False), ("none", 1, False), ("state", 1, True))
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [("state", 16, True), ("none", 16, False), ("none", 1, False), ("state", 1, True)])
 def test_a_block_of_mamba_asks_no_more_than_this(case: tuple[str, int, bool]) -> None:
     """Where mamba-ssm and causal-conv1d have kernels for it: its convolution, its state and its norm are one each."""
     exits, num_rows, leave = case

@@ -63,6 +63,7 @@ def test_a_harness_that_discovers_the_entry_point_finds_one_model() -> None:
     assert output.split()[-2:] == ["True", "1"]
 
 
+@pytest.mark.slow
 def test_found_by_name_as_the_command_does() -> None:
     """The harness seeds torch, then looks the model up."""
     output = python(
