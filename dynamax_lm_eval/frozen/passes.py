@@ -28,6 +28,7 @@ from dynamax_lm_eval.backbones.base import (
 )
 from dynamax_lm_eval.backbones.mamba.rows import RaggedRows
 from dynamax_lm_eval.exits.classifiers import Classifier, ExitClassifiers, exit_probability
+from dynamax_lm_eval.exits.confirmers import best_two
 from dynamax_lm_eval.frozen.read_out import Float32ReadOut
 from dynamax_lm_eval.types import LabelKind, StateMode
 
@@ -269,7 +270,7 @@ class FrozenPass:
                 found = best_tokens(logits.detach(), k_of_exit)  # of those that reach it, (.., k)
                 same[i, reached] = found[:, 0] == own_best[:, 0]
                 if surest is not None:
-                    surest[i, begins : begins + len(part)][reached] = best_probabilities(logits.detach(), 2)
+                    surest[i, begins : begins + len(part)][reached] = best_two(logits.detach())
                 if self._labels_at_exit:
                     found = best_tokens(self.read_out(batch.exits[layer][chosen]), k_of_exit)
                 # One of the two has a single token.
@@ -309,12 +310,6 @@ def descend(logits: Tensor, target: Target, weight: float) -> Tensor:
 def _expected_log_probability(probabilities: Tensor, logits: Tensor) -> Tensor:
     """Returns the sum over positions and vocabulary of p log softmax(logits), without a tensor of log-probabilities."""
     return torch.dot(probabilities.flatten(), logits.flatten()) - logits.logsumexp(-1).sum()
-
-
-def best_probabilities(logits: Tensor, k: int) -> Tensor:
-    """Returns the probabilities (t, k) of the k most probable tokens, best first, of logits (t, V)."""
-    logits = logits.float()
-    return (logits.gather(1, best_tokens(logits, k)) - logits.logsumexp(-1, keepdim=True)).exp()
 
 
 def best_tokens(logits: Tensor, k: int) -> Tensor:

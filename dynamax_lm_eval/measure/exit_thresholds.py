@@ -213,11 +213,14 @@ def exit_costs(engine: Engine, policy: ExitPolicy, length: int) -> tuple[Floats,
     return np.asarray(fractions) - np.append(asked, asked[-1]), evaluation
 
 
-def compared(recorded: Recorded, seed: int) -> dict[str, Any]:
-    """Returns the path, the curve of shared thresholds and the gains, as :class:`ThresholdPath` has them."""
+def compared(recorded: Recorded, seed: int, path: list[tuple[float, ...]] | None = None) -> dict[str, Any]:
+    """Returns the path, the curve of shared thresholds and the gains, as :class:`ThresholdPath` has them.
+
+    ``path``: of the searched half, where it is known; None: it is searched.
+    """
     searched = searched_half(recorded, seed)
-    train, test = recorded.of_documents(searched), recorded.of_documents(~searched)
-    path = best_path(train, PRICES)
+    test = recorded.of_documents(~searched)
+    path = best_path(recorded.of_documents(searched), PRICES) if path is None else path
     count = len(recorded.confidence)
     shared = [(threshold,) * count for threshold in sorted(SHARED, reverse=True)]
     return {
@@ -232,10 +235,11 @@ def best_cascade(recorded: dict[float, Recorded], seed: int) -> dict[str, Any]:
 
     The best one agrees most on the searched documents, on average over the reductions that all paths reach there.
     """
-    curves = {}
+    curves, paths = {}, {}
     for propose, of_cascade in recorded.items():
         searched = of_cascade.of_documents(searched_half(of_cascade, seed))
-        curve = [outcome(searched, np.asarray(thresholds)) for thresholds in best_path(searched, PRICES)]
+        paths[propose] = best_path(searched, PRICES)
+        curve = [outcome(searched, np.asarray(thresholds)) for thresholds in paths[propose]]
         curves[propose] = [agreement_at(curve, 1 / reduction) for reduction in REDUCTIONS]
     reached = np.isfinite(np.asarray(list(curves.values()))).all(axis=0)
     if not reached.any():
@@ -244,7 +248,7 @@ def best_cascade(recorded: dict[float, Recorded], seed: int) -> dict[str, Any]:
         curves = {propose: values for propose, values in curves.items() if np.isfinite(values).sum() == most}
         reached = np.isfinite(np.asarray(list(curves.values()))).all(axis=0)
     best = max(curves, key=lambda propose: float(np.asarray(curves[propose])[reached].sum()))
-    results = {propose: compared(of_cascade, seed) for propose, of_cascade in recorded.items()}
+    results = {propose: compared(of_cascade, seed, paths[propose]) for propose, of_cascade in recorded.items()}
     proposals = [
         {"propose": propose, "compute_reduction": gain["compute_reduction"], "agreement": gain["per_exit"]}
         for propose, result in results.items()
