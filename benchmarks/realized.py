@@ -29,7 +29,8 @@ from forced_exits import RandomExit, forced, threshold_for
 from shapes import SHAPES, random_model
 
 from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
 from dynamax_lm_eval.engine.requests import GenerationRequest, ScoringRequest

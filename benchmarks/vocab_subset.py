@@ -22,7 +22,8 @@ import torch
 from environment import environment
 from sklearn.metrics import roc_auc_score
 
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint

@@ -14,6 +14,7 @@ from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone, make_backbone
 from dynamax_lm_eval.backbones.mamba.kernels import ScanKernels
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all
@@ -191,6 +192,16 @@ def reference_of_all(family: str, policy: ExitPolicy) -> tuple[ExitPolicy, list[
         if is_separated(*(row for _, row in expected)):
             return candidate, expected
     pytest.fail("every threshold is next to a confidence")
+
+
+def assert_confidences(trace: Trace, row: Any, policy: ExitPolicy) -> None:
+    """The confidences of a generation are those that the reference's ``row`` decided by."""
+    first = max(policy.first_eligible_position(trace.prompt_tokens), trace.prompt_tokens - 1)
+    expected = [row.asked.get(position, {}) for position in range(first, trace.fed_tokens)]
+    assert len(trace.confidences) == len(expected) > 0
+    for found, asked in zip(trace.confidences, expected, strict=True):
+        reached = [layer for layer in policy.active_exits if layer <= max(asked, default=0)]
+        assert found == pytest.approx([asked.get(layer) for layer in reached], abs=0.0006)
 
 
 def assert_scored_as_one_by_one(family: str, policy: ExitPolicy) -> int:

@@ -33,6 +33,7 @@ class Row:
     confidences: list[float] = field(default_factory=list)  # all that were compared, less their threshold
     block_calls: int = 0
     refused: list[int] = field(default_factory=list)  # exits at which a read did not confirm
+    asked: dict[int, dict[int, float]] = field(default_factory=dict)  # confidences of each token, by exit
 
 
 class _ListCache:
@@ -108,6 +109,7 @@ class Decisions:
             else:
                 confidence = 1 - float(-(p * p.log()).sum()) / math.log(len(p))
         assert math.isfinite(confidence)
+        self.row.asked.setdefault(len(self.row.layers), {})[block] = confidence
         self.row.confidences.append(confidence - threshold)
         return confidence > threshold if policy.above_threshold else confidence >= threshold
 

@@ -25,7 +25,8 @@ from helpers_training import ROWS, frozen, make_trainer, training_options
 from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone
-from dynamax_lm_eval.compute.accounting import Trace, account
+from dynamax_lm_eval.compute.accounting import account
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import checkpoint

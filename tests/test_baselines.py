@@ -18,8 +18,9 @@ from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.compute.accounting import Trace, account
+from dynamax_lm_eval.compute.accounting import account
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.config import DynamaxArgs, parse_model_args
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError

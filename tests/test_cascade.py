@@ -15,6 +15,7 @@ from helpers_engine import (
     KINDS,
     NEW_TOKENS,
     PROMPTS,
+    assert_confidences,
     classifier_policy,
     engine_with_exits,
     exits_config,
@@ -27,8 +28,9 @@ from helpers_engine import (
 from reference import reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import TransformerBackbone
-from dynamax_lm_eval.compute.accounting import Trace, account
+from dynamax_lm_eval.compute.accounting import account
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
@@ -63,6 +65,8 @@ def test_decides_as_the_reference(kind: str, vocab_subset: int | None) -> None:
         assert refused_layers(result.trace) == row.refused
         # A token that waits at an exit for a full batch has been refused there all the same.
         assert waited.trace == result.trace
+        for trace in (result.trace, waited.trace):
+            assert_confidences(trace, row, policy)
         left += sum(layer < LAYERS for layer in result.trace.exit_layers)
         refused += len(row.refused)
     assert left and refused

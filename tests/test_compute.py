@@ -14,8 +14,9 @@ from helpers import LAYERS, MAMBAS, TRANSFORMERS, random_ids, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax_lm_eval.backbones import MambaBackbone, TransformerBackbone, make_backbone
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account, exit_histogram, merge, reduction_stderr
+from dynamax_lm_eval.compute.accounting import ComputeRecord, account, exit_histogram, merge, reduction_stderr
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.exits.policy import ExitPolicy
 
 NONE = frozenset[int]()

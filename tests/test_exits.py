@@ -24,8 +24,9 @@ from helpers_engine import (
 from reference import RECURRENT, reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.compute.accounting import Trace, account
+from dynamax_lm_eval.compute.accounting import account
 from dynamax_lm_eval.compute.cost import EvaluationCost
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits.policy import ExitPolicy
 

@@ -23,7 +23,7 @@ from reference import reference_generate, reference_score
 from test_learned_states import exits_for
 
 from dynamax_lm_eval.backbones import make_backbone
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.config import parse_model_args
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate_all

@@ -12,6 +12,7 @@ from helpers_engine import (
     CLASSIFIERS,
     NEW_TOKENS,
     PROMPTS,
+    assert_confidences,
     classifier_policy,
     drained,
     reference_of_all,
@@ -67,6 +68,7 @@ def test_answers_are_those_of_the_reference(family: str, mode: Any, confidence: 
         for (tokens, row), result in zip(expected, results, strict=True):
             assert result.tokens == tokens
             assert list(result.trace.exit_layers) == row.layers[result.trace.prompt_tokens :]
+            assert_confidences(result.trace, row, policy)
     assert {layer for _, row in expected for layer in row.layers} > {LAYERS}
 
 
@@ -86,6 +88,10 @@ def test_rows_of_different_policies_wait_together(family: str) -> None:
     assert prefixes
     for a, b in zip(alone, together, strict=True):
         assert (a.tokens, a.trace) == (b.tokens, b.trace)
+        assert len(a.trace.confidences) == len(b.trace.confidences)
+        for of_token, again in zip(a.trace.confidences, b.trace.confidences, strict=True):
+            assert of_token == pytest.approx(again, abs=0.0011)
+    assert all(result.trace.confidences for result in together[1:]) and not together[0].trace.confidences
 
 
 class EverySecond(Classifier):

@@ -149,6 +149,24 @@ def test_the_page_shows_the_layers_of_every_token(swept: Path, reported: Path) -
     assert shown[0][1] == 6, "the first token comes from the prompt"
 
 
+def test_the_page_says_how_sure_exits_were(swept: Path, reported: Path) -> None:
+    (task,) = [task for task in collect.read([swept], 0.1) if task.task == "tiny_generate"]
+    point = next(point for point in task.points if point.name == "state-skip-0.3")
+    said, shown = texts.confidences(point, 0), texts.strip(point, 0)
+    assert said is not None and shown is not None and said[0] == [], "of the first token nothing was decided"
+    exits, (threshold,) = texts.exits(point), set(point.policy["thresholds"])
+    for (_, layer), confidences in list(zip(shown, said, strict=True))[1:]:
+        asked = exits[: len(confidences)]
+        assert asked == [exit_layer for exit_layer in exits if exit_layer <= layer]
+        is_sure = [value is not None and value > threshold - 0.001 for value in confidences]
+        assert is_sure == [exit_layer == layer for exit_layer in asked]
+    assert texts.confidences(task.full, 0) is None
+    (number,) = [i for i, found in enumerate(page_data(reported)["tasks"]) if found["title"].endswith("tiny_generate")]
+    answers = page_data(reported, "texts")[number]["answers"]
+    assert any("confidences" in answer for answer in answers[point.name])
+    assert not any("confidences" in answer for answer in answers["full"])
+
+
 def test_texts_cannot_leave_their_script() -> None:
     data = {"text": "</script><script>alert(1)</script>", "nan": math.nan}
     packed = page.packed(page.as_json(data))

@@ -13,8 +13,9 @@ from helpers_harness import dynamax, evaluate, responses, sweep_options
 from lm_eval.tasks import TaskManager
 
 from dynamax_lm_eval.budget.fastest import find_fastest
-from dynamax_lm_eval.compute.accounting import Trace, account
+from dynamax_lm_eval.compute.accounting import account
 from dynamax_lm_eval.compute.cost import BackboneCost, BlockCost, ExitCost
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.compute.verified import FedToken, VerifiedTrace
 from dynamax_lm_eval.config import parse_model_args
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest

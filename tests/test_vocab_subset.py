@@ -30,7 +30,7 @@ from reference import Reference, reference_generate, reference_score
 
 from dynamax_lm_eval.backbones import make_backbone
 from dynamax_lm_eval.backbones.whole_rows import WholeRowBackbone
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.config import parse_model_args
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.engine.generation import generate

@@ -22,7 +22,8 @@ from dynamax_lm_eval.budget.controller import (
     blocks_of,
 )
 from dynamax_lm_eval.budget.fastest import OFF, Fastest, find_fastest
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace
+from dynamax_lm_eval.compute.accounting import ComputeRecord
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError

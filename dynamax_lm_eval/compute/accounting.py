@@ -1,7 +1,7 @@
 """The accounting of compute: what each request ran, what that costs, and sums over documents.
 
-A :class:`Trace` says which tokens ran how deep; :func:`account` turns it into a :class:`ComputeRecord`,
-which adds up and travels as JSON. The ratios are made from sums, at the very end.
+A :class:`~dynamax_lm_eval.compute.trace.Trace` says which tokens ran how deep; :func:`account` turns it into a
+:class:`ComputeRecord`, which adds up and travels as JSON. The ratios are made from sums, at the very end.
 """
 
 from __future__ import annotations
@@ -16,43 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval.compute.cost import BackboneCost, ExitCost
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.compute.verified import VerifiedTrace, cost_of
 
 #: Version of the accounting rules; raise it when a number changes its meaning.
 ACCOUNTING = "dynamax-macs-1"
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Trace:
-    """The tokens that one row ran, and how deep.
-
-    Attributes:
-        prompt_tokens: tokens of the prompt (or of the scored context).
-        fed_tokens: tokens that went through the model, the prompt included; positions 0..fed_tokens-1.
-        num_output_tokens: tokens that logits gave: generated, or scored. Logits of position prompt_tokens-1 gave
-            the first.
-        exit_layers: for each eligible token in order of position, the number of blocks that ran; where exits are
-            drafts, before it was drafted from.
-        generated: whether the tokens were generated (False: scored).
-        hit_limit: generation ended because of the token limit.
-        verified: what else was fed and how, where exits are drafts.
-    """
-
-    prompt_tokens: int
-    fed_tokens: int
-    num_output_tokens: int
-    exit_layers: tuple[int, ...]
-    generated: bool
-    hit_limit: bool = False
-    #: For each eligible token the exits at which a read refused to confirm, as bits in their order; empty: at none.
-    refused: tuple[int, ...] = ()
-    verified: VerifiedTrace | None = None
-
-
-def if_any(refused: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns what traces say of tokens that were refused; nothing where none was."""
-    return refused if any(refused) else ()
 
 
 @dataclass
@@ -91,6 +60,9 @@ class ComputeRecord:
     full_weights_read: int = 0
     #: Exit layer of every eligible token, one list per response.
     exit_layers: list[list[int]] = field(default_factory=list)
+    #: Of each response that has any, of each eligible token that gave a generated one, the confidence at each exit that
+    #: it came to (None: not asked), rounded; not part of what makes records equal.
+    confidences: list[Sequence[Sequence[float | None]]] = field(default_factory=list, compare=False)
     #: Exits that drafted, one list per response that has any; and those of them whose drafts stand.
     drafts: list[list[int]] = field(default_factory=list)
     right_drafts: list[list[int]] = field(default_factory=list)
@@ -143,7 +115,7 @@ class ComputeRecord:
         records = list(records)
         total = cls()
         for item in fields(cls):
-            if item.name in ("exit_layers", "drafts", "right_drafts"):
+            if item.name in ("exit_layers", "confidences", "drafts", "right_drafts"):
                 setattr(total, item.name, [layers for record in records for layers in getattr(record, item.name)])
             else:
                 setattr(total, item.name, sum(getattr(record, item.name) for record in records))
@@ -225,6 +197,7 @@ def account(trace: Trace, exit_cost: ExitCost, cost: BackboneCost) -> ComputeRec
         responses=1,
         generations=int(trace.generated),
         exit_layers=[list(trace.exit_layers)],
+        confidences=[trace.confidences] if trace.confidences else [],
         prompt_tokens=trace.prompt_tokens,
         fed_tokens=trace.fed_tokens,
         eligible_tokens=len(layers),

@@ -140,6 +140,14 @@ class FlatBatch:
         ends = np.cumsum(counts).tolist()
         return [eligible[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
+    def answering_by_row(self) -> list[list[int]]:
+        """Returns the eligible tokens whose logits are needed, row by row."""
+        tokens: list[list[int]] = [[] for _ in self.policies]
+        answering = np.flatnonzero(self.eligible & self.needs_logits)
+        for token, row in zip(answering.tolist(), self.layout.row_of[answering].tolist(), strict=True):
+            tokens[row].append(token)
+        return tokens
+
     @property
     def number_in_row(self) -> IntArray:
         """The number (N,) of each token among those of its row, from 0."""

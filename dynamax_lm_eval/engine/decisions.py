@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -59,6 +60,14 @@ class _Evaluation(NamedTuple):
     looked_at: Tensor | None = None  # (t, N) logits of a part of the vocabulary, where the decision read them
 
 
+class Confidences(NamedTuple):
+    """The confidences with which some tokens were decided upon at an exit layer: of those that give an answer."""
+
+    block: int
+    tokens: IntArray  # (t,)
+    scores: npt.NDArray[np.float32]  # (t,)
+
+
 class ExitDecisions:
     """The decisions at the exit layers of one pass: who leaves, and what logits a collector gets."""
 
@@ -85,6 +94,8 @@ class ExitDecisions:
         self._subsets: dict[ConfidenceInUse, SubsetReader] = {}
         #: For each token (N,) the exits at which a read refused to confirm a proposal, as bits in their policy's order.
         self.refused = np.zeros(len(batch), dtype=np.int64)
+        #: Of the exit layers so far, in order.
+        self.confidences: list[Confidences] = []
 
     def leaving(self, block: int, tokens: IntArray, before: Tensor, hidden: Tensor) -> BoolArray | None:
         """Returns which of the tokens in flight exit after ``block``, (n,); None where none may.
@@ -116,11 +127,18 @@ class ExitDecisions:
             raise NotFiniteError(row, f"{name} confidences at exit layer {block}")
         leaves = np.zeros(len(tokens), dtype=np.bool_) if forced is None else forced[tokens]
         leaves[indices] |= scores >= self._batch.thresholds[block][tokens[indices]]
+        self._note_confidences(block, tokens[indices], scores)
         for evaluation in evaluations:
             if isinstance(evaluation.use.confidence, CascadeConfidence):
                 self._note_refused(block, tokens[evaluation.indices[~leaves[evaluation.indices]]])
             self._keep_logits(evaluation, leaves, tokens, hidden)
         return leaves
+
+    def _note_confidences(self, block: int, tokens: IntArray, scores: npt.NDArray[np.float32]) -> None:
+        """Notes the confidences of those of tokens (t,) that could leave and whose logits are needed."""
+        noted = np.flatnonzero(self._batch.needs_logits[tokens] & (self._batch.thresholds[block][tokens] < NEVER))
+        if len(noted):
+            self.confidences.append(Confidences(block, tokens[noted], scores[noted]))
 
     def _note_refused(self, block: int, tokens: IntArray) -> None:
         """Notes the tokens (t,) that were read out at an exit and stay."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import Backbone, ForwardPass, IntArray, States, on_device
 from dynamax_lm_eval.backbones.segments import SegmentUse, StaticSegments
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
+from dynamax_lm_eval.compute.accounting import ComputeRecord, account
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.batch import FlatBatch
-from dynamax_lm_eval.engine.decisions import ExitDecisions, LogitsCollector
+from dynamax_lm_eval.engine.decisions import Confidences, ExitDecisions, LogitsCollector
 from dynamax_lm_eval.engine.drafts import Drafts
 from dynamax_lm_eval.engine.running import BlockRunner, SegmentRunner
 from dynamax_lm_eval.engine.tokens import HeldTokens, WaitingTokens, select
@@ -82,6 +83,7 @@ class PassResult(NamedTuple):
 
     layers: IntArray  # (N,) the number of blocks that each ran through, so far
     refused: IntArray  # (N,) exits at which a read refused to confirm, as bits in the order of the policy's
+    confidences: Sequence[Confidences]
     held: HeldTokens | None
     #: Tokens of rows that draft, which stopped after some blocks.
     stopped: Sequence[HeldTokens]
@@ -278,9 +280,11 @@ class Engine:
             runner.count()
             layer_of[drafts.waiting] = batch.resumed[drafts.waiting]
             if holds is not None:
-                return PassResult(layer_of, decisions.refused, held, drafts.stopped, decisions.unread(tokens, hidden))
-            decisions.read_out(tokens, hidden)
-        return PassResult(layer_of, decisions.refused, held, drafts.stopped, None)
+                unread = decisions.unread(tokens, hidden)
+            else:
+                decisions.read_out(tokens, hidden)
+                unread = None
+        return PassResult(layer_of, decisions.refused, decisions.confidences, held, drafts.stopped, unread)
 
     def _runner(self, run: ForwardPass, batch: FlatBatch, states: RowStates, materialize_all: bool) -> BlockRunner:
         """Returns what runs the blocks of a pass."""

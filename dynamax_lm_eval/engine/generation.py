@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
 from dynamax_lm_eval.engine.batch import FlatBatch
+from dynamax_lm_eval.engine.decisions import Confidences
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.prefixes import PrefixRun, PrefixStore, find_prefixes
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest
@@ -165,13 +166,16 @@ def _run(
     for layer, tokens, states_there in result.stopped:
         for token, state in zip(tokens.tolist(), states_there.split(1, dim=1), strict=True):
             stopped[int(batch.layout.row_of[token])][int(number_of[token])] = layer, state
-    for i, (layers, refused) in enumerate(zip(batch.by_row(result.layers), batch.by_row(result.refused), strict=True)):
+    said = _said(result.confidences)
+    by_row = zip(batch.by_row(result.layers), batch.by_row(result.refused), batch.answering_by_row(), strict=True)
+    for i, (layers, refused, answering) in enumerate(by_row):
         if batch.drafts[i]:
             rows[i].stop(stopped[i], refused)
         elif result.held is not None and i in result.held.tokens:
-            rows[i].refused_so_far |= refused[-1] if refused else 0  # a prompt of one token cannot leave
+            # A prompt of one token cannot leave.
+            rows[i].wait(refused[-1] if refused else 0, said[answering[-1]] if answering else {})
         else:
-            rows[i].note(layers, refused)
+            rows[i].note(layers, refused, [said[token] for token in answering])
     if result.held is not None:
         wait(*result.held)
     if result.unread is not None:
@@ -179,6 +183,15 @@ def _run(
     if len(collector.tokens):
         read = [(rows[batch.layout.row_of[token]], int(number_of[token])) for token in collector.tokens.tolist()]
         yield from _chosen(states, read, collector.logits())
+
+
+def _said(confidences: Iterable[Confidences]) -> defaultdict[int, dict[int, float]]:
+    """Returns by token what was said of it, by exit layer."""
+    said: defaultdict[int, dict[int, float]] = defaultdict(dict)
+    for block, tokens, scores in confidences:
+        for token, score in zip(tokens.tolist(), scores.tolist(), strict=True):
+            said[token][block] = score
+    return said
 
 
 def _chosen(states: RowStates, read: Sequence[tuple[Row, int]], logits: Tensor) -> Iterator[tuple[Row, list[int]]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dynamax_lm_eval.compute.accounting import Trace, if_any
+from dynamax_lm_eval.compute.trace import Trace, if_any
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.decisions import NoLogits
 from dynamax_lm_eval.engine.engine import Engine, RowStates

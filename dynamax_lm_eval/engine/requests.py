@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.sampling import Sampler
 from dynamax_lm_eval.exits.policy import ExitPolicy
 

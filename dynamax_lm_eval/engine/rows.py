@@ -15,7 +15,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from dynamax_lm_eval.compute.accounting import Trace, if_any
+from dynamax_lm_eval.compute.trace import Trace, by_exit, if_any
 from dynamax_lm_eval.compute.verified import FedToken, VerifiedTrace
 from dynamax_lm_eval.engine.batch import RowInput
 from dynamax_lm_eval.engine.prefixes import SharedPrefix
@@ -36,8 +36,11 @@ class Row:
     generated: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     refused: list[int] = field(default_factory=list)
+    #: Of each token that may exit and gives one of the answer: exit layer -> confidence, where it was asked for.
+    confidences: list[dict[int, float]] = field(default_factory=list)
     #: Of the token that waits at an exit, as far as it has run.
     refused_so_far: int = 0
+    confidences_so_far: dict[int, float] = field(default_factory=dict)
     first_token: float = 0.0
 
     @cached_property
@@ -81,12 +84,22 @@ class Row:
         """Returns what the token behind token ``number`` of its input is chosen with."""
         return RowToChoose(self.request.sampler, self.request.prompt, self.generated)
 
-    def note(self, layers: Sequence[int], refused: Sequence[int]) -> None:
-        """Notes how tokens of its input ran that may exit, as :class:`Trace` has it."""
+    def wait(self, refused: int, confidences: Mapping[int, float]) -> None:
+        """Notes what was decided of its token, which waits at an exit, since it waited last."""
+        self.refused_so_far |= refused
+        self.confidences_so_far.update(confidences)
+
+    def note(self, layers: Sequence[int], refused: Sequence[int], confidences: Sequence[dict[int, float]]) -> None:
+        """Notes how tokens of its input ran that may exit, as :class:`Trace` has it.
+
+        ``confidences``: of those that give tokens of the answer, by exit layer.
+        """
         self.layers += layers
         if refused:
             self.refused += [*refused[:-1], refused[-1] | self.refused_so_far]
-        self.refused_so_far = 0
+        if confidences:
+            self.confidences += [*confidences[:-1], self.confidences_so_far | confidences[-1]]
+        self.refused_so_far, self.confidences_so_far = 0, {}
 
     def stop(self, stopped: Mapping[int, tuple[int, Tensor]], refused: Sequence[int]) -> None:
         """Notes the tokens of its input that stopped, with the blocks that they ran and hidden states (1, 1, D).
@@ -114,6 +127,7 @@ class Row:
             generated=True,
             hit_limit=len(self.generated) >= request.max_new_tokens and not request.is_finished(self.generated),
             refused=if_any((*self.shared_prefix.refused, *self.refused)),
+            confidences=by_exit(self.confidences, request.policy.active_exits),
             verified=self._verified,
         )
         times = self.began, self.first_token, now

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamax_lm_eval.backbones.base import IntArray, on_device
-from dynamax_lm_eval.compute.accounting import Trace, if_any
+from dynamax_lm_eval.compute.trace import Trace, if_any
 from dynamax_lm_eval.engine.batch import FlatBatch, RowInput
 from dynamax_lm_eval.engine.engine import Engine, RowStates
 from dynamax_lm_eval.engine.generation import MAX_TOKENS_PER_PASS

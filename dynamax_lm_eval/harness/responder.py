@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 import torch
 from lm_eval import utils
 
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, merge
+from dynamax_lm_eval.compute.accounting import ComputeRecord, merge
 from dynamax_lm_eval.compute.repetition import ends_in_repetition
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.generation import generate
 from dynamax_lm_eval.engine.prefixes import PrefixRun
 from dynamax_lm_eval.engine.requests import Generation, GenerationRequest, Scoring, ScoringRequest

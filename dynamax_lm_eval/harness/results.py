@@ -136,6 +136,8 @@ def add_compute(
                 sample["weights"] = {"full": total.full_weights_read, "read": total.weights_read}
             sample["degenerate"] = total.degenerate
             sample["exit_layers"] = [layers for record in responses for layers in record.exit_layers]
+            if total.confidences:
+                sample["exit_confidences"] = [found for record in responses for found in record.confidences or [[]]]
 
     all_records = [record for documents in per_document.values() for record in documents]
     generations = ComputeRecord.sum(record for record in all_records if record.generations)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynamax_lm_eval.backbones.base import BoolArray, IntArray
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.exits.policy import ExitPolicy
 

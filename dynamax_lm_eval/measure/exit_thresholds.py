@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
-from dynamax_lm_eval.compute.accounting import Trace
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.engine.engine import Engine
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup

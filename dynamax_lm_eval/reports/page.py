@@ -148,6 +148,7 @@ def _point(
         "line": point.series,
         "setting": setting(point),
         "label": setting(point, is_short=True),
+        "exits": texts.exits(point),
         "valid": point.valid,
         "invalid_because": point.invalid_because,
         "only_rounding": point.only_rounding,

@@ -104,6 +104,24 @@ def strip(point: PointResult, document: int) -> list[tuple[str, int]] | None:
     return list(zip(pieces, by_token, strict=True))
 
 
+def confidences(point: PointResult, document: int) -> list[list[float | None]] | None:
+    """Returns of each generated token of a document the confidence at each exit that it came to; None without any.
+
+    Exits are those of :func:`exits`; None stands at one that was not asked.
+    """
+    pieces, found = point.pieces[document], point.samples[document].get("exit_confidences", [])[:1]
+    if pieces is None or not any(found):
+        return None
+    by_token: list[list[float | None]] = found[0][-len(pieces) :]
+    return [[]] * (len(pieces) - len(by_token)) + by_token
+
+
+def exits(point: PointResult) -> list[int]:
+    """Returns the exit layers of a point at which something is decided."""
+    pairs = zip(point.policy.get("exit_layers", []), point.policy.get("thresholds", []), strict=True)
+    return [layer for layer, threshold in pairs if threshold < 1]
+
+
 def _answers(task: TaskResults, point: PointResult, documents: Sequence[int]) -> list[dict[str, Any]]:
     """Returns what a point answered: texts or tokens, and the gain of each metric over the full model."""
     gains = {metric: gains_of(task, point, metric) for metric in task.metrics}
@@ -117,6 +135,8 @@ def _answers(task: TaskResults, point: PointResult, documents: Sequence[int]) ->
             answer["text"] = _text(point, i)
         else:
             answer |= {"tokens": [text for text, _ in tokens], "layers": [depth for _, depth in tokens]}
+            if (found := confidences(point, i)) is not None:
+                answer["confidences"] = found
         answers.append(answer)
     return answers
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dynamax_lm_eval.compute.accounting import ComputeRecord, Trace, account
+from dynamax_lm_eval.compute.accounting import ComputeRecord, account
+from dynamax_lm_eval.compute.trace import Trace
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
 from dynamax_lm_eval.exits.classifiers import CLASSIFIERS, ExitClassifiers
 from dynamax_lm_eval.exits.resolve import policy_of_exits

@@ -114,7 +114,7 @@ function documentsOf(points) {
   });
   const listed = own.documents.map((document, i) => ({ document, i })).filter(({ i }) => fits(answers.map((of) => of[i]), kind));
   const samples = listed.map(({ document, i }, place) => sampleOf(document, [{ letter: "full", name: "full model", answer: full[i] },
-    ...others.map((p, k) => ({ letter: p.name === state.compare ? "B" : "A", name: p.name === state.compare ? "B" : "A", answer: answers[k][i] }))], first, place === 0));
+    ...others.map((p, k) => ({ letter: p.name === state.compare ? "B" : "A", name: p.name === state.compare ? "B" : "A", answer: answers[k][i], exits: p.exits }))], first, place === 0));
   const toggle = element("button", { type: "button", class: "button" }, "Open all");
   toggle.addEventListener("click", () => {
     const open = samples.some((sample) => !sample.open);

@@ -11,7 +11,13 @@ function firstDifference(answer, full) {
   return i >= 0 ? i : answer.tokens.length === full.tokens.length ? null : answer.tokens.length;
 }
 
-// rows: [{ letter, name, answer }], the full model first.
+// What was said of a token at the exits that it came to: " (confidence 0.412 at 6, 0.871 at 8)".
+function confidencesOf(row, i) {
+  const said = (row.answer.confidences?.[i] ?? []).map((value, k) => (known(value) ? `${number(value)} at ${row.exits[k]}` : "")).filter(Boolean);
+  return said.length ? ` (confidence ${said.join(", ")})` : "";
+}
+
+// rows: [{ letter, name, answer, exits }], the full model first.
 function strip(rows, first) {
   const full = rows[0].answer, length = Math.max(...rows.map((row) => row.answer.tokens.length));
   const breaks = rows.map((row) => firstDifference(row.answer, full));
@@ -48,7 +54,7 @@ function strip(rows, first) {
     if (box.scrollHeight > box.clientHeight) columns[i].scrollIntoView({ block: "nearest" });
     const said = rows.map((row) => {
       const token = row.answer.tokens[i];
-      return `${row.name}: ${token === undefined ? "ended before" : `“${visibleToken(token)}” after ${row.answer.layers[i]} of ${task().depth} blocks`}`;
+      return `${row.name}: ${token === undefined ? "ended before" : `“${visibleToken(token)}” after ${row.answer.layers[i]} of ${task().depth} blocks${confidencesOf(row, i)}`}`;
     });
     reading.textContent = `Token ${i + 1} of ${length}. ${said.join("; ")}.`;
   };
