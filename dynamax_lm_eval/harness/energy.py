@@ -53,6 +53,15 @@ class EnergyMeter:
             for counter, start in zip(self._counters, before, strict=True):
                 self.joules += counter.since(start)
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leaves out what is drawn meanwhile, whoever counts."""
+        kept = self.joules
+        try:
+            yield
+        finally:
+            self.joules = kept
+
     def to_json(self, generated_tokens: int) -> dict[str, Any]:
         """Returns what a result file says; joules are null where nothing was counted, with the reason."""
         joules = self.joules if self.source is not None else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from lm_eval.api.model import hash_args
@@ -85,6 +86,17 @@ class ResponseLedger:
         self.latencies.clear()
         self.speed = SpeedLog()
 
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Counts neither time nor what runs meanwhile."""
+        kept = self.seconds, self.executed, self.latencies, self.speed
+        self.seconds, self.latencies = defaultdict(float), defaultdict(list)
+        self.executed, self.speed = ExecutedCompute(), SpeedLog()
+        try:
+            yield
+        finally:
+            self.seconds, self.executed, self.latencies, self.speed = kept
+
     def use_database(self, database: MutableMapping[str, Any], identity: Mapping[str, Any]) -> None:
         """Stores records in the harness's cache from now on.
 
@@ -99,9 +111,13 @@ class ResponseLedger:
 
     def store(self, kind: str, args: Iterable[Any], record: ComputeRecord, answer: Any) -> None:
         """Counts one response, and puts its record beside the cached ``answer``; call it before that is cached."""
-        self.fed_tokens += record.fed_tokens
+        self.count(record)
         if self._cache is not None:
             self._cache.store(hash_args(kind, args), record, answer)
+
+    def count(self, record: ComputeRecord) -> None:
+        """Counts one response among what ran in the seconds of this run."""
+        self.fed_tokens += record.fed_tokens
 
     def keep(self, kind: str, responses: Iterable[tuple[Iterable[Any], ComputeRecord]]) -> None:
         """Keeps (arguments, record) of all responses of a call, in the order of its requests.

@@ -29,7 +29,7 @@ from dynamax_lm_eval.harness.tasks import task_manager
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
-from dynamax_lm_eval.sweep import noise
+from dynamax_lm_eval.sweep import noise, timings
 from dynamax_lm_eval.sweep.drawing import with_drawn_documents
 from dynamax_lm_eval.sweep.files import (
     FULL_NAME,
@@ -52,12 +52,6 @@ from dynamax_lm_eval.sweep.plan import asked_of, documents_of, plan
 from dynamax_lm_eval.sweep.store import ResponseStore
 
 logger = logging.getLogger(__name__)
-
-#: Parts of ``compute.overall`` that belong to all points together, which were answered in one run.
-_OF_ALL_POINTS = (
-    *("physical", "seconds", "seconds_total", "fed_tokens_in_seconds", "fed_tokens_per_second"),
-    *("latency", "energy", "peak_memory_bytes"),
-)
 
 #: Options that change nothing in the results.
 _FREE = frozenset(
@@ -142,7 +136,11 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     logger.info(plan(lm, options, [point.point for point in points], done, documents))
     lm.start(waiting)
     for number, point in enumerate(waiting, start=done + 1):
+        timing = timings.before(folder, point, asked[point.point.name]) if options.timed else timings.NONE
+        if options.timed:
+            lm.start([point], timed=True)
         results = _evaluate(lm, point, options, tasks)
+        timings.put(results, timing)
         compared = _compare(results, point, folder)
         _save(folder, point, options, results, {"run": lm.run_settings, **compared}, asked[point.point.name])
         logger.info("point %d of %d, %s: %s", number, len(points), point.point.name, _summary(results))
@@ -189,7 +187,10 @@ def _check_folder(folder: Path, options: SweepOptions) -> None:
 
 def _bound(options: dict[str, Any]) -> dict[str, Any]:
     """Returns the options that decide answers."""
-    return {name: value for name, value in options.items() if name not in _FREE}
+    bound = {name: value for name, value in options.items() if name not in _FREE}
+    if not bound.get("timed"):  # what was answered before there was this option is still the same
+        bound.pop("timed", None)
+    return bound
 
 
 def _resolve(
@@ -271,9 +272,6 @@ def _evaluate(lm: SweepLM, point: SweepPoint, options: SweepOptions, tasks: Task
         )
     assert results is not None, "every process evaluates its points alone"
     results = dict(results)
-    # What ran, and for how long, belongs to all points that were answered together.
-    for name in _OF_ALL_POINTS:
-        results["compute"]["overall"].pop(name, None)
     rows = options.batch_size if point.rows is None else point.rows
     results["config"] |= {"model": "dynamax", "batch_size": rows, "device": str(lm.device)}
     ours = results["config"]["dynamax"]

@@ -8,6 +8,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.harness.documents import Document
@@ -45,6 +47,7 @@ class SweepLM(DynamaxLM):
         self._rank, self._world_size = 0, 1
         self._points: list[SweepPoint] = []
         self._present: SweepPoint | None = None
+        self._is_timed = False
 
     # Both stay as they are while a sweep runs, and every point asks for them.
 
@@ -71,9 +74,14 @@ class SweepLM(DynamaxLM):
         """The exits at hand as an argument would name them, found by the backbone or named; None without any."""
         return None if self.exits is None else self._loaded.exits or str(self.exits.path)
 
-    def start(self, points: Sequence[SweepPoint]) -> None:
-        """Answers requests that come from now on under these points."""
-        self._points = list(points)
+    def start(self, points: Sequence[SweepPoint], timed: bool = False) -> None:
+        """Answers requests that come from now on under these points.
+
+        ``timed``: what is measured will be said of them alone, so a first batch runs before anything is.
+        """
+        self._points, self._is_timed = list(points), timed
+        if timed and self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def replay(self, point: SweepPoint) -> None:
         """Gives the harness the answers of this point from now on."""
@@ -100,14 +108,28 @@ class SweepLM(DynamaxLM):
         for rows in dict.fromkeys(point.rows for point in self._points):
             together = [(point, i) for point, i in missing if point.rows == rows]
             chosen = [i for _, i in together]
-            policies = [point.policy for point, _ in together]
+            policies, asked = [point.policy for point, _ in together], [documents[i] for i in chosen]
             with self._in_flight(rows):
-                answers = answer_some(policies, chosen, [documents[i] for i in chosen], disable_tqdm)
-                self._store(together, names, answers)
+                if self._is_timed:
+                    self._warm_up(policies, chosen, asked, answer_some)
+                self._store(together, names, answer_some(policies, chosen, asked, disable_tqdm))
         responses = [self._present.store[name] for name in names]
         self.response_ledger.keep(kind, zip(keys, (response.record for response in responses), strict=True))
         # JSON knows no tuples.
         return [tuple(r.answer) if isinstance(r.answer, list) else r.answer for r in responses]
+
+    def _warm_up(
+        self,
+        policies: Sequence[ExitPolicy],
+        chosen: Sequence[int],
+        asked: Sequence[Document],
+        answer_some: Callable[..., Answers],
+    ) -> None:
+        """Answers a first batch that counts for nothing: libraries load, kernels are chosen, memory is taken."""
+        few = slice(0, self.batch_size_per_gpu)
+        with self.response_ledger.uncounted(), self.responder.energy.uncounted():
+            for _ in answer_some(policies[few], chosen[few], asked[few], True):
+                pass
 
     @contextmanager
     def _in_flight(self, rows: int | None) -> Iterator[None]:
@@ -124,6 +146,7 @@ class SweepLM(DynamaxLM):
         with closing(answers):
             for index, answer in answers:
                 point, request = missing[index]
+                self.response_ledger.count(answer.record)
                 value = list(answer.value) if isinstance(answer.value, tuple) else answer.value
                 pieces = None if answer.tokens is None else self._pieces(answer.tokens)
                 point.store.add(names[request], Response(value, answer.record, pieces))

@@ -106,6 +106,11 @@ class SweepOptions:
         "sequences processed at once in a second run of the full model, which measures rounding; 0: none; default: "
         "half of --batch_size (2 where that is 1), and none in float32 on a CPU",
     )
+    timed: bool = _option(
+        False,
+        "answer one point after the other, so that each has a time, latency and energy of its own; batches of few "
+        "documents are less full, so it takes longer",
+    )
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: a GPU where there is one")
     include_path: str | None = _option(None, "folder with tasks of your own")
     metadata: str | None = _option(None, "JSON, or name=value pairs separated by commas, for tasks that take some")

@@ -282,7 +282,7 @@ def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:
             dtype=str(data["config"]["dynamax"].get("dtype", "")).removeprefix("torch."),
             rows=data["config"]["dynamax"].get("batch_size"),
             run={**data["config"]["dynamax"], **{name: data[name] for name in ("date",) if name in data}},
-            timing=_timing(data["compute"].get("overall", {}), task),
+            timing=_timing(data["compute"].get("overall", {}), task, len(point["samples"]) == 1),
             looping=[_digest(sample) in looping for sample in samples],
         )
         results.append((_backbone(data["config"]), task, result))
@@ -294,10 +294,14 @@ def _backbone(config: dict[str, Any]) -> str:
     return str(config["dynamax"].get("backbone_name") or config["model_name"])
 
 
-def _timing(overall: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Returns mean latencies of a task in milliseconds and joules per token, as far as they were measured."""
+def _timing(overall: Mapping[str, Any], task: str, is_alone: bool) -> dict[str, Any]:
+    """Returns mean latencies of a task in milliseconds, joules per token, and seconds, as far as they were measured.
+
+    Seconds are of all tasks of a run, so they are a task's where it ``is_alone``.
+    """
     of_task = ((overall.get("latency") or {}).get("by_task") or {}).get(task) or {}
     found = {name: (of_task.get(f"{name}_ms") or {}).get("mean") for name in _LATENCIES}
+    found["seconds"] = overall.get("seconds_total") if is_alone else None
     found["joules_per_token"] = (overall.get("energy") or {}).get("per_generated_token")
     return {name: value for name, value in found.items() if value is not None}
 

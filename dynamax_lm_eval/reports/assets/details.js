@@ -25,6 +25,7 @@ function factsOf(point) {
     "ROUGE-L with the full model": [number(point.consistency.consistency_rouge_l), intervalOf(point, "consistency_rouge_l")],
     "time to first token, ms": [number(point.timing.time_to_first_token, 1)],
     "time per further token, ms": [number(point.timing.time_per_output_token, 1)],
+    "time for all answers, s": [number(point.timing.seconds, 1)],
     "energy per token, J": [number(point.timing.joules_per_token)],
   };
 }

@@ -26,6 +26,7 @@ const allColumns = [
   { key: "rouge", head: "ROUGE-L", title: () => "with the full model's answers", value: (p) => p.consistency.consistency_rouge_l, small: (p) => intervalOf(p, "consistency_rouge_l") },
   { key: "first", head: "First token, ms", title: () => "mean time to the first token", value: (p) => p.timing.time_to_first_token, digits: 1 },
   { key: "later", head: "Token, ms", title: () => "mean time per further token", value: (p) => p.timing.time_per_output_token, digits: 1 },
+  { key: "seconds", head: "All, s", title: () => "time for all answers", value: (p) => p.timing.seconds, digits: 1 },
   { key: "energy", head: "J per token", title: () => "energy that was drawn per generated token", value: (p) => p.timing.joules_per_token },
 ];
 
