@@ -5,6 +5,8 @@ torch calls :func:`register` at the end of ``import torch`` (entry-point group `
 cost nothing and must not fail: it knows the standard library only, does not import lm_eval, and swallows every error
 (``dynamax-lm-eval run`` works without it).
 
+Errors of the user, which nothing in the harness's command handles, end in one line there, as in ours.
+
 If ``lm_eval.models`` is loaded already, the model is registered at once. Otherwise an import hook waits
 for that one module and registers after it has run: earlier would make the harness believe its registry
 is filled, and hide every built-in model.
@@ -12,20 +14,24 @@ is filled, and hide every built-in model.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 MODEL_NAME = "dynamax"
 TARGET = "dynamax_lm_eval.lm:DynamaxLM"
 _AWAITED = "lm_eval.models"
+_COMMAND = "lm_eval._cli.run"
 
 
 def register() -> None:
     """Registers the model now or as soon as ``lm_eval.models`` is imported. Never raises."""
     try:
+        if _COMMAND in sys.modules:
+            _end_in_one_line()
         if _AWAITED in sys.modules and not _is_importing(sys.modules[_AWAITED]):
             add_to_registry()
         elif not any(isinstance(finder, _OneShotFinder) for finder in sys.meta_path):
@@ -39,6 +45,24 @@ def add_to_registry() -> None:
     registry = sys.modules["lm_eval.api.registry"].model_registry
     if MODEL_NAME not in registry:
         registry.register(MODEL_NAME, target=TARGET)
+
+
+def _end_in_one_line() -> None:
+    """Has errors of the user end the harness's command in one line; ``--verbosity DEBUG`` shows where they come from."""
+    before = sys.excepthook
+    if getattr(before, "_dynamax", False):
+        return
+
+    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        errors = sys.modules.get("dynamax_lm_eval.errors")
+        is_debugged = logging.getLogger("lm_eval").isEnabledFor(logging.DEBUG)
+        if errors is None or is_debugged or not isinstance(error, errors.UserError):
+            before(kind, error, traceback)
+        else:
+            sys.stderr.write(f"dynamax-lm-eval: error: {' '.join(str(error).split())}\n")
+
+    show._dynamax = True  # type: ignore[attr-defined]
+    sys.excepthook = show
 
 
 def _is_importing(module: ModuleType) -> bool:

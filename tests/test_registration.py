@@ -175,3 +175,19 @@ def test_torch_imports_when_the_checkout_is_gone(tmp_path: Path) -> None:
         PYTHONSAFEPATH="1",  # nor is the module of the working directory found
     )
     assert output.split() == [str(tmp_path / "site" / "_dynamax_lm_eval_autoload.py")]
+
+
+@pytest.mark.parametrize(
+    ("imports", "error", "is_short"),
+    [
+        ("import lm_eval._cli.run, torch", "UserError('do\\nthis')", True),
+        ("import lm_eval._cli.run, torch", "ValueError('do this')", False),
+        ("import torch", "UserError('do this')", False),
+    ],
+)
+def test_errors_of_the_user_end_the_harness_command_in_one_line(imports: str, error: str, is_short: bool) -> None:
+    code = f"{imports}\nfrom dynamax_lm_eval.errors import UserError\nraise {error}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert (ended.stderr == "dynamax-lm-eval: error: do this\n") is is_short
+    assert ("Traceback" in ended.stderr) is not is_short
