@@ -48,7 +48,7 @@ def add_to_registry() -> None:
 
 
 def _end_in_one_line() -> None:
-    """Has errors of the user end the harness's command in one line; ``--verbosity DEBUG`` shows where they come from."""
+    """Has errors of the user end the harness's command in one line; at log level DEBUG the traceback is shown."""
     before = sys.excepthook
     if getattr(before, "_dynamax", False):
         return
