@@ -17,7 +17,7 @@ from helpers_harness import dynamax, save_exits
 import dynamax_lm_eval
 from dynamax_lm_eval.config import OWN_ARGUMENTS
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.harness import hflm
+from dynamax_lm_eval.harness import describe, hflm
 from dynamax_lm_eval.hf_arguments import FROM_PRETRAINED_ARGUMENTS
 from dynamax_lm_eval.keywords import ModelKeywords, PolicyKeywords
 from dynamax_lm_eval.lm import DynamaxLM
@@ -142,3 +142,17 @@ def test_a_run_says_what_runs(model_folder: Path, caplog: pytest.LogCaptureFixtu
     assert "confidence softmax, threshold 0.3, states recompute" in first
     assert "without blocks 5" in first
     assert second.endswith("; no exits")
+
+
+def test_a_run_says_what_confirms(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lm = dynamax(
+        model_folder,
+        exits=save_exits(model_folder, tmp_path / "exits"),
+        confidence="cascade",
+        classifier="calm",
+        propose=0.4,
+        threshold=0.3,
+    )
+    with caplog.at_level(logging.INFO, logger="dynamax_lm_eval"):
+        describe.announce(lm)
+    assert "confidence cascade:calm (proposes from 0.4, the read-out confirms), threshold 0.3" in caplog.text

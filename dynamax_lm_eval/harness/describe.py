@@ -102,8 +102,10 @@ def announce(lm: Any) -> None:
     """Logs in one line what runs: backbone, dtype, device, exits and where they come from, policy."""
     policy, parts = lm.policy, [loaded_model(lm)]
     if policy.active_exits or lm.budget.has_budget:
-        confidence = f"cascade:{policy.classifier}" if policy.propose is not None else ""
-        confidence = confidence or policy.classifier or policy.confidence
+        confidence = policy.classifier or policy.confidence
+        if policy.propose is not None:
+            confirms = {"fitted": "a regression on both", "read_out": "the read-out"}[policy.confirm]
+            confidence = f"cascade:{confidence} (proposes from {policy.propose:g}, {confirms} confirms)"
         source = "no trained exits" if lm.exits is None else f"those in {_place(lm.exits)}"
         threshold = "by budget" if lm.budget.has_budget else "+".join(f"{value:g}" for value in policy.thresholds)
         if not lm.budget.has_budget and len(set(policy.thresholds)) == 1:

@@ -57,7 +57,7 @@ function drawHistogram(points) {
     font: { family: "system-ui, sans-serif", color: colour("ink"), size: 12 },
     hoverlabel: { bgcolor: colour("panel"), bordercolor: soft, font: { color: colour("ink") } },
     xaxis: { type: "category", categoryorder: "array", categoryarray: layers.map(String), title: { text: `blocks that ran (all: ${task().depth})`, standoff: 6 }, linecolor: colour("line") },
-    yaxis: { tickformat: ".0%", range: [0, 1], gridcolor: colour("line"), zeroline: false },
+    yaxis: { tickformat: ".0%", range: [0, 1.02], dtick: 0.25, gridcolor: colour("line"), zeroline: false },
   }, { ...plain, responsive: true });
 }
 
