@@ -367,6 +367,7 @@ def parse_model_args(args: Mapping[str, Any], harness_arguments: Collection[str]
     Raises:
         UserError: a name is unknown, a value is out of range, or an argument cannot be honoured.
     """
+    args = values.paths_as_text(args)
     own = {name: args[name] for name in OWN_ARGUMENTS if name in args}
     passed_on = {name: value for name, value in args.items() if name not in OWN_ARGUMENTS}
     passed_on = hf_arguments.check(passed_on, harness_arguments, OWN_ARGUMENTS)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class PolicyKeywords(TypedDict, total=False):
     """What may change on a loaded model: which tokens leave where, and what becomes of them."""
 
-    threshold: float | str | Sequence[float]
+    threshold: float | str | os.PathLike[str] | Sequence[float]
     classifier: ClassifierKind | None
     confidence: ConfidenceName | None
     propose: float | None
@@ -46,8 +46,8 @@ class PolicyKeywords(TypedDict, total=False):
     prune_layers: int | str | Sequence[int]
     prune_strategy: PruneStrategy | None
     prune_scope: PruneScope
-    prune_profile: str | None
-    prune_adapter: str | None
+    prune_profile: str | os.PathLike[str] | None
+    prune_adapter: str | os.PathLike[str] | None
     certificate_any_task: bool
     target_reduction: float | None
     budget: BudgetStrategy | None
@@ -73,13 +73,13 @@ class PolicyKeywords(TypedDict, total=False):
 class ModelKeywords(PolicyKeywords, total=False):
     """These, what is loaded beside the backbone, and the arguments of ``HFLM``."""
 
-    exits: str | None
+    exits: str | os.PathLike[str] | None
     mamba_kernels: MambaKernels | None
-    pretrained: str | transformers.PreTrainedModel | None
+    pretrained: str | os.PathLike[str] | transformers.PreTrainedModel | None
     backend: Literal["default", "causal"]
     revision: str | None
     subfolder: str
-    tokenizer: str | transformers.PreTrainedTokenizerBase | None
+    tokenizer: str | os.PathLike[str] | transformers.PreTrainedTokenizerBase | None
     truncation: bool
     logits_cache: bool
     max_length: int | None
@@ -99,7 +99,7 @@ class ModelKeywords(PolicyKeywords, total=False):
     offload_folder: str | os.PathLike[str] | None
     device_map: str | Mapping[str, Any] | None
     tp_plan: str | Mapping[str, Any] | None
-    peft: str | None
+    peft: str | os.PathLike[str] | None
     delta: str | None
     autogptq: bool | str
     gptqmodel: bool

@@ -6,6 +6,7 @@ Loading (dtype, revision, PEFT, chat templates and so on) is HFLM's own. Feature
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -58,7 +59,9 @@ class DynamaxLM(HFLM):
 
     @hflm.with_signature
     def __init__(
-        self, backbone: str | transformers.PreTrainedModel | None = None, **kwargs: Unpack[ModelKeywords]
+        self,
+        backbone: str | os.PathLike[str] | transformers.PreTrainedModel | None = None,
+        **kwargs: Unpack[ModelKeywords],
     ) -> None:
         """Checks every argument, then loads the backbone and compares the layer loop with its forward.
 

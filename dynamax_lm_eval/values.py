@@ -7,7 +7,8 @@ rule and the value. Knows no argument by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, get_args
 
@@ -55,6 +56,11 @@ def whole(low: int) -> Parser:
 
 #: A whole number of at least 0.
 count = whole(0)
+
+
+def paths_as_text(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments with texts for the paths among them, which Python's users give."""
+    return {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in args.items()}
 
 
 def flag(name: str, value: Any) -> bool:

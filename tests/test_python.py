@@ -55,7 +55,7 @@ class TestKeywords:
     @pytest.mark.parametrize(
         ("call", "message"),
         [
-            ('DynamaxLM("b", threshold=0.8, device="cpu").use(state_mode="skip")', ""),
+            ('from pathlib import Path; DynamaxLM(Path("b"), threshold=0.8, device="cpu").use(state_mode="skip")', ""),
             ('DynamaxLM("b", threshhold=0.8)', 'Unexpected keyword argument "threshhold"'),
             ('DynamaxLM("b", state_mode="skp")', "incompatible type"),
             ('DynamaxLM("b").use(dtype="float32")', 'Unexpected keyword argument "dtype"'),
@@ -72,6 +72,12 @@ class TestKeywords:
             cwd=root,
         )
         assert (message in result.stdout) if message else result.returncode == 0, result.stdout
+
+
+def test_paths_are_folders_as_their_texts_are(model_folder: Path) -> None:
+    by_path = DynamaxLM(model_folder, threshold=0.5, confidence="state", device="cpu", tokenizer=model_folder)
+    assert by_path.args == dynamax(model_folder, threshold=0.5, confidence="state").args
+    assert DynamaxLM(pretrained=model_folder, threshold=1, device="cpu").args.backbone == str(model_folder)
 
 
 class TestUse:
@@ -147,7 +153,7 @@ def test_a_run_says_what_runs(model_folder: Path, caplog: pytest.LogCaptureFixtu
 def test_a_run_says_what_confirms(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = dynamax(
         model_folder,
-        exits=save_exits(model_folder, tmp_path / "exits"),
+        exits=save_exits(model_folder, tmp_path / "exits"),  # a path as well as its text
         confidence="cascade",
         classifier="calm",
         propose=0.4,
