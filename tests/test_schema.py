@@ -62,7 +62,8 @@ def test_points_of_sweeps_are_valid(model_folder: Path, tmp_path: Path) -> None:
         check("results", data | {"compute": {**data["compute"], "overall": data["compute"]["overall"]}})
         names.add(data["model_name"])
         assert data["config"]["model_args"] and data["config"]["batch_size"] and data["config"]["device"] == "cpu"
-        assert float(data["total_evaluation_time_seconds"]) > 0 and data["model_source"] == "dynamax"
+        assert data["total_evaluation_time_seconds"] is None, "points are answered together"
+        assert data["model_source"] == "dynamax"
     assert len(names) == len(points), "one name for each"
 
 
