@@ -49,6 +49,7 @@ def install() -> None:
     _share_log()
     _check_caches()
     _ask_git_quietly()
+    _name_devices()
     cell = _decorated(lm_eval.evaluator.evaluate)
     original = lm_eval.evaluator.evaluate if cell is None else cell.cell_contents
     if getattr(original, "_dynamax_wrapped", False):
@@ -133,6 +134,26 @@ def _ask_git_quietly() -> None:
 
     commit._dynamax_wrapped = True  # type: ignore[attr-defined]
     lm_eval.evaluator.get_git_commit_hash = commit
+
+
+def _name_devices() -> None:
+    """Lets ``config.device`` of results say where our model ran.
+
+    The harness writes what its ``--device`` says, by default the first GPU, even where there is none. It does so after
+    it has asked the model, so that the place for it is what the harness calls next with results and model.
+    """
+    original = getattr(lm_eval.evaluator, "add_tokenizer_info", None)
+    if original is None or getattr(original, "_dynamax_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def add(results: Any, lm: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(lm, "response_ledger", None), ResponseLedger):
+            results["config"]["device"] = str(lm.device)
+        return original(results, lm, *args, **kwargs)
+
+    add._dynamax_wrapped = True  # type: ignore[attr-defined]
+    lm_eval.evaluator.add_tokenizer_info = add
 
 
 def _share_log() -> None:
