@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sqlite3
 import sys
 import zlib
@@ -259,6 +260,8 @@ def _execute(name: str, arguments: list[str], debug: bool) -> None:
     # httpx tells of every request; rouge_score of its tokenizer, for every score.
     for noisy in ("httpx", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not debug and os.environ.get("LMEVAL_LOG_LEVEL", "").upper() != "DEBUG":
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)  # of sweeps it would tell the same for every point
     shown = _named(command.run)(*options)
     if isinstance(shown, str):
         sys.stdout.write(shown)

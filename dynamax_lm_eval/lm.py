@@ -323,7 +323,7 @@ class DynamaxLM(HFLM):
 
     def _create_model(self, *args: Any, quantization_config: Any = None, **kwargs: Any) -> None:
         quantization_config = hflm.quantization(kwargs) or quantization_config
-        with hflm.loading_whole_models(self, kwargs):
+        with hflm.loading_whole_models(self, kwargs), hflm.without_bar():
             super()._create_model(*args, quantization_config=quantization_config, **kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:

@@ -111,9 +111,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     lm = load(options) if lm is None else lm
     exits = None if lm.exits is None else lm.exits.config
     kinds = () if exits is None else exits.classifiers
-    dtype = lm.mixed_precision_dtype or lm.model.dtype
-    noise.warn_of_half_precision(dtype, lm.device)
-    noise_rows = noise.rows_of(options, dtype, lm.device)
+    noise_rows = noise.rows_of(options, lm.mixed_precision_dtype or lm.model.dtype, lm.device)
     all_points = noise.with_noise(
         grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence, lm.exits_named), noise_rows
     )
@@ -165,7 +163,9 @@ def load(options: SweepOptions) -> SweepLM:
     if options.confidences is None or uses:
         # Exits are looked up where something may exit; the grid decides what does.
         arguments = {**arguments, "threshold": 0.5}
-    return SweepLM(**arguments)
+    lm = SweepLM(**arguments)
+    noise.warn_of_half_precision(lm.mixed_precision_dtype or lm.model.dtype, lm.device)
+    return lm
 
 
 def load_tasks(options: SweepOptions) -> TaskManager:
