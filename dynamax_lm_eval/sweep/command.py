@@ -25,7 +25,7 @@ from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.results import add_vs_full, document_totals
-from dynamax_lm_eval.harness.tasks import task_manager
+from dynamax_lm_eval.harness.tasks import not_found, task_manager
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
@@ -174,9 +174,8 @@ def load_tasks(options: SweepOptions) -> TaskManager:
     manager = task_manager(options.include_path, metadata, tuple(options.task_names))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
-        raise UserError(
-            f"--tasks: there is no task {', '.join(unknown)}; see `lm_eval ls tasks`, or add --include_path"
-        )
+        folders = [options.include_path] if options.include_path else []
+        raise UserError(f"--tasks: {not_found(unknown, manager.all_tasks, folders)}")
     return manager
 
 
