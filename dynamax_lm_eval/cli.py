@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
 from dynamax_lm_eval.command_line import Parser
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.run import quiet
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
@@ -217,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _status(lambda: run(arguments[1:], debug), debug, evaluates=True)
     if name in COMMANDS:
         return _status(lambda: _execute(name, arguments[1:], debug), debug)
+    names = ["run", *COMMANDS, "tasks"]
+    if name and not name.startswith("-") and name not in names:
+        return _told(UserError(unknown_name("command", name, names, "there are", names)), 2)
     options = _overview().parse_args(arguments)
     return _tasks(options.path)
 
