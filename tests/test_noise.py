@@ -68,6 +68,7 @@ def test_it_is_no_point_of_a_report_and_no_row_of_an_export(swept: Path) -> None
         "score, answers, compute",
     }
     text = (swept / "report" / "report.md").read_text(encoding="utf-8")
+    assert "within_noise" in text and "nan" not in text.lower(), "the full model is compared with nothing"
     assert text.count("### Noise floor") == 2, "one for each task"
     assert "The full model in bfloat16, once more with 2 sequences at once in place of 5" in text
     for task in collect.read([swept], 0.1):
