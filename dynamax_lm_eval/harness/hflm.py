@@ -103,7 +103,7 @@ def loading_whole_models(lm: Any, options: Mapping[str, Any]) -> Iterator[None]:
 @contextmanager
 def without_bar() -> Iterator[None]:
     """Keeps the bar of transformers over weights for somebody who watches: in a file it is a line of remains."""
-    bars = transformers.utils.logging
+    bars: Any = transformers.utils.logging
     is_shown = bars.is_progress_bar_enabled()
     if is_watched() or not is_shown:
         yield
