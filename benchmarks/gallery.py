@@ -116,6 +116,8 @@ class Gallery:
         headroom = self.work / entry["name"] / "headroom"
         if headroom.is_dir():
             shutil.copy(headroom / "headroom.png", target)
+            verdict = json.loads((headroom / "headroom.json").read_text(encoding="utf-8"))["verdict"]["line"]
+            (target / "headroom.txt").write_text(f"{verdict}\n", encoding="utf-8")
 
     def section(self, entry: dict[str, Any]) -> str:
         """Returns the part of the page that shows an entry."""
@@ -123,9 +125,8 @@ class Gallery:
         given = shlex.join(["dynamax-lm-eval", "sweep", *options({**entry["sweep"], "output": entry["name"]})])
         commands = [*(" ".join(line.split()) for line in entry.get("prepare", [])), given.replace("'", "")]
         parts = [f"## {entry['title']}", "\n".join(f"    {line}" for line in commands)]
-        file = self.work / entry["name"] / "headroom" / "headroom.json"
-        if file.is_file():
-            verdict = json.loads(file.read_text(encoding="utf-8"))["verdict"]["line"]
+        if (folder / "headroom.txt").is_file():
+            verdict = (folder / "headroom.txt").read_text(encoding="utf-8").strip()
             parts.append(textwrap.fill(f"Headroom: {verdict}", 120, break_long_words=False, break_on_hyphens=False))
         shown = [pair.split("=")[1] for pair in entry.get("metrics", "").split(",") if pair]
         for plot in sorted(folder.glob("*.png")):
@@ -201,7 +202,8 @@ def main() -> None:
                 gallery.measure(entry)
             gallery.report(entry)
     head = (HERE / "gallery.md").read_text(encoding="utf-8")
-    done = [entry for entry in entries if (gallery.work / entry["name"] / "report").is_dir()]
+    # Those that were run elsewhere, or earlier, keep their sections.
+    done = [entry for entry in entries if (RESULTS / entry["name"] / "points.csv").is_file()]
     page = "\n\n".join([head.strip(), *map(gallery.section, done)])
     (RESULTS / "README.md").write_text(f"{page}\n", encoding="utf-8")
 

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import logging
+import os
 import sqlite3
 import sys
 import zlib
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
 from dynamax_lm_eval.command_line import Parser
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.run import quiet
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
@@ -216,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _status(lambda: run(arguments[1:], debug), debug, evaluates=True)
     if name in COMMANDS:
         return _status(lambda: _execute(name, arguments[1:], debug), debug)
+    names = ["run", *COMMANDS, "tasks"]
+    if name and not name.startswith("-") and name not in names:
+        return _told(UserError(unknown_name("command", name, names, "there are", names)), 2)
     options = _overview().parse_args(arguments)
     return _tasks(options.path)
 
@@ -259,6 +263,8 @@ def _execute(name: str, arguments: list[str], debug: bool) -> None:
     # httpx tells of every request; rouge_score of its tokenizer, for every score.
     for noisy in ("httpx", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if not debug and os.environ.get("LMEVAL_LOG_LEVEL", "").upper() != "DEBUG":
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)  # of sweeps it would tell the same for every point
     shown = _named(command.run)(*options)
     if isinstance(shown, str):
         sys.stdout.write(shown)

@@ -56,6 +56,8 @@ class DynamaxLM(HFLM):
 
     #: Says in a line what runs, before tasks are evaluated.
     announces: ClassVar[bool] = True
+    #: The argument ``backbone``, where the harness was given it and knows it as ``pretrained``.
+    _typed_backbone: str | None = None
 
     @hflm.with_signature
     def __init__(
@@ -313,10 +315,11 @@ class DynamaxLM(HFLM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> DynamaxLM:
         # The harness names the result folder after `pretrained` in this very dict.
-        if "backbone" in arg_dict and "pretrained" not in arg_dict:
-            backbone = arg_dict.pop("backbone")
+        backbone = arg_dict.pop("backbone") if "backbone" in arg_dict and "pretrained" not in arg_dict else None
+        if backbone is not None:
             arg_dict["pretrained"] = aliases.HUB_ALIASES.get(backbone, backbone)
         lm: DynamaxLM = super().create_from_arg_obj(arg_dict, hflm.beside(arg_dict, additional_config or {}))
+        lm._typed_backbone = backbone
         return lm
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -326,7 +329,7 @@ class DynamaxLM(HFLM):
 
     def _create_model(self, *args: Any, quantization_config: Any = None, **kwargs: Any) -> None:
         quantization_config = hflm.quantization(kwargs) or quantization_config
-        with hflm.loading_whole_models(self, kwargs):
+        with hflm.loading_whole_models(self, kwargs), hflm.without_bar():
             super()._create_model(*args, quantization_config=quantization_config, **kwargs)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -369,6 +372,7 @@ class DynamaxLM(HFLM):
         if (tracker := asking.get("evaluation_tracker")) is not None:
             naming.name_tracker(tracker, name)
         given = naming.shown_arguments(asking.get("model_args"), self.args)
+        naming.restore_arguments(asking.get("model_args"), self._typed_backbone)
         info |= {"model_name": name, "model_args": given, "dynamax": settings}
         shown: dict[str, Any] = naming.without_home(info)
         return shown

@@ -17,6 +17,11 @@ EVERY = 30.0
 _LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, {remaining} left{postfix}"
 
 
+def is_watched() -> bool:
+    """Says whether somebody sees a bar move: on a terminal, or in a notebook."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 class Bar:
     """The progress of something with a known end; a context manager.
 
@@ -32,6 +37,7 @@ class Bar:
         unit_scale: bool = False,
         initial: int = 0,
         disable: bool = False,
+        leave: bool = True,
     ) -> None:
         """
         Args:
@@ -41,16 +47,18 @@ class Bar:
             unit_scale: writes thousands as k, millions as M.
             initial: how much was done before.
             disable: shows nothing.
+            leave: the bar stays when it is done.
         """
-        is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self._lines = not disable and not is_watched
+        has_bar = is_watched()
+        self._lines = not disable and not has_bar
         self._bar: tqdm[Any] = tqdm(
             total=total,
             desc=desc,
             unit=unit,
             unit_scale=unit_scale,
             initial=initial,
-            disable=disable or not is_watched,
+            disable=disable or not has_bar,
+            leave=leave,
         )
         self._total, self._desc, self._unit, self._scale = total, desc, unit, unit_scale
         self._done = self._initial = initial
@@ -98,9 +106,11 @@ class Bar:
         self.close()
 
 
-def over(items: Collection[Item], desc: str, *, unit: str = "it", disable: bool = False) -> Iterator[Item]:
+def over(
+    items: Collection[Item], desc: str, *, unit: str = "it", disable: bool = False, leave: bool = True
+) -> Iterator[Item]:
     """Yields items, and shows how many are done."""
-    with Bar(len(items), desc, unit=unit, disable=disable) as bar:
+    with Bar(len(items), desc, unit=unit, disable=disable, leave=leave) as bar:
         for item in items:
             yield item
             bar.update()

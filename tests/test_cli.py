@@ -243,6 +243,15 @@ def test_run_writes_what_the_stock_command_would(
     assert result.parent.name == f"local__{model_folder.name}@softmax-recompute-0.1" == data["model_name_sanitized"]
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("swep", "sweep"), ("rn", "run"), ("task", "tasks"), ("train_", "train")])
+def test_a_command_that_there_is_not(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([typed, "--backbone", "tiny-llama"]) == 2
+    expected = f"dynamax-lm-eval: error: unknown command {typed!r}; did you mean {meant!r}?\n"
+    assert capsys.readouterr() == ("", expected)
+    assert main(["qqq"]) == 2
+    assert "there are: run, headroom, train, sweep" in capsys.readouterr().err
+
+
 def test_tasks_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tasks"]) == 0
     listed = capsys.readouterr().out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers_engine import exits_config
 from helpers_harness import save_exits
 
@@ -14,6 +16,7 @@ from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import listing, lookup
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.training.card import model_card
 from dynamax_lm_eval.training.log import near_chance
 
@@ -62,6 +65,42 @@ def test_exits_in_the_cache_that_hide_those_of_the_package_are_announced(
     assert found is not None and found.path == own
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert f"hide those of the package for this backbone; name them (exits={shipped.path})" in record.getMessage()
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+def test_metadata_of_cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is known, as the Hub reads it; a folder is no data set of the Hub, and a licence is for people to give."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books" / "train").mkdir(parents=True)
+    training = {"tokens": 5, "steps": 1, "seconds": 1.0, "tokens_per_second": 5.0, "hardware": "h", "dtype": "float32"}
+    evaluation = {"tokens": 10, "documents": 3, "classifiers": {}}
+
+    def card(backbone: str, dataset: str, license_id: str | None = None) -> dict[str, Any]:
+        config = exits_config(training={**training, "options": {"dataset": dataset, "prompts": None}})
+        named = replace(config, backbone=replace(config.backbone, id=backbone))
+        return front_matter(model_card(named, evaluation, license_id=license_id))
+
+    assert card("smollm2", "self:0.5+owner/texts", "mit") == {
+        "library_name": "dynamax-lm-eval",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "license": "mit",
+        "datasets": ["owner/texts"],
+        "tags": ["early-exit", "dynamax"],
+    }
+    for dataset in ("books/train", "self", "/somewhere/texts.jsonl", "texts/part.jsonl.gz"):
+        assert set(card("./folder", dataset)) == {"library_name", "tags"}, dataset
+
+
+def test_shipped_cards_name_a_licence() -> None:
+    for path in aliases.shipped_dir().glob("*/*/README.md"):
+        text = path.read_text(encoding="utf-8")
+        found = front_matter(text)
+        assert found["license"] == ("apache-2.0" if path.parts[-3] == "exits" else "cc-by-4.0")
+        assert "[dynamax-lm-eval](https://arxiv" not in text and "datasets" not in found
 
 
 def test_classifiers_that_learned_nothing_are_named() -> None:

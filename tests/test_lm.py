@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
 import pytest
 from helpers import LAYERS, save_model, tiny_model, train_tokenizer
 from helpers_harness import EXIT_ARGS, dynamax, evaluate, generation_requests, instance, numbers, responses
@@ -214,6 +215,25 @@ class TestArguments:
         lm = get_model("dynamax").create_from_arg_obj(args, {"device": "cpu", "batch_size": 1})
         assert isinstance(lm, DynamaxLM)
         assert args == {"pretrained": str(model_folder), "threshold": 1}
+
+    @pytest.mark.parametrize("name", ["backbone", "pretrained"])
+    def test_the_harness_shows_arguments_as_they_were_typed(
+        self, model_folder: Path, manager: TaskManager, name: str
+    ) -> None:
+        """It prints the very dictionary above the results."""
+        args = {"threshold": 1, name: str(model_folder)}
+        results = lm_eval.simple_evaluate(
+            "dynamax",
+            model_args=args,
+            device="cpu",
+            batch_size=1,
+            tasks=["tiny_generate"],
+            task_manager=manager,
+            limit=1,
+            bootstrap_iters=0,
+        )
+        assert args == {name: str(model_folder), "threshold": 1}
+        assert results is not None and results["config"]["model_args"]["backbone"] == str(model_folder)
 
     def test_a_loaded_model_can_be_given(self) -> None:
         lm = DynamaxLM(tiny_model("qwen3"), tokenizer=train_tokenizer(), threshold=1, batch_size=2)

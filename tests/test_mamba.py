@@ -194,6 +194,7 @@ def test_projections_that_are_not_plain_are_called_and_counted_whole(family: str
     policy = separated_policy(model, ExitPolicy(LAYERS, (2, 3), (0.5,) * 2, exit_scope="all"), PROMPTS[0])
     pairs = [(PROMPTS[0], random_ids(9, 70))]
     plain = MambaBackbone(model)
+    assert plain.scans_by == "torch"
     expected = run_score(Engine(plain), policy, pairs, 1)
     for layer in model.backbone.layers:
         layer.mixer.in_proj = _Wrapped(layer.mixer.in_proj)

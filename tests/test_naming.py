@@ -116,3 +116,19 @@ def test_files_go_by_the_name(model_folder: Path, manager: TaskManager, tmp_path
     about = written["config"]["dynamax"]
     assert (about["dtype"], about["batch_size"]) == (str(lm.model.dtype)[6:], lm.batch_size)
     assert about["device"].startswith("cpu") and set(about["versions"]) >= {"torch", "transformers", "lm_eval"}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_device_is_the_one_that_ran(model_folder: Path, manager: TaskManager, tmp_path: Path, cached: bool) -> None:
+    """The harness's command passes the first GPU by default, whatever the machine has."""
+    lm = dynamax(model_folder, threshold=1)
+    results = lm_eval.simple_evaluate(
+        lm,
+        tasks=["tiny_generate"],
+        task_manager=manager,
+        bootstrap_iters=0,
+        limit=1,
+        device="cuda:0",
+        use_cache=str(tmp_path / "answers") if cached else None,
+    )
+    assert results is not None and results["config"]["device"] == "cpu"

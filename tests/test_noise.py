@@ -68,8 +68,9 @@ def test_it_is_no_point_of_a_report_and_no_row_of_an_export(swept: Path) -> None
         "score, answers, compute",
     }
     text = (swept / "report" / "report.md").read_text(encoding="utf-8")
+    assert "within_noise" in text and "nan" not in text.lower(), "the full model is compared with nothing"
     assert text.count("### Noise floor") == 2, "one for each task"
-    assert "The full model in bfloat16, once more with 2 rows in flight in place of 5" in text
+    assert "The full model in bfloat16, once more with 2 sequences at once in place of 5" in text
     for task in collect.read([swept], 0.1):
         assert [point.name for point in task.again] == ["full-rows2"]
         assert all("rows" not in name for name in task.series())
@@ -146,6 +147,6 @@ def test_tiny_llama_in_half_precision(tmp_path: Path) -> None:
     assert main(["sweep", *arguments]) == 0
     assert main(["report", str(tmp_path), "--bootstrap", "20", "--draws", "20"]) == 0
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    assert "### Noise floor" in text and "Of every point, so much may be rounding: " in text
+    assert "### Noise floor" in text and "Rounding may account, at every point, for " in text
     table = pd.read_csv(tmp_path / "report" / "points.csv")
     assert table["within_noise"].notna().any() and not table["point"].str.contains("rows").any()

@@ -8,10 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval.api.metrics
 import pytest
+from helpers import TASKS
 from helpers_harness import sweep_options
 from tqdm import tqdm
 
+from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.responder import Progress
 from dynamax_lm_eval.run import quiet
 from dynamax_lm_eval.sweep import command
@@ -32,6 +36,63 @@ def test_of_a_sweep(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptur
     points = sum(text.startswith("point ") for text in caplog.messages)
     assert f"{points} points in" in first
     assert f"({points} done already)" in again
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_sweep_shows_nothing_of_the_harness(
+    model_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_watched: bool,
+) -> None:
+    """Bars of prompts go when they are done, and are none in a file; the same for the weights."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_watched)
+    samples = tmp_path / "samples.json"
+    samples.write_text('{"tiny_generate": [0, 2]}', encoding="utf-8")
+    theirs = logging.getLogger("lm_eval")
+    monkeypatch.setattr(theirs, "level", theirs.level)  # which the command sets
+    given = ["--backbone", str(model_folder), "--tasks", "tiny_generate", "--include_path", str(TASKS)]
+    given += ["--confidences", "state", "--thresholds", "0.3,0.6", "--samples", str(samples), "--device", "cpu"]
+    with caplog.at_level(logging.INFO):
+        assert main(["sweep", *given, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{tmp_path / 'out'}\n"
+    assert not [r.getMessage() for r in caplog.records if r.name.startswith("lm_eval") and r.levelno <= logging.INFO]
+    if is_watched:
+        assert "Building prompts" in shown.err
+        assert not shown.err.rpartition("Building prompts")[2].split("\r")[-2].strip(), "what is left is blank"
+    else:
+        assert shown.err == ""
+
+
+def test_standard_errors_are_bootstrapped_in_silence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    before = lm_eval.api.metrics.bootstrap_stderr
+    with one_of_many_evaluations():
+        estimate = lm_eval.api.metrics.stderr_for_metric(lm_eval.api.metrics.median, 20)
+        assert estimate is not None and estimate([1.0, 2.0, 4.0, 8.0]) > 0
+    assert capsys.readouterr() == ("", "")
+    assert lm_eval.api.metrics.bootstrap_stderr is before
+
+
+@pytest.mark.parametrize(
+    ("message", "passes"),
+    [
+        ("t: Using gen_kwargs: {'until': []}", False),
+        ("t: Evaluating on 3 examples", False),
+        ("Selected Tasks: ['t']", False),
+        ("Output path not provided, skipping saving results aggregated", False),
+        ("Overwriting default num_fewshot of t from 2 to 0", True),
+    ],
+)
+def test_what_the_harness_says_of_every_run(message: str, passes: bool) -> None:
+    record = logging.LogRecord("lm_eval.evaluator", logging.INFO, "", 0, message, None, None)
+    assert quiet.Quiet(lambda: False).filter(record) == passes
+    assert quiet.Quiet(lambda: True).filter(record)
 
 
 def test_of_a_training(tmp_path: Path) -> None:

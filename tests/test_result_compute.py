@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from helpers import LAYERS
+from helpers import LAYERS, TASKS
 from helpers_harness import EXIT_ARGS, dynamax, evaluate, instance, responses
 from lm_eval.tasks import TaskManager
 
@@ -15,6 +15,16 @@ from dynamax_lm_eval.harness.ledger import request_keys
 
 
 class TestCompute:
+    def test_a_group_without_an_aggregate_metric(self, model_folder: Path, tmp_path: Path) -> None:
+        """The harness writes no ``groups`` then; the group's compute is where the documentation says."""
+        (tmp_path / "own_group.yaml").write_text("group: own_group\ntask: [tiny_generate, tiny_choice]\n")
+        tasks = TaskManager(include_path=[str(TASKS), str(tmp_path)], include_defaults=False)
+        results = evaluate(dynamax(model_folder, **EXIT_ARGS), tasks, "own_group", limit=2)
+        assert "groups" not in results
+        row, entry = results["results"]["own_group"], results["compute"]["by_task"]["own_group"]
+        assert row["compute_reduction,none"] == entry["compute_reduction"]
+        assert not [key for key in row if key.startswith(("exact_match", "acc"))]
+
     def test_every_place_of_the_results(self, model_folder: Path, manager: TaskManager) -> None:
         results = evaluate(dynamax(model_folder, **EXIT_ARGS), manager, "tiny_group", "tiny_rolling")
         for task in ("tiny_generate", "tiny_choice", "tiny_rolling", "tiny_group"):

@@ -16,7 +16,7 @@ from helpers import TASKS
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.harness import hflm
+from dynamax_lm_eval.harness import hflm, tasks
 from dynamax_lm_eval.harness.tasks import smallest_manager
 from dynamax_lm_eval.run import early
 
@@ -85,10 +85,43 @@ class TestManagers:
     def test_of_the_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made: list[Any] = []
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: made.append(options) or manager)
-        manager = SimpleNamespace(task_index={}, match_tasks=lambda _: [])
+        manager = SimpleNamespace(task_index={}, all_tasks=[], match_tasks=lambda _: [])
         assert main(["run", "--model_args", "backbone=tiny-llama", "--tasks", "none_such", "--include_path", "x"]) == 2
         assert [options.get("include_defaults", True) for options in made] == [False, True]
         assert made[0]["include_path"] == [str(tasks_dir()), "x"]
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_tasks_that_there_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The error names the nearest ones, or the file that the harness passes over."""
+
+    def ours_alone(make: Any, _: Any, **options: Any) -> Any:
+        return make(**options, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "smallest_manager", ours_alone)
+    folder = tmp_path / "tasks"
+    (folder / "deeper").mkdir(parents=True)
+    file = folder / "deeper" / "mine.yaml"
+    file.write_text("include: triviaqa_long.yaml\ntask: my_trivia\nprocess_docs: !function mine.process\n")
+    (folder / "other.yaml").write_text("include: nowhere.yaml\ntask: another\n")
+    (folder / "broken.yaml").write_text("task: [\n")
+    given = ["--model_args", "backbone=tiny-llama"] if command == "run" else ["--backbone", "tiny-llama"]
+    given += [] if command == "run" else ["--output", str(tmp_path / "out")]
+    for name, messages in {
+        "trivia_dmeo": ("there is no task trivia_dmeo; did you mean 'trivia_demo'", "`dynamax-lm-eval tasks`"),
+        "qqqqq": ("there is no task qqqqq; `dynamax-lm-eval tasks` and `lm_eval ls tasks` list", "--include_path"),
+        "my_trivia": (f"{file} says include: triviaqa_long.yaml", f"there is no {file.parent / 'triviaqa_long.yaml'};"),
+        "broken": ("broken.yaml is no YAML file",),
+    }.items():
+        assert main([command, *given, "--tasks", name, "--include_path", str(folder)]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("dynamax-lm-eval: error: --tasks: ")
+        for message in messages:
+            assert message in last
+    file.write_text(f"include: {tasks_dir() / 'triviaqa_long' / 'triviaqa_long.yaml'}\ntask: my_trivia\n")
+    assert "my_trivia" in lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False).all_tasks
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from dynamax_lm_eval import schema
+from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.lm import DynamaxLM
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep.files import finished_points
@@ -62,8 +64,41 @@ def test_points_of_sweeps_are_valid(model_folder: Path, tmp_path: Path) -> None:
         check("results", data | {"compute": {**data["compute"], "overall": data["compute"]["overall"]}})
         names.add(data["model_name"])
         assert data["config"]["model_args"] and data["config"]["batch_size"] and data["config"]["device"] == "cpu"
-        assert float(data["total_evaluation_time_seconds"]) > 0 and data["model_source"] == "dynamax"
+        assert data["total_evaluation_time_seconds"] is None, "points are answered together"
+        assert data["model_source"] == "dynamax"
     assert len(names) == len(points), "one name for each"
+
+
+def test_every_model_argument_has_a_place(model_folder: Path) -> None:
+    """An argument that is not in ``config.dynamax`` by its name is there, or in ``compute``, by what it led to."""
+    elsewhere = {
+        "threshold": "policy.thresholds",
+        "certificate": "certificate",
+        "certificate_any_task": "certificate",
+        "fastest": "budget",
+        "target_reduction": "budget",
+        "target_latency_ms": "budget",
+        "prune_layers": "policy.pruned_blocks",
+        "prune_strategy": "policy.pruned_blocks",
+        "prune_profile": "policy.pruned_blocks",
+        "verify": "policy.verify_tokens",
+        "measure_speed": "compute.overall.speed",
+        "roofline": "compute.overall.roofline",
+    }
+    results = schema.load("results")["properties"]
+    described = results["config"]["properties"]["dynamax"]["properties"]
+    for argument in fields(DynamaxArgs):
+        place = elsewhere.get(argument.name, argument.name)
+        if place.startswith("compute."):
+            assert f"`{place}`" in schema.field_table("results")
+            continue
+        known = described if place in described else described["policy"]["properties"]
+        assert place.removeprefix("policy.") in known, argument.name
+    settings = dynamax(
+        model_folder, **EXIT_ARGS, degenerate_ngram=4, degenerate_tokens=9, prefix_caching=False, rebatch=False
+    ).get_model_info()["dynamax"]
+    assert (settings["degenerate_ngram"], settings["degenerate_tokens"]) == (4, 9)
+    assert (settings["prefix_caching"], settings["rebatch"], settings["mamba_kernels"]) == (False, False, None)
 
 
 def test_what_is_wrong_is_found(model_folder: Path, manager: TaskManager) -> None:

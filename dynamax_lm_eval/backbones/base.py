@@ -283,6 +283,8 @@ class Backbone(ABC):
     output_device: torch.device
     #: What runs the scans of Mamba mixers, those of exit classifiers too.
     mamba_kernels: MambaKernels = "auto"
+    #: The packages whose scans run its Mamba mixers; None: it has none that are run here.
+    scans_by: str | None = None
 
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raises UserError where there are token ids without an embedding."""

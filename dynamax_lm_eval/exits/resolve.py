@@ -173,8 +173,8 @@ def _prune_adapter(args: DynamaxArgs, num_layers: int, pruned: frozenset[int]) -
         return None
     if args.prompt_exit_layer is not None or any(threshold < 1 for threshold in args.threshold):
         raise UserError(
-            "prune_adapter and early exits exclude each other: it is fitted to models all of whose tokens run to the "
-            "end; add threshold=1, or remove prune_adapter"
+            "prune_adapter and early exits exclude each other: it is fitted to models in which every token runs to "
+            "the end; add threshold=1, or remove prune_adapter"
         )
     path = Path(args.prune_adapter).expanduser()
     fitted = PruneAdapters.open(path)

@@ -170,7 +170,7 @@ class FrozenPass:
             simulated: exits at which tokens leave; None: all run at full depth. ``last`` is of full depth in any case.
                 Without a final block only.
 
-        With ``final_block`` the read-outs are those of a text all of whose tokens leave at the same exit.
+        With ``final_block`` the read-outs are those of a text in which every token leaves at the same exit.
 
         Raises:
             UserError: the backbone does not know an id.

@@ -70,7 +70,7 @@ class Certificate:
         seed: of the split into documents for calibration and for tests, and of the order of bets.
         population: how many different documents the calibration documents were drawn from.
         calibration_documents: their hashes.
-        test: what the thresholds did on the documents that were kept apart; None where that was not run.
+        test: what the thresholds did on the documents that were held out; None where that was not run.
         created: date, for people.
         version: of this package.
     """
@@ -182,7 +182,7 @@ class Certificate:
         changed = changed or changed_settings(self.run, _as_json(run))
         if changed and not any_task:
             raise UserError(
-                f"this certificate promises nothing here, it differs in {changed}; calibrate on {name}, or add "
+                f"this certificate guarantees nothing here: it differs in {changed}; calibrate on {name}, or add "
                 "certificate_any_task=true to use its thresholds without a guarantee"
             )
         if changed:

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import json
 import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import CellType, FrameType
 from typing import Any
 
+import lm_eval.api.metrics
+import lm_eval.api.task
 import lm_eval.evaluator
 import torch
 from lm_eval.api.model import CachingLM
@@ -29,6 +32,7 @@ from lm_eval.loggers.utils import get_commit_from_path
 from lm_eval.utils import handle_non_serializable, hash_string
 from torch.utils import collect_env
 
+from dynamax_lm_eval import progress
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness.cache import check_database
 from dynamax_lm_eval.harness.describe import thesis_formula
@@ -49,6 +53,7 @@ def install() -> None:
     _share_log()
     _check_caches()
     _ask_git_quietly()
+    _name_devices()
     cell = _decorated(lm_eval.evaluator.evaluate)
     original = lm_eval.evaluator.evaluate if cell is None else cell.cell_contents
     if getattr(original, "_dynamax_wrapped", False):
@@ -135,6 +140,26 @@ def _ask_git_quietly() -> None:
     lm_eval.evaluator.get_git_commit_hash = commit
 
 
+def _name_devices() -> None:
+    """Lets ``config.device`` of results say where our model ran.
+
+    The harness writes what its ``--device`` says, by default the first GPU, even where there is none. It does so after
+    it has asked the model, so that the place for it is what the harness calls next with results and model.
+    """
+    original = getattr(lm_eval.evaluator, "add_tokenizer_info", None)
+    if original is None or getattr(original, "_dynamax_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def add(results: Any, lm: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(lm, "response_ledger", None), ResponseLedger):
+            results["config"]["device"] = str(lm.device)
+        return original(results, lm, *args, **kwargs)
+
+    add._dynamax_wrapped = True  # type: ignore[attr-defined]
+    lm_eval.evaluator.add_tokenizer_info = add
+
+
 def _share_log() -> None:
     """Sends this package's messages where the harness's command sends its own."""
     theirs, ours = logging.getLogger("lm_eval"), logging.getLogger("dynamax_lm_eval")
@@ -149,10 +174,12 @@ def one_of_many_evaluations() -> Iterator[None]:
     """Makes what the harness would repeat for each of many evaluations happen once in the process.
 
     It writes torch's description of the environment into every result, for which pip is started, seconds each time;
-    and it logs the same messages: here errors only.
+    and it logs the same messages: here errors only. So does it with what it prints about standard errors, in bars of
+    their own.
     """
     collect, log = collect_env.get_pretty_env_info, logging.getLogger("lm_eval")
-    level = log.level
+    level, bootstrap = log.level, lm_eval.api.metrics.bootstrap_stderr
+    lm_eval.api.metrics.bootstrap_stderr = functools.partial(_silently, bootstrap)
     collect_env.get_pretty_env_info = functools.partial(_collected, collect)
     log.setLevel(logging.ERROR)
     try:
@@ -160,6 +187,31 @@ def one_of_many_evaluations() -> Iterator[None]:
     finally:
         collect_env.get_pretty_env_info = collect
         log.setLevel(level)
+        lm_eval.api.metrics.bootstrap_stderr = bootstrap
+
+
+def _silently(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Returns what a function does, without what it shows; log lines go where their handlers send them."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return function(*args, **options)
+
+
+@contextmanager
+def _showing_prompts_as_ours() -> Iterator[None]:
+    """Shows how many prompts the harness has made as all other progress: its own bars stay, one for each task."""
+
+    def shown(documents: Collection[Any], **_: Any) -> Iterator[Any]:
+        return progress.over(documents, "Building prompts", unit="documents", leave=False)
+
+    theirs = getattr(lm_eval.api.task, "tqdm", None)
+    if theirs is None:
+        yield
+        return
+    lm_eval.api.task.tqdm = shown
+    try:
+        yield
+    finally:
+        lm_eval.api.task.tqdm = theirs
 
 
 @functools.cache
@@ -182,7 +234,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         lm.responder.energy.joules = 0.0
         ledger.is_followed = True
         try:
-            results = original(*args, **kwargs)
+            with _showing_prompts_as_ours():
+                results = original(*args, **kwargs)
         except Exception as error:
             # Tells errors of a running evaluation from errors in what the user asked for.
             error.raised_while_evaluating = True  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.hf_arguments import QUANTIZATION_ARGUMENTS
 from dynamax_lm_eval.keywords import ModelKeywords
 from dynamax_lm_eval.models import loading
+from dynamax_lm_eval.progress import is_watched
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -97,6 +98,21 @@ def loading_whole_models(lm: Any, options: Mapping[str, Any]) -> Iterator[None]:
                 loading.check_adapter_weights(lm._model, options["peft"], options["revision"])
     finally:
         lm.AUTO_MODEL_CLASS = auto_class
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Keeps the bar of transformers over weights for somebody who watches: in a file it is a line of remains."""
+    bars: Any = transformers.utils.logging
+    is_shown = bars.is_progress_bar_enabled()
+    if is_watched() or not is_shown:
+        yield
+        return
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bar()
 
 
 def beside(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,19 @@ def shown_arguments(given: Any, args: DynamaxArgs) -> dict[str, Any]:
     return {"backbone": args.backbone if backbone is None else backbone, **values}
 
 
+def restore_arguments(given: Any, backbone: str | None) -> None:
+    """Makes the harness's arguments say ``backbone`` again, as the user did: it prints them above the results.
+
+    Args:
+        given: what the harness was given; changed in place.
+        backbone: as it was given; None: by its other name.
+    """
+    if backbone is not None and isinstance(given, dict) and "pretrained" in given:
+        others = {name: value for name, value in given.items() if name != "pretrained"}
+        given.clear()
+        given.update({"backbone": backbone, **others})
+
+
 def _changed_arguments(args: DynamaxArgs) -> dict[str, Any]:
     """Returns the arguments that are not at their defaults, as a run would be given them."""
     found = {item.name: getattr(args, item.name) for item in fields(args)}

@@ -12,7 +12,7 @@ from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import document_hash
 from dynamax_lm_eval.harness.pairs import json_or_pairs
-from dynamax_lm_eval.harness.tasks import task_manager
+from dynamax_lm_eval.harness.tasks import not_found, task_manager
 from dynamax_lm_eval.training.answers import Prompt
 from dynamax_lm_eval.training.command import train as train_on
 from dynamax_lm_eval.training.options import RunOptions, TrainingOptions
@@ -44,7 +44,7 @@ def prompts_of(options: TrainingOptions) -> list[Prompt]:
         metadata = json_or_pairs("--prompts_metadata", options.prompts_metadata)
         manager = task_manager(own, json.dumps(metadata, sort_keys=True))
         if unknown := [name for name in names if not manager.match_tasks([name])]:
-            raise UserError(f"--prompts: there is no task {', '.join(unknown)}; see `lm_eval ls tasks`")
+            raise UserError(f"--prompts: {not_found(unknown, manager.all_tasks, [own] if own else [])}")
         tasks = manager.load(names)["tasks"]
         prompts = [prompt for name, task in tasks.items() for prompt in _prompts(name, task, options)]
     return list(dict.fromkeys(prompts))

@@ -38,7 +38,7 @@ class HeadroomOptions:
     )
     dataset: str | None = option(
         None,
-        "in place of --tasks, text all of whose tokens are measured: a Hub id (streamed), a .txt, .jsonl(.gz) or "
+        "in place of --tasks, text, every token of which is measured: a Hub id (streamed), a .txt, .jsonl(.gz) or "
         f".parquet file, a folder or pattern of such files; default: {DEFAULT_DATASET}",
     )
     exits: str | None = option(

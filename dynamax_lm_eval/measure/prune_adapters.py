@@ -70,7 +70,7 @@ def fit(
     sets: Sequence[Blocks],
     ridge: float,
 ) -> dict[Blocks, Fit]:
-    """Returns the read-out of each model that does without a set of blocks (1-based).
+    """Returns the read-out of each model without a set of blocks (1-based).
 
     Args:
         backbone: the full model.

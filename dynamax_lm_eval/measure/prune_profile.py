@@ -1,4 +1,4 @@
-"""``dynamax-lm-eval prune-profile``: how much runs of blocks turn the hidden state, and read-outs without them."""
+"""``dynamax-lm-eval prune-profile``: how much runs of blocks rotate the hidden state, and read-outs without them."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def agreement_at(curve: list[tuple[float, float]], fraction: float) -> float:
 
 @dataclass(frozen=True)
 class ThresholdPath:
-    """Thresholds per exit from the most careful to the most saving, and what they promise on held-out text.
+    """Thresholds per exit from the most careful to the most saving, and how they do on held-out text.
 
     Attributes:
         backbone: as the user named it.

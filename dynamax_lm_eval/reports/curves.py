@@ -67,7 +67,7 @@ def joined(task: TaskResults, points: Sequence[PointResult], metric: str, axis: 
     """Returns the points of one series that a line joins, from the full model on.
 
     Those are all valid ones in order of their setting where compute falls along it. On the axis of the whole run it
-    need not, because texts get longer or shorter; then they are those that no other of the series surpasses.
+    need not, because texts get longer or shorter; then they are the Pareto front of the series.
     """
     valid = [point for point in points if point.valid]
     # Thresholds save less as they rise, numbers of blocks more: the tokens' compute tells which.
@@ -82,7 +82,7 @@ def joined(task: TaskResults, points: Sequence[PointResult], metric: str, axis: 
 
 
 def pareto_front(task: TaskResults, metric: str, axis: str) -> list[PointResult]:
-    """Returns the valid points that no other surpasses in both, the full model among them, by rising reduction."""
+    """Returns the Pareto front of the valid points, the full model among them, by rising reduction."""
     valid = [point for point in task.points if point.valid]
     places = [(task.reduction(point, axis), point.scores[metric][0]) for point in valid]
     return [valid[i] for i in front(places, task.higher_is_better(metric))]

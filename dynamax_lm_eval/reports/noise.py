@@ -1,4 +1,4 @@
-"""What of the differences between points is rounding: the full model against itself, with other rows in flight.
+"""What of the differences between points is rounding: the full model twice, with other numbers of sequences at once.
 
 The floor of a number is how far it moves per document between the two runs, as a mean of absolute changes: changes of
 single documents cancel in a score by chance, and need not cancel under a point.
@@ -92,15 +92,16 @@ def section(task: TaskResults, metric: str) -> list[str]:
             ]
         )
         parts += [
-            f"The full model in {full.dtype}, once more with {again.rows} rows in flight in place of {full.rows}. What "
-            "differs is rounding; the last column is the mean of absolute changes of documents, which do not cancel:\n",
+            f"The full model in {full.dtype}, once more with {again.rows} sequences at once in place of {full.rows}. "
+            "What differs is rounding; the last column is the mean of absolute changes of documents, which do not "
+            "cancel:\n",
             str(table.to_markdown(index=False, floatfmt=".4f")) + "\n",
         ]
     if not any(floors.values()):
         return [*parts, "Both runs gave the same answers.\n"]
     lost = [f"{floors[name]:.4f} of what {name} lacks of 1" for name in full.similarity]
     shares = ", ".join([*lost, f"{floors[_COMPUTE]:.4f} of the distance of {_COMPUTE} from 1"])
-    parts.append(f"Of every point, so much may be rounding: {shares}.\n")
+    parts.append(f"Rounding may account, at every point, for {shares}.\n")
     marked: dict[str, list[str]] = {}
     for point in task.points[1:]:
         if what := within(task, floors, point, metric):

@@ -212,7 +212,7 @@ def minus_pruning(task: TaskResults, metric: str, count: int, seed: int) -> pd.D
 
 
 def front(points: Sequence[tuple[float, float]], higher_is_better: bool = True) -> list[int]:
-    """Returns the indices of the points (reduction, score) that no other surpasses in both, by rising reduction."""
+    """Returns the indices of the Pareto front of points (reduction, score), by rising reduction."""
     if not higher_is_better:
         points = [(reduction, -score) for reduction, score in points]
     order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))

@@ -140,5 +140,6 @@ def settled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Returns a table as Markdown."""
-    return str(table.to_markdown(index=False, floatfmt=".3f", missingval="")) + "\n"
+    """Returns a table as Markdown; what is missing is empty."""
+    told = table.astype(object).where(table.notna(), None)
+    return str(told.to_markdown(index=False, floatfmt=".3f", missingval="")) + "\n"

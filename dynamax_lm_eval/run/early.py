@@ -10,8 +10,13 @@ from typing import Any
 
 import lm_eval
 
+import dynamax_lm_eval
 from dynamax_lm_eval import config
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.models import aliases
+
+#: What the harness's error begins with.
+_NOT_FOUND = "Tasks not found: "
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -47,21 +52,40 @@ def harness_arguments() -> frozenset[str] | None:
     return None
 
 
+def _own(folders: str | Sequence[str]) -> list[str]:
+    """Returns the folders of tasks that are the user's."""
+    given = [folders] if isinstance(folders, str) else folders
+    return [folder for folder in given if Path(folder) != dynamax_lm_eval.tasks_dir()]
+
+
 @contextmanager
 def indexing(names: Sequence[str]) -> Iterator[None]:
-    """Makes managers of tasks that lack the harness's own ones, where none of the tasks ``names`` needs these."""
+    """Makes managers of tasks that lack the harness's own ones, where none of the tasks ``names`` needs these.
+
+    Raises:
+        UserError: in place of the harness's error where there is no such task.
+    """
     # It imports the harness's parts, which are not needed where the arguments are wrong.
     import lm_eval.tasks
 
     from dynamax_lm_eval.harness import tasks
 
     original = lm_eval.tasks.TaskManager
+    made: list[tuple[Any, Any]] = []
 
     def make(**options: Any) -> Any:
-        return tasks.smallest_manager(original, names, **options)
+        manager = tasks.smallest_manager(original, names, **options)
+        made.append((manager, options.get("include_path") or []))
+        return manager
 
     lm_eval.tasks.TaskManager = make
     try:
         yield
+    except ValueError as error:
+        beginning, _, unknown = str(error).partition(_NOT_FOUND)
+        if beginning or not unknown or not made:
+            raise
+        manager, folders = made[-1]
+        raise UserError(f"--tasks: {tasks.not_found(unknown.split(', '), manager.all_tasks, _own(folders))}") from error
     finally:
         lm_eval.tasks.TaskManager = original

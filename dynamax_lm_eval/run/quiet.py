@@ -19,21 +19,25 @@ _BEGINNINGS = (
     "Building contexts for",
     "Cuda Available?",
     "Device not specified",
+    "Evaluating examples for tasks",
     "Group: ",
     "Including path:",
     "Initializing ",
     "Model parallel was set to False",
+    "Output path not provided",
     "Running ",
+    "Selected Tasks:",
     "Selected tasks:",
     "Setting random seed",
     "Subgroup: ",
     "Task: ",
     "Using device ",
+    "Using pre-initialized model",
 )
 #: What --write_out asks for.
 _WRITTEN_OUT = "; context prompt ("
-#: What they hold: tasks take --metadata whether or not they use it.
-_PARTS = ("Custom kwargs can be passed to",)
+#: What they hold: tasks take --metadata whether or not they use it; result files have the other two.
+_PARTS = ("Custom kwargs can be passed to", ": Evaluating on ", ": Using gen_kwargs: ")
 
 
 class Quiet(logging.Filter):

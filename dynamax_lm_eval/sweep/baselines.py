@@ -29,7 +29,7 @@ class Baseline(NamedTuple):
 def static_exits(
     full: DynamaxArgs, layers: Sequence[int], modes: Sequence[StateMode], exits: str | None
 ) -> Iterator[Baseline]:
-    """Yields points all of whose tokens leave after ``layers``, by state mode.
+    """Yields points in which every token leaves after ``layers``, by state mode.
 
     Args:
         full: the arguments of the full model.

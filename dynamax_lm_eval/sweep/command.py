@@ -25,7 +25,7 @@ from dynamax_lm_eval.harness import naming
 from dynamax_lm_eval.harness.documents import naming_tasks
 from dynamax_lm_eval.harness.evaluate import one_of_many_evaluations
 from dynamax_lm_eval.harness.results import add_vs_full, document_totals
-from dynamax_lm_eval.harness.tasks import task_manager
+from dynamax_lm_eval.harness.tasks import not_found, task_manager
 from dynamax_lm_eval.locks import locked
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.models.fingerprint import files_fingerprints
@@ -105,9 +105,7 @@ def _sweep(options: SweepOptions, lm: SweepLM | None, folder: Path, tasks: TaskM
     lm = load(options) if lm is None else lm
     exits = None if lm.exits is None else lm.exits.config
     kinds = () if exits is None else exits.classifiers
-    dtype = lm.mixed_precision_dtype or lm.model.dtype
-    noise.warn_of_half_precision(dtype, lm.device)
-    noise_rows = noise.rows_of(options, dtype, lm.device)
+    noise_rows = noise.rows_of(options, lm.mixed_precision_dtype or lm.model.dtype, lm.device)
     all_points = noise.with_noise(
         grid(options, replace(lm.loaded, threshold=(1.0,)), exits, lm.has_recurrence, lm.exits_named), noise_rows
     )
@@ -163,7 +161,9 @@ def load(options: SweepOptions) -> SweepLM:
     if options.confidences is None or uses:
         # Exits are looked up where something may exit; the grid decides what does.
         arguments = {**arguments, "threshold": 0.5}
-    return SweepLM(**arguments)
+    lm = SweepLM(**arguments)
+    noise.warn_of_half_precision(lm.mixed_precision_dtype or lm.model.dtype, lm.device)
+    return lm
 
 
 def load_tasks(options: SweepOptions) -> TaskManager:
@@ -172,9 +172,8 @@ def load_tasks(options: SweepOptions) -> TaskManager:
     manager = task_manager(options.include_path, metadata, tuple(options.task_names))
     unknown = [name for name in options.task_names if name not in manager.all_tasks]
     if unknown:
-        raise UserError(
-            f"--tasks: there is no task {', '.join(unknown)}; see `lm_eval ls tasks`, or add --include_path"
-        )
+        folders = [options.include_path] if options.include_path else []
+        raise UserError(f"--tasks: {not_found(unknown, manager.all_tasks, folders)}")
     return manager
 
 
@@ -324,6 +323,8 @@ def _save(
         fewshot_as_multiturn=options.apply_chat_template,
     )
     naming.name_tracker(tracker, name if len(name) < 100 else short_name(name))
+    # Points are answered together, so none has a time of its own; the harness would write how long saving took.
+    tracker.general_config_tracker.log_end_time = lambda: None
     with one_of_many_evaluations():
         tracker.save_results_aggregated(results=results, samples=samples)
         for task, task_samples in samples.items():

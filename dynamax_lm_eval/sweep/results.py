@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,7 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "line": point.series,
                 "value": point.x,
                 "state_mode": point.policy["state_mode"] if point.kind in ("exits", STATIC) else None,
+                **_run_columns(point),
                 "documents": len(point.samples),
                 "valid": point.valid,
                 "only_rounding": point.only_rounding,
@@ -251,6 +253,19 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 score = {"metric": name, "filter": harness_filter, "score": value, "score_stderr": stderr}
                 rows.append({**common, **score, **compute})
     return pd.DataFrame(rows)
+
+
+def _run_columns(point: PointResult) -> dict[str, Any]:
+    """Returns what a row must say of its run to be compared with others; None where a point has no such thing."""
+    has_exits = point.kind in ("exits", STATIC, VERIFIED)
+    date = point.run.get("date")
+    return {
+        "exit_layers": "+".join(map(str, point.policy["exit_layers"])) if has_exits else None,
+        "dtype": point.dtype or None,
+        "device": point.run.get("device"),
+        "exits_fingerprint": (point.run.get("exits_fingerprint") or "")[:12] or None if has_exits else None,
+        "date": None if date is None else datetime.fromtimestamp(date, tz=UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _results(point: dict[str, Any]) -> list[tuple[str, str, PointResult]]:

@@ -8,19 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.exits.checkpoint import ExitConfig
+from dynamax_lm_eval.models.aliases import HUB_ALIASES, SMOLLM2_GGUF
 from dynamax_lm_eval.training.log import near_chance
-from dynamax_lm_eval.training.options import TrainingOptions
+from dynamax_lm_eval.training.options import TrainingOptions, mixture
 
 
-def model_card(config: ExitConfig, evaluation: dict[str, Any], note: str | None = None) -> str:
-    """Returns Markdown with the Hub's metadata block; ``note`` stands beside what is said of the text."""
+def model_card(
+    config: ExitConfig, evaluation: dict[str, Any], note: str | None = None, license_id: str | None = None
+) -> str:
+    """Returns Markdown with the Hub's metadata block.
+
+    Args:
+        config: of the exits.
+        evaluation: of their quality.
+        note: stands beside what is said of the text.
+        license_id: of the exits, as the Hub writes it; None: not said.
+    """
     backbone, training = config.backbone, config.training
+    base = {**HUB_ALIASES, SMOLLM2_GGUF: HUB_ALIASES["smollm2"]}.get(backbone.id, backbone.id)
     kinds = ", ".join(f"`{kind}`" for kind in config.classifiers)
+    text = mixture(str(training["options"]["dataset"]))[1]
     tuned = evaluation.get("lora")
     lines = [
         "---",
         "library_name: dynamax-lm-eval",
-        *([f"base_model: {backbone.id}"] if _is_hub_id(backbone.id) else []),
+        *([f"base_model: {base}"] if _is_hub_id(base) else []),
+        *([f"license: {license_id}"] if license_id else []),
+        *([f"datasets: [{text}]"] if _is_hub_dataset(text) else []),
         "tags: [early-exit, dynamax]",
         "---",
         "",
@@ -179,6 +193,11 @@ def _init(training: Mapping[str, Any]) -> str:
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def _is_hub_dataset(name: str) -> bool:
+    is_file = name.endswith((".txt", ".jsonl", ".gz", ".parquet")) or "*" in name
+    return _is_hub_id(name) and not is_file
 
 
 def _label(config: ExitConfig) -> str:

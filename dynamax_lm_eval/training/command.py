@@ -218,7 +218,7 @@ def _save(
     evaluation.plot_curves(results, folder / "curve.png")
     files = {
         "evaluation.json": json.dumps(results, indent=1) + "\n",
-        checkpoint.CARD_NAME: model_card(exits, results, run.card_note),
+        checkpoint.CARD_NAME: model_card(exits, results, run.card_note, run.card_license),
     }
     saved = checkpoint.save(folder, exits, classifiers, files, getattr(torch, run.save_dtype))
     shutil.rmtree(folder / STATE_NAME, ignore_errors=True)

@@ -34,7 +34,7 @@ SAVE_DTYPES = ("float32", "bfloat16")
 _MIXTURE = re.compile(rf"{SELF_DATASET}:([^+]*)\+(.+)", re.DOTALL)
 
 
-def _mixture(dataset: str) -> tuple[float, str]:
+def mixture(dataset: str) -> tuple[float, str]:
     """Returns the share that the backbone generates, and where the rest is read.
 
     Raises:
@@ -73,6 +73,9 @@ class RunOptions:
         "data type of the saved exits: float32 or bfloat16 (half the size), which the held-out numbers are of",
     )
     card_note: str | None = option(None, "a line for the model card, such as a credit for the text")
+    card_license: str | None = option(
+        None, "licence of the exits for the model card, as the Hub writes it (apache-2.0)"
+    )
     push_to_hub: str | None = option(None, "Hub repository (user/name) to upload the finished exits to")
     private: bool = option(False, "make that repository private if it does not exist yet")
 
@@ -240,7 +243,7 @@ class TrainingOptions:
     @property
     def self_share(self) -> float:
         """The share of the tokens that the backbone generates itself."""
-        return 1.0 if self.dataset == SELF_DATASET else _mixture(self.dataset)[0]
+        return 1.0 if self.dataset == SELF_DATASET else mixture(self.dataset)[0]
 
     @property
     def writes_answers(self) -> bool:
@@ -251,7 +254,7 @@ class TrainingOptions:
     def source(self) -> TextSource:
         """The text to train on, or that part of it which the backbone does not generate."""
         return TextSource(
-            _mixture(self.dataset)[1],
+            mixture(self.dataset)[1],
             self.dataset_config,
             self.dataset_split,
             self.text_column,

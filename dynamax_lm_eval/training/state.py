@@ -117,7 +117,7 @@ def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 
 
 def check_same(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses, with a UserError, that a training would go on with other options than it began with."""
+    """Refuses, with a UserError, to resume a training with different options."""
     if "eval_documents" not in stored:
         # Earlier releases held out the first documents whole, in the order of the training.
         stored = {**stored, "eval_documents": 1}

@@ -132,6 +132,7 @@ class MambaBackbone(DecoderBackbone):
         super().__init__(model, ("norm_f",))
         self.mamba_kernels = mamba_kernels
         self._kernels = kernels.find(mamba_kernels, self.device, self.model.dtype)
+        self.scans_by = kernels.packages(self._kernels)
         self.blocks = [self._describe(i, module) for i, module in enumerate(self._layers, start=1)]
         self.cost = BackboneCost(
             tuple(block.mixer.cost(self.name) for block in self.blocks), lm_head=self.hidden_size * self.vocab_size

@@ -221,6 +221,13 @@ def find(choice: MambaKernels, device: torch.device, dtype: torch.dtype) -> Scan
     return kernels
 
 
+def packages(scans: ScanKernels | None) -> str:
+    """Returns the packages that kernels, or None, are of, in words."""
+    if scans is None:
+        return "torch"
+    return "mamba-ssm" if scans.conv is None else "mamba-ssm and causal-conv1d"
+
+
 @functools.cache
 def _installed() -> ScanKernels | None:
     """Returns the kernels that are installed; says once which are used, and why others are not."""
@@ -236,9 +243,9 @@ def _installed() -> ScanKernels | None:
             logger.warning("Mamba runs on plain torch: mamba-ssm cannot be imported (%s)", described(error))
         return None
     conv = _installed_conv()
-    used = "mamba-ssm" if conv is None else "mamba-ssm and causal-conv1d"
-    logger.info("Mamba runs on the kernels of %s", used)
-    return ScanKernels(combined.mamba_chunk_scan_combined, update.selective_state_update, norm.rmsnorm_fn, conv)
+    found = ScanKernels(combined.mamba_chunk_scan_combined, update.selective_state_update, norm.rmsnorm_fn, conv)
+    logger.info("Mamba runs on the kernels of %s", packages(found))
+    return found
 
 
 def _installed_conv() -> ConvKernels | None:

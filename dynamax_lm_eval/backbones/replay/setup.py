@@ -96,6 +96,8 @@ def describe(
                 visibility=None if rule is None else rules[id(rule)],
             )
         )
+    if any(isinstance(mixer, MambaMixer) for block in blocks for mixer in block.mixers):
+        backbone.scans_by = kernels.packages(scans)
     arities = {mixer: calls.arities[mixer.module] for block in blocks for mixer in block.mixers}
     return Description(
         blocks=blocks,

@@ -61,7 +61,7 @@ function noteOf(point) {
   if (!point.valid) return ["left out", `left out of lines and the front: ${point.invalid_because}`];
   if (point.only_rounding) return ["rounding", "no token left early; answers that differ from the full model's do so by rounding"];
   const within = point.within_noise[state.metric];
-  return within ? ["within rounding", `no further from the full model than that is from itself, with other rows in flight, in ${within}`] : null;
+  return within ? ["within rounding", `no further from the full model than a second run of the full model, with another number of sequences at once, in ${within}`] : null;
 }
 
 function rowOf(point, columns) {
