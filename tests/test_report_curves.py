@@ -193,7 +193,7 @@ def test_latency_and_energy_are_read_where_a_point_has_its_own() -> None:
     means = {"time_to_first_token_ms": {"mean": 30.0}, "time_per_output_token_ms": {"mean": 7.0}}
     energy = {"energy": {"per_generated_token": 0.2}}
     overall: dict[str, Any] = {"latency": {"by_task": {"t": means}}, "seconds_total": 4.0, **energy}
-    own = {"time_to_first_token": 30.0, "time_per_output_token": 7.0, "joules_per_token": 0.2}
+    own = {"time_to_first_token_ms": 30.0, "time_per_output_token_ms": 7.0, "joules_per_token": 0.2}
     assert _timing(overall, "t", is_alone=True) == {**own, "seconds": 4.0}
     assert _timing(overall, "t", is_alone=False) == own, "the seconds are of other tasks as well"
     assert _timing({"latency": None, "energy": {"per_generated_token": None}}, "t", is_alone=True) == {}

@@ -47,7 +47,9 @@ def test_each_point_has_its_own_time_and_the_same_results(
         assert overall["seconds_total"] > 0 and "reason" in overall["energy"]
     assert not any("latency" in overall or "seconds" in overall for overall in overall_of(together).values())
     (task,) = collect.read([folder], 0.1)
-    assert all(point.timing["time_to_first_token"] > 0 for point in task.points)
+    assert all(point.timing["time_to_first_token_ms"] > 0 for point in task.points)
+    table = collect.tidy([task])
+    assert (table[["time_to_first_token_ms", "time_per_output_token_ms", "seconds"]] > 0).all(axis=None)
 
 
 def test_what_was_stopped_on_the_way_has_no_time(

@@ -39,7 +39,7 @@ _COMPUTE = (
     "degenerate_rate",
 )
 #: Parts of ``compute.overall.latency``.
-_LATENCIES = ("time_to_first_token", "time_per_output_token")
+_LATENCIES = ("time_to_first_token_ms", "time_per_output_token_ms")
 
 
 @dataclass
@@ -245,6 +245,7 @@ def tidy(results: Sequence[TaskResults]) -> pd.DataFrame:
                 "token_limit_share": point.compute["token_limit_share"],
                 "degenerate_rate": point.compute["degenerate_rate"],
                 **point.consistency,
+                **point.timing,
             }
             for metric, (value, stderr) in point.scores.items():
                 if metric in point.similarity:
@@ -315,7 +316,7 @@ def _timing(overall: Mapping[str, Any], task: str, is_alone: bool) -> dict[str, 
     Seconds are of all tasks of a run, so they are a task's where it ``is_alone``.
     """
     of_task = ((overall.get("latency") or {}).get("by_task") or {}).get(task) or {}
-    found = {name: (of_task.get(f"{name}_ms") or {}).get("mean") for name in _LATENCIES}
+    found = {name: (of_task.get(name) or {}).get("mean") for name in _LATENCIES}
     found["seconds"] = overall.get("seconds_total") if is_alone else None
     found["joules_per_token"] = (overall.get("energy") or {}).get("per_generated_token")
     return {name: value for name, value in found.items() if value is not None}

@@ -23,8 +23,8 @@ function factsOf(point) {
     "texts that end at the token limit": [percent(point.at_limit)],
     "same text as the full model": [percent(point.consistency.consistency_exact), intervalOf(point, "consistency_exact")],
     "ROUGE-L with the full model": [number(point.consistency.consistency_rouge_l), intervalOf(point, "consistency_rouge_l")],
-    "time to first token, ms": [number(point.timing.time_to_first_token, 1)],
-    "time per further token, ms": [number(point.timing.time_per_output_token, 1)],
+    "time to first token, ms": [number(point.timing.time_to_first_token_ms, 1)],
+    "time per further token, ms": [number(point.timing.time_per_output_token_ms, 1)],
     "time for all answers, s": [number(point.timing.seconds, 1)],
     "energy per token, J": [number(point.timing.joules_per_token)],
   };

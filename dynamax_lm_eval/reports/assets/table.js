@@ -24,8 +24,8 @@ const allColumns = [
   { key: "degenerate", head: "Repeating", title: () => "share of texts that repeat themselves", value: (p) => p.degenerate },
   { key: "exact", head: "Same text", title: () => "share of answers equal to the full model's", value: (p) => p.consistency.consistency_exact, small: (p) => intervalOf(p, "consistency_exact") },
   { key: "rouge", head: "ROUGE-L", title: () => "with the full model's answers", value: (p) => p.consistency.consistency_rouge_l, small: (p) => intervalOf(p, "consistency_rouge_l") },
-  { key: "first", head: "First token, ms", title: () => "mean time to the first token", value: (p) => p.timing.time_to_first_token, digits: 1 },
-  { key: "later", head: "Token, ms", title: () => "mean time per further token", value: (p) => p.timing.time_per_output_token, digits: 1 },
+  { key: "first", head: "First token, ms", title: () => "mean time to the first token", value: (p) => p.timing.time_to_first_token_ms, digits: 1 },
+  { key: "later", head: "Token, ms", title: () => "mean time per further token", value: (p) => p.timing.time_per_output_token_ms, digits: 1 },
   { key: "seconds", head: "All, s", title: () => "time for all answers", value: (p) => p.timing.seconds, digits: 1 },
   { key: "energy", head: "J per token", title: () => "energy that was drawn per generated token", value: (p) => p.timing.joules_per_token },
 ];
