@@ -25,11 +25,12 @@ options=(
     --adapter lowrank:256
     --simulate_exits
     --max_tokens 2000000
+    --batch_tokens 2048
     --micro_batch_tokens 2048
     --label_share 0.125
     --dtype bfloat16
     --save_dtype bfloat16
-    --save_steps 25
+    --save_steps 50
     --output "$output"
 )
 if [[ -d "$output/state" ]]; then

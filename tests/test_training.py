@@ -114,7 +114,7 @@ class TestOutput:
         (["--dataset", "./missing.jsonl"], "no file there"),
         (["--resume", "--overwrite"], "contradict each other"),
         (["--max_token", "5"], "unknown option '--max_token'; did you mean --max_tokens?"),
-        (["--seq_len", "9000"], "must be at most --micro_batch_tokens=4096"),
+        (["--seq_len", "9000"], "must be at most --micro_batch_tokens=1024"),
         (["--save_dtype", "int8"], "--save_dtype must be one of float32, bfloat16"),
         (["--private", "True"], "--private has no effect without --push_to_hub"),
         (["--eval_split", "test"], "have no effect without --eval_dataset"),

@@ -55,12 +55,12 @@ def _check_numbers(options: TrainingOptions) -> None:
     if options.seq_len > options.micro_batch_tokens:
         raise UserError(
             f"--seq_len={options.seq_len} must be at most --micro_batch_tokens={options.micro_batch_tokens}, the "
-            "tokens that go through the backbone at once"
+            "tokens that go through the backbone at once; raise that, and --batch_tokens to a multiple of it"
         )
     if options.batch_tokens % options.micro_batch_tokens:
         raise UserError(
             f"--batch_tokens={options.batch_tokens} must be a multiple of "
-            f"--micro_batch_tokens={options.micro_batch_tokens}"
+            f"--micro_batch_tokens={options.micro_batch_tokens}; give both"
         )
 
 

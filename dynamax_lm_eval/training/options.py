@@ -65,8 +65,8 @@ class RunOptions:
     device: str = frozen_option("device")
     revision: str | None = frozen_option("revision")
     trust_remote_code: bool = frozen_option("trust_remote_code")
-    save_steps: int = option(50, "optimiser steps between saved states")
-    log_steps: int = option(10, "optimiser steps between lines of training.jsonl")
+    save_steps: int = option(200, "optimiser steps between saved states")
+    log_steps: int = option(40, "optimiser steps between lines of training.jsonl")
     report_to: str = option("none", "trackers, separated by commas: wandb, trackio, tensorboard, ... (accelerate's)")
     save_dtype: str = option(
         "float32",
@@ -195,8 +195,8 @@ class TrainingOptions:
 
     max_tokens: int = option(2_000_000, "tokens to train on")
     seq_len: int = frozen_option("seq_len", "longest row; longer documents are cut into several", 512)
-    batch_tokens: int = option(4096, "tokens of an optimiser step, over all processes")
-    micro_batch_tokens: int = option(4096, "tokens that go through the backbone at once; a divisor of batch_tokens")
+    batch_tokens: int = option(1024, "tokens of an optimiser step, over all processes")
+    micro_batch_tokens: int = option(1024, "tokens that go through the backbone at once; a divisor of batch_tokens")
     label_share: float = option(0.25, "share of positions, drawn at random, that are labelled: labels read the LM head")
     optimizer: str = option("adamw", "adamw, or schedulefree (AdamW without a schedule, from the package of that name)")
     learning_rate: float = option(1e-3, "peak of the learning rate")
