@@ -25,7 +25,7 @@ from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup
 from dynamax_lm_eval.exits.checkpoint import WEIGHTS_NAME
-from dynamax_lm_eval.harness.certificate import Certificate, directory, find_certificate, run_settings
+from dynamax_lm_eval.harness.certificate import Certificate, directory, file_name, find_certificate, run_settings
 from dynamax_lm_eval.lm import DynamaxLM
 
 
@@ -54,6 +54,15 @@ def test_the_certificate_says_what_was_measured(made: tuple[Path, Certificate, P
     assert certificate.compute_reduction == certificate.reductions[index] > 1
     assert (certificate.seed, certificate.population) == (0, 7)
     assert 0 <= certificate.losses[index] <= certificate.tolerance
+
+
+def test_another_calibration_stands_beside_it(made: tuple[Path, Certificate, Path]) -> None:
+    certificate = made[1]
+    name = file_name(certificate, "calm", "skip")
+    others = [replace(certificate, **changed) for changed in ({"seed": 7}, {"calibration_documents": ["a"]})]
+    assert len({name, *(file_name(other, "calm", "skip") for other in others)}) == 3
+    again = replace(certificate, created="2000-01-01", test=None)
+    assert file_name(again, "calm", "skip") == name, "the same calibration again takes its place"
 
 
 def test_a_run_uses_it(made: tuple[Path, Certificate, Path], model_folder: Path, exits_folder: Path) -> None:

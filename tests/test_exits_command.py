@@ -120,3 +120,16 @@ def test_classifiers_that_learned_nothing_are_named() -> None:
     card = model_card(config, evaluation)
     assert "Hardly better than chance (AUROC): calm at exit layer 2 (0.520)" in card
     assert "10 tokens of 3 documents" in card and "| ffn | - | 0.549 ± 0.100 |" in card and "- (50 %)" in card
+
+
+def test_a_name_of_the_list_is_a_name_for_runs(
+    model_folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home.parent)
+    mine = save_exits(model_folder, lookup.exits_home() / "mine")
+    assert lookup.open_exits("mine").path == mine
+    assert lookup.open_exits("tiny-llama").path == lookup.shipped_home() / "tiny-llama"
+    with pytest.raises(UserError, match="no such name in dynamax-lm-eval exits"):
+        lookup.open_exits("yours")
+    assert main(["exits"]) == 0
+    assert lookup.open_exits("mine").fingerprint()[:12] in capsys.readouterr().out

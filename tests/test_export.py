@@ -61,7 +61,8 @@ def test_entries_of_the_hub(swept: Path, tmp_path: Path) -> None:
     entries = huggingface_hub.parse_eval_result_entries(found)
     assert len(entries) == len(finished_points(swept))
     assert len({entry.notes for entry in entries}) == len(entries), "one for each operating point"
-    assert entries[0].notes == "full model, acc"
+    assert str(entries[0].notes).startswith("full model, acc; 3 of ")
+    assert str(entries[0].notes).endswith(" documents; 0-shot; float32")
     assert all("compute_reduction" in str(entry.notes) for entry in entries[1:])
 
 
@@ -74,14 +75,26 @@ def test_metadata_of_a_model_card(swept: Path, tmp_path: Path) -> None:
     assert any(result.metric_type == "compute_reduction" and result.metric_value > 1 for result in results)
 
 
-def test_of_several_runs_the_newest_counts(swept: Path, tmp_path: Path) -> None:
+def test_of_several_runs_the_largest_counts_and_then_the_newest(
+    swept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (first, *_) = read(swept)
-    for number, value in (("1", 0.0), ("2", 1.0)):
-        data = {**first.data, "date": float(number), "results": {"t": {"acc,none": value}}}
-        (tmp_path / f"results_{number}.json").write_text(json.dumps(data))
+
+    def write(date: int, documents: int, dtype: str = "float32") -> None:
+        compute = {**first.data["compute"], "by_task": {"t": {"documents": documents}}}
+        config = {**first.data["config"], "dynamax": {**first.settings, "dtype": dtype}}
+        changed = {"date": float(date), "results": {"t": {"acc,none": float(date)}}, "compute": compute}
+        (tmp_path / f"results_{date}.json").write_text(json.dumps({**first.data, **changed, "config": config}))
+
+    for date, documents in ((1, 100), (2, 100), (3, 1)):
+        write(date, documents)
     (tmp_path / "results_other.json").write_text(json.dumps({"config": {"model": "hf"}, "results": {}}))
     (found,) = read(tmp_path)
-    assert next(found.rows())["value"] == 1.0 and found.date.startswith("1970-01-01")
+    assert next(found.rows())["value"] == 2.0 and found.date.startswith("1970-01-01")
+    left = [message for message in caplog.messages if "left out" in message]
+    assert len(left) == 2 and "results_3.json" in left[1] and "with 100 documents (here 1)" in left[1]
+    write(4, 5, "bfloat16")
+    assert len(read(tmp_path)) == 2, "in another dtype it is another result"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ EXITS = exits_config(classifiers=("mamba", "calm"))
 
 def label_of(**given: Any) -> str:
     args = DynamaxArgs("b", **given)
-    return naming.label(resolve_policy(args, LAYERS, EXITS), args, EXITS, "0" * 16)
+    return naming.label(resolve_policy(args, LAYERS, EXITS), args, EXITS, "0" * 16, is_shipped=True)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,6 @@ def label_of(**given: Any) -> str:
         ({"threshold": (1.0,), "prompt_exit_layer": 3}, "recompute-prompt3"),
         ({"target_reduction": 1.2}, "mamba-recompute-reduction1.2"),
         ({"exit_scope": "all"}, "mamba-recompute-0.8-"),
-        ({"exits": "folder"}, "mamba-recompute-0.8-"),
         ({"threshold": (1.0,), "repetition_penalty": 1.2}, "full-"),
     ],
 )
@@ -50,6 +50,17 @@ def test_labels(given: dict[str, Any], label: str) -> None:
     found = label_of(**given)
     assert found == label or (label.endswith("-") and found.startswith(label) and len(found) == len(label) + 6)
     assert found == label_of(**given), "stable"
+
+
+def test_exits_of_another_training_are_another_operating_point() -> None:
+    args = DynamaxArgs("b", threshold=(0.8,))
+    policy = resolve_policy(args, LAYERS, EXITS)
+    first, second = (naming.label(policy, args, EXITS, fingerprint) for fingerprint in ("1" * 16, "2" * 16))
+    assert first != second and all(found.startswith("mamba-recompute-0.8-") for found in (first, second))
+    named = replace(args, exits="folder")
+    assert naming.label(policy, named, EXITS, "1" * 16) == first, "whether they were named or found"
+    full = replace(args, threshold=(1.0,))
+    assert naming.label(resolve_policy(full, LAYERS, EXITS), full, EXITS, "1" * 16) == "full"
 
 
 def test_no_two_operating_points_share_a_label() -> None:

@@ -145,3 +145,13 @@ def test_few_lines_before_the_table(tmp_path: Path, level: str, most: int) -> No
     assert "fatal" not in result.stderr
     assert ("Building contexts" in result.stderr) == (level == "DEBUG")
     assert result.stdout.count("|compute_reduction ") == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    line = ["run", "--model_args", "backbone=tiny-llama", "--tasks", "trivia_demo", "--limit", "1"]
+    assert main([*line, "--output_path", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dynamax-lm-eval: error: --output_path: the folder") and error.count("\n") == 1

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from tabulate import tabulate
 
 from dynamax_lm_eval.errors import UserError
@@ -31,11 +32,24 @@ def command(options: ExitsOptions) -> str:
     rows = [_row(*found) for found in known_exits()]
     if not rows:
         return f"There are no exits in {lookup.exits_home()}, and none come with the package.\n"
-    headers = ["name", "in", "backbone", "fingerprint", "kinds", "exit layers", "adapter", "states", "tokens", "date"]
+    headers = [
+        "name",
+        "in",
+        "backbone",
+        "of weights",
+        "exits",
+        "kinds",
+        "exit layers",
+        "adapter",
+        "states",
+        "tokens",
+        "date",
+    ]
     found = f"{tabulate(rows, headers, tablefmt='github')}\n"
     return (
         f"{found}\nOf several that fit a backbone a run takes the newest in the cache ({lookup.exits_home()}), before "
-        "those of the package; exits=NAME_OR_FOLDER names others.\n"
+        "those of the package; exits=NAME_OR_FOLDER names others. Result files say the column `exits` as "
+        "exits_fingerprint.\n"
     )
 
 
@@ -51,7 +65,7 @@ def known_exits() -> Iterator[tuple[str, Path, ExitCheckpoint | UserError]]:
 
 def _row(place: str, folder: Path, found: ExitCheckpoint | UserError) -> list[Any]:
     if isinstance(found, UserError):
-        return [folder.name, place, "cannot be read", *([""] * 7)]
+        return [folder.name, place, "cannot be read", *([""] * 8)]
     config = found.config
     written = datetime.fromtimestamp((folder / CONFIG_NAME).stat().st_mtime).strftime("%Y-%m-%d")
     return [
@@ -59,6 +73,7 @@ def _row(place: str, folder: Path, found: ExitCheckpoint | UserError) -> list[An
         place,
         config.backbone.id,
         config.backbone.fingerprint[:12],
+        _fingerprint(found),
         ",".join(config.classifiers),
         "+".join(map(str, config.exit_layers)),
         config.adapter,
@@ -66,6 +81,13 @@ def _row(place: str, folder: Path, found: ExitCheckpoint | UserError) -> list[An
         config.training.get("tokens", ""),
         written if place == "cache" else "",
     ]
+
+
+def _fingerprint(exits: ExitCheckpoint) -> str:
+    try:
+        return exits.fingerprint()[:12]
+    except (OSError, SafetensorError):
+        return "damaged"
 
 
 def _folder(name: str) -> str:

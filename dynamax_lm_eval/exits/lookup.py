@@ -68,14 +68,22 @@ def find(backbone: str, fingerprint: str | None, former: Collection[str] = ()) -
 def open_exits(name: str) -> ExitCheckpoint:
     """Opens the checkpoint of a folder, or of a Hub id (``user/name`` or ``user/name@revision``), which is downloaded.
 
+    A name as ``dynamax-lm-eval exits`` lists them stands for the folder in the cache or in the package.
+
     Raises:
         UserError: there is none.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return ExitCheckpoint.open(folder)
+    for home in (exits_home(), shipped_home()):
+        if Path(name).name == name and (home / name / CONFIG_NAME).is_file():
+            return ExitCheckpoint.open(home / name)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"exits={name!r}: there is no such folder, and it is not a Hub id (user/name)")
+        raise UserError(
+            f"exits={name!r}: there is no such folder, no such name in dynamax-lm-eval exits, and it is not a Hub id "
+            "(user/name)"
+        )
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")

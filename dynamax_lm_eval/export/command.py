@@ -101,12 +101,15 @@ def _main_rows(result: ResultFile) -> list[tuple[str, dict[str, Any]]]:
 
 def _notes(result: ResultFile, row: dict[str, Any]) -> str:
     """Returns what one line has to say of an operating point."""
+    of_all = row["documents_of_task"]
+    limited = f" of {of_all}" if of_all is not None and of_all != row["documents"] else ""
+    basis = [f"{row['documents']}{limited} documents"] if row["documents"] is not None else []
+    basis += [f"{row['n_shot']}-shot"] if row["n_shot"] is not None else []
+    basis += [row["dtype"]] if row["dtype"] is not None else []
     if result.settings["label"] == "full":
-        return f"full model, {row['metric']}"
-    return (
-        f"early exit {result.settings['label']}, {row['metric']}; compute_reduction {row['compute_reduction']:.3f}, "
-        f"compute_reduction_total {row['compute_reduction_total']:.3f}"
-    )
+        return "; ".join([f"full model, {row['metric']}", *basis])
+    compute = f"compute_reduction {row['compute_reduction']:.3f}, total {row['compute_reduction_total']:.3f}"
+    return "; ".join([f"early exit {result.settings['label']}, {row['metric']}", compute, *basis])
 
 
 def _model_index(files: list[ResultFile]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,6 +12,8 @@ from typing import Any
 
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.sweep.noise import NOISE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,27 @@ class ResultFile:
         """When it was evaluated, ISO 8601."""
         return datetime.fromtimestamp(float(self.data["date"]), UTC).isoformat(timespec="seconds")
 
+    @property
+    def dtype(self) -> str | None:
+        """In which the backbone computed."""
+        dtype = self.settings.get("dtype")
+        return None if dtype is None else str(dtype).removeprefix("torch.")
+
+    @property
+    def documents(self) -> int:
+        """How many were answered, of all tasks."""
+        return sum(found.get("documents") or 0 for found in self.data["compute"]["by_task"].values())
+
+    @property
+    def rank(self) -> tuple[int, float]:
+        """The larger, the rather it stands for its operating point."""
+        return self.documents, float(self.data["date"])
+
+    def documents_of(self, task: str) -> int | None:
+        """Returns how many documents a task has, whatever was asked; None of a group."""
+        count: int | None = self.data.get("n-samples", {}).get(task, {}).get("original")
+        return count
+
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yields a row for each metric of each task and group."""
         for task, metrics in self.data["results"].items():
@@ -56,6 +80,10 @@ class ResultFile:
                     "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
                     "higher_is_better": self.data.get("higher_is_better", {}).get(task, {}).get(metric),
                     "documents": compute.get("documents"),
+                    "documents_of_task": self.documents_of(task),
+                    "n_shot": self.data.get("n-shot", {}).get(task),
+                    "dtype": self.dtype,
+                    "exits_fingerprint": (self.settings.get("exits_fingerprint") or "")[:12] or None,
                     "compute_reduction": compute.get("compute_reduction"),
                     "compute_reduction_total": compute.get("compute_reduction_total"),
                     "mean_exit_layer": compute.get("mean_exit_layer"),
@@ -65,14 +93,17 @@ class ResultFile:
 
 
 def read(folder: Path) -> list[ResultFile]:
-    """Returns the result files below a folder; of several of one operating point and set of tasks the newest.
+    """Returns the result files below a folder.
+
+    Of several of one operating point, dtype and set of tasks it is the one with the most documents, and of those the
+    newest: a later try with a few documents does not stand for the whole. Those left out are named.
 
     Raises:
         UserError: there is none of ours, or one cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    newest: dict[tuple[str, tuple[str, ...]], ResultFile] = {}
+    kept: dict[tuple[str, str | None, tuple[str, ...]], ResultFile] = {}
     for path in sorted(folder.rglob("results_*.json")):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -83,12 +114,19 @@ def read(folder: Path) -> list[ResultFile]:
         if data["config"]["dynamax"].get("sweep", {}).get("family") == NOISE:
             continue  # the full model again, which says what is rounding and is no operating point
         found = ResultFile(path, data)
-        key = found.name, tuple(sorted(data["results"]))
-        if key not in newest or newest[key].data["date"] <= data["date"]:
-            newest[key] = found
-    if not newest:
+        key = found.name, found.dtype, tuple(sorted(data["results"]))
+        if (other := kept.setdefault(key, found)) is not found:
+            kept[key], left = (found, other) if found.rank >= other.rank else (other, found)
+            logger.warning(
+                "%s is left out: %s is of the same operating point and tasks, with %d documents (here %d)",
+                left.path,
+                kept[key].path.name,
+                kept[key].documents,
+                left.documents,
+            )
+    if not kept:
         raise UserError(
             f"{folder} holds no results_*.json of --model dynamax with names of operating points; evaluate with "
             "--output_path, or sweep"
         )
-    return list(newest.values())
+    return list(kept.values())

@@ -21,7 +21,7 @@ from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
 from dynamax_lm_eval.exits.lookup import shipped_home
 from dynamax_lm_eval.exits.policy import ExitPolicy
-from dynamax_lm_eval.files import JsonFormat, clean_name, short_name
+from dynamax_lm_eval.files import JsonFormat, checksum, clean_name, short_name
 from dynamax_lm_eval.models.aliases import cache_dir
 from dynamax_lm_eval.models.fingerprint import Fingerprints
 
@@ -41,6 +41,8 @@ FORMAT = JsonFormat(
 
 #: Parts of a model's identity that change no answer, or are bound by themselves.
 _UNBOUND = frozenset({"degenerate", "policy"})
+#: What tells two certificates of one guarantee apart.
+_BASIS = ("bound", "measured_by", "seed", "calibration_documents", "candidates", "run", "model")
 #: Parts of a policy that a certificate decides.
 _DECIDED = frozenset({"thresholds"})
 
@@ -296,6 +298,9 @@ def file_name(certificate: Certificate, scorer: str, state_mode: str) -> str:
     """Returns a name that says what a certificate is for; another guarantee on the same task has another name."""
     guarantee = [certificate.method, certificate.loss, f"{certificate.tolerance:g}"]
     guarantee += [f"{certificate.level:g}"] if certificate.level is not None else []
+    # One that rests on other documents or candidates stands beside it: a run must not lose the one that it names.
+    basis = {name: getattr(certificate, name) for name in _BASIS}
+    guarantee.append(checksum(_as_json(basis))[:6])
     return short_name("-".join([certificate.task, scorer, state_mode, *guarantee])) + ".json"
 
 

@@ -55,7 +55,7 @@ def run_settings(lm: Any) -> dict[str, Any]:
     if lm.budget.has_budget:
         policy["thresholds"] = None  # they are in the budget's trajectory
     return {
-        "label": naming.label(lm.policy, lm.args, None if exits is None else exits.config, lm.exits_fingerprint),
+        "label": _label(lm),
         "version": dynamax_lm_eval.__version__,
         "backbone": lm.args.backbone,
         "backbone_name": naming.model_name(lm.args.backbone, lm.peft_adapters, naming.FULL),
@@ -92,6 +92,17 @@ def run_settings(lm: Any) -> dict[str, Any]:
     }
 
 
+def _label(lm: Any) -> str:
+    exits = lm.exits
+    if exits is None:
+        return naming.label(lm.policy, lm.args, None, None)
+    return naming.label(lm.policy, lm.args, exits.config, lm.exits_fingerprint, _is_shipped(exits))
+
+
+def _is_shipped(exits: ExitCheckpoint) -> bool:
+    return exits.path.is_relative_to(shipped_dir())
+
+
 def loaded_model(lm: Any) -> str:
     """Returns in a few words which backbone is loaded, and how."""
     backbone = lm.engine.backbone
@@ -101,7 +112,7 @@ def loaded_model(lm: Any) -> str:
 
 def _place(exits: ExitCheckpoint) -> str:
     """Returns where exits lie, in few words."""
-    return f"the package for {exits.path.name}" if exits.path.is_relative_to(shipped_dir()) else str(exits.path)
+    return f"the package for {exits.path.name}" if _is_shipped(exits) else str(exits.path)
 
 
 def announce(lm: Any) -> None:

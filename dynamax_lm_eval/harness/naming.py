@@ -31,7 +31,13 @@ _SAID = frozenset(
 )
 
 
-def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits_fingerprint: str | None) -> str:
+def label(
+    policy: ExitPolicy,
+    args: DynamaxArgs,
+    exits: ExitConfig | None,
+    exits_fingerprint: str | None,
+    is_shipped: bool = False,
+) -> str:
     """Returns a short name of an operating point, the same for the same settings and another for any others.
 
     It says the confidence, the state mode and the thresholds (or the budget), then what else is unusual: the layer at
@@ -43,7 +49,8 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
         policy: of the run.
         args: what it was made of.
         exits: the trained exits at hand.
-        exits_fingerprint: of their weights, which count where the user named them.
+        exits_fingerprint: of their weights.
+        is_shipped: they come with the package. Others change with every training, so they count.
     """
     parts: list[str] = []
     target = next((f"{name[7:]}{value:g}" for name, value in _targets(args).items() if value is not None), None)
@@ -60,7 +67,7 @@ def label(policy: ExitPolicy, args: DynamaxArgs, exits: ExitConfig | None, exits
         penalty = args.repetition_penalty
         return FULL if penalty is None else f"{FULL}-{checksum({'repetition_penalty': penalty})[:_DIGITS]}"
     unusual = _unusual(policy, args, exits)
-    if args.exits is not None and exits is not None:
+    if exits is not None and not is_shipped and (args.exits is not None or policy.active_exits or target is not None):
         unusual["exits"] = exits_fingerprint
     return "-".join([*parts, checksum(unusual)[:_DIGITS]] if unusual else parts)
 
