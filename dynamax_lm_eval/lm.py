@@ -314,6 +314,7 @@ class DynamaxLM(HFLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> DynamaxLM:
+        evaluate.check_output(sys._getframe(1).f_locals.get("evaluation_tracker"))
         # The harness names the result folder after `pretrained` in this very dict.
         backbone = arg_dict.pop("backbone") if "backbone" in arg_dict and "pretrained" not in arg_dict else None
         if backbone is not None:

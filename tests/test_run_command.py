@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
 import lm_eval.tasks
 import pytest
 import yaml
 from helpers import TASKS
+from lm_eval.loggers import EvaluationTracker
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
+from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.harness import hflm, tasks
 from dynamax_lm_eval.harness.tasks import smallest_manager
 from dynamax_lm_eval.run import early
@@ -155,3 +158,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_loads(
     assert main([*line, "--output_path", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("dynamax-lm-eval: error: --output_path: the folder") and error.count("\n") == 1
+    tracker = EvaluationTracker(output_path=str(tmp_path / "file"))
+    with pytest.raises(UserError, match="--output_path"):  # as the harness's own command does
+        lm_eval.simple_evaluate("dynamax", {"backbone": "tiny-llama"}, tasks=["x"], evaluation_tracker=tracker)
