@@ -273,3 +273,53 @@ def test_a_point_that_is_chosen_in_the_chart_is_seen_in_the_table(browser: Any, 
         assert opened.words()["point"] == "pruning-deepest-2"
         assert page.evaluate(seen)
         assert page.evaluate("window.scrollY") == 0
+
+
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
+def test_answers_are_shown_whole_and_what_is_read_stays_in_sight(
+    browser: Any, address: str, width: int, scheme: str
+) -> None:
+    with Opened(browser, address + COMPARED, width, scheme) as opened:
+        page = opened.page
+        page.add_style_tag(content=".cell.point { min-height: 12rem; }")  # as tall as a long answer
+        page.locator(".sample[open] .strips").first.focus()
+        opened.keys(*["ArrowRight"] * 30)
+        page.wait_for_timeout(800)  # windows scroll smoothly
+        assert page.eval_on_selector(".sample[open] .strips", "box => box.scrollHeight <= box.clientHeight + 1")
+        assert page.eval_on_selector(
+            ".sample[open] .strips", "box => !['auto', 'scroll', 'hidden'].includes(getComputedStyle(box).overflowY)"
+        )
+        inside = """box => { const { top, bottom } = box.getBoundingClientRect();
+          return top >= -1 && bottom <= window.innerHeight + 1; }"""
+        assert page.eval_on_selector(".sample[open] .reading", inside)
+        last = page.locator(".sample[open] .column[data-token]").last
+        last.scroll_into_view_if_needed()
+        last.click()
+        assert re.match(r"Token (\d+) of \1\.", page.locator(".sample[open] .reading").first.inner_text())
+        assert opened.said == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_flat_metric_is_said_and_a_front_of_one_point_is_not_in_the_legend(browser: Any, address: str) -> None:
+    with Opened(browser, address + "#task={title}") as opened:
+        page = opened.page
+        assert page.input_value("#metric") == "consistency_rouge_l"
+        line = "Exact match is 0.000 at every point."
+        assert page.locator("#flat").inner_text() == f"{line} Shown instead: ROUGE-L with the full model."
+        page.select_option("#metric", "exact_match,none")
+        assert page.locator("#flat").inner_text() == line
+        page.select_option("#metric", "consistency_exact")
+        assert page.locator("#flat").is_hidden()
+        band = "() => Math.max(0, ...chart.data.filter(trace => trace.line?.width === 11).map(trace => trace.x.length))"
+        seen = set()
+        for task in ("tiny_generate", "tiny_choice"):  # of the first all other points are left out
+            page.select_option("#task", label=opened.title(task))
+            for axis in ("compute_reduction", "compute_vs_full"):
+                page.select_option("#x", axis)
+                for metric in page.eval_on_selector_all("#metric option", "options => options.map(o => o.value)"):
+                    page.select_option("#metric", metric)
+                    is_named = "Pareto front" in page.locator("#legend").inner_text()
+                    points = page.evaluate(band)
+                    assert points != 1 and is_named == (points > 1)
+                    seen.add((task, is_named))
+        assert ("tiny_generate", False) in seen
+        assert seen >= {("tiny_choice", True)}
