@@ -5,17 +5,22 @@ Needs Chromium and the packages playwright and axe-playwright-python.
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlparse
+from urllib.request import url2pathname
 
 import pytest
 from helpers_harness import sweep_options
 
+from dynamax_lm_eval.reports import page
 from dynamax_lm_eval.reports.command import report
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.sweep import command
@@ -299,7 +304,7 @@ def test_answers_are_shown_whole_and_what_is_read_stays_in_sight(
         assert opened.said == [] and page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_flat_metric_is_said_and_a_front_of_one_point_is_not_in_the_legend(browser: Any, address: str) -> None:
+def test_a_flat_metric_is_said_and_what_is_shown_instead(browser: Any, address: str) -> None:
     with Opened(browser, address + "#task={title}") as opened:
         page = opened.page
         assert page.input_value("#metric") == "consistency_rouge_l"
@@ -309,17 +314,19 @@ def test_a_flat_metric_is_said_and_a_front_of_one_point_is_not_in_the_legend(bro
         assert page.locator("#flat").inner_text() == line
         page.select_option("#metric", "consistency_exact")
         assert page.locator("#flat").is_hidden()
-        band = "() => Math.max(0, ...chart.data.filter(trace => trace.line?.width === 11).map(trace => trace.x.length))"
-        seen = set()
-        for task in ("tiny_generate", "tiny_choice"):  # of the first all other points are left out
-            page.select_option("#task", label=opened.title(task))
-            for axis in ("compute_reduction", "compute_vs_full"):
-                page.select_option("#x", axis)
-                for metric in page.eval_on_selector_all("#metric option", "options => options.map(o => o.value)"):
-                    page.select_option("#metric", metric)
-                    is_named = "Pareto front" in page.locator("#legend").inner_text()
-                    points = page.evaluate(band)
-                    assert points != 1 and is_named == (points > 1)
-                    seen.add((task, is_named))
-        assert ("tiny_generate", False) in seen
-        assert seen >= {("tiny_choice", True)}
+
+
+def test_a_front_of_one_point_is_neither_drawn_nor_in_the_legend(browser: Any, address: str, tmp_path: Path) -> None:
+    text = Path(url2pathname(urlparse(address).path)).read_text(encoding="utf-8")
+    (packed,) = re.findall(r'id="data">\n(\S+)\n', text)
+    data = json.loads(gzip.decompress(base64.b64decode(packed)))
+    band = "() => chart.data.filter(trace => trace.line?.width === 11).map(trace => trace.x.length)"
+    for front, bands in (([0], []), ([0, 1], [2])):
+        for task in data["tasks"]:
+            task["fronts"] = {name: dict.fromkeys(data["axes"], front) for name in task["metrics"]}
+        changed = tmp_path / "report.html"
+        changed.write_text(text.replace(packed, page.packed(page.as_json(data))), encoding="utf-8")
+        with Opened(browser, changed.as_uri()) as opened:
+            assert opened.page.evaluate(band) == bands
+            assert ("Pareto front" in opened.page.locator("#legend").inner_text()) == (len(front) > 1)
+            assert opened.said == []
