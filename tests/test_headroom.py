@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -93,6 +94,7 @@ def test_a_model_whose_later_blocks_change_nothing(half_asleep: Path, texts: Pat
             assert point["kept_of_leaving"] == 1
     assert result["full_model_again"] == 1
     assert result["verdict"]["word"] == "worth training"
+    assert "the full model is near chance" in result["verdict"]["line"], "it is not trained"
     assert result["verdict"]["saving"] == pytest.approx(1 - spent / full)
 
 
@@ -512,7 +514,50 @@ def result_of(every: float, few: float, left_behind: float = 0.8) -> dict[str, A
         "read_outs": {"none": {"settled": {"3": 0.1, "4": 0.5, "5": 0.8}}},
         "oracles": [point("every", every), point("default", few)],
         "exits": None,
+        "text": {"documents": 30},
+        "full_model": {"loss": 3.0, "entropy": 2.8, "chance": 10.0},
     }
+
+
+@pytest.mark.parametrize(
+    ("documents", "full_model", "expected"),
+    [
+        (30, {"loss": 8.99, "entropy": 8.99}, []),
+        (29, {}, ["29 documents only, others may differ"]),
+        (1, {}, ["1 document only, others may differ"]),
+        (30, {"loss": 9.0}, ["the full model is near chance (its loss is 9.00 nats per token, chance is 10.00)"]),
+        (30, {"loss": None, "entropy": 9.5}, ["the full model is near chance (its entropy is 9.50"]),
+        (5, {"loss": 12.0, "entropy": 9.9}, ["5 documents only", "the full model is near chance (its loss is 12.00"]),
+    ],
+)
+def test_the_line_says_where_a_verdict_may_not_hold(
+    documents: int, full_model: dict[str, float], expected: list[str]
+) -> None:
+    result = result_of(0.5, 0.2)
+    result["text"]["documents"] = documents
+    result["full_model"] |= full_model
+    found = verdict(result)
+    assert found["word"] == "worth training"
+    assert len(found["cautions"]) == len(expected)
+    assert all(said.startswith(words) for said, words in zip(found["cautions"], expected, strict=True))
+    ending = f"; caution: {', and '.join(found['cautions'])}" if expected else ""
+    assert found["line"].endswith(f": worth training{ending}") and "\n" not in found["line"]
+
+
+def test_loss_and_entropy_of_the_full_model_are_those_of_its_logits() -> None:
+    engine, model = engine_for("llama"), tiny_model("llama")
+    found = read(engine.backbone, ROWS, [ReadOut("x", EVERY)])
+    losses, entropies = [], []
+    for row in ROWS:
+        with torch.no_grad():
+            shares = model(torch.tensor([row.ids])).logits[0].softmax(-1)
+        entropies += (-(shares * shares.log()).sum(-1))[row.prompt_length :].tolist()
+        for i in range(row.prompt_length, len(row.ids) - 1):
+            losses.append(-shares[i, row.ids[i + 1]].log().item())
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    assert found.entropy == pytest.approx(np.mean(entropies), rel=1e-4)
+    last = [Row(ROWS[0].ids, len(ROWS[0].ids) - 1)]
+    assert math.isnan(read(engine.backbone, last, [ReadOut("x", EVERY)]).loss), "nothing follows"
 
 
 @pytest.mark.parametrize(

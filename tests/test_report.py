@@ -22,10 +22,12 @@ from dynamax_lm_eval.cli import main
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.reports import page, plots, texts
 from dynamax_lm_eval.reports.command import report
+from dynamax_lm_eval.reports.names import is_flat, opening_metric
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.sweep import command
 from dynamax_lm_eval.sweep import results as collect
 from dynamax_lm_eval.sweep.files import POINT, POINT_NAME, finished_points
+from dynamax_lm_eval.sweep.results import TaskResults
 from dynamax_lm_eval.sweep.similarity import consistency, token_f1
 
 
@@ -120,7 +122,7 @@ def test_what_is_plotted_is_in_the_result_files(reported: Path) -> None:
         assert task["points"][0]["name"] == "full"
         for point in task["points"]:
             row = table.loc[(name, point["name"])]
-            assert point["scores"][task["metric"]][0] == row["score"]
+            assert point["scores"][task["usual_metric"]][0] == row["score"]
             assert point["at"]["compute_reduction"] == row["compute_reduction"]
             assert point["at"]["compute_vs_full"] == pytest.approx(row["compute_vs_full"])
 
@@ -358,3 +360,56 @@ def test_labels_of_figures(tmp_path: Path) -> None:
     task.points[1].valid = False
     plots.plot(task, "acc,none", tmp_path / "left-out")
     assert "hollow: left out, texts repeat or do not end (1)" in (tmp_path / "left-out.svg").read_text()
+
+
+def varied(value: float, rouge: tuple[float, ...] = (1.0, 0.5, 0.25)) -> TaskResults:
+    """Points whose own metric has one value, and whose answers differ."""
+    task = made_results()
+    for found, likeness in zip(task.points, rouge, strict=True):
+        found.samples = [{**sample, "acc": value, "f1": likeness / 2} for sample in found.samples]
+        found.scores = {"acc,none": (value, 0.0), "f1,none": (likeness / 2, 0.0)}
+        found.similarity = {"consistency_rouge_l": [likeness] * len(found.samples)}
+        found.scores["consistency_rouge_l"] = (likeness, 0.0)
+    return task
+
+
+def test_a_metric_that_is_the_same_everywhere_does_not_begin_a_task() -> None:
+    task = varied(0.0)
+    assert is_flat(task, "acc,none") and not is_flat(task, "f1,none")
+    assert opening_metric(task, "acc,none") == "consistency_rouge_l"
+    assert opening_metric(task, "f1,none") == "f1,none"
+    del task.points[0].scores["consistency_rouge_l"]
+    assert opening_metric(task, "acc,none") == "f1,none", "there is no similarity of answers"
+    assert opening_metric(varied(0.0, (1.0, 1.0, 1.0)), "acc,none") == "acc,none", "nothing varies"
+    task = varied(0.5)
+    for found, right in zip(task.points, (0, 1, 0), strict=True):
+        found.samples = [{**sample, "acc": float(i % 2 == right)} for i, sample in enumerate(found.samples)]
+    assert not is_flat(task, "acc,none"), "other documents are right"
+    task.points = task.points[:1]
+    assert not is_flat(task, "acc,none"), "one point is the same as nothing"
+
+
+def test_of_a_metric_that_is_the_same_everywhere_one_line_is_said(swept: Path, tmp_path: Path) -> None:
+    title = "### Exact match (`exact_match`), "
+    line = "Exact match is 0.000 at every point and on every document: it tells no points apart."
+    for metrics, opened in ((None, "consistency_rouge_l"), ("tiny_generate=exact_match", "exact_match,none")):
+        report(ReportOptions([str(swept)], output=str(tmp_path), metrics=metrics, bootstrap=20, draws=20))
+        (shown,) = [task for task in page_data(tmp_path)["tasks"] if task["title"].endswith("tiny_generate")]
+        assert shown["metric"] == opened, "what was asked for stays"
+        assert shown["flat"]["exact_match,none"] == "Exact match is 0.000 at every point."
+        text = (tmp_path / "report.md").read_text(encoding="utf-8")
+        section = text[text.index(title) :].partition("\n###")[0]
+        assert line in section and "|" not in section
+        assert "### Against the full model, exact_match" not in text
+        assert "### ROUGE-L with the full model" in text
+
+
+def test_a_front_of_one_point_is_not_named(tmp_path: Path) -> None:
+    task = made_results()
+    task.points = [task.full, task.points[1]]
+    for axis_point in task.points[1:]:
+        axis_point.compute["compute_reduction"] = 0.9
+        axis_point.samples = [{**sample, "macs": {**sample["macs"], "total": 120.0}} for sample in axis_point.samples]
+    plots.plot(task, "acc,none", tmp_path / "one")
+    svg = (tmp_path / "one.svg").read_text()
+    assert "full model" in svg and "Pareto front" not in svg

@@ -5,17 +5,22 @@ Needs Chromium and the packages playwright and axe-playwright-python.
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlparse
+from urllib.request import url2pathname
 
 import pytest
 from helpers_harness import sweep_options
 
+from dynamax_lm_eval.reports import page
 from dynamax_lm_eval.reports.command import report
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.sweep import command
@@ -273,3 +278,55 @@ def test_a_point_that_is_chosen_in_the_chart_is_seen_in_the_table(browser: Any, 
         assert opened.words()["point"] == "pruning-deepest-2"
         assert page.evaluate(seen)
         assert page.evaluate("window.scrollY") == 0
+
+
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
+def test_answers_are_shown_whole_and_what_is_read_stays_in_sight(
+    browser: Any, address: str, width: int, scheme: str
+) -> None:
+    with Opened(browser, address + COMPARED, width, scheme) as opened:
+        page = opened.page
+        page.add_style_tag(content=".cell.point { min-height: 12rem; }")  # as tall as a long answer
+        page.locator(".sample[open] .strips").first.focus()
+        opened.keys(*["ArrowRight"] * 30)
+        page.wait_for_timeout(800)  # windows scroll smoothly
+        assert page.eval_on_selector(".sample[open] .strips", "box => box.scrollHeight <= box.clientHeight + 1")
+        assert page.eval_on_selector(
+            ".sample[open] .strips", "box => !['auto', 'scroll', 'hidden'].includes(getComputedStyle(box).overflowY)"
+        )
+        inside = """box => { const { top, bottom } = box.getBoundingClientRect();
+          return top >= -1 && bottom <= window.innerHeight + 1; }"""
+        assert page.eval_on_selector(".sample[open] .reading", inside)
+        last = page.locator(".sample[open] .column[data-token]").last
+        last.scroll_into_view_if_needed()
+        last.click()
+        assert re.match(r"Token (\d+) of \1\.", page.locator(".sample[open] .reading").first.inner_text())
+        assert opened.said == [] and page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_flat_metric_is_said_and_what_is_shown_instead(browser: Any, address: str) -> None:
+    with Opened(browser, address + "#task={title}") as opened:
+        page = opened.page
+        assert page.input_value("#metric") == "consistency_rouge_l"
+        line = "Exact match is 0.000 at every point."
+        assert page.locator("#flat").inner_text() == f"{line} Shown instead: ROUGE-L with the full model."
+        page.select_option("#metric", "exact_match,none")
+        assert page.locator("#flat").inner_text() == line
+        page.select_option("#metric", "consistency_exact")
+        assert page.locator("#flat").is_hidden()
+
+
+def test_a_front_of_one_point_is_neither_drawn_nor_in_the_legend(browser: Any, address: str, tmp_path: Path) -> None:
+    text = Path(url2pathname(urlparse(address).path)).read_text(encoding="utf-8")
+    (packed,) = re.findall(r'id="data">\n(\S+)\n', text)
+    data = json.loads(gzip.decompress(base64.b64decode(packed)))
+    band = "() => chart.data.filter(trace => trace.line?.width === 11).map(trace => trace.x.length)"
+    for front, bands in (([0], []), ([0, 1], [2])):
+        for task in data["tasks"]:
+            task["fronts"] = {name: dict.fromkeys(data["axes"], front) for name in task["metrics"]}
+        changed = tmp_path / "report.html"
+        changed.write_text(text.replace(packed, page.packed(page.as_json(data))), encoding="utf-8")
+        with Opened(browser, changed.as_uri()) as opened:
+            assert opened.page.evaluate(band) == bands
+            assert ("Pareto front" in opened.page.locator("#legend").inner_text()) == (len(front) > 1)
+            assert opened.said == []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -225,8 +229,19 @@ def test_a_family_of_sweeps(model_folder: Path, tmp_path: Path) -> None:
     assert (drafted["accepted_length"] >= 1).all()
     assert table[table["point"] == "full"]["weights_reduction"].dropna().tolist() == [1.0]
     text = (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
-    section = text[text.index("### Exits as drafts") :].partition("###")[0] + text
-    assert "verify-at-2" in section and "weights_reduction" in section
+    _, title, after = text.partition("### Exits as drafts")
+    section = after.partition("\n##")[0]
+    assert title and "| verify-at-2" in section and "weights_reduction" in section
+    (page_text,) = re.findall(r'id="data">\n(\S+)\n', (tmp_path / "report" / "report.html").read_text(encoding="utf-8"))
+    tasks = json.loads(gzip.decompress(base64.b64decode(page_text)))["tasks"]
+    elsewhere = re.sub("### Exits as drafts.*?(?=\n##)", "", text, flags=re.DOTALL)
+    assert not re.search("verify-at|state-verify|drafts at one exit", elsewhere)
+    drafted_names = {"state-verify-0.3", "state-verify-0.6", "verify-at-2", "verify-at-4"}
+    for task in tasks:
+        assert {point["name"] for point in task["points"]} == {"full", "state-recompute-0.3", "state-recompute-0.6"}
+        assert {row["point"] for row in task["drafts"]} == drafted_names
+        assert not any(drafted_names & set(pairs) for pairs in task["pairs"].values())
+    assert drafted["p_value"].isna().all(), "nothing is compared that is the same by design"
     # They save nothing, so they are on no line.
     assert "drafts at one exit" not in [name for task in read([tmp_path], 1.0) for name in task.series()]
 

@@ -6,6 +6,7 @@ Knows the order of work: load, read out every layer, let an oracle choose, run i
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,6 +207,12 @@ def _measured(subject: _Subject, fit_rows: list[Row], options: HeadroomOptions) 
         },
         "exit_layers": {"every": list(subject.layers), subject.few_name: list(subject.few)},
         "read_outs": {read_out.name: _read_out(read_out, reading, subject.errors) for read_out in read_outs},
+        # In nats; a model that knows nothing has the chance's.
+        "full_model": {
+            "loss": None if math.isnan(reading.loss) else reading.loss,
+            "entropy": reading.entropy,
+            "chance": math.log(backbone.vocab_size),
+        },
         "full_model_again": float((again.best == reading.best).mean()),
         "oracles": oracles,
         "exits": None if subject.exits is None else _exits(subject, reading, read_outs[-1], oracles, options),

@@ -18,6 +18,10 @@ from dynamax_lm_eval.files import naming
 WORTH, HOPELESS = 0.15, 0.05
 #: Agreement that the states left behind may take from an oracle before the verdict is no better than "perhaps".
 MOST_LOST = 0.2
+#: Documents below which the line says on how few the verdict rests: standard errors over fewer are rough themselves.
+FEW_DOCUMENTS = 30
+#: Share of log V (the loss of a model that knows nothing) from which the full model is near chance.
+NEAR_CHANCE = 0.9
 #: Agreement that the verdict is about.
 JUDGED = 0.95
 #: The share of tokens whose read-outs are settled that the line names a layer for.
@@ -51,6 +55,9 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     - at least ``WORTH`` (compute_reduction 1.18): worth training; trained exits may reach a third of it;
     - below ``HOPELESS`` (compute_reduction 1.05): not worth training;
     - between, or where the states that tokens leave behind take more than ``MOST_LOST`` of the agreement: perhaps.
+
+    The line ends in cautions: where the text has fewer than ``FEW_DOCUMENTS`` documents, and where the full model's
+    loss or entropy is at least ``NEAR_CHANCE`` of log V. What such a model answers says nothing of a trained one.
     """
     every = _best(result, "every")
     few = _best(result, next(name for name in result["exit_layers"] if name != "every"))
@@ -75,7 +82,25 @@ def verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     hint = ""
     if saving < WORTH and "fitted" not in result["read_outs"]:
         hint = " (read-outs may agree more often with adapters: --fit_adapters True)"
-    return {"word": word, "saving": saving, "line": f"{'; '.join(parts)}: {word}{hint}"}
+    cautions = _cautions(result)
+    careful = f"; caution: {', and '.join(cautions)}" if cautions else ""
+    return {"word": word, "saving": saving, "cautions": cautions, "line": f"{'; '.join(parts)}: {word}{hint}{careful}"}
+
+
+def _cautions(result: Mapping[str, Any]) -> list[str]:
+    """Returns why a verdict may not hold: few documents, or a full model that knows next to nothing."""
+    cautions = []
+    if (documents := result["text"]["documents"]) < FEW_DOCUMENTS:
+        cautions.append(f"{documents} document{'s' * (documents != 1)} only, others may differ")
+    full = result["full_model"]
+    for name in ("loss", "entropy"):
+        if full[name] is not None and full[name] >= NEAR_CHANCE * full["chance"]:
+            cautions.append(
+                f"the full model is near chance (its {name} is {full[name]:.2f} nats per token, chance is "
+                f"{full['chance']:.2f}), as untrained models are"
+            )
+            break
+    return cautions
 
 
 def table(result: Mapping[str, Any]) -> str:

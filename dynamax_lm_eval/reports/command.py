@@ -12,7 +12,7 @@ import pandas as pd
 from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.reports import drafts, noise, page, plots, statistics
-from dynamax_lm_eval.reports.names import first_metric, metric_name
+from dynamax_lm_eval.reports.names import SIMILARITY, first_metric, flat_line, is_flat, metric_name, opening_metric
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.reports.tables import (
     TaskNumbers,
@@ -28,8 +28,6 @@ from dynamax_lm_eval.sweep.results import TaskResults, read, tidy
 
 logger = logging.getLogger(__name__)
 
-#: Shown beside each task's own metric.
-_SIMILARITY = "consistency_rouge_l"
 _COLUMNS = (
     "line",
     "value",
@@ -90,9 +88,10 @@ def _write(
     figures: dict[tuple[str, str], dict[str, list[str]]] = {}
     if missing:
         parts.append(f"**Not finished yet, and left out ({len(missing)}):** {', '.join(missing)}\n")
-    for task in results:
+    for whole in results:
+        task = drafts.others(whole)
         parts.append(f"## {task.title}\n")
-        for metric in dict.fromkeys((metrics[task.task], _SIMILARITY)):
+        for metric in dict.fromkeys((metrics[task.task], SIMILARITY)):
             if metric in task.metrics:
                 files = plots.plot(
                     task, metric, output / plots.file_stem(task, metric), numbers[task.backbone, task.task].points
@@ -100,9 +99,11 @@ def _write(
                 figures.setdefault((task.backbone, task.task), {})[metric] = [file.name for file in files]
                 logger.info("%s: %s", task.title, files[0])
                 parts += _figure(task, metric, files[0].name, options)
-        parts += against_full_shown(task, metrics[task.task], numbers[task.backbone, task.task])
+        compared = opening_metric(task, metrics[task.task])
+        if not is_flat(task, compared):
+            parts += against_full_shown(task, compared, numbers[task.backbone, task.task])
         parts += noise.section(task, metrics[task.task])
-        if len(verified := drafts.table(task, options.draws, options.seed)):
+        if len(verified := drafts.table(whole, options.draws, options.seed)):
             parts += [
                 "### Exits as drafts\n",
                 "Texts are the full model's; what is gained is weights that are read once for several tokens "
@@ -117,7 +118,10 @@ def _write(
             )
         parts += ["### All points\n", markdown(_points(task, metrics[task.task], table))]
     write_text(output / "report.md", "\n".join(parts))
-    write_text(output / "report.html", page.render(results, metrics, options, missing, numbers, figures))
+    write_text(
+        output / "report.html",
+        page.render(results, _opening(results, metrics, options), options, missing, numbers, figures),
+    )
 
 
 def _token_limits(text: str | None) -> dict[str, float]:
@@ -131,14 +135,20 @@ def _token_limits(text: str | None) -> dict[str, float]:
         ) from None
 
 
-def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:
-    """Returns the metric (with its filter) that each task is shown by."""
+def _asked_for(options: ReportOptions) -> dict[str, str]:
+    """Returns the metrics (without their filters) of ``--metrics`` by task."""
     named_metrics = {}
     for pair in filter(None, (options.metrics or "").split(",")):
         task_name, equals, metric = pair.partition("=")
         if not equals:
             raise UserError(f"--metrics must be task=metric pairs separated by commas, got {pair!r}")
         named_metrics[task_name.strip()] = metric.strip()
+    return named_metrics
+
+
+def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> dict[str, str]:
+    """Returns the metric (with its filter) that each task is shown by."""
+    named_metrics = _asked_for(options)
     shown = {}
     for task in results:
         if not task.metrics:
@@ -154,11 +164,24 @@ def _shown_metrics(options: ReportOptions, results: Sequence[TaskResults]) -> di
     return shown
 
 
+def _opening(results: Sequence[TaskResults], metrics: dict[str, str], options: ReportOptions) -> dict[str, str]:
+    """Returns the metrics that the page opens with: those that were asked for, else such that tell points apart."""
+    asked_for = _asked_for(options)
+    opening = dict(metrics)
+    for task in map(drafts.others, results):
+        if task.task not in asked_for and is_flat(task, metrics[task.task]):
+            opening[task.task] = opening_metric(task, metrics[task.task])
+    return opening
+
+
 def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions) -> list[str]:
     """Returns a plot and the numbers that belong to it, as Markdown."""
     name = metric_name(metric, task.metrics)
     count = len(task.full.samples)
-    parts = [f"### {name} (`{metric.partition(',')[0]}`), {count} documents\n", f"![{task.title}, {name}]({figure})\n"]
+    parts = [f"### {name} (`{metric.partition(',')[0]}`), {count} documents\n"]
+    if is_flat(task, metric):
+        return [*parts, f"{flat_line(task, metric)} and on every document: it tells no points apart.\n"]
+    parts.append(f"![{task.title}, {name}]({figure})\n")
     left_out = any(task.loops(point).any() for point in task.points)
     for axis, label in statistics.AXES.items():
         for without in (False, True) if left_out else (False,):
@@ -179,6 +202,7 @@ def _figure(task: TaskResults, metric: str, figure: str, options: ReportOptions)
 def _points(task: TaskResults, metric: str, table: pd.DataFrame) -> pd.DataFrame:
     """Returns the table of a task's points."""
     of_task = table[(table["backbone"] == task.backbone) & (table["task"] == task.task)]
+    of_task = of_task[of_task["point"].isin([point.name for point in task.points])]
     name, _, harness_filter = metric.partition(",")
     if metric in task.full.similarity:
         shown = of_task.drop_duplicates("point")

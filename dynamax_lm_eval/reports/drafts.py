@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,11 @@ from dynamax_lm_eval.sweep.options import VERIFIED
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
 _EXACT = "consistency_exact"
+
+
+def others(task: TaskResults) -> TaskResults:
+    """Returns a task's results without the points that verify, which have a table of their own."""
+    return replace(task, points=[point for point in task.points if point.kind != VERIFIED])
 
 
 def table(task: TaskResults, count: int, seed: int) -> pd.DataFrame:
@@ -33,9 +39,10 @@ def table(task: TaskResults, count: int, seed: int) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for point in task.points:
         weights = _weights(point)
-        if point.kind != VERIFIED or weights is None:
+        if point.kind != VERIFIED:
             continue
-        drawn = ratio(*sums(weights, count, seed).T)
+        # None in files of earlier releases: the point has its row all the same, for it is in no other table.
+        drawn = np.full(1, math.nan) if weights is None else ratio(*sums(weights, count, seed).T)
         low, high = percentile(drawn)
         drafts = point.compute.get("drafts") or {}
         rows.append(

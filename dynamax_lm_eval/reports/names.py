@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from dynamax_lm_eval.sweep.baselines import PRUNING, STATIC
 from dynamax_lm_eval.sweep.results import PointResult, TaskResults
 
+#: Shown beside each task's own metric.
+SIMILARITY = "consistency_rouge_l"
+#: Scores that differ by less are one.
+_SAME = 1e-9
 #: Metrics of the harness and ours, without their filters.
 _METRICS = {
     "exact_match": "Exact match",
@@ -53,6 +59,33 @@ def first_metric(task: TaskResults) -> str:
     """Returns the metric (with its filter) that a task is shown by where none is asked for."""
     names = {metric.partition(",")[0]: metric for metric in reversed(task.metrics)}
     return next((names[name] for name in _PREFERRED if name in names), task.metrics[0])
+
+
+def is_flat(task: TaskResults, metric: str) -> bool:
+    """Says whether a metric has one value at all points, of two at least, and in each document where it is a mean."""
+    values = [point.scores[metric][0] for point in task.points]
+    if len(values) < 2 or max(values) - min(values) > _SAME:
+        return False
+    whole = task.full.per_document(metric)
+    own = [point.per_document(metric) for point in task.points[1:]]
+    return whole is None or all(found is None or np.allclose(found, whole, atol=_SAME) for found in own)
+
+
+def opening_metric(task: TaskResults, metric: str) -> str:
+    """Returns the metric that a page opens a task with in place of ``metric``: the first one that tells points apart.
+
+    The similarity to the full model's answers comes before the task's other metrics; ``metric`` where none varies.
+    """
+    return next(
+        (name for name in (metric, SIMILARITY, *task.metrics) if name in task.metrics and not is_flat(task, name)),
+        metric,
+    )
+
+
+def flat_line(task: TaskResults, metric: str) -> str:
+    """Returns a sentence that says that a metric has one value."""
+    name = metric_name(metric, task.metrics)
+    return f"{name} is {task.full.scores[metric][0]:.3f} at every point"
 
 
 def setting(point: PointResult, is_short: bool = False) -> str:

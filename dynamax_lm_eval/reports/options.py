@@ -15,7 +15,7 @@ class ReportOptions:
         default=None,
         metadata={
             "help": "task=metric pairs separated by commas; default: rougeL_acc where a task has it, else its first "
-            "metric"
+            "metric; the page opens with another one where that is the same at all points"
         },
     )
     max_degenerate: float = field(

@@ -22,7 +22,7 @@ from dynamax_lm_eval.reports.curves import (
     reduction_range,
     score_range,
 )
-from dynamax_lm_eval.reports.names import metric_name, setting
+from dynamax_lm_eval.reports.names import first_metric, flat_line, is_flat, metric_name, setting
 from dynamax_lm_eval.reports.options import ReportOptions
 from dynamax_lm_eval.reports.statistics import AXES
 from dynamax_lm_eval.reports.tables import TaskNumbers
@@ -60,14 +60,15 @@ def render(
         "commands": runs.commands([Path(folder).expanduser() for folder in options.folders]),
         "tasks": [
             {
-                **_task(task, first_metrics[task.task], (numbers or {}).get((task.backbone, task.task))),
+                **_task(drafts.others(task), first_metrics[task.task], (numbers or {}).get((task.backbone, task.task))),
+                "facts": runs.facts(task),  # of all points, those that verify too
                 "drafts": drafts.table(task, options.draws, options.seed).to_dict("records"),
                 "figures": {name: list(files) for name, files in (figures or {}).get(_key(task), {}).items()},
             }
             for task in results
         ],
     }
-    shown = [texts.texts(task, first_metrics[task.task], options.samples) for task in results]
+    shown = [texts.texts(drafts.others(task), first_metrics[task.task], options.samples) for task in results]
     parts = {
         "STYLE": (_ASSETS / "page.css").read_text(encoding="utf-8"),
         "PLOTLY": packed(get_plotlyjs()),
@@ -109,10 +110,12 @@ def _task(task: TaskResults, metric: str, numbers: TaskNumbers | None) -> dict[s
 
     return {
         "title": task.title,
-        "facts": runs.facts(task),
         "documents": len(task.full.samples),
         "depth": int(task.full.policy["num_layers"]),
         "metric": metric,
+        # What the task would be opened with, were it not the same at all points.
+        "usual_metric": first_metric(task),
+        "flat": {name: f"{flat_line(task, name)}." for name in task.metrics if is_flat(task, name)},
         "metrics": {name: metric_name(name, task.metrics) for name in task.metrics},
         "higher_is_better": {name: task.higher_is_better(name) for name in task.metrics},
         "lines": [*series],

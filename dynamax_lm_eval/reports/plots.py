@@ -81,7 +81,13 @@ def plot(task: TaskResults, metric: str, stem: Path, points: pd.DataFrame | None
         ha="left",
     )
     figure.legend(
-        *_legend(task), loc="lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.6, columnspacing=2
+        *_legend(task, metric),
+        loc="lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        handlelength=3.6,
+        columnspacing=2,
     )
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
@@ -105,7 +111,7 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _legend(task: TaskResults) -> tuple[list[Any], list[str]]:
+def _legend(task: TaskResults, metric: str) -> tuple[list[Any], list[str]]:
     """Returns what stands for each line, the full model, the front and points that are left out, with their names."""
     from matplotlib.lines import Line2D
 
@@ -114,8 +120,9 @@ def _legend(task: TaskResults) -> tuple[list[Any], list[str]]:
             Line2D([], [], color="0.35", linestyle=(0, (2, 2)), marker="*", markersize=11, markerfacecolor="black"),
             "full model",
         ),
-        (Line2D([], [], color=_FRONT_COLOUR, linewidth=6), "Pareto front"),
     ]
+    if any(len(pareto_front(task, metric, axis)) > 1 for axis in AXES):
+        entries.append((Line2D([], [], color=_FRONT_COLOUR, linewidth=6), "Pareto front"))
     entries += [
         (Line2D([], [], markersize=5.5, linewidth=1.5, **_style(i)), name) for i, name in enumerate(task.series())
     ]
@@ -138,16 +145,17 @@ def _draw(panel: Any, task: TaskResults, metric: str, axis: str, points: pd.Data
 
     full = at(task.full)
     best = [at(point) for point in pareto_front(task, metric, axis)]
-    panel.plot(
-        [p.x for p in best],
-        [p.y for p in best],
-        color=_FRONT_COLOUR,
-        linewidth=8,
-        zorder=0.5,
-        solid_capstyle="round",
-        marker="o",
-        markersize=9,
-    )
+    if len(best) > 1:  # one point would be hidden by its marker
+        panel.plot(
+            [p.x for p in best],
+            [p.y for p in best],
+            color=_FRONT_COLOUR,
+            linewidth=8,
+            zorder=0.5,
+            solid_capstyle="round",
+            marker="o",
+            markersize=9,
+        )
     panel.axhline(full.y, color="0.35", linewidth=1, linestyle=(0, (2, 2)), zorder=1)
     panel.plot(full.x, full.y, marker="*", markersize=13, color="black", zorder=5)
     colours, places = {}, [full]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from dynamax_lm_eval.reports import drafts
 from dynamax_lm_eval.reports.paired import against_full, of_points, without_loops
 from dynamax_lm_eval.reports.statistics import minus_pruning
 from dynamax_lm_eval.sweep.results import TaskResults
@@ -45,11 +46,15 @@ class TaskNumbers:
 
     @classmethod
     def of(cls, task: TaskResults, draws: int, seed: int) -> TaskNumbers:
-        """Returns the numbers of a task, with intervals from so many draws of documents."""
+        """Returns the numbers of a task, with intervals from so many draws of documents.
+
+        Points that verify are not compared with the full model, whose texts theirs are.
+        """
+        compared = drafts.others(task)
         return cls(
             of_points(task, draws, seed),
-            {metric: against_full(task, metric, draws, seed) for metric in task.metrics},
-            {metric: without_loops(task, metric, draws, seed) for metric in task.metrics},
+            {metric: against_full(compared, metric, draws, seed) for metric in task.metrics},
+            {metric: without_loops(compared, metric, draws, seed) for metric in task.metrics},
             {metric: minus_pruning(task, metric, draws, seed) for metric in task.metrics},
         )
 

@@ -65,8 +65,7 @@ function styleOf(line) {
 function markOf(point) {
   const style = styleOf(point.line), isFull = point.family === "full";
   const path = drawing("path", { d: isFull ? star : style.path, "stroke-width": 1.5 });
-  // Exits as drafts are on no line.
-  const ink = isFull ? "var(--ink)" : task().lines.includes(point.line) ? style.both : "var(--soft)";
+  const ink = isFull ? "var(--ink)" : style.both;
   path.style.stroke = ink;
   path.style.fill = point.valid ? ink : "none";
   return drawing("svg", { class: "mark", viewBox: "-7 -7 14 14", "aria-hidden": "true" }, path);

@@ -33,7 +33,8 @@ function drawChart() {
   const at = (p) => p.at[axis], visible = shown.points.filter((p) => p !== full && isShown(p) && shown.lines.includes(p.line));
   const best = shown.fronts[state.metric][axis].map((i) => shown.points[i]), quiet = { hoverinfo: "skip", showlegend: false };
   const veil = visible.length > 24 ? "40" : "70"; // of bars, which cover each other where there are many
-  const traces = [{ ...quiet, x: best.map(at), y: best.map(score), mode: "lines+markers", line: { color: colour("front"), width: 11 },
+  // A front of one point would be hidden by its marker.
+  const traces = best.length < 2 ? [] : [{ ...quiet, x: best.map(at), y: best.map(score), mode: "lines+markers", line: { color: colour("front"), width: 11 },
     marker: { color: colour("front"), size: 11 } }];
   for (const line of shown.lines.filter((name) => !state.hidden.has(name))) {
     const style = styleOf(line), points = visible.filter((p) => p.line === line);
@@ -134,7 +135,7 @@ function drawLegend() {
   });
   byId("legend").replaceChildren(
     element("span", {}, swatch(stroke("var(--soft)", { "stroke-dasharray": "2 3" }), mark(star, "var(--ink)")), "full model"),
-    element("span", {}, swatch(stroke("var(--front)", { "stroke-width": 9 })), "Pareto front"), ...lines,
+    ...(shown.fronts[state.metric][state.x].length > 1 ? [element("span", {}, swatch(stroke("var(--front)", { "stroke-width": 9 })), "Pareto front")] : []), ...lines,
     ...(left.length ? [entry(LEFT_OUT, `left out (${left.length})`, swatch(mark(markers[0][1], "var(--soft)", false)))] : []),
   );
 }

@@ -48,6 +48,14 @@ function drawHead() {
   byId("downloads").replaceChildren("Files: ", ...links.flatMap(([file, text], i) => [i ? ", " : "", element("a", { href: encodeURIComponent(file) }, text)]), ". ", save);
 }
 
+// Of a metric that has one value at all points: that it has, and what the page opened with in its place.
+function drawFlat() {
+  const { flat, metrics, metric, usual_metric: usual } = task(), isReplaced = state.metric === metric && metric !== usual && usual in flat;
+  const line = flat[state.metric] ?? (isReplaced ? `${flat[usual]} Shown instead: ${metrics[metric]}.` : "");
+  byId("flat").textContent = line;
+  byId("flat").hidden = !line;
+}
+
 function draw() {
   byId("task").value = String(state.task);
   fill(byId("metric"), Object.entries(task().metrics), state.metric);
@@ -55,6 +63,7 @@ function draw() {
   byId("board").classList.toggle("beside", byId("columns").value === "main");
   writeAddress();
   drawHead();
+  drawFlat();
   drawLegend();
   drawTable();
   drawChart();
@@ -74,8 +83,8 @@ fill(byId("task"), data.tasks.map((found, i) => [String(i), found.title]));
 fill(byId("x"), Object.entries(data.axes));
 byId("task").addEventListener("change", () => {
   Object.assign(state, { task: Number(byId("task").value), point: null, compare: null, sort: null, hidden: new Set() });
-  // The metric of the task before, where this one has it too.
-  state.metric = state.metric in task().metrics ? state.metric : task().metric;
+  // The metric of the task before, where this one has it too and it tells points apart.
+  state.metric = state.metric in task().metrics && !(state.metric in task().flat) ? state.metric : task().metric;
   draw();
 });
 for (const name of ["metric", "x"]) byId(name).addEventListener("change", () => {

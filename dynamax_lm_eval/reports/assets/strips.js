@@ -51,7 +51,6 @@ function strip(rows, first) {
     columns[current]?.classList.remove("current");
     current = i;
     columns[i].classList.add("current");
-    if (box.scrollHeight > box.clientHeight) columns[i].scrollIntoView({ block: "nearest" });
     const said = rows.map((row) => {
       const token = row.answer.tokens[i];
       return `${row.name}: ${token === undefined ? "ended before" : `“${visibleToken(token)}” after ${row.answer.layers[i]} of ${task().depth} blocks${confidencesOf(row, i)}`}`;
@@ -66,6 +65,7 @@ function strip(rows, first) {
     if (!step) return;
     event.preventDefault();
     read(Math.min(Math.max(current + step, 0), length - 1));
+    columns[current].scrollIntoView({ block: "nearest" });
   });
   return [box, reading];
 }
