@@ -87,6 +87,18 @@ def test_what_cannot_be_written_is_found_before_anything_is_answered(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_metric_that_the_task_lacks_is_found_before_the_model_loads(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load", lambda _: pytest.fail("the model was loaded"))
+    options = calibrate_options(model_folder, tmp_path, tmp_path / "out", loss="metric", metric="exact_macth")
+    message = "--metric: unknown metric of tiny_generate 'exact_macth'; did you mean 'exact_match'"
+    with pytest.raises(UserError, match=message):
+        command.calibrate(options)
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        command.calibrate(replace(options, metric="exact_match,none"))
+
+
 def test_one_confidence_is_calibrated(model_folder: Path, own_exits: Path, tmp_path: Path) -> None:
     options = calibrate_options(
         model_folder, own_exits, tmp_path / "out", confidence=None, thresholds="0.9", test=False
