@@ -45,6 +45,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("threshold=1.5", "threshold must be in [0, 1], got 1.5"),
         ("threshold=abc", "threshold must be a number, got 'abc'"),
+        ("confidence=cascade,propose=2", "propose must be in [0, 1], got 2"),
         ("threshold=nan", "threshold must be a number, got nan"),
         ("state_mode=foo", "state_mode must be one of recompute, learned, copy, copy_previous, skip, got 'foo'"),
         ("prune_layers=99", "prune_layers=99 must be at most 4 for this backbone of 6 blocks"),
