@@ -197,6 +197,47 @@ def test_what_is_no_bug_ends_in_one_line(
         main(line)
 
 
+@pytest.mark.parametrize(
+    ("command", "function", "said"),
+    [
+        ("sweep", "sweep.command.sweep", "stopped; run the same command again to continue"),
+        ("calibrate", "calibration.command.calibrate", "stopped; run the same command again to continue"),
+        (
+            "train",
+            "harness.prompts.train",
+            "stopped; add --resume to go on from the last saved state, where there is one",
+        ),
+        ("headroom", "headroom.command.headroom", "stopped"),
+        ("run", "run.command.run", "stopped"),
+    ],
+)
+def test_an_interrupt_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, function: str, said: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dynamax_lm_eval.{function}", interrupted)
+    line = [command, "--backbone", "b", *(["--tasks", "t", "--output", "o"] if said.endswith("continue") else [])]
+    assert main(line) == 130
+    assert capsys.readouterr().err == f"\ndynamax-lm-eval: {said}\n"
+    with pytest.raises(KeyboardInterrupt):
+        main([*line, "--debug"])
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_documents_that_a_task_does_not_have(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    given = ["--model_args", f"backbone={model_folder},threshold=1"]
+    if command == "sweep":
+        given = ["--backbone", str(model_folder), "--output", str(tmp_path / "out"), "--thresholds", "0.5"]
+    samples = json.dumps({"trivia_demo": [0, 999]})
+    assert main([command, *given, "--tasks", "trivia_demo", "--samples", samples, "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--samples: task trivia_demo has no document 999; it has 0 to " in last
+
+
 def test_run_ends_in_one_line_too(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -335,6 +335,9 @@ def test_thresholds() -> None:
     for wrong in ("0.5:0.9:0", "a", "1", "0.5:1:0.5", ""):
         with pytest.raises(UserError, match="--thresholds"):
             parse_thresholds(wrong)
+    for wrong in ("0.9:0.5:0.1", "0.5:0.9:0"):
+        with pytest.raises(UserError, match="the order is first:last:step, rising"):
+            parse_thresholds(wrong)
 
 
 def test_grid() -> None:

@@ -205,7 +205,9 @@ def _resolve(
         try:
             lm.use_policy(point.args)
         except UserError as error:
-            raise UserError(f"point {point.name}: {error}") from error
+            named = lm.exits is not None and "exits=FOLDER" in str(error)
+            at_hand = f"; here: --model_args exits={lm.exits.path}" if named else ""
+            raise UserError(f"point {point.name}: {error}{at_hand}") from error
         resolved.append((point, lm.policy, {**lm.identity(), **_bound(options.to_json())}))
     return resolved
 

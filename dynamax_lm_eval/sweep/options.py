@@ -229,12 +229,14 @@ def parse_thresholds(text: str) -> list[tuple[float, ...]]:
         for item in items_of(text):
             if ":" in item:
                 first, last, step = (float(part) for part in item.split(":"))
-                if not step > 0:
-                    raise ValueError
+                if not step > 0 or last < first:
+                    raise UserError(f"--thresholds {item!r}: the order is first:last:step, rising, e.g. 0.5:0.9:0.1")
                 count = math.floor((last - first) / step + 1e-9) + 1
                 values += [(round(first + i * step, 10),) for i in range(count)]
             else:
                 values.append(tuple(float(part) for part in item.split("+")))
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f"--thresholds must be first:last:step or numbers like 0.5,0.7, got {text!r}") from None
     if not values or not all(0 <= min(value) < 1 and max(value) <= 1 for value in values):
