@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
 from dynamax_lm_eval.command_line import Parser
-from dynamax_lm_eval.errors import UserError, unknown_name
+from dynamax_lm_eval.errors import FaultError, UserError, unknown_name
 from dynamax_lm_eval.run import quiet
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
@@ -303,11 +303,12 @@ def _status(command: Callable[[], None], debug: bool, evaluates: bool = False, r
     except UserError as error:
         if debug:
             raise
-        return _told(error, 2)
+        return _told(error, 1 if isinstance(error, FaultError) else 2)
     except (*_DAMAGE, *_DAMAGED_TEXT) as error:
         if debug or (isinstance(error, _DAMAGED_TEXT) and getattr(error, "raised_while_evaluating", False)):
             raise
-        return _told(error, 2 if evaluates else 1)
+        # Of the harness's command, a file that is not there was named by the user.
+        return _told(error, 2 if evaluates and isinstance(error, FileNotFoundError) else 1)
     except (ValueError, TypeError) as error:
         # Of a running evaluation, which is not the user's input, the traceback is needed.
         if debug or not evaluates or getattr(error, "raised_while_evaluating", False):

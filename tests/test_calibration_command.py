@@ -38,6 +38,7 @@ def test_candidates_that_save_nothing_give_the_full_model(
     assert certificate.test is None
     said = command.summary(certificate, kept, options)
     assert "none saves compute (the largest expected compute_reduction is 0.980)" in said
+    assert "use it" not in said
 
 
 def test_an_impossible_tolerance_gives_the_full_model(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 from dynamax_lm_eval.harness import responder
 from dynamax_lm_eval.models import aliases
 
@@ -91,7 +91,6 @@ def test_bad_arguments_end_in_one_line(
         ("{llama},mamba_kernels=torch", "mamba_kernels has no effect on 'llama'"),
         ("{bamba},rows_in_flight=8,threshold=1", "rows_in_flight has no effect on BambaForCausalLM"),
         ("{mamba},state_mode=copy", "state_mode=copy is not possible on this backbone"),
-        ("no-such-owner/no-such-model", "nor a model that could be downloaded from the Hub"),
         ("no such name", "nor a model that could be downloaded from the Hub"),
     ],
 )
@@ -112,6 +111,39 @@ def test_bad_backbones(
     command = ["run", "--model_args", f"backbone={name}", "--tasks", "trivia_demo", "--device", "cpu"]
     assert main([*command, "--batch_size", "4"]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("no-such-owner/no-such-model", "is not on this machine, and the Hugging Face Hub cannot be reached"),
+        ("tiny-lama", "or give a folder; did you mean 'tiny-llama'?"),
+        ("mistral", "backbone='mistralai/Mistral-7B-v0.3' is not on this machine"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    backbone: str,
+    message: str,
+) -> None:
+    """Status 1: the same command may do later."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    given = ["--model_args", f"backbone={backbone},cache_dir={tmp_path}", "--tasks", "trivia_demo", "--device", "cpu"]
+    assert main(["run", *given]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
+    assert "neither an alias" not in last
+
+
+def test_a_folder_that_cannot_be_written_is_no_wrong_argument(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    given = ["--backbone", str(model_folder), "--tasks", "trivia_demo", "--device", "cpu"]
+    assert main(["sweep", *given, "--output", str(tmp_path / "file" / "out")]) == 1
+    assert "cannot be written" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -144,6 +176,7 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
+        (FaultError("a damaged file"), 1, "error: a damaged file"),
         (UserError("a rule,\nits value"), 2, "error: a rule, its value"),
         (OSError(28, "No space left on device", "out/x.json"), 1, "error: out/x.json: No space left on device"),
         (OSError("nothing there"), 1, "error: nothing there"),
@@ -243,7 +276,7 @@ def test_run_ends_in_one_line_too(
 ) -> None:
     (tmp_path / "c_rank0.db").write_bytes(b"no database")
     line = ["run", "--model_args", f"backbone={model_folder},threshold=1", "--tasks", "trivia_demo", "--limit", "1"]
-    assert main([*line, "--device", "cpu", "--use_cache", str(tmp_path / "c")]) == 2
+    assert main([*line, "--device", "cpu", "--use_cache", str(tmp_path / "c")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dynamax-lm-eval: error: the file of --use_cache")
     assert f"{tmp_path / 'c_rank0.db'}) is damaged" in error
@@ -254,7 +287,7 @@ def test_run_ends_in_one_line_too(
         raise OSError(28, "No space left on device", "cache")
 
     monkeypatch.setattr(responder, "generate", full)
-    assert main([*line, "--device", "cpu"]) == 2
+    assert main([*line, "--device", "cpu"]) == 1
     assert capsys.readouterr().err.strip().endswith("error: cache: No space left on device")
 
 

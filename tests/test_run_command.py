@@ -36,6 +36,7 @@ def test_names_are_read_from_the_source_of_the_harness() -> None:
         (["--config", "{file}"], "threshold must be in [0, 1], got 7"),
         (["--config", "{file}", "--model_args", "threshold=9"], "threshold must be in [0, 1], got 9"),
         (["--config", "{file}", "--model_args", "threshold=0.5,classifier=x"], "classifier must be one of"),
+        (["--model_args", "backbone=b", "--samples", "nowhere.json"], "--samples must be a file, or JSON"),
         (["--config", "{wrong}"], "wrong.yaml: unknown option 'taskss'; did you mean 'tasks'?"),
     ],
 )

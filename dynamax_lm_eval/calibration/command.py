@@ -180,7 +180,7 @@ def _calibrate(
 
 
 def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> str:
-    """Returns for people what was certified and how to use it."""
+    """Returns for people what was certified, and how to use it where something may exit."""
     folder = Path(options.output).expanduser()
     lines = [(folder / TABLE_NAME).read_text(encoding="utf-8")]
     if certificate.certifies_exits:
@@ -201,6 +201,8 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
             f"(standard error {tested['mean_loss_stderr'] or 0:.4f}), compute_reduction "
             f"{tested['compute_reduction']:.3f}\n"
         )
+    if not certificate.certifies_exits:
+        return "\n".join(lines)
     policy = certificate.model
     given = [f"backbone={options.backbone}", f"threshold={path}"]
     names = ("confidence", "classifier", "propose", "state_mode")

@@ -46,6 +46,7 @@ def run(arguments: list[str], debug: bool) -> None:
             options.model = _autoload.MODEL_NAME
         if options.model == _autoload.MODEL_NAME:
             early.check_arguments(_model_arguments(options))
+        _check_samples(getattr(options, "samples", None))
         _add_our_tasks(options)
         with early.indexing(_task_names(options)):
             harness.execute(options)
@@ -91,6 +92,12 @@ def _pairs(given: Any) -> Mapping[str, Any]:
     if not isinstance(given, Mapping):
         raise UserError(f"--model_args must be name=value pairs separated by commas, got {given!r}")
     return given
+
+
+def _check_samples(given: Any) -> None:
+    """Raises UserError where ``--samples`` is neither JSON nor a file; the harness would load the model first."""
+    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
+        raise UserError(f'--samples must be a file, or JSON like {{"task": [0, 7]}}, got {given!r}')
 
 
 def _add_our_tasks(options: Namespace) -> None:
