@@ -68,7 +68,8 @@ def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Of settings that hold others, such as a policy, it returns those that differ. Hashes are shortened, and come last.
     """
-    changed, hashes = [], []
+    changed: list[str] = []
+    hashes: list[str] = []
     for name in sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name)):
         before, after = stored.get(name), now.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

@@ -211,8 +211,8 @@ def _resolve(
         try:
             lm.use_policy(point.args)
         except UserError as error:
-            named = lm.exits is not None and "exits=FOLDER" in str(error)
-            at_hand = f"; here: --model_args exits={lm.exits.path}" if named else ""
+            exits = lm.exits if "exits=FOLDER" in str(error) else None
+            at_hand = "" if exits is None else f"; here: --model_args exits={exits.path}"
             raise UserError(f"point {point.name}: {error}{at_hand}") from error
         resolved.append((point, lm.policy, {**lm.identity(), **_bound(options.to_json())}))
     return resolved
