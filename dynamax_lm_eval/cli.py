@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
 from dynamax_lm_eval.command_line import Parser
-from dynamax_lm_eval.errors import UserError, unknown_name
+from dynamax_lm_eval.errors import FaultError, UserError, unknown_name
 from dynamax_lm_eval.run import quiet
 
 _DESCRIPTION = "Evaluate early-exit language models with lm-evaluation-harness."
@@ -54,6 +54,14 @@ _DAMAGE = (OSError, sqlite3.Error, zlib.error, EOFError, yaml.YAMLError, Safeten
 #: The same, unless it comes from an evaluation that was running, where texts are parsed.
 _DAMAGED_TEXT = (json.JSONDecodeError, UnicodeError)
 _DEBUG = "--debug"
+#: As shells count a command that Ctrl-C ended.
+_INTERRUPTED = 130
+#: What a command that was stopped keeps; of all others nothing is kept that a second start would find.
+_CONTINUES = {
+    "sweep": "run the same command again to continue",
+    "calibrate": "run the same command again to continue",
+    "train": "add --resume to go on from the last saved state, where there is one",
+}
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _status(lambda: run(arguments[1:], debug), debug, evaluates=True)
     if name in COMMANDS:
-        return _status(lambda: _execute(name, arguments[1:], debug), debug)
+        return _status(lambda: _execute(name, arguments[1:], debug), debug, remedy=_CONTINUES.get(name))
     names = ["run", *COMMANDS, "tasks"]
     if name and not name.startswith("-") and name not in names:
         return _told(UserError(unknown_name("command", name, names, "there are", names)), 2)
@@ -276,21 +284,31 @@ def _named(place: str) -> Any:
     return getattr(importlib.import_module(f"{dynamax_lm_eval.__name__}.{module}"), name)
 
 
-def _status(command: Callable[[], None], debug: bool, evaluates: bool = False) -> int:
+def _status(command: Callable[[], None], debug: bool, evaluates: bool = False, remedy: str | None = None) -> int:
     """Runs a subcommand; what is no bug ends in one line on stderr: status 2 for what the user got wrong, else 1.
 
-    ``evaluates``: it is the harness's, whose errors are the user's input unless an evaluation was running.
+    Args:
+        command: the subcommand.
+        debug: errors are raised.
+        evaluates: it is the harness's, whose errors are the user's input unless an evaluation was running.
+        remedy: how it goes on after it was stopped; None: it begins anew.
     """
     try:
         command()
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        sys.stderr.write(f"\ndynamax-lm-eval: stopped{f'; {remedy}' if remedy else ''}\n")
+        return _INTERRUPTED
     except UserError as error:
         if debug:
             raise
-        return _told(error, 2)
+        return _told(error, 1 if isinstance(error, FaultError) else 2)
     except (*_DAMAGE, *_DAMAGED_TEXT) as error:
         if debug or (isinstance(error, _DAMAGED_TEXT) and getattr(error, "raised_while_evaluating", False)):
             raise
-        return _told(error, 2 if evaluates else 1)
+        # Of the harness's command, a file that is not there was named by the user.
+        return _told(error, 2 if evaluates and isinstance(error, FileNotFoundError) else 1)
     except (ValueError, TypeError) as error:
         # Of a running evaluation, which is not the user's input, the traceback is needed.
         if debug or not evaluates or getattr(error, "raised_while_evaluating", False):

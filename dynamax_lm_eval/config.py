@@ -92,8 +92,8 @@ class DynamaxArgs:
     )
     propose: float | None = values.argument(
         None,
-        values.number(0, hint="the classifier's confidence"),
-        "with `confidence=cascade`: the classifier's confidence from which on a token is read out to be confirmed",
+        values.number(0, 1, hint="the classifier's confidence"),
+        "with `cascade`: the classifier's confidence in [0, 1] from which on a token is read out to be confirmed",
         shown="0.5",
         vary=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,19 +49,35 @@ class UserError(ValueError):
     """An error for bad input of the user: the message is one line that names the rule, the value and the remedy."""
 
 
+class FaultError(UserError):
+    """A UserError that no other argument mends: a file is damaged or cannot be written, or the network is away."""
+
+
+#: A fingerprint or checksum.
+_HASH = re.compile(r"[0-9a-f]{32,}")
+_SHOWN_DIGITS = 12
+
+
+def _shown(value: Any) -> str:
+    """Returns a value for a message, with the first digits of hashes."""
+    return _HASH.sub(lambda found: found[0][:_SHOWN_DIGITS], repr(value))
+
+
 def changed_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Returns every setting that differs, with both values, for an error message; empty where none does.
 
-    Of settings that hold others, such as a policy, it returns those that differ.
+    Of settings that hold others, such as a policy, it returns those that differ. Hashes are shortened, and come last.
     """
-    changed = []
+    changed: list[str] = []
+    hashes: list[str] = []
     for name in sorted(name for name in {*stored, *now} if stored.get(name) != now.get(name)):
         before, after = stored.get(name), now.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changed.append(f"{name}: {changed_settings(before, after)}")
         else:
-            changed.append(f"{name} ({before!r}, now {after!r})")
-    return ", ".join(changed)
+            is_hash = any(isinstance(value, str) and _HASH.fullmatch(value) for value in (before, after))
+            (hashes if is_hash else changed).append(f"{name} ({_shown(before)}, now {_shown(after)})")
+    return ", ".join([*changed, *hashes])
 
 
 def unknown_name(what: str, name: str, known: Collection[str], shown_as: str, shown: Collection[str]) -> str:

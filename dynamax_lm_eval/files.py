@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,7 @@ class JsonFormat:
         except OSError as error:
             raise UserError(f"{called} cannot be read ({error.strerror or error}); {self.remedy}") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{called} cannot be used: it is damaged ({error}); {self.remedy}") from error
+            raise FaultError(f"{called} cannot be used: it is damaged ({error}); {self.remedy}") from error
         if not isinstance(data, dict) or data.get("format") != self.name:
             raise UserError(f"{called} cannot be used: it is not {self.what} (no format {self.name!r}); {self.remedy}")
         version = data.get("format_version", 1)
@@ -166,7 +166,7 @@ class JsonFormat:
             )
         stored = data.pop("checksum", None)
         if stored != checksum(data) and not (stored is None and self.by_hand):
-            raise UserError(
+            raise FaultError(
                 f"{called} cannot be used: it is damaged, or was changed after it was written (its checksum is not "
                 f"that of its content); {self.remedy}"
             )
@@ -212,4 +212,4 @@ def check_writable(folder: Path, called: str, remedy: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"{called} {folder} cannot be written ({error.strerror or error}); {remedy}") from error
+        raise FaultError(f"{called} {folder} cannot be written ({error.strerror or error}); {remedy}") from error

@@ -319,7 +319,9 @@ class DynamaxLM(HFLM):
         backbone = arg_dict.pop("backbone") if "backbone" in arg_dict and "pretrained" not in arg_dict else None
         if backbone is not None:
             arg_dict["pretrained"] = aliases.HUB_ALIASES.get(backbone, backbone)
-        lm: DynamaxLM = super().create_from_arg_obj(arg_dict, hflm.beside(arg_dict, additional_config or {}))
+        lm: DynamaxLM = super().create_from_arg_obj(
+            arg_dict, hflm.beside(arg_dict, hflm.asked_for(additional_config or {}))
+        )
         lm._typed_backbone = backbone
         return lm
 

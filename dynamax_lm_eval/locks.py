@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def locked(folder: Path, option: str = "--output") -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         _acquire(path, content, option)
     except OSError as error:
-        raise UserError(
+        raise FaultError(
             f"{option} {folder} cannot be written ({error.strerror or error}); choose another folder"
         ) from error
     try:

@@ -107,6 +107,8 @@ def choice(kind: Any) -> Parser:
 
 def layers(name: str, value: Any) -> tuple[int, ...]:
     """Exit layers in rising order: a number, a list, or ``15+20``."""
+    if isinstance(value, str) and "," in value and not value.startswith("["):
+        raise UserError(f"{name} is one number, or several joined by +, got {value!r}; write {value.replace(',', '+')}")
     blocks = [_integer(name, item) for item in items(name, value)]
     if blocks != list(_block_list(name, value)):
         raise UserError(f"{name} must be in rising order (thresholds are matched to them), got {items(name, value)}")

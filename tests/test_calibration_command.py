@@ -38,6 +38,7 @@ def test_candidates_that_save_nothing_give_the_full_model(
     assert certificate.test is None
     said = command.summary(certificate, kept, options)
     assert "none saves compute (the largest expected compute_reduction is 0.980)" in said
+    assert "use it" not in said
 
 
 def test_an_impossible_tolerance_gives_the_full_model(
@@ -85,6 +86,18 @@ def test_what_cannot_be_written_is_found_before_anything_is_answered(
     with pytest.raises(UserError, match=r"the folder of the certificate, .*file.* cannot be written .*DYNAMAX_CACHE"):
         command.calibrate(options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_the_task_lacks_is_found_before_the_model_loads(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load", lambda _: pytest.fail("the model was loaded"))
+    options = calibrate_options(model_folder, tmp_path, tmp_path / "out", loss="metric", metric="exact_macth")
+    message = "--metric: unknown metric of tiny_generate 'exact_macth'; did you mean 'exact_match'"
+    with pytest.raises(UserError, match=message):
+        command.calibrate(options)
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        command.calibrate(replace(options, metric="exact_match,none"))
 
 
 def test_one_confidence_is_calibrated(model_folder: Path, own_exits: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from dynamax_lm_eval import tasks_dir
 from dynamax_lm_eval.cli import main
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 from dynamax_lm_eval.harness import responder
 from dynamax_lm_eval.models import aliases
 
@@ -45,6 +45,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("threshold=1.5", "threshold must be in [0, 1], got 1.5"),
         ("threshold=abc", "threshold must be a number, got 'abc'"),
+        ("confidence=cascade,propose=2", "propose must be in [0, 1], got 2"),
         ("threshold=nan", "threshold must be a number, got nan"),
         ("state_mode=foo", "state_mode must be one of recompute, learned, copy, copy_previous, skip, got 'foo'"),
         ("prune_layers=99", "prune_layers=99 must be at most 4 for this backbone of 6 blocks"),
@@ -90,7 +91,6 @@ def test_bad_arguments_end_in_one_line(
         ("{llama},mamba_kernels=torch", "mamba_kernels has no effect on 'llama'"),
         ("{bamba},rows_in_flight=8,threshold=1", "rows_in_flight has no effect on BambaForCausalLM"),
         ("{mamba},state_mode=copy", "state_mode=copy is not possible on this backbone"),
-        ("no-such-owner/no-such-model", "nor a model that could be downloaded from the Hub"),
         ("no such name", "nor a model that could be downloaded from the Hub"),
     ],
 )
@@ -111,6 +111,39 @@ def test_bad_backbones(
     command = ["run", "--model_args", f"backbone={name}", "--tasks", "trivia_demo", "--device", "cpu"]
     assert main([*command, "--batch_size", "4"]) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("no-such-owner/no-such-model", "is not on this machine, and the Hugging Face Hub cannot be reached"),
+        ("tiny-lama", "or give a folder; did you mean 'tiny-llama'?"),
+        ("mistral", "backbone='mistralai/Mistral-7B-v0.3' is not on this machine"),
+    ],
+)
+def test_a_hub_that_cannot_be_reached(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    backbone: str,
+    message: str,
+) -> None:
+    """Status 1: the same command may do later."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    given = ["--model_args", f"backbone={backbone},cache_dir={tmp_path}", "--tasks", "trivia_demo", "--device", "cpu"]
+    assert main(["run", *given]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
+    assert "neither an alias" not in last
+
+
+def test_a_folder_that_cannot_be_written_is_no_wrong_argument(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    given = ["--backbone", str(model_folder), "--tasks", "trivia_demo", "--device", "cpu"]
+    assert main(["sweep", *given, "--output", str(tmp_path / "file" / "out")]) == 1
+    assert "cannot be written" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -143,6 +176,7 @@ def test_errors_of_a_running_evaluation_keep_their_traceback(
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
+        (FaultError("a damaged file"), 1, "error: a damaged file"),
         (UserError("a rule,\nits value"), 2, "error: a rule, its value"),
         (OSError(28, "No space left on device", "out/x.json"), 1, "error: out/x.json: No space left on device"),
         (OSError("nothing there"), 1, "error: nothing there"),
@@ -196,12 +230,53 @@ def test_what_is_no_bug_ends_in_one_line(
         main(line)
 
 
+@pytest.mark.parametrize(
+    ("command", "function", "said"),
+    [
+        ("sweep", "sweep.command.sweep", "stopped; run the same command again to continue"),
+        ("calibrate", "calibration.command.calibrate", "stopped; run the same command again to continue"),
+        (
+            "train",
+            "harness.prompts.train",
+            "stopped; add --resume to go on from the last saved state, where there is one",
+        ),
+        ("headroom", "headroom.command.headroom", "stopped"),
+        ("run", "run.command.run", "stopped"),
+    ],
+)
+def test_an_interrupt_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, function: str, said: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"dynamax_lm_eval.{function}", interrupted)
+    line = [command, "--backbone", "b", *(["--tasks", "t", "--output", "o"] if said.endswith("continue") else [])]
+    assert main(line) == 130
+    assert capsys.readouterr().err == f"\ndynamax-lm-eval: {said}\n"
+    with pytest.raises(KeyboardInterrupt):
+        main([*line, "--debug"])
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_documents_that_a_task_does_not_have(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    given = ["--model_args", f"backbone={model_folder},threshold=1"]
+    if command == "sweep":
+        given = ["--backbone", str(model_folder), "--output", str(tmp_path / "out"), "--thresholds", "0.5"]
+    samples = json.dumps({"trivia_demo": [0, 999]})
+    assert main([command, *given, "--tasks", "trivia_demo", "--samples", samples, "--device", "cpu"]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--samples: task trivia_demo has no document 999; it has 0 to " in last
+
+
 def test_run_ends_in_one_line_too(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c_rank0.db").write_bytes(b"no database")
     line = ["run", "--model_args", f"backbone={model_folder},threshold=1", "--tasks", "trivia_demo", "--limit", "1"]
-    assert main([*line, "--device", "cpu", "--use_cache", str(tmp_path / "c")]) == 2
+    assert main([*line, "--device", "cpu", "--use_cache", str(tmp_path / "c")]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("dynamax-lm-eval: error: the file of --use_cache")
     assert f"{tmp_path / 'c_rank0.db'}) is damaged" in error
@@ -212,7 +287,7 @@ def test_run_ends_in_one_line_too(
         raise OSError(28, "No space left on device", "cache")
 
     monkeypatch.setattr(responder, "generate", full)
-    assert main([*line, "--device", "cpu"]) == 2
+    assert main([*line, "--device", "cpu"]) == 1
     assert capsys.readouterr().err.strip().endswith("error: cache: No space left on device")
 
 

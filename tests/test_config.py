@@ -69,6 +69,7 @@ def test_accepted(name: str, value: Any, expected: Any) -> None:
         ({"confidence": "sofmax"}, "confidence must be one of classifier, softmax, entropy, state"),
         ({"exit_scope": "prompt"}, "exit_scope must be one of generated, all"),
         ({"exit_layers": [5, 3]}, "exit_layers must be in rising order"),
+        ({"exit_layers": "3,40"}, r"exit_layers is one number, or several joined by \+, got '3,40'; write 3\+40"),
         ({"exit_layers": [3, 3]}, "exit_layers names a layer twice"),
         ({"exit_layers": [2.5]}, "exit_layers must be made of whole numbers"),
         ({"prune_layers": -1}, "prune_layers must be a number of blocks"),

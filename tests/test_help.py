@@ -79,6 +79,13 @@ def test_options_of_run_that_do_not_exist(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.endswith("unrecognized arguments: --limt 4; did you mean --limit?\n")
 
 
+def test_values_of_run_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """The option was right, so no other one is proposed."""
+    for given in (["--limit", "x"], ["--model_args", "backbone=tiny-llama threshold"]):
+        assert main(["run", "--tasks", "trivia_demo", *given]) == 2
+        assert "did you mean" not in capsys.readouterr().err
+
+
 class TestArguments:
     def test_all_of_them_fit_a_narrow_terminal(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

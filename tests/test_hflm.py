@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,19 @@ class TestParametersOfHFLM:
         self, model_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        for given in ({}, {"device": "cuda:0"}):  # what the harness gives where the user says nothing
+        caplog.set_level(logging.INFO)
+        for given, level in (({}, "INFO"), ({"device": "cuda:0"}, "WARNING")):
             caplog.clear()
             assert DynamaxLM(str(model_folder), threshold=1, **given).device.type == "cpu"
-            assert "no CUDA device here" in caplog.text
+            (record,) = [record for record in caplog.records if "no CUDA device here" in record.getMessage()]
+            assert record.levelname == level
+        caplog.clear()
+        made = DynamaxLM.create_from_arg_obj(
+            {"backbone": str(model_folder), "threshold": 1},
+            {"device": "cuda:0"},  # as the harness names it unasked
+        )
+        assert made.device.type == "cpu"
+        assert "WARNING" not in caplog.text
         with pytest.raises(UserError, match=r"device='cuda' does not exist here; give one of cpu"):
             DynamaxLM(str(model_folder), threshold=1, device="cuda")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from dynamax_lm_eval.exits.resolve import (
     resolve_pruned_blocks,
     resolve_thresholds,
 )
+from dynamax_lm_eval.sweep.command import _resolve
+from dynamax_lm_eval.sweep.grid import Point
+from dynamax_lm_eval.sweep.options import SweepOptions
 
 
 def test_default_exits_of_the_paper() -> None:
@@ -88,6 +92,20 @@ def test_policies_that_do_not_fit_the_exits_are_refused(exits: Any, args: dict[s
     config = None if exits is None else exits_config(**exits)
     with pytest.raises(UserError, match=message):
         resolve_policy(DynamaxArgs("x", **args), LAYERS, config)
+
+
+def test_learned_states_of_confidences_that_look_up_no_exits() -> None:
+    args = DynamaxArgs(backbone="b", confidence="entropy", state_mode="learned")
+    with pytest.raises(UserError, match=r"uses trained exits .* only where they are named; add exits=FOLDER"):
+        resolve_policy(args, 6)
+
+
+def test_a_sweep_names_the_exits_at_hand() -> None:
+    args = DynamaxArgs(backbone="b", confidence="entropy", state_mode="learned")
+    lm: Any = SimpleNamespace(exits=SimpleNamespace(path="some/exits"), use_policy=lambda args: resolve_policy(args, 6))
+    options = SweepOptions("b", "t", "o")
+    with pytest.raises(UserError, match=r"point p: .*; here: --model_args exits=some/exits"):
+        _resolve(lm, [Point("p", "exits", "s", 0.5, args)], options)
 
 
 def test_what_was_left_out_is_noted_and_decides_nothing() -> None:

@@ -36,13 +36,19 @@ def test_names_are_read_from_the_source_of_the_harness() -> None:
         (["--model_args", "backbone=/no/such/folder"], "there is no such folder"),
         (["--model_args", "backbone=b,rows_in_flight=4", "--batch_size", "8"], "rows_in_flight=4 needs a batch_size"),
         (["--model_args", "threshold=0.8"], "backbone must be"),
-        (["--config", "{file}"], "threshold must be in [0, 1]"),
+        (["--config", "{file}"], "threshold must be in [0, 1], got 7"),
+        (["--config", "{file}", "--model_args", "threshold=9"], "threshold must be in [0, 1], got 9"),
+        (["--config", "{file}", "--model_args", "threshold=0.5,classifier=x"], "classifier must be one of"),
+        (["--model_args", "backbone=b", "--samples", "nowhere.json"], "--samples must be a file, or JSON"),
+        (["--config", "{wrong}"], "wrong.yaml: unknown option 'taskss'; did you mean 'tasks'?"),
     ],
 )
 def test_model_arguments_are_checked_without_torch(tmp_path: Path, arguments: list[str], message: str) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"model_args": {"backbone": "b", "threshold": 7}, "tasks": ["trivia_demo"]}))
-    line = ["run", *(part.format(file=file) for part in arguments), "--tasks", "trivia_demo"]
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("taskss: [trivia_demo]\n")
+    line = ["run", *(part.format(file=file, wrong=wrong) for part in arguments), "--tasks", "trivia_demo"]
     code = f"""
 import sys
 from dynamax_lm_eval.cli import main
@@ -155,7 +161,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_loads(
 ) -> None:
     (tmp_path / "file").touch()
     line = ["run", "--model_args", "backbone=tiny-llama", "--tasks", "trivia_demo", "--limit", "1"]
-    assert main([*line, "--output_path", str(tmp_path / "file")]) == 2
+    assert main([*line, "--output_path", str(tmp_path / "file")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("dynamax-lm-eval: error: --output_path: the folder") and error.count("\n") == 1
     tracker = EvaluationTracker(output_path=str(tmp_path / "file"))

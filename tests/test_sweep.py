@@ -335,6 +335,9 @@ def test_thresholds() -> None:
     for wrong in ("0.5:0.9:0", "a", "1", "0.5:1:0.5", ""):
         with pytest.raises(UserError, match="--thresholds"):
             parse_thresholds(wrong)
+    for wrong in ("0.9:0.5:0.1", "0.5:0.9:0"):
+        with pytest.raises(UserError, match="the order is first:last:step, rising"):
+            parse_thresholds(wrong)
 
 
 def test_grid() -> None:
@@ -487,3 +490,27 @@ def test_documents_are_drawn_by_a_seed(manager: TaskManager) -> None:
         with_drawn_documents(SweepOptions("x", "tiny_group", "out", limit=2, draw=0), manager)
     with pytest.raises(UserError, match="--draw is a seed of at least 0, and needs --limit"):
         SweepOptions("x", "tiny_generate", "out", draw=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"confidences": "clam"}, r"--confidences must name some of .*, got clam; did you mean 'calm'\?"),
+        ({"state_modes": "copied"}, "--state_modes must name some of .*, got copied"),
+        ({"samples": "nowhere.json", "limit": None}, "--samples nowhere.json cannot be read"),
+    ],
+)
+def test_wrong_names_are_found_before_anything_is_loaded(
+    model_folder: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep_options(model_folder, tmp_path, **changed)
+
+
+def test_a_folder_of_other_files_is_left_alone(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "load", lambda _: pytest.fail("the model was loaded"))
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"is no folder of a sweep, and holds other files \(thesis.tex, ...\)"):
+        command.sweep(sweep_options(model_folder, tmp_path))

@@ -75,7 +75,7 @@ class TestOutput:
             (home / state.PROGRESS_NAME).write_text(damaged)
         line = ["train", "--backbone", str(model_folder), "--dataset", str(texts), "--output", str(tmp_path)]
         line += ["--exit_layers", "2+3+4", "--device", "cpu"]
-        assert cli.main([*line, "--resume"]) == 2
+        assert cli.main([*line, "--resume"]) == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert str(home) in error
         assert "--overwrite" in error
@@ -101,6 +101,14 @@ class TestOutput:
         train(model_folder, texts, tmp_path, classifier="calm", max_tokens=128)
         assert len((tmp_path / "training.jsonl").read_text().splitlines()) == 1
         assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_text_that_is_not_there_is_found_before_weights_load(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamax_lm_eval.training.command.load_backbone", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match="no file there"):
+        train(model_folder, tmp_path / "missing.jsonl", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from dynamax_lm_eval.calibration.testing import (
     learn_then_test,
 )
 from dynamax_lm_eval.compute.accounting import ratio_stderr
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.files import check_writable, naming, write_text
 from dynamax_lm_eval.harness.certificate import Certificate, binding, directory, file_name
 from dynamax_lm_eval.harness.documents import naming_tasks
@@ -180,7 +180,7 @@ def _calibrate(
 
 
 def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> str:
-    """Returns for people what was certified and how to use it."""
+    """Returns for people what was certified, and how to use it where something may exit."""
     folder = Path(options.output).expanduser()
     lines = [(folder / TABLE_NAME).read_text(encoding="utf-8")]
     if certificate.certifies_exits:
@@ -201,6 +201,8 @@ def summary(certificate: Certificate, path: Path, options: CalibrateOptions) -> 
             f"(standard error {tested['mean_loss_stderr'] or 0:.4f}), compute_reduction "
             f"{tested['compute_reduction']:.3f}\n"
         )
+    if not certificate.certifies_exits:
+        return "\n".join(lines)
     policy = certificate.model
     given = [f"backbone={options.backbone}", f"threshold={path}"]
     names = ("confidence", "classifier", "propose", "state_mode")
@@ -287,13 +289,23 @@ def _candidates(
 
 
 def _document_hashes(manager: Any, options: CalibrateOptions) -> list[str]:
-    """Returns the hashes of all documents of the task; UserError where the options name several tasks."""
+    """Returns the hashes of all documents of the task; UserError where there are several, or no such metric."""
     names = options.sweep("calibration", "0.5").task_names
     with naming_tasks():
         tasks = manager.load(names)["tasks"]
     if list(tasks) != [options.tasks]:
         raise UserError(f"--tasks must name one task, and {options.tasks!r} is {', '.join(tasks)}; calibrate each")
+    _check_metric(tasks[options.tasks], options)
     return document_hashes(tasks[options.tasks])
+
+
+def _check_metric(task: Any, options: CalibrateOptions) -> None:
+    """Raises UserError where the task has no metric of the name that is asked for; answers would come first else."""
+    known = list(task.aggregation())
+    if options.metric is not None and known and options.metric.partition(",")[0] not in known:
+        raise UserError(
+            f"--metric: {unknown_name(f'metric of {options.tasks}', options.metric, known, 'it has', known)}"
+        )
 
 
 def _samples(options: CalibrateOptions, documents: list[int]) -> str:

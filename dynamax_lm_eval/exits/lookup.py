@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.config import DynamaxArgs
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 from dynamax_lm_eval.exits.checkpoint import CONFIG_NAME, WEIGHTS_NAME, ExitCheckpoint
 from dynamax_lm_eval.models.aliases import HUB_ALIASES, cache_dir, shipped_dir
 from dynamax_lm_eval.models.fingerprint import Fingerprints
@@ -90,7 +90,7 @@ def open_exits(name: str) -> ExitCheckpoint:
     try:
         path = snapshot_download(repository, revision=revision or None, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME])
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise FaultError(
             f"exits={name!r} is no folder, and could not be downloaded from the Hub: {' '.join(str(error).split())}"
         ) from error
     return ExitCheckpoint.open(Path(path))

@@ -303,6 +303,11 @@ def _vocab_subset(args: DynamaxArgs, confidence: ConfidenceName) -> int | None:
 
 
 def _state_mode(args: DynamaxArgs, recurrent_backbone: bool, exits: ExitConfig | None) -> StateMode:
+    if args.state_mode == "learned" and exits is None and args.confidence not in (None, "classifier", "cascade"):
+        raise UserError(
+            f"state_mode=learned: confidence={args.confidence} uses trained exits and their state maps only where they "
+            "are named; add exits=FOLDER (`dynamax-lm-eval exits` lists them), or use state_mode=recompute"
+        )
     if args.state_mode == "learned" and (exits is None or exits.states is None):
         raise UserError(
             "state_mode=learned needs exits with state maps, and these have none; train them: dynamax-lm-eval train "

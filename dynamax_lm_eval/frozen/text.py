@@ -54,6 +54,12 @@ def text_documents(source: TextSource, tokenizer: Any) -> Documents:
     return read
 
 
+def check_files(source: TextSource | None) -> None:
+    """Raises UserError where a source names local files that are not there; what is on the Hub is not asked for."""
+    if source is not None:
+        _local_files(source.dataset)
+
+
 def _encoder(source: TextSource, tokenizer: Any) -> Callable[[str], list[int]]:
     """Returns what makes token ids of a text."""
     if source.template == "none":

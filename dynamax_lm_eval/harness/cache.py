@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.compute.accounting import ACCOUNTING, SCHEMA_VERSION, ComputeRecord
-from dynamax_lm_eval.errors import UserError, changed_settings
+from dynamax_lm_eval.errors import FaultError, UserError, changed_settings
 from dynamax_lm_eval.files import checksum
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,9 @@ class RecordCache:
             )
         stored = _stored_identity(database)
         if stored is None:
-            raise UserError(f"{called} is damaged: its identity cannot be read; remove it to compute all answers again")
+            raise FaultError(
+                f"{called} is damaged: its identity cannot be read; remove it to compute all answers again"
+            )
         if changed := changed_settings(stored, identity):
             raise UserError(f"{called} holds responses of a run that differs in {changed}; choose another file")
         keys = set(database)
@@ -110,7 +112,7 @@ def check_database(path: Path) -> None:
         if "locked" in state:
             raise UserError(f"the file of --use_cache ({path}) is in use by another run; choose another") from error
     if state != "ok":
-        raise UserError(
+        raise FaultError(
             f"the file of --use_cache ({path}) is damaged, or no such cache ({' '.join(state.split())}); remove it to "
             "compute all answers again, or choose another file"
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dynamax_lm_eval.errors import NotFiniteError, RequestError, UserError
+from dynamax_lm_eval.errors import FaultError, NotFiniteError, RequestError, UserError
 
 #: Task and number of a document; the task is empty where a request says nothing of it.
 Document = tuple[str, Any]
@@ -45,7 +45,8 @@ def naming_tasks(option: str = "--tasks") -> Iterator[None]:
     except (ValueError, OSError, EOFError) as error:
         if isinstance(error, UserError) or getattr(error, "raised_while_evaluating", False):
             raise
-        raise UserError(f"{option}: {' '.join(str(error).split())}") from error
+        is_fault = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (FaultError if is_fault else UserError)(f"{option}: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import CellType, FrameType
@@ -311,6 +311,9 @@ def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> Non
     if not isinstance(samples, Mapping):  # what the harness makes of a path that does not exist
         raise UserError(f'--samples must be a file, or JSON like {{"task": [0, 7]}}, got {samples!r}')
 
+    for name, task in tasks.items():
+        check_samples(task, samples.get(name) or ())
+
     def documents(name: str) -> list[str]:
         return document_hashes(tasks[name], limit, samples.get(name))
 
@@ -321,10 +324,19 @@ def _announce(lm: Any, tasks: dict[str, Any], options: Mapping[str, Any]) -> Non
 
 def document_hashes(task: Any, limit: float | None = None, samples: list[int] | None = None) -> list[str]:
     """Returns the harness's ``doc_hash`` of each document of a task that an evaluation with these options takes."""
+    check_samples(task, samples or ())
     # As the harness counts: a share of the documents below 1, else a number of them.
     number = None if limit is None else math.ceil(len(task.eval_docs) * limit) if limit < 1 else int(limit)
     evaluated = task.doc_iterator(limit=number, samples=samples)
     return [document_hash(document) for _, document in evaluated]
+
+
+def check_samples(task: Any, samples: Sequence[int]) -> None:
+    """Raises UserError where ``--samples`` names a document that a task does not have."""
+    count = len(task.eval_docs)
+    for index in samples:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+            raise UserError(f"--samples: task {task.config.task} has no document {index!r}; it has 0 to {count - 1}")
 
 
 def document_hash(document: Any) -> str:

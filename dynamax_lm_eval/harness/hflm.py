@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
@@ -126,3 +127,9 @@ def beside(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
         if value not in (None, _UNSAID.get(name)) and str(given) != str(value):
             raise UserError(f"--{name} {value} and {name}={given} in --model_args differ; give one of them")
     return {name: value for name, value in options.items() if name not in arguments}
+
+
+def asked_for(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a command without its GPU where there is none: the harness names it for everybody."""
+    is_default = options.get("device") == _UNSAID["device"] and not torch.cuda.is_available()
+    return {name: value for name, value in options.items() if not (is_default and name == "device")}

@@ -30,7 +30,8 @@ def resolve_device(device: str | None) -> str:
     if device in devices:
         return str(device)
     if device in (None, "cuda:0"):
-        logger.warning("There is no CUDA device here, so this run uses the CPU; --device cpu says so")
+        level = logging.INFO if device is None else logging.WARNING
+        logger.log(level, "There is no CUDA device here, so this run uses the CPU; --device cpu says so")
         return "cpu"
     raise UserError(f"device={device!r} does not exist here; give one of {', '.join(devices)} (--device, device=)")
 

@@ -6,6 +6,7 @@ Knows configurations, files and the auto classes of transformers; does not run m
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import logging
 import re
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 from dynamax_lm_eval.models import aliases
 from dynamax_lm_eval.types import StateMode
 
@@ -71,7 +74,8 @@ def naming(what: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code=True" in str(error):
             raise UserError(_needs_trust(what)) from error
-        raise UserError(f"{what} could not be loaded ({described(error)})") from error
+        kind = FaultError if isinstance(error, SafetensorError) else UserError
+        raise kind(f"{what} could not be loaded ({described(error)})") from error
 
 
 def trusts_remote_code(options: Mapping[str, Any]) -> bool:
@@ -104,7 +108,33 @@ def load_config(source: str, backbone: str, options: Mapping[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(source, trust_remote_code=trusted, **source_options)
     except Exception as error:
+        if not Path(source).is_dir() and _is_unreachable(error):
+            raise FaultError(_not_reached(source, backbone)) from error
         raise UserError(_why_not(source, backbone, source_options, trusted, error)) from error
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Says whether something could not be downloaded because there is no way to the Hub."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | ConnectionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _not_reached(source: str, backbone: str) -> str:
+    """Returns the message for a model that is not on this machine, where the Hub cannot be asked for it."""
+    of_alias = f" stands for {source}, which" if source != backbone else ""
+    return (
+        f"backbone={backbone!r}{of_alias} is not on this machine, and the Hugging Face Hub cannot be reached; check "
+        f"the network and HF_HUB_OFFLINE, or give a folder{_nearest_alias(backbone)}"
+    )
+
+
+def _nearest_alias(backbone: str) -> str:
+    """Returns a question for the alias that was meant, as the end of a message."""
+    nearest = difflib.get_close_matches(backbone, aliases.backbone_names(), n=1, cutoff=0.75)
+    return f"; did you mean {nearest[0]!r}?" if nearest and nearest[0] != backbone else ""
 
 
 def _why_not(source: str, backbone: str, source_options: Mapping[str, Any], trusted: bool, error: Exception) -> str:
@@ -117,7 +147,8 @@ def _why_not(source: str, backbone: str, source_options: Mapping[str, Any], trus
             return f"{what}: its configuration could not be read ({described(error)})"
         return (
             f"{what} is neither an alias ({', '.join(aliases.backbone_names())}), nor a folder, "
-            f"nor a model that could be downloaded from the Hub: {' '.join(str(error).split())}"
+            f"nor a model that could be downloaded from the Hub{_nearest_alias(backbone)}: "
+            f"{' '.join(str(error).split())}"
         )
     if not isinstance(stored, dict):
         return f"{what}: its config.json is no mapping"

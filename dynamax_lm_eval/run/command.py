@@ -9,6 +9,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lm_eval.utils import setup_logging, simple_parse_args_string
 
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import UserError, unknown_name
 from dynamax_lm_eval.files import check_writable
 from dynamax_lm_eval.run import early, help_text, quiet
 
@@ -51,6 +52,7 @@ def run(arguments: list[str], debug: bool) -> None:
             path = Path(options.output_path)
             folder = path.parent if path.suffix == ".json" else path
             check_writable(folder, "--output_path: the folder", "choose another")
+        _check_samples(getattr(options, "samples", None))
         _add_our_tasks(options)
         with early.indexing(_task_names(options)):
             harness.execute(options)
@@ -61,26 +63,47 @@ def run(arguments: list[str], debug: bool) -> None:
 def _merge_file(options: Namespace) -> None:
     """Takes the options of ``--config`` over where the command line has none, as the harness does, which prints them.
 
+    Model arguments are taken over one by one.
+
     Raises:
+        UserError: it holds something that is no option.
         ValueError, TypeError, OSError: of the harness, where there is no such file, or it does not hold options.
     """
     if not getattr(options, "config", None):
         return
+    known = [item.name for item in fields(EvaluatorConfig)]
     for name, value in EvaluatorConfig.load_yaml_config(options.config).items():
+        if name not in known:
+            raise UserError(
+                f"--config {options.config}: {unknown_name('option', str(name), known, 'there are', known)}"
+            )
         given = getattr(options, name, None)
-        if not (given or given == 0):
+        if name == "model_args" and given and value:
+            options.model_args = {**_pairs(value), **_pairs(given)}
+        elif not (given or given == 0):
             setattr(options, name, value)
     options.config = None
 
 
 def _model_arguments(options: Namespace) -> dict[str, Any]:
     """Returns the arguments with which the harness will make the model."""
-    given = getattr(options, "model_args", None) or {}
+    given = _pairs(getattr(options, "model_args", None) or {})
+    values = {name: getattr(options, name, None) for name in _MODEL_OPTIONS}
+    return {**{name: value for name, value in values.items() if value is not None}, **given}
+
+
+def _pairs(given: Any) -> Mapping[str, Any]:
+    """Returns model arguments by name."""
     given = simple_parse_args_string(given) if isinstance(given, str) else given
     if not isinstance(given, Mapping):
         raise UserError(f"--model_args must be name=value pairs separated by commas, got {given!r}")
-    values = {name: getattr(options, name, None) for name in _MODEL_OPTIONS}
-    return {**{name: value for name, value in values.items() if value is not None}, **given}
+    return given
+
+
+def _check_samples(given: Any) -> None:
+    """Raises UserError where ``--samples`` is neither JSON nor a file; the harness would load the model first."""
+    if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
+        raise UserError(f'--samples must be a file, or JSON like {{"task": [0, 7]}}, got {given!r}')
 
 
 def _add_our_tasks(options: Namespace) -> None:

@@ -51,7 +51,9 @@ def adapt(harness: argparse.ArgumentParser, run: argparse.ArgumentParser) -> Non
     known = sorted(name for action in run._actions for name in action.option_strings)
 
     def refuse(message: str) -> NoReturn:
-        unknown = next((word for word in message.split() if word.startswith("--") and word not in known), None)
+        # Only here does argparse name what it does not know; elsewhere the option was right, and its value was not.
+        words = message.split() if message.startswith("unrecognized arguments") else []
+        unknown = next((word for word in words if word.startswith("--") and word not in known), None)
         nearest = difflib.get_close_matches(unknown or "", known, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "see dynamax-lm-eval run --help"
         raise UserError(f"{message}; {hint}")

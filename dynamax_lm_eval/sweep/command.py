@@ -178,8 +178,14 @@ def load_tasks(options: SweepOptions) -> TaskManager:
 
 
 def _check_folder(folder: Path, options: SweepOptions) -> None:
-    """Refuses to mix two sweeps; a grid may grow."""
+    """Refuses to mix two sweeps, or a sweep with other files; a grid may grow."""
     stored = read_options(folder / SWEEP_NAME)
+    names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if names and not {SWEEP_NAME, "points"}.intersection(names):
+        raise UserError(
+            f"--output {folder} is no folder of a sweep, and holds other files ({', '.join(names[:3])}, ...); "
+            "choose another one"
+        )
     if stored is not None and (changed := changed_settings(_bound(stored), _bound(options.to_json()))):
         raise UserError(f"{folder} holds a sweep that differs in {changed}; choose another --output")
 
@@ -205,7 +211,9 @@ def _resolve(
         try:
             lm.use_policy(point.args)
         except UserError as error:
-            raise UserError(f"point {point.name}: {error}") from error
+            exits = lm.exits if "exits=FOLDER" in str(error) else None
+            at_hand = "" if exits is None else f"; here: --model_args exits={exits.path}"
+            raise UserError(f"point {point.name}: {error}{at_hand}") from error
         resolved.append((point, lm.policy, {**lm.identity(), **_bound(options.to_json())}))
     return resolved
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dynamax_lm_eval.errors import UserError
+from dynamax_lm_eval.errors import FaultError, UserError
 from dynamax_lm_eval.files import JsonFormat, checksum, file_checksum, naming, short_name, write_text
 from dynamax_lm_eval.harness.results import document_totals
 
@@ -112,9 +112,11 @@ def check_results(directory: Path, checksums: dict[str, str]) -> None:
         try:
             current = file_checksum(directory / name)
         except OSError as error:
-            raise UserError(f"{directory / name} cannot be read ({error.strerror or error}); {POINT.remedy}") from error
+            raise FaultError(
+                f"{directory / name} cannot be read ({error.strerror or error}); {POINT.remedy}"
+            ) from error
         if current != expected:
-            raise UserError(f"{directory / name} is damaged, or was changed after it was written; {POINT.remedy}")
+            raise FaultError(f"{directory / name} is damaged, or was changed after it was written; {POINT.remedy}")
 
 
 def write_options(path: Path, options: dict[str, Any]) -> None:

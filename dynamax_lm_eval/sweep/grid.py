@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import mean
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from dynamax_lm_eval.config import DynamaxArgs
 from dynamax_lm_eval.errors import UserError
@@ -15,7 +15,6 @@ from dynamax_lm_eval.exits.resolve import default_state_mode, preset_state_mode
 from dynamax_lm_eval.sweep import baselines
 from dynamax_lm_eval.sweep.options import (
     CASCADE,
-    CONFIDENCES,
     KINDS,
     VERIFIED,
     SweepOptions,
@@ -80,13 +79,6 @@ def grid(
     confidences = confidences_of(options, () if exits is None else exits.classifiers)
     modes = items_of(options.state_modes)
     verified = {"verify": True, "verify_tokens": options.verify_tokens}
-    for what, names, choices in (
-        ("confidences", confidences, CONFIDENCES),
-        ("state_modes", modes, (*get_args(StateMode), VERIFY, AUTO)),
-    ):
-        wrong = [name for name in names if name not in choices]
-        if wrong or not names:
-            raise UserError(f"--{what} must name some of {', '.join(choices)}, got {', '.join(wrong) or 'none'}")
     for (confidence, propose), mode in product(proposing(confidences, options.propose), modes):
         name, _, kind = confidence.partition(":")
         is_kind = name in (*KINDS, CASCADE)

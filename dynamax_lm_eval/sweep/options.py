@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from dynamax_lm_eval.types import (
     ConfidenceName,
     Confirm,
     PruneScope,
+    StateMode,
 )
 
 #: What may stand in ``--confidences``: kinds of classifiers, and training-free confidences.
@@ -31,7 +33,8 @@ KINDS = get_args(ClassifierKind)
 CASCADE = "cascade"
 _TRAINING_FREE = tuple(name for name in get_args(ConfidenceName) if name not in ("classifier", CASCADE))
 CONFIDENCES = (*KINDS, *_TRAINING_FREE, *(f"{CASCADE}:{kind}" for kind in KINDS))
-
+#: What may stand in ``--state_modes``.
+STATE_MODES = (*get_args(StateMode), VERIFY, AUTO)
 
 #: The family of points whose exits are drafts.
 VERIFIED = "verified"
@@ -147,6 +150,11 @@ class SweepOptions:
                 "--verify_tokens has no effect without --state_modes verify or --verify_at; add one of them"
             )
         confidences = items_of(self.confidences or "")
+        if self.confidences is not None:
+            check_names("confidences", confidences, CONFIDENCES)
+        check_names("state_modes", items_of(self.state_modes), STATE_MODES)
+        if self.samples is not None:
+            _ = self.samples_given  # refuses a file that is not there
         if self.propose is not None:
             proposing(confidences, self.propose)
         if self.confirm is not None and self.confirm not in get_args(Confirm):
@@ -229,12 +237,14 @@ def parse_thresholds(text: str) -> list[tuple[float, ...]]:
         for item in items_of(text):
             if ":" in item:
                 first, last, step = (float(part) for part in item.split(":"))
-                if not step > 0:
-                    raise ValueError
+                if not step > 0 or last < first:
+                    raise UserError(f"--thresholds {item!r}: the order is first:last:step, rising, e.g. 0.5:0.9:0.1")
                 count = math.floor((last - first) / step + 1e-9) + 1
                 values += [(round(first + i * step, 10),) for i in range(count)]
             else:
                 values.append(tuple(float(part) for part in item.split("+")))
+    except UserError:
+        raise
     except ValueError:
         raise UserError(f"--thresholds must be first:last:step or numbers like 0.5,0.7, got {text!r}") from None
     if not values or not all(0 <= min(value) < 1 and max(value) <= 1 for value in values):
@@ -268,6 +278,15 @@ def shown_name(confidence: str, propose: float | None, confirm: str | None = Non
     if propose is None:
         return confidence
     return "-".join([confidence.replace(":", "-"), f"{propose:g}", *([confirm] if confirm else [])])
+
+
+def check_names(option: str, names: Sequence[str], choices: Sequence[str]) -> None:
+    """Raises UserError where an option names something else than ``choices``, or nothing."""
+    wrong = [name for name in names if name not in choices]
+    if wrong or not names:
+        nearest = difflib.get_close_matches(wrong[0], choices, n=1) if wrong else []
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise UserError(f"--{option} must name some of {', '.join(choices)}, got {', '.join(wrong) or 'none'}{hint}")
 
 
 def proposing(confidences: Sequence[str], propose: str | None) -> list[tuple[str, float | None]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_lm_eval.compute.accounting import ComputeRecord
-from dynamax_lm_eval.errors import UserError, changed_settings
+from dynamax_lm_eval.errors import FaultError, UserError, changed_settings
 from dynamax_lm_eval.files import checksum, naming, write_text
 from dynamax_lm_eval.harness.cache import identity_of_answers
 
@@ -55,7 +55,7 @@ class ResponseStore:
             if changed := changed_settings(content.identity, identity):
                 raise UserError(f"{path} holds responses of a sweep that differs in {changed}; choose another --output")
         elif not self._responses and content.lines:
-            raise UserError(
+            raise FaultError(
                 f"{path} holds no answers of this sweep, or its first line is damaged; remove it to have them asked "
                 "again, or choose another --output"
             )
@@ -103,7 +103,7 @@ def stored_responses(path: Path, count: int) -> dict[str, Response]:
     content = _read(path)
     responses, damaged = _responses(content.lines, checksum(content.identity))
     if content.identity is None or damaged or len(responses) < count:
-        raise UserError(f"{path} is missing or damaged; start the sweep again, which asks for what is lost")
+        raise FaultError(f"{path} is missing or damaged; start the sweep again, which asks for what is lost")
     return responses
 
 

@@ -31,6 +31,7 @@ from dynamax_lm_eval.frozen.passes import FrozenPass
 from dynamax_lm_eval.frozen.text import (
     Documents,
     HeldOut,
+    check_files,
     held_out,
     text_documents,
     without_first,
@@ -85,6 +86,9 @@ def _train(
     lora.check(options, run, read_structure(reading, config) if options.lora is not None else None)
     if options.prompts is not None and not prompts:
         raise UserError(f"--prompts {options.prompts}: its prompts have to be given; call harness.prompts.train")
+    if options.dataset != SELF_DATASET:
+        check_files(options.source)
+    check_files(options.eval_source)
     earlier = None if options.init is None else lookup.open_exits(options.init)
     resumed = None
     if run.output is not None:

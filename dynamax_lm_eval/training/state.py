@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dynamax_lm_eval.errors import UserError, changed_settings
+from dynamax_lm_eval.errors import FaultError, UserError, changed_settings
 from dynamax_lm_eval.files import JsonFormat, file_checksum, sync, write_tensors
 from dynamax_lm_eval.frozen.options import HELD_OUT_SEED
 from dynamax_lm_eval.training.optimizers import optimizer_tensors, restore_optimizer
@@ -92,7 +92,7 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
         else:
             return path, progress
     if damaged is not None:
-        raise UserError(f"--resume: {damaged}") from damaged
+        raise FaultError(f"--resume: {damaged}") from damaged
     return None
 
 
@@ -102,7 +102,7 @@ def _read(path: Path) -> Progress:
     try:
         for name, expected in data.pop("checksums").items():
             if file_checksum(path / name) != expected:
-                raise UserError(f"{path / name} is damaged; {PROGRESS.remedy}")
+                raise FaultError(f"{path / name} is damaged; {PROGRESS.remedy}")
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read ({error.strerror}); {PROGRESS.remedy}") from error
     return Progress(**{item.name: data[item.name] for item in fields(Progress)})
