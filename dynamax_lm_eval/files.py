@@ -201,6 +201,18 @@ def short_name(name: str) -> str:
     return f"{beginning}-{digest}"
 
 
+def check_output_path(given: str) -> None:
+    """Refuses a ``--output_path`` that cannot be written: the harness notices at the end, and goes on without files.
+
+    ``given``: a folder, or the name of a .json file in one, as the harness reads it.
+
+    Raises:
+        FaultError: it cannot.
+    """
+    path = Path(given)
+    check_writable(path.parent if path.suffix == ".json" else path, "--output_path: the folder", "choose another")
+
+
 def check_writable(folder: Path, called: str, remedy: str) -> None:
     """Makes a folder, and a file in it to see that it can; the file is removed again, the folder stays.
 

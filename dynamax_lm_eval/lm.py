@@ -30,6 +30,7 @@ from dynamax_lm_eval.errors import UserError
 from dynamax_lm_eval.exits import lookup, prune_adapters, pruning
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.exits.resolve import resolve_policy
+from dynamax_lm_eval.files import check_output_path
 from dynamax_lm_eval.harness import certificate as certificates
 from dynamax_lm_eval.harness import describe, evaluate, hflm, naming, rows
 from dynamax_lm_eval.harness.documents import Document, documents_of
@@ -314,7 +315,9 @@ class DynamaxLM(HFLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> DynamaxLM:
-        evaluate.check_output(sys._getframe(1).f_locals.get("evaluation_tracker"))
+        tracker = sys._getframe(1).f_locals.get("evaluation_tracker")
+        if given := getattr(tracker, "output_path", None):
+            check_output_path(given)
         # The harness names the result folder after `pretrained` in this very dict.
         backbone = arg_dict.pop("backbone") if "backbone" in arg_dict and "pretrained" not in arg_dict else None
         if backbone is not None:

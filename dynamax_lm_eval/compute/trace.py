@@ -54,13 +54,12 @@ def by_exit(confidences: Sequence[Mapping[int, float]], exits: Sequence[int]) ->
     if not any(confidences):
         return ()
     return tuple(
-        tuple(
-            _thousandths(round(1000 * of_token[layer])) if layer in of_token else None
-            for layer in exits
-            if layer <= max(of_token, default=0)
-        )
-        for of_token in confidences
+        _of_token(found, [layer for layer in exits if layer <= max(found, default=0)]) for found in confidences
     )
+
+
+def _of_token(found: Mapping[int, float], reached: Sequence[int]) -> tuple[float | None, ...]:
+    return tuple(_thousandths(round(1000 * found[layer])) if layer in found else None for layer in reached)
 
 
 @functools.cache

@@ -141,10 +141,11 @@ class FlatBatch:
         return [eligible[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
     def answering_by_row(self) -> list[list[int]]:
-        """Returns the eligible tokens whose logits are needed, row by row."""
+        """Returns the eligible tokens whose logits are needed, row by row; none of rows in which nothing may exit."""
         tokens: list[list[int]] = [[] for _ in self.policies]
-        answering = np.flatnonzero(self.eligible & self.needs_logits)
-        for token, row in zip(answering.tolist(), self.layout.row_of[answering].tolist(), strict=True):
+        row_of = self.layout.row_of
+        answering = np.flatnonzero(self.eligible & self.needs_logits & (self.confidence_of_row >= 0)[row_of])
+        for token, row in zip(answering.tolist(), row_of[answering].tolist(), strict=True):
             tokens[row].append(token)
         return tokens
 

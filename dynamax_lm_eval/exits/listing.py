@@ -27,7 +27,7 @@ def command(options: ExitsOptions) -> str:
     if options.remove is not None:
         return _remove(options.remove)
     if options.show is not None:
-        config = lookup.open_exits(_folder(options.show)).config.to_json()
+        config = lookup.open_exits(options.show).config.to_json()
         return json.dumps(config, indent=1) + "\n"
     rows = [_row(*found) for found in known_exits()]
     if not rows:
@@ -88,12 +88,6 @@ def _fingerprint(exits: ExitCheckpoint) -> str:
         return exits.fingerprint()[:12]
     except (OSError, SafetensorError):
         return "damaged"
-
-
-def _folder(name: str) -> str:
-    """Returns the folder of exits that are named as the list names them; anything else stands for itself."""
-    named = [folder for _, folder, _ in known_exits() if folder.name == name]
-    return str(named[0]) if named else name
 
 
 def _remove(name: str) -> str:

@@ -26,6 +26,11 @@ def shipped_home() -> Path:
     return shipped_dir() / "exits"
 
 
+def is_shipped(exits: ExitCheckpoint) -> bool:
+    """Returns whether exits come with the package."""
+    return shipped_home() in exits.path.parents
+
+
 def default_folder(backbone: str, fingerprint: str) -> Path:
     """Returns the folder where ``train`` writes the exits of a backbone by default."""
     name = Path(backbone).name if Path(backbone).expanduser().is_dir() else backbone.replace("/", "--")

@@ -19,7 +19,7 @@ from typing import Any
 from dynamax_lm_eval.config import CALIBRATED, DynamaxArgs
 from dynamax_lm_eval.errors import UserError, changed_settings
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
-from dynamax_lm_eval.exits.lookup import shipped_home
+from dynamax_lm_eval.exits.lookup import is_shipped
 from dynamax_lm_eval.exits.policy import ExitPolicy
 from dynamax_lm_eval.files import JsonFormat, checksum, clean_name, short_name
 from dynamax_lm_eval.models.aliases import cache_dir
@@ -311,7 +311,7 @@ def directory(backbone: str, fingerprint: str, exits: ExitCheckpoint | None) -> 
 
 def _directories(backbone: str, fingerprint: str | None, exits: ExitCheckpoint | None) -> list[Path]:
     """Returns where certificates of a backbone can be; without ``fingerprint``, those of all backbones of its name."""
-    if exits is not None and shipped_home() not in exits.path.parents and os.access(exits.path, os.W_OK):
+    if exits is not None and not is_shipped(exits) and os.access(exits.path, os.W_OK):
         return [exits.path / "certificates"]
     name = clean_name(Path(backbone).name)
     own = cache_dir() / "certificates"

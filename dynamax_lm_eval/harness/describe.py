@@ -15,8 +15,8 @@ from dynamax_lm_eval.backbones import SLOW_RUNGS
 from dynamax_lm_eval.compute.cost import PAPER_MAMBA_RECOMPUTE
 from dynamax_lm_eval.compute.thesis import ThesisFormula
 from dynamax_lm_eval.exits.checkpoint import ExitCheckpoint
+from dynamax_lm_eval.exits.lookup import is_shipped
 from dynamax_lm_eval.harness import naming
-from dynamax_lm_eval.models.aliases import shipped_dir
 from dynamax_lm_eval.models.identity import config_fingerprint, generation_settings
 
 #: Packages whose versions decide what is computed.
@@ -96,11 +96,7 @@ def _label(lm: Any) -> str:
     exits = lm.exits
     if exits is None:
         return naming.label(lm.policy, lm.args, None, None)
-    return naming.label(lm.policy, lm.args, exits.config, lm.exits_fingerprint, _is_shipped(exits))
-
-
-def _is_shipped(exits: ExitCheckpoint) -> bool:
-    return exits.path.is_relative_to(shipped_dir())
+    return naming.label(lm.policy, lm.args, exits.config, lm.exits_fingerprint, is_shipped(exits))
 
 
 def loaded_model(lm: Any) -> str:
@@ -112,7 +108,7 @@ def loaded_model(lm: Any) -> str:
 
 def _place(exits: ExitCheckpoint) -> str:
     """Returns where exits lie, in few words."""
-    return f"the package for {exits.path.name}" if _is_shipped(exits) else str(exits.path)
+    return f"the package for {exits.path.name}" if is_shipped(exits) else str(exits.path)
 
 
 def announce(lm: Any) -> None:

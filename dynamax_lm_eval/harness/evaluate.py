@@ -34,7 +34,6 @@ from torch.utils import collect_env
 
 from dynamax_lm_eval import progress
 from dynamax_lm_eval.errors import UserError
-from dynamax_lm_eval.files import check_writable
 from dynamax_lm_eval.harness.cache import check_database
 from dynamax_lm_eval.harness.describe import thesis_formula
 from dynamax_lm_eval.harness.energy import EnergyMeter
@@ -121,21 +120,6 @@ def _check_caches() -> None:
 
     checked._dynamax_wrapped = True  # type: ignore[attr-defined]
     CachingLM.__init__ = checked
-
-
-def check_output(tracker: Any) -> None:
-    """Refuses a place for results that cannot be written; the harness notices at the end, and goes on without files.
-
-    Args:
-        tracker: the harness's ``EvaluationTracker``; None where results are not written.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if given := getattr(tracker, "output_path", None):
-        path = Path(given)
-        folder = path.parent if path.suffix == ".json" else path
-        check_writable(folder, "--output_path: the folder", "choose another")
 
 
 def _ask_git_quietly() -> None:

@@ -20,7 +20,7 @@ from lm_eval.utils import setup_logging, simple_parse_args_string
 import dynamax_lm_eval
 from dynamax_lm_eval import _autoload
 from dynamax_lm_eval.errors import UserError, unknown_name
-from dynamax_lm_eval.files import check_writable
+from dynamax_lm_eval.files import check_output_path
 from dynamax_lm_eval.run import early, help_text, quiet
 
 #: Options of the harness that become model arguments.
@@ -48,10 +48,7 @@ def run(arguments: list[str], debug: bool) -> None:
         if options.model == _autoload.MODEL_NAME:
             early.check_arguments(_model_arguments(options))
         if getattr(options, "output_path", None):
-            # The harness notices at the end, and goes on without its files.
-            path = Path(options.output_path)
-            folder = path.parent if path.suffix == ".json" else path
-            check_writable(folder, "--output_path: the folder", "choose another")
+            check_output_path(options.output_path)
         _check_samples(getattr(options, "samples", None))
         _add_our_tasks(options)
         with early.indexing(_task_names(options)):

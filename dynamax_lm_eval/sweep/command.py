@@ -331,7 +331,7 @@ def _save(
         fewshot_as_multiturn=options.apply_chat_template,
     )
     naming.name_tracker(tracker, name if len(name) < 100 else short_name(name))
-    # Points are answered together, so none has a time of its own; the harness would write how long saving took.
+    # The harness would write how long saving took.
     tracker.general_config_tracker.log_end_time = lambda: None
     with one_of_many_evaluations():
         tracker.save_results_aggregated(results=results, samples=samples)
