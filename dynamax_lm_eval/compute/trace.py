@@ -53,12 +53,12 @@ def by_exit(confidences: Sequence[Mapping[int, float]], exits: Sequence[int]) ->
     """
     if not any(confidences):
         return ()
-    return tuple(
-        _of_token(found, [layer for layer in exits if layer <= max(found, default=0)]) for found in confidences
-    )
+    return tuple(_of_token(found, exits) for found in confidences)
 
 
-def _of_token(found: Mapping[int, float], reached: Sequence[int]) -> tuple[float | None, ...]:
+def _of_token(found: Mapping[int, float], exits: Sequence[int]) -> tuple[float | None, ...]:
+    deepest = max(found, default=0)
+    reached = [layer for layer in exits if layer <= deepest]
     return tuple(_thousandths(round(1000 * found[layer])) if layer in found else None for layer in reached)
 
 
